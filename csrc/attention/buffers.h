@@ -1,0 +1,258 @@
+// XLA buffers -> checked kernel parameters: the one place where the operand order of the attention custom calls is read,
+// shared by the CPU and the CUDA handlers (`jax_bsk/_ffi.py` is the one place where it is written). Operands may carry
+// leading dimensions in front of the ones named here; they count as part of the batch.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include "attention/params.h"
+#include "ffi/checks.h"
+#include "version.h"
+
+namespace jax_bsk::attention {
+
+using Operand = ffi::AnyBuffer;
+using Output = ffi::Result<ffi::AnyBuffer>;
+
+// Attributes of both calls.
+struct Attributes {
+  int64_t block_q;
+  int64_t block_kv;
+  float scale;
+  float soft_cap;
+  std::string_view version;
+};
+
+struct ListOperands {
+  Operand offsets;
+  Operand ids;
+  Operand tiles;
+};
+
+inline ffi::Error ReadAttributes(const Attributes& attributes, Shape* shape, float* scale, float* soft_cap) {
+  if (attributes.version != JAX_BSK_VERSION) {
+    return ffi::Error::InvalidArgument("jax_bsk: the call was compiled for version " + std::string(attributes.version) +
+                                       ", the loaded library is version " JAX_BSK_VERSION "; trace and compile again");
+  }
+  for (int64_t block : {attributes.block_q, attributes.block_kv}) {
+    if (block <= 0 || block % 32 != 0) {
+      return ffi::Error::InvalidArgument("jax_bsk: block sizes are positive multiples of 32, got " +
+                                         std::to_string(block));
+    }
+  }
+  shape->block_q = attributes.block_q;
+  shape->block_kv = attributes.block_kv;
+  *scale = attributes.scale;
+  *soft_cap = attributes.soft_cap;
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadDType(const Operand& query, DType* dtype, ffi::DataType* stats) {
+  *stats = ffi::F32;
+  switch (query.element_type()) {
+    case ffi::F16:
+      *dtype = DType::kF16;
+      return ffi::Error::Success();
+    case ffi::BF16:
+      *dtype = DType::kBF16;
+      return ffi::Error::Success();
+    case ffi::F32:
+      *dtype = DType::kF32;
+      return ffi::Error::Success();
+    case ffi::F64:
+      *dtype = DType::kF64;
+      *stats = ffi::F64;
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("jax_bsk: query must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// query BTNH, key and value BSKH: ranks, agreement and the sizes derived from them.
+inline ffi::Error ReadShape(const Operand& query, const Operand& key, const Operand& value, Shape* shape) {
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("query", query, 4));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("key", key, 4));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("value", value, 4));
+  auto q = MergeLeading(query, 3), k = MergeLeading(key, 3), v = MergeLeading(value, 3);
+  shape->batch = q[0];
+  shape->q_len = q[1];
+  shape->heads = q[2];
+  shape->head_dim = q[3];
+  shape->kv_len = k[1];
+  shape->kv_heads = k[2];
+  shape->value_dim = v[3];
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("key", key, {{q[0]}, {k[1]}, {k[2]}, {q[3]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("value", value, {{q[0]}, {k[1]}, {k[2]}, {v[3]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("key", key, query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("value", value, query.element_type()));
+  if (shape->heads != 0 && (shape->kv_heads == 0 || shape->heads % shape->kv_heads != 0)) {
+    return ffi::Error::InvalidArgument("jax_bsk: " + std::to_string(shape->heads) +
+                                       " query heads are no multiple of " + std::to_string(shape->kv_heads) +
+                                       " key/value heads");
+  }
+  shape->q_blocks = (shape->q_len + shape->block_q - 1) / shape->block_q;
+  shape->kv_blocks = (shape->kv_len + shape->block_kv - 1) / shape->block_kv;
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadList(const ListOperands& operands, const Shape& shape, int64_t rows, int64_t ids_end,
+                           BlockList* list) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType("block list offsets", operands.offsets, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("block list ids", operands.ids, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("block list tiles", operands.tiles, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("block list ids", operands.ids, 3));
+  auto dims = MergeLeading(operands.ids, 2);
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("block list ids", operands.ids, {{shape.batch, true}, {shape.heads, true}, {dims[2]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("block list tiles", operands.tiles, {{dims[0]}, {dims[1]}, {dims[2]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("block list offsets", operands.offsets, {{dims[0]}, {dims[1]}, {rows + 1}}));
+  list->offsets = operands.offsets.typed_data<int32_t>();
+  list->ids = operands.ids.typed_data<int32_t>();
+  list->tiles = operands.tiles.typed_data<int32_t>();
+  list->batch = dims[0];
+  list->heads = dims[1];
+  list->capacity = dims[2];
+  list->rows = rows;
+  list->ids_end = ids_end;
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadTiles(const Operand& bit_tiles, const Shape& shape, BitTiles* tiles) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType("bit_tiles", bit_tiles, ffi::U32));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("bit_tiles", bit_tiles, 5));
+  auto dims = MergeLeading(bit_tiles, 4);
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("bit_tiles", bit_tiles,
+                 {{shape.batch, true}, {shape.heads, true}, {dims[2]}, {shape.block_q}, {shape.block_kv / 32}}));
+  *tiles = BitTiles{bit_tiles.typed_data<uint32_t>(), dims[0], dims[1], dims[2]};
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadLengths(const Operand& lengths, const Shape& shape, Lengths* result) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType("lengths", lengths, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("lengths", lengths, {{shape.batch, true}, {2}}));
+  *result = Lengths{lengths.typed_data<int32_t>(), MergeLeading(lengths, 1)[0]};
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Operand& value, const ListOperands& rows,
+                              const Operand& bit_tiles, const Operand& lengths, const Operand& sinks, Output& out,
+                              Output& lse, const Attributes& attributes, ForwardParams* params) {
+  Shape& shape = params->shape;
+  ffi::DataType stats;
+  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
+  JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
+  JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
+  JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("sinks", sinks, stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("sinks", sinks, {{shape.batch, true}, {shape.heads, true}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("out", *out, query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("out", *out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("lse", *lse, stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("lse", *lse, {{shape.batch}, {shape.heads}, {shape.q_len}}));
+  params->query = query.untyped_data();
+  params->key = key.untyped_data();
+  params->value = value.untyped_data();
+  params->sinks = sinks.untyped_data();
+  params->sinks_batch = MergeLeading(sinks, 1)[0];
+  params->sinks_heads = sinks.dimensions().back();
+  params->out = out->untyped_data();
+  params->lse = lse->untyped_data();
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const Operand& key, const Operand& value,
+                               const Operand& lse, const Operand& delta, const ListOperands& rows,
+                               const ListOperands& cols, const Operand& bit_tiles, const Operand& lengths,
+                               Output& dquery, Output& dkey, Output& dvalue, const Attributes& attributes,
+                               BackwardParams* params) {
+  Shape& shape = params->shape;
+  ffi::DataType stats;
+  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
+  JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
+  JAX_BSK_RETURN_IF_ERROR(ReadList(cols, shape, shape.kv_blocks, shape.q_blocks, &params->cols));
+  JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
+  JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
+  for (const auto& [name, buffer] : {std::pair<const char*, const Operand*>{"lse", &lse}, {"delta", &delta}}) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, *buffer, stats));
+    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
+  }
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dout", dout, query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("dout", dout, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
+  const int64_t k_dims[] = {shape.batch, shape.kv_len, shape.kv_heads};
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dquery", *dquery, query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("dquery", *dquery, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.head_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dkey", *dkey, query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dkey", *dkey, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.head_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dvalue", *dvalue, query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dvalue", *dvalue, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.value_dim}}));
+  params->dout = dout.untyped_data();
+  params->query = query.untyped_data();
+  params->key = key.untyped_data();
+  params->value = value.untyped_data();
+  params->lse = lse.untyped_data();
+  params->delta = delta.untyped_data();
+  params->dquery = dquery->untyped_data();
+  params->dkey = dkey->untyped_data();
+  params->dvalue = dvalue->untyped_data();
+  return ffi::Error::Success();
+}
+
+// Operand and attribute order of the two calls, after the context arguments of a platform.
+template <typename Binding>
+auto BindForwardOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Operand>()   // query [B, T, N, H]
+      .template Arg<Operand>()   // key [B, S, K, H]
+      .template Arg<Operand>()   // value [B, S, K, Hv]
+      .template Arg<Operand>()   // row_offsets [B|1, N|1, q_blocks + 1]
+      .template Arg<Operand>()   // kv_blocks [B|1, N|1, capacity]
+      .template Arg<Operand>()   // tiles [B|1, N|1, capacity]
+      .template Arg<Operand>()   // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
+      .template Arg<Operand>()   // lengths [B|1, 2]
+      .template Arg<Operand>()   // sinks [B|1, N|1]
+      .template Ret<Operand>()   // out [B, T, N, Hv]
+      .template Ret<Operand>()   // lse [B, N, T]
+      .template Attr<int64_t>("block_q")
+      .template Attr<int64_t>("block_kv")
+      .template Attr<float>("scale")
+      .template Attr<float>("soft_cap")
+      .template Attr<std::string_view>("version");
+}
+
+template <typename Binding>
+auto BindBackwardOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Operand>()   // dout [B, T, N, Hv]
+      .template Arg<Operand>()   // query [B, T, N, H]
+      .template Arg<Operand>()   // key [B, S, K, H]
+      .template Arg<Operand>()   // value [B, S, K, Hv]
+      .template Arg<Operand>()   // lse [B, N, T]
+      .template Arg<Operand>()   // delta [B, N, T]
+      .template Arg<Operand>()   // row_offsets [B|1, N|1, q_blocks + 1]
+      .template Arg<Operand>()   // kv_blocks [B|1, N|1, capacity]
+      .template Arg<Operand>()   // tiles [B|1, N|1, capacity]
+      .template Arg<Operand>()   // col_offsets [B|1, N|1, kv_blocks + 1]
+      .template Arg<Operand>()   // q_blocks [B|1, N|1, capacity]
+      .template Arg<Operand>()   // col_tiles [B|1, N|1, capacity]
+      .template Arg<Operand>()   // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
+      .template Arg<Operand>()   // lengths [B|1, 2]
+      .template Ret<Operand>()   // dquery
+      .template Ret<Operand>()   // dkey
+      .template Ret<Operand>()   // dvalue
+      .template Attr<int64_t>("block_q")
+      .template Attr<int64_t>("block_kv")
+      .template Attr<float>("scale")
+      .template Attr<float>("soft_cap")
+      .template Attr<std::string_view>("version");
+}
+
+}  // namespace jax_bsk::attention

@@ -1,0 +1,331 @@
+// Backward in two kinds of tasks, each owning what it writes: dQ of one block of queries over the query-major list, and
+// dK, dV of one block of keys over the key-major list, looping over the query heads of its group. The scores are
+// computed in both (7 products where a fused loop needs 5), and in return there is no sum across tasks: no atomics, no
+// workspace, the same bits for any number of threads.
+//
+// The two are mirror images: dQ keeps the queries along the lanes, as the forward does, dK and dV the keys. With
+//   P = 2^(S - lse),  dS = P * (dP - delta),  dP = dO V^T,
+// each needs S and dP with its own side along the lanes (products of rows), then sums dS or P times the other side's
+// rows (products of columns).
+#pragma once
+
+#include "forward.h"
+
+namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+
+// `own` is the side along the lanes, w lanes wide; `other` the side whose blocks are visited, o rows.
+template <class C>
+struct BackwardScratch {
+  C* own_head;     // [head_dim, w] Q^T (scaled) or K^T (scaled)
+  C* own_value;    // [value_dim, w] dO^T or V^T
+  C* other_head;   // [o, head_dim] K or Q
+  C* other_value;  // [o, value_dim] V or dO
+  C* scores;       // [o, w] S, then P
+  C* gradient;     // [o, w] dP, then dS
+  C* d_head;       // [head_dim, w] dQ^T or dK^T
+  C* d_value;      // [value_dim, w] dV^T, key-major only
+  C* lse;          // [max(w, o)] in base-2 units, +inf for P = 0
+  C* delta;        // [max(w, o)]
+  C* factor;       // [w] of the results
+  Lane<C>* tile;   // [block_kv / 32, w]
+  uint8_t* bad;    // [o]
+  size_t bytes;
+
+  BackwardScratch(const Shape& s, void* memory) {
+    Carver carver(memory);
+    const int64_t head_dim = RoundUpToLanes<C>(s.head_dim);
+    const int64_t value_dim = RoundUpToLanes<C>(s.value_dim);
+    const int64_t block = s.block_q > s.block_kv ? s.block_q : s.block_kv;
+    own_head = carver.Take<C>(head_dim * block);
+    own_value = carver.Take<C>(value_dim * block);
+    other_head = carver.Take<C>(head_dim * block);
+    other_value = carver.Take<C>(value_dim * block);
+    scores = carver.Take<C>(s.block_q * s.block_kv);
+    gradient = carver.Take<C>(s.block_q * s.block_kv);
+    d_head = carver.Take<C>(head_dim * block);
+    d_value = carver.Take<C>(value_dim * block);
+    lse = carver.Take<C>(block);
+    delta = carver.Take<C>(block);
+    factor = carver.Take<C>(block);
+    tile = carver.Take<Lane<C>>(s.block_kv / 32 * s.block_q);
+    bad = carver.Take<uint8_t>(block);
+    bytes = carver.Bytes();
+  }
+};
+
+// Both directions' constants of the scores. With a soft cap they are kept divided by it up to the tanh.
+template <class C>
+struct ScoreUnits {
+  C packed;   // what the packed side is multiplied by
+  C cap;      // soft cap in base-2 units
+  C natural;  // what dQ and dK are multiplied by in the end
+
+  explicit ScoreUnits(const BackwardParams& p)
+      : packed(static_cast<C>(p.soft_cap != 0 ? double(p.scale) / p.soft_cap : p.scale * kLog2E)),
+        cap(static_cast<C>(p.soft_cap * kLog2E)),
+        natural(static_cast<C>(p.scale)) {}
+};
+
+// The statistics of `count` queries, padded with P = 0 up to `lanes`. lse = -inf means that nothing was attended to, so
+// P is to be 0; a delta that is not finite counts as lse = NaN.
+template <class C>
+void PackStatistics(const C* lse, const C* delta, int64_t count, int64_t lanes, C* lse_to, C* delta_to) {
+  for (int64_t r = 0; r < lanes; ++r) {
+    const bool valid = r < count;
+    const bool finite = valid && delta[r] - delta[r] == 0;
+    const C base2 = valid && lse[r] != -kInfinity<C> ? static_cast<C>(lse[r] * kLog2E) : kInfinity<C>;
+    lse_to[r] = valid && !finite ? kNaN<C> : base2;
+    delta_to[r] = finite ? delta[r] : 0;
+  }
+}
+
+// P and dS of one vector of pairs from S and dP.
+template <class C, bool kSoftCap>
+JAX_BSK_INLINE void PairGradient(Vec<C>& score, Vec<C>& gradient, Vec<C> lse, Vec<C> delta, C cap) {
+  if constexpr (kSoftCap) {
+    const Vec<C> capped = Tanh<C>(score);
+    score = Exp2<C>(cap * capped - lse);
+    gradient = score * (gradient - delta) * (C(1) - capped * capped);
+  } else {
+    score = Exp2<C>(score - lse);
+    gradient = score * (gradient - delta);
+  }
+}
+
+// dS in place of dP, with the queries along the lanes. P is not needed any more. Pairs masked out get 0, and those of a
+// bad key NaN where they attend.
+template <class C, bool kPartial, bool kSoftCap>
+void QueryGradient(const BackwardScratch<C>& x, int64_t ld, int64_t keys, int64_t vectors, C cap) {
+  for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
+    const Vec<C> lse = Load<C>(x.lse + v);
+    const Vec<C> delta = Load<C>(x.delta + v);
+    for (int64_t k = 0; k < keys; ++k) {
+      Vec<C> score = Load<C>(x.scores + k * ld + v);
+      Vec<C> gradient = Load<C>(x.gradient + k * ld + v);
+      PairGradient<C, kSoftCap>(score, gradient, lse, delta, cap);
+      if constexpr (kPartial) {
+        if (x.bad[k]) gradient = Broadcast<C>(kNaN<C>);
+        gradient = Select<C>(QueriesAttend<C>(x.tile + v, ld, k), gradient, Vec<C>{});
+      }
+      Store<C>(x.gradient + k * ld + v, gradient);
+    }
+  }
+}
+
+// P in place of S and dS in place of dP, with the keys along the lanes.
+template <class C, bool kPartial, bool kSoftCap>
+void KeyGradient(const BackwardScratch<C>& x, int64_t ld, int64_t queries, int64_t vectors, C cap,
+                 const uint32_t* tile) {
+  for (int64_t q = 0; q < queries; ++q) {
+    const Vec<C> lse = Broadcast<C>(x.lse[q]);
+    const Vec<C> delta = Broadcast<C>(x.delta[q]);
+    for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
+      Vec<C> score = Load<C>(x.scores + q * ld + v);
+      Vec<C> gradient = Load<C>(x.gradient + q * ld + v);
+      PairGradient<C, kSoftCap>(score, gradient, lse, delta, cap);
+      if constexpr (kPartial) {
+        if (x.bad[q]) score = gradient = Broadcast<C>(kNaN<C>);
+        const IntVec<C> attend = KeysAttend<C>(tile + q * (ld / 32), v);
+        score = Select<C>(attend, score, Vec<C>{});
+        gradient = Select<C>(attend, gradient, Vec<C>{});
+      }
+      Store<C>(x.scores + q * ld + v, score);
+      Store<C>(x.gradient + q * ld + v, gradient);
+    }
+  }
+}
+
+template <class C, class E>
+void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
+  const Shape& s = p.shape;
+  const BackwardScratch<C> x(s, memory);
+  const ScoreUnits<C> units(p);
+
+  // --- Where: as in the forward.
+  const int64_t i = s.q_blocks - 1 - task % s.q_blocks;
+  const int64_t h = task / s.q_blocks % s.heads;
+  const int64_t b = task / s.q_blocks / s.heads;
+  const int64_t kv_head = h / (s.heads / s.kv_heads);
+  const int64_t first = i * s.block_q;
+  const int64_t rows = Minimum(s.block_q, s.q_len - first);
+  const int64_t queries = Clamp(QueryLength(p.lengths, s, b) - first, rows);
+  const int64_t kv_length = KeyLength(p.lengths, s, b);
+  const int64_t vectors = RoundUpToLanes<C>(queries) / kLanes<C>;
+  const int64_t ld = s.block_q;
+  const int64_t head_ld = RoundUpToLanes<C>(s.head_dim);
+  const int64_t value_ld = RoundUpToLanes<C>(s.value_dim);
+  const int64_t row_index = (b * s.q_len + first) * s.heads + h;
+  const int64_t query_stride = s.heads * s.head_dim;
+  const int64_t key_stride = s.kv_heads * s.head_dim;
+  const int64_t value_stride = s.kv_heads * s.value_dim;
+  const E* const keys = static_cast<const E*>(p.key) + (b * s.kv_len * s.kv_heads + kv_head) * s.head_dim;
+  const E* const values = static_cast<const E*>(p.value) + (b * s.kv_len * s.kv_heads + kv_head) * s.value_dim;
+  const int64_t statistics = (b * s.heads + h) * s.q_len + first;
+  E* const dquery = static_cast<E*>(p.dquery) + row_index * s.head_dim;
+
+  // --- Rows beyond the example's length, and rows whose list is broken.
+  FillRows<C>(dquery + queries * query_stride, query_stride, rows - queries, s.head_dim, C(0));
+  if (queries == 0) return;
+  const BlockRow row = ReadRow(p.rows, p.tiles.count, b, h, i);
+  if (row.poisoned) return FillRows<C>(dquery, query_stride, queries, s.head_dim, kNaN<C>);
+
+  // --- Start: Q^T, dO^T and the statistics of this block of queries.
+  PackTransposed<C>(static_cast<const E*>(p.query) + row_index * s.head_dim, query_stride, queries, s.head_dim,
+                    units.packed, x.own_head, ld);
+  PackTransposed<C>(static_cast<const E*>(p.dout) + row_index * s.value_dim, s.heads * s.value_dim, queries,
+                    s.value_dim, C(1), x.own_value, ld);
+  PackStatistics<C>(static_cast<const C*>(p.lse) + statistics, static_cast<const C*>(p.delta) + statistics, queries, ld,
+                    x.lse, x.delta);
+  Fill<C>(x.d_head, head_ld * ld, C(0));
+  Fill<C>(x.factor, ld, units.natural);
+
+  for (int64_t entry = 0; entry < row.count; ++entry) {
+    const int64_t first_key = row.ids[entry] * s.block_kv;
+    const int64_t n_keys = Minimum(s.block_kv, kv_length - first_key);
+    if (n_keys <= 0) continue;
+    const bool partial = row.tiles[entry] >= 0;
+
+    // --- Load: rows of K and V in the compute type; the tile of a partial block.
+    PackRows<C>(keys + first_key * key_stride, key_stride, n_keys, s.head_dim, x.other_head, head_ld);
+    PackRows<C>(values + first_key * value_stride, value_stride, n_keys, s.value_dim, x.other_value, value_ld);
+    if (partial) {
+      PackTile<C>(TileWords(p.tiles, s, b, h, row.tiles[entry]), s.block_kv / 32, queries, ld, x.tile);
+      Fill<uint8_t>(x.bad, n_keys, 0);
+      CleanRows<C>(x.other_head, head_ld, n_keys, s.head_dim, x.bad);
+    }
+
+    // --- Meanwhile the next block of keys and values comes nearer.
+    Ahead next_keys, next_values;
+    if (entry + 1 < row.count) {
+      const int64_t next_key = row.ids[entry + 1] * s.block_kv;
+      const int64_t count = Clamp(kv_length - next_key, s.block_kv);
+      next_keys = Ahead(keys + next_key * key_stride, key_stride, count, s.head_dim);
+      next_values = Ahead(values + next_key * value_stride, value_stride, count, s.value_dim);
+    }
+
+    // --- S^T = K Q^T and dP^T = V dO^T
+    Multiply<C, Operand::kRows, Into::kStore>(x.other_head, head_ld, x.own_head, ld, n_keys, vectors, s.head_dim,
+                                              x.scores, ld, next_keys);
+    Multiply<C, Operand::kRows, Into::kStore>(x.other_value, value_ld, x.own_value, ld, n_keys, vectors, s.value_dim,
+                                              x.gradient, ld, next_values);
+
+    // --- dS^T = P^T * (dP^T - delta)
+    const auto gradient = partial ? (p.soft_cap != 0 ? QueryGradient<C, true, true> : QueryGradient<C, true, false>)
+                                  : (p.soft_cap != 0 ? QueryGradient<C, false, true> : QueryGradient<C, false, false>);
+    gradient(x, ld, n_keys, vectors, units.cap);
+
+    // --- dQ^T += K^T dS^T
+    Multiply<C, Operand::kColumns, Into::kAdd>(x.other_head, head_ld, x.gradient, ld, s.head_dim, vectors, n_keys,
+                                               x.d_head, ld);
+  }
+
+  // --- Finish: dQ = scale * dQ^T
+  UnpackTransposed<C>(x.d_head, ld, x.factor, queries, s.head_dim, dquery, query_stride);
+}
+
+template <class C, class E>
+void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
+  const Shape& s = p.shape;
+  const BackwardScratch<C> x(s, memory);
+  const ScoreUnits<C> units(p);
+
+  // --- Where: batch b, kv head, block j of keys. Early blocks first: under a causal mask they are the longest.
+  const int64_t j = task % s.kv_blocks;
+  const int64_t kv_head = task / s.kv_blocks % s.kv_heads;
+  const int64_t b = task / s.kv_blocks / s.kv_heads;
+  const int64_t group = s.heads / s.kv_heads;
+  const int64_t first = j * s.block_kv;
+  const int64_t rows = Minimum(s.block_kv, s.kv_len - first);
+  const int64_t keys = Clamp(KeyLength(p.lengths, s, b) - first, rows);
+  const int64_t q_length = QueryLength(p.lengths, s, b);
+  const int64_t vectors = RoundUpToLanes<C>(keys) / kLanes<C>;
+  const int64_t ld = s.block_kv;
+  const int64_t head_ld = RoundUpToLanes<C>(s.head_dim);
+  const int64_t value_ld = RoundUpToLanes<C>(s.value_dim);
+  const int64_t row_index = (b * s.kv_len + first) * s.kv_heads + kv_head;
+  const int64_t key_stride = s.kv_heads * s.head_dim;
+  const int64_t value_stride = s.kv_heads * s.value_dim;
+  const int64_t query_stride = s.heads * s.head_dim;
+  const int64_t dout_stride = s.heads * s.value_dim;
+  E* const dkey = static_cast<E*>(p.dkey) + row_index * s.head_dim;
+  E* const dvalue = static_cast<E*>(p.dvalue) + row_index * s.value_dim;
+
+  // --- Rows beyond the example's length.
+  FillRows<C>(dkey + keys * key_stride, key_stride, rows - keys, s.head_dim, C(0));
+  FillRows<C>(dvalue + keys * value_stride, value_stride, rows - keys, s.value_dim, C(0));
+  if (keys == 0) return;
+
+  // --- Start: K^T with the scale in it, V^T.
+  PackTransposed<C>(static_cast<const E*>(p.key) + row_index * s.head_dim, key_stride, keys, s.head_dim, units.packed,
+                    x.own_head, ld);
+  PackTransposed<C>(static_cast<const E*>(p.value) + row_index * s.value_dim, value_stride, keys, s.value_dim, C(1),
+                    x.own_value, ld);
+  Fill<C>(x.d_head, head_ld * ld, C(0));
+  Fill<C>(x.d_value, value_ld * ld, C(0));
+
+  for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    const BlockRow row = ReadRow(p.cols, p.tiles.count, b, h, j);
+    if (row.poisoned) {
+      FillRows<C>(dkey, key_stride, keys, s.head_dim, kNaN<C>);
+      FillRows<C>(dvalue, value_stride, keys, s.value_dim, kNaN<C>);
+      return;
+    }
+    const int64_t statistics = (b * s.heads + h) * s.q_len;
+    const E* const query = static_cast<const E*>(p.query) + (b * s.q_len * s.heads + h) * s.head_dim;
+    const E* const dout = static_cast<const E*>(p.dout) + (b * s.q_len * s.heads + h) * s.value_dim;
+
+    for (int64_t entry = 0; entry < row.count; ++entry) {
+      const int64_t first_query = row.ids[entry] * s.block_q;
+      const int64_t queries = Minimum(s.block_q, q_length - first_query);
+      if (queries <= 0) continue;
+      const bool partial = row.tiles[entry] >= 0;
+
+      // --- Load: rows of Q and dO in the compute type, and their statistics.
+      PackRows<C>(query + first_query * query_stride, query_stride, queries, s.head_dim, x.other_head, head_ld);
+      PackRows<C>(dout + first_query * dout_stride, dout_stride, queries, s.value_dim, x.other_value, value_ld);
+      PackStatistics<C>(static_cast<const C*>(p.lse) + statistics + first_query,
+                        static_cast<const C*>(p.delta) + statistics + first_query, queries, queries, x.lse, x.delta);
+      const uint32_t* tile = nullptr;
+      if (partial) {
+        tile = TileWords(p.tiles, s, b, h, row.tiles[entry]);
+        Fill<uint8_t>(x.bad, queries, 0);
+        CleanRows<C>(x.other_head, head_ld, queries, s.head_dim, x.bad);
+        CleanRows<C>(x.other_value, value_ld, queries, s.value_dim, x.bad);
+      }
+
+      // --- Meanwhile the next block of queries comes nearer.
+      Ahead next_queries, next_douts;
+      if (entry + 1 < row.count) {
+        const int64_t next_query = row.ids[entry + 1] * s.block_q;
+        const int64_t count = Clamp(q_length - next_query, s.block_q);
+        next_queries = Ahead(query + next_query * query_stride, query_stride, count, s.head_dim);
+        next_douts = Ahead(dout + next_query * dout_stride, dout_stride, count, s.value_dim);
+      }
+
+      // --- S = Q K^T and dP = dO V^T
+      Multiply<C, Operand::kRows, Into::kStore>(x.other_head, head_ld, x.own_head, ld, queries, vectors, s.head_dim,
+                                                x.scores, ld, next_queries);
+      Multiply<C, Operand::kRows, Into::kStore>(x.other_value, value_ld, x.own_value, ld, queries, vectors, s.value_dim,
+                                                x.gradient, ld, next_douts);
+
+      // --- P = 2^(S - lse), dS = P * (dP - delta)
+      const auto gradient = partial ? (p.soft_cap != 0 ? KeyGradient<C, true, true> : KeyGradient<C, true, false>)
+                                    : (p.soft_cap != 0 ? KeyGradient<C, false, true> : KeyGradient<C, false, false>);
+      gradient(x, ld, queries, vectors, units.cap, tile);
+
+      // --- dV^T += dO^T P and dK^T += Q^T dS
+      Multiply<C, Operand::kColumns, Into::kAdd>(x.other_value, value_ld, x.scores, ld, s.value_dim, vectors, queries,
+                                                 x.d_value, ld);
+      Multiply<C, Operand::kColumns, Into::kAdd>(x.other_head, head_ld, x.gradient, ld, s.head_dim, vectors, queries,
+                                                 x.d_head, ld);
+    }
+  }
+
+  // --- Finish: dK = scale * dK^T, dV = dV^T
+  Fill<C>(x.factor, ld, units.natural);
+  UnpackTransposed<C>(x.d_head, ld, x.factor, keys, s.head_dim, dkey, key_stride);
+  Fill<C>(x.factor, ld, C(1));
+  UnpackTransposed<C>(x.d_value, ld, x.factor, keys, s.value_dim, dvalue, value_stride);
+}
+
+}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

@@ -1,0 +1,203 @@
+// Forward: one task computes one block of queries of one head, visiting the row's key blocks with an online softmax.
+// Scores are kept transposed, S^T[key][query], in base-2 units: Q is packed with scale * log2(e) in it.
+#pragma once
+
+#include "block_list.h"
+#include "exponential.h"
+#include "matmul.h"
+#include "pack.h"
+#include "scratch.h"
+
+namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// q = block_q is the width of everything that has the queries along the lanes.
+template <class C>
+struct ForwardScratch {
+  C* query;       // [head_dim, q]
+  C* out;         // [value_dim, q]
+  C* scores;      // [block_kv, q]
+  C* key;         // [block_kv, head_dim]
+  C* value;       // [block_kv, value_dim]
+  C* maximum;     // [q] running maximum of the scores
+  C* sum;         // [q] running sum of 2^(score - maximum)
+  C* rescale;     // [q]
+  Lane<C>* tile;  // [block_kv / 32, q]
+  uint8_t* bad;   // [block_kv]
+  size_t bytes;
+
+  ForwardScratch(const Shape& s, void* memory) {
+    Carver carver(memory);
+    const int64_t head_dim = RoundUpToLanes<C>(s.head_dim);
+    const int64_t value_dim = RoundUpToLanes<C>(s.value_dim);
+    query = carver.Take<C>(head_dim * s.block_q);
+    out = carver.Take<C>(value_dim * s.block_q);
+    scores = carver.Take<C>(s.block_kv * s.block_q);
+    key = carver.Take<C>(s.block_kv * head_dim);
+    value = carver.Take<C>(s.block_kv * value_dim);
+    maximum = carver.Take<C>(s.block_q);
+    sum = carver.Take<C>(s.block_q);
+    rescale = carver.Take<C>(s.block_q);
+    tile = carver.Take<Lane<C>>(s.block_kv / 32 * s.block_q);
+    bad = carver.Take<uint8_t>(s.block_kv);
+    bytes = carver.Bytes();
+  }
+};
+
+// Turns a block of scores into probabilities in place, and brings maximum and sum up to date. `cap` is the soft cap in
+// base-2 units; with it the scores come divided by the cap.
+template <class C, bool kPartial, bool kSoftCap>
+void SoftmaxBlock(const ForwardScratch<C>& x, int64_t ld, int64_t keys, int64_t vectors, C cap) {
+  for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
+    C* const scores = x.scores + v;
+    const Vec<C> before = Load<C>(x.maximum + v);
+    Vec<C> maximum = before;
+    for (int64_t k = 0; k < keys; ++k) {
+      Vec<C> score = Load<C>(scores + k * ld);
+      if constexpr (kSoftCap) score = cap * Tanh<C>(score);
+      if constexpr (kPartial) {
+        score = Select<C>(QueriesAttend<C>(x.tile + v, ld, k), score, Broadcast<C>(-kInfinity<C>));
+      }
+      if constexpr (kSoftCap || kPartial) Store<C>(scores + k * ld, score);
+      maximum = Max<C>(score, maximum);
+    }
+    // A row that has attended to nothing yet subtracts 0, not -inf.
+    const Vec<C> shift = Select<C>(maximum == -kInfinity<C>, Vec<C>{}, maximum);
+    Vec<C> sum = {};
+    for (int64_t k = 0; k < keys; ++k) {
+      const Vec<C> probability = Exp2<C>(Load<C>(scores + k * ld) - shift);
+      Store<C>(scores + k * ld, probability);
+      sum += probability;
+    }
+    const Vec<C> rescale = Exp2<C>(before - shift);
+    Store<C>(x.maximum + v, maximum);
+    Store<C>(x.rescale + v, rescale);
+    Store<C>(x.sum + v, Load<C>(x.sum + v) * rescale + sum);
+  }
+}
+
+// Probabilities of the keys whose value is not finite: NaN for the queries that attend to them, else 0.
+template <class C>
+void SpoilKeys(C* weights, int64_t ld, int64_t vectors, const Lane<C>* tile, const uint8_t* bad, int64_t keys) {
+  for (int64_t k = 0; k < keys; ++k) {
+    if (!bad[k]) continue;
+    for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
+      Store<C>(weights + k * ld + v, Select<C>(QueriesAttend<C>(tile + v, ld, k), Broadcast<C>(kNaN<C>), Vec<C>{}));
+    }
+  }
+}
+
+template <class C, class E>
+void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
+  const Shape& s = p.shape;
+  const ForwardScratch<C> x(s, memory);
+
+  // --- Where: batch b, head h, query block i. Late query blocks first: under a causal mask they are the longest.
+  const int64_t i = s.q_blocks - 1 - task % s.q_blocks;
+  const int64_t h = task / s.q_blocks % s.heads;
+  const int64_t b = task / s.q_blocks / s.heads;
+  const int64_t kv_head = h / (s.heads / s.kv_heads);
+  const int64_t first = i * s.block_q;
+  const int64_t rows = Minimum(s.block_q, s.q_len - first);
+  const int64_t queries = Clamp(QueryLength(p.lengths, s, b) - first, rows);
+  const int64_t kv_length = KeyLength(p.lengths, s, b);
+  const int64_t vectors = RoundUpToLanes<C>(queries) / kLanes<C>;
+  const int64_t ld = s.block_q;
+  const int64_t key_stride = s.kv_heads * s.head_dim;
+  const int64_t value_stride = s.kv_heads * s.value_dim;
+  const int64_t out_stride = s.heads * s.value_dim;
+  const E* const keys = static_cast<const E*>(p.key) + (b * s.kv_len * s.kv_heads + kv_head) * s.head_dim;
+  const E* const values = static_cast<const E*>(p.value) + (b * s.kv_len * s.kv_heads + kv_head) * s.value_dim;
+  E* const out = static_cast<E*>(p.out) + ((b * s.q_len + first) * s.heads + h) * s.value_dim;
+  C* const lse = static_cast<C*>(p.lse) + (b * s.heads + h) * s.q_len + first;
+
+  // --- Rows beyond the example's length, and rows whose list is broken.
+  FillRows<C>(out + queries * out_stride, out_stride, rows - queries, s.value_dim, C(0));
+  Fill<C>(lse + queries, rows - queries, -kInfinity<C>);
+  if (queries == 0) return;
+  const BlockRow row = ReadRow(p.rows, p.tiles.count, b, h, i);
+  if (row.poisoned) {
+    FillRows<C>(out, out_stride, queries, s.value_dim, kNaN<C>);
+    Fill<C>(lse, queries, kNaN<C>);
+    return;
+  }
+
+  // --- Start: Q^T with the scale in it, nothing attended to yet.
+  const C cap = static_cast<C>(p.soft_cap * kLog2E);
+  const C scale = static_cast<C>(p.soft_cap != 0 ? double(p.scale) / p.soft_cap : p.scale * kLog2E);
+  const E* const query = static_cast<const E*>(p.query) + ((b * s.q_len + first) * s.heads + h) * s.head_dim;
+  PackTransposed<C>(query, s.heads * s.head_dim, queries, s.head_dim, scale, x.query, ld);
+  Fill<C>(x.out, RoundUpToLanes<C>(s.value_dim) * ld, C(0));
+  Fill<C>(x.maximum, ld, -kInfinity<C>);
+  Fill<C>(x.sum, ld, C(0));
+
+  for (int64_t entry = 0; entry < row.count; ++entry) {
+    const int64_t first_key = row.ids[entry] * s.block_kv;
+    const int64_t n_keys = Minimum(s.block_kv, kv_length - first_key);
+    if (n_keys <= 0) continue;
+    const bool partial = row.tiles[entry] >= 0;
+
+    // --- Load: rows of K and V in the compute type; the tile of a partial block.
+    const E* const key_block = keys + first_key * key_stride;
+    const int64_t key_ld = RoundUpToLanes<C>(s.head_dim);
+    const int64_t value_ld = RoundUpToLanes<C>(s.value_dim);
+    PackRows<C>(key_block, key_stride, n_keys, s.head_dim, x.key, key_ld);
+    PackRows<C>(values + first_key * value_stride, value_stride, n_keys, s.value_dim, x.value, value_ld);
+    bool spoiled = false;
+    if (partial) {
+      PackTile<C>(TileWords(p.tiles, s, b, h, row.tiles[entry]), s.block_kv / 32, queries, ld, x.tile);
+      Fill<uint8_t>(x.bad, n_keys, 0);
+      spoiled = CleanRows<C>(x.value, value_ld, n_keys, s.value_dim, x.bad);
+    }
+
+    // --- Meanwhile the next block of keys and values comes nearer.
+    Ahead next_keys, next_values;
+    if (entry + 1 < row.count) {
+      const int64_t next_key = row.ids[entry + 1] * s.block_kv;
+      const int64_t count = Clamp(kv_length - next_key, s.block_kv);
+      next_keys = Ahead(keys + next_key * key_stride, key_stride, count, s.head_dim);
+      next_values = Ahead(values + next_key * value_stride, value_stride, count, s.value_dim);
+    }
+
+    // --- S^T = K Q^T
+    Multiply<C, Operand::kRows, Into::kStore>(x.key, key_ld, x.query, ld, n_keys, vectors, s.head_dim, x.scores, ld,
+                                              next_keys);
+
+    // --- P^T = 2^(S^T - maximum)
+    const auto softmax = partial ? (p.soft_cap != 0 ? SoftmaxBlock<C, true, true> : SoftmaxBlock<C, true, false>)
+                                 : (p.soft_cap != 0 ? SoftmaxBlock<C, false, true> : SoftmaxBlock<C, false, false>);
+    softmax(x, ld, n_keys, vectors, cap);
+    if (spoiled) SpoilKeys<C>(x.scores, ld, vectors, x.tile, x.bad, n_keys);
+
+    // --- O^T = O^T * rescale + V^T P^T
+    Multiply<C, Operand::kColumns, Into::kRescale>(x.value, value_ld, x.scores, ld, s.value_dim, vectors, n_keys, x.out,
+                                                   ld, next_values, x.rescale);
+  }
+
+  // --- Finish: the sink joins the denominator; log-sum-exp in natural units; O = O^T / sum.
+  C sink = -kInfinity<C>;
+  if (p.sinks != nullptr) sink = static_cast<const C*>(p.sinks)[LeadingIndex(p.sinks_batch, p.sinks_heads, b, h)];
+  for (int64_t r = 0; r < vectors * kLanes<C>; ++r) {
+    const double maximum = x.maximum[r] * kLn2;
+    const double sum = x.sum[r];
+    double total = sum;
+    double shift = maximum;
+    if (sink != -kInfinity<C>) {
+      shift = sink > maximum ? double(sink) : maximum;
+      total = sum == 0 ? 0 : sum * __builtin_exp(maximum - shift);
+      const double own = __builtin_exp(sink - shift);
+      x.rescale[r] = static_cast<C>(sum == 0 ? 0 : __builtin_exp(maximum - shift) / (total + own));
+      total += own;
+    } else {
+      x.rescale[r] = static_cast<C>(sum == 0 ? 0 : 1 / sum);
+    }
+    if (r < queries) lse[r] = total == 0 ? -kInfinity<C> : static_cast<C>(shift + __builtin_log(total));
+  }
+  UnpackTransposed<C>(x.out, ld, x.rescale, queries, s.value_dim, out, out_stride);
+}
+
+}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

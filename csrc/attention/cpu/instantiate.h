@@ -1,0 +1,68 @@
+// The kernels of one instruction set for every element type, as the table ../cpu.cc calls through. Included last by
+// isa_*.cc, after JAX_BSK_CPU_ISA, JAX_BSK_CPU_ISA_NAME and JAX_BSK_CPU_VECTOR_BYTES are defined.
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+#include "kernels.h"
+
+namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+
+template <class C>
+size_t ScratchBytes(const ForwardParams& p) {
+  return ForwardScratch<C>(p.shape, nullptr).bytes;
+}
+
+template <class C>
+size_t ScratchBytes(const BackwardParams& p) {
+  return BackwardScratch<C>(p.shape, nullptr).bytes;
+}
+
+template <class Params>
+size_t Scratch(const Params& p) {
+  return p.dtype == DType::kF64 ? ScratchBytes<double>(p) : ScratchBytes<float>(p);
+}
+
+inline void RunForward(const ForwardParams& p, int64_t task, void* scratch) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return ForwardTask<float, F16>(p, task, scratch);
+    case DType::kBF16:
+      return ForwardTask<float, BF16>(p, task, scratch);
+    case DType::kF32:
+      return ForwardTask<float, float>(p, task, scratch);
+    case DType::kF64:
+      return ForwardTask<double, double>(p, task, scratch);
+  }
+}
+
+inline void RunBackwardQuery(const BackwardParams& p, int64_t task, void* scratch) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return BackwardQueryTask<float, F16>(p, task, scratch);
+    case DType::kBF16:
+      return BackwardQueryTask<float, BF16>(p, task, scratch);
+    case DType::kF32:
+      return BackwardQueryTask<float, float>(p, task, scratch);
+    case DType::kF64:
+      return BackwardQueryTask<double, double>(p, task, scratch);
+  }
+}
+
+inline void RunBackwardKey(const BackwardParams& p, int64_t task, void* scratch) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return BackwardKeyTask<float, F16>(p, task, scratch);
+    case DType::kBF16:
+      return BackwardKeyTask<float, BF16>(p, task, scratch);
+    case DType::kF32:
+      return BackwardKeyTask<float, float>(p, task, scratch);
+    case DType::kF64:
+      return BackwardKeyTask<double, double>(p, task, scratch);
+  }
+}
+
+constexpr Kernels kKernels = {JAX_BSK_CPU_ISA_NAME, Scratch<ForwardParams>, Scratch<BackwardParams>,
+                              RunForward,           RunBackwardQuery,       RunBackwardKey};
+
+}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

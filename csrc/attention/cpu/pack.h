@@ -1,0 +1,97 @@
+// Moving blocks between the arrays and scratch memory: copies of rows in the compute type, and transposed copies whose
+// lanes run along the rows.
+#pragma once
+
+#include "elements.h"
+
+namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+
+template <class C>
+JAX_BSK_INLINE constexpr int64_t RoundUpToLanes(int64_t n) {
+  return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
+}
+
+// to[column][row] = factor * from[row][column]. Columns and rows are padded with zeros to whole vectors.
+template <class C, class E>
+void PackTransposed(const E* from, int64_t stride, int64_t rows, int64_t columns, C factor, C* to, int64_t ld) {
+  constexpr int n = kLanes<C>;
+  for (int64_t r = 0; r < rows; r += n) {
+    for (int64_t c = 0; c < columns; c += n) {
+      Vec<C> square[n];
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) {
+        square[k] = r + k < rows ? factor * LoadUpTo<C>(from + (r + k) * stride + c, columns - c) : Vec<C>{};
+      }
+      TransposeSquare<C>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) Store<C>(to + (c + k) * ld + r, square[k]);
+    }
+  }
+}
+
+// to[row][column] = factor[row] * from[column][row]: the way back. `factor` and `from` are readable to whole vectors.
+template <class C, class E>
+void UnpackTransposed(const C* from, int64_t ld, const C* factor, int64_t rows, int64_t columns, E* to,
+                      int64_t stride) {
+  constexpr int n = kLanes<C>;
+  for (int64_t r = 0; r < rows; r += n) {
+    for (int64_t c = 0; c < columns; c += n) {
+      Vec<C> square[n];
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) square[k] = Load<C>(from + (c + k) * ld + r) * Load<C>(factor + r);
+      TransposeSquare<C>(square);
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) {
+        if (r + k < rows) StoreUpTo<C>(to + (r + k) * stride + c, square[k], columns - c);
+      }
+    }
+  }
+}
+
+// Copies rows, padded with zeros to whole vectors.
+template <class C, class E>
+void PackRows(const E* from, int64_t stride, int64_t rows, int64_t columns, C* to, int64_t ld) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kLanes<C>) {
+      Store<C>(to + r * ld + c, LoadUpTo<C>(from + r * stride + c, columns - c));
+    }
+  }
+}
+
+// Sets bad[row] for every packed row that holds an infinity or a NaN and, being the operand of a product in which some
+// weights are 0 because the pair is masked out, replaces that row by zeros: 0 * NaN would reach rows that do not attend
+// to it. The caller puts NaN into the weights of those that do. Returns whether there was any.
+template <class C>
+bool CleanRows(C* data, int64_t ld, int64_t rows, int64_t columns, uint8_t* bad) {
+  bool any = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec<C> sum = {};
+    for (int64_t c = 0; c < columns; c += kLanes<C>) sum += Load<C>(data + r * ld + c) * C(0);
+    C lanes[kLanes<C>];
+    Store<C>(lanes, sum);
+    bool finite = true;
+    for (int k = 0; k < kLanes<C>; ++k) finite &= lanes[k] == C(0);
+    if (finite) continue;
+    any = true;
+    bad[r] = 1;
+    for (int64_t c = 0; c < columns; c += kLanes<C>) Store<C>(data + r * ld + c, Vec<C>{});
+  }
+  return any;
+}
+
+template <class C>
+JAX_BSK_INLINE void Fill(C* to, int64_t count, C value) {
+  for (int64_t i = 0; i < count; ++i) to[i] = value;
+}
+
+// Writes one value into a block of rows of an array: rows nothing was computed for.
+template <class C, class E>
+void FillRows(E* to, int64_t stride, int64_t rows, int64_t columns, C value) {
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < columns; c += kLanes<C>) {
+      StoreUpTo<C>(to + r * stride + c, Broadcast<C>(value), columns - c);
+    }
+  }
+}
+
+}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

@@ -1,0 +1,68 @@
+// XLA FFI handlers of the attention calls on CUDA: buffers -> checked parameters -> launch. They allocate nothing and
+// launch the same kernels whatever the buffers hold, so XLA may record them in a CUDA graph (kCmdBufferCompatible: 0.9 us
+// against 3.8 us a call in one jit, measured on an H200 with an empty kernel).
+#include <cuda_runtime.h>
+
+#include "attention/buffers.h"
+#include "attention/launch.h"
+#include "registrations.h"
+
+namespace jax_bsk::attention {
+namespace {
+
+ffi::Error LaunchResult(const char* name, cudaError_t error) {
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal("jax_bsk: " + std::string(name) + " did not launch: " + cudaGetErrorString(error));
+}
+
+ffi::Error Refusal(const std::string& reason) { return ffi::Error::InvalidArgument("jax_bsk: " + reason); }
+
+ffi::Error ForwardHandler(cudaStream_t stream, int32_t device, Operand query, Operand key, Operand value,
+                          Operand row_offsets, Operand kv_blocks, Operand tiles, Operand bit_tiles, Operand lengths,
+                          Operand sinks, Output out, Output lse, int64_t block_q, int64_t block_kv, float scale,
+                          float soft_cap, std::string_view version) {
+  ForwardParams params{};
+  JAX_BSK_RETURN_IF_ERROR(ReadForward(query, key, value, {row_offsets, kv_blocks, tiles}, bit_tiles, lengths, sinks,
+                                      out, lse, {block_q, block_kv, scale, soft_cap, version}, &params));
+  if (std::string reason = cuda::ForwardRefusal(params, device); !reason.empty()) return Refusal(reason);
+  return LaunchResult("the forward", cuda::LaunchForward(params, device, stream));
+}
+
+ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Operand query, Operand key, Operand value,
+                           Operand lse, Operand delta, Operand row_offsets, Operand kv_blocks, Operand tiles,
+                           Operand col_offsets, Operand q_blocks, Operand col_tiles, Operand bit_tiles, Operand lengths,
+                           Output dquery, Output dkey, Output dvalue, int64_t block_q, int64_t block_kv, float scale,
+                           float soft_cap, std::string_view version) {
+  BackwardParams params{};
+  JAX_BSK_RETURN_IF_ERROR(ReadBackward(dout, query, key, value, lse, delta, {row_offsets, kv_blocks, tiles},
+                                       {col_offsets, q_blocks, col_tiles}, bit_tiles, lengths, dquery, dkey, dvalue,
+                                       {block_q, block_kv, scale, soft_cap, version}, &params));
+  if (std::string reason = cuda::BackwardRefusal(params, device); !reason.empty()) return Refusal(reason);
+  return LaunchResult("the backward", cuda::LaunchBackward(params, device, stream));
+}
+
+auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }
+
+XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler, BindForwardOperands(Bind()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()), {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+}  // namespace jax_bsk::attention
+
+namespace jax_bsk {
+
+std::map<std::string, XLA_FFI_Handler*> Registrations() {
+  return {{"jax_bsk_attention_forward", attention::kForward}, {"jax_bsk_attention_backward", attention::kBackward}};
+}
+
+std::map<std::string, Fact> BuildInfo() {
+  using attention::cuda::Limits;
+  return {{"dtypes", std::vector<std::string>{"float16", "bfloat16", "float32"}},
+          {"architectures", std::string(JAX_BSK_CUDA_ARCHITECTURES)},
+          {"min_compute_capability", int64_t{Limits::kMinComputeCapability}},
+          {"head_dim_multiple", int64_t{Limits::kHeadDimMultiple}},
+          {"max_head_dim", int64_t{Limits::kMaxHeadDim}},
+          {"blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
+}
+
+}  // namespace jax_bsk

@@ -1,0 +1,7 @@
+#include "attention/sm80/bwd.cuh"
+
+namespace jax_bsk::attention::cuda::sm80 {
+
+template cudaError_t LaunchBackward<BackwardConfig<__half, 64>>(const BackwardParams&, cudaStream_t);
+
+}  // namespace jax_bsk::attention::cuda::sm80

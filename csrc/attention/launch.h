@@ -1,0 +1,32 @@
+// Host interface of the CUDA attention kernels, free of XLA: what they can take, and how to launch them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+#include "attention/params.h"
+
+namespace jax_bsk::attention::cuda {
+
+// What the kernels of this build can take, for build_info(); the refusals below say the same of one problem.
+struct Limits {
+  static constexpr int kMinComputeCapability = 80;  // major * 10 + minor
+  static constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
+  static constexpr int kHeadDimMultiple = 8;  // of head_dim and value_dim: rows are copied 16 bytes at a time
+  static constexpr int kMaxHeadDim = 256;     // of head_dim and value_dim
+  static constexpr int kBlocks[] = {64, 128};
+};
+
+// Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
+std::string ForwardRefusal(const ForwardParams& params, int device);
+std::string BackwardRefusal(const BackwardParams& params, int device);
+
+// Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
+// grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing; those
+// with results but nothing to attend to get zeros (-inf in lse) from the kernels.
+cudaError_t LaunchForward(const ForwardParams& params, int device, cudaStream_t stream);
+cudaError_t LaunchBackward(const BackwardParams& params, int device, cudaStream_t stream);
+
+}  // namespace jax_bsk::attention::cuda

@@ -1,0 +1,98 @@
+// What an attention kernel is told, as plain data. No XLA, Python or CUDA header: the handlers fill these structs after
+// checking every shape, and the CPU and CUDA kernels read nothing else.
+#pragma once
+
+#include <cstdint>
+
+namespace jax_bsk::attention {
+
+enum class DType : int32_t { kF16, kBF16, kF32, kF64 };
+
+// Sizes shared by forward and backward. Names follow jax.nn.dot_product_attention: query is BTNH, key and value BSKH.
+struct Shape {
+  int64_t batch;      // B
+  int64_t q_len;      // T
+  int64_t kv_len;     // S
+  int64_t heads;      // N, query heads; heads % kv_heads == 0
+  int64_t kv_heads;   // K
+  int64_t head_dim;   // H of query and key
+  int64_t value_dim;  // H of value and output
+  int64_t block_q;
+  int64_t block_kv;
+  int64_t q_blocks;   // ceil(q_len / block_q)
+  int64_t kv_blocks;  // ceil(kv_len / block_kv)
+};
+
+// Which blocks each row of blocks visits. Query-major for the forward and dQ (rows are query blocks, ids are key/value
+// blocks), key-major for dK and dV (rows are key/value blocks, ids are query blocks). `batch` is 1 or B, `heads` 1 or N.
+//
+// The contents come from the user's device memory and are not trusted: a row whose offsets are negative, decreasing or
+// beyond `capacity`, or that lists an id outside [0, ids) or a tile outside [-1, BitTiles::count), yields NaN for the
+// whole row of the results, and nothing outside an array is ever read.
+struct BlockList {
+  const int32_t* offsets;  // [batch, heads, rows + 1]
+  const int32_t* ids;      // [batch, heads, capacity]
+  const int32_t* tiles;    // [batch, heads, capacity]: -1 = every pair of the block attends, else a bit tile's number
+  int64_t batch;
+  int64_t heads;
+  int64_t rows;      // q_blocks, or kv_blocks when key-major
+  int64_t ids_end;   // ids lie in [0, ids_end)
+  int64_t capacity;
+};
+
+// Deduplicated masks of partially visited blocks. Bit (c % 32) of word [r, c / 32] says whether query r of the block
+// attends to key c of the block; always query-major, also when a key-major list refers to it. `batch` is 1 or B, `heads`
+// 1 or N, each independently of the list's.
+struct BitTiles {
+  const uint32_t* words;  // [batch, heads, count, block_q, block_kv / 32]
+  int64_t batch;
+  int64_t heads;
+  int64_t count;  // may be 0
+};
+
+// Valid lengths per example; rows beyond them give 0 (log-sum-exp -inf), keys beyond them are not attended to.
+struct Lengths {
+  const int32_t* pairs;  // [batch, 2]: (query length, key/value length), clamped to [0, q_len] and [0, kv_len]
+  int64_t batch;         // 1 or B
+};
+
+// The statistics type ("stats"): float64 when the inputs are float64, float32 otherwise.
+struct ForwardParams {
+  Shape shape;
+  DType dtype;
+  const void* query;  // [B, T, N, head_dim]
+  const void* key;    // [B, S, K, head_dim]
+  const void* value;  // [B, S, K, value_dim]
+  BlockList rows;     // query-major
+  BitTiles tiles;
+  Lengths lengths;
+  const void* sinks;  // stats [sinks_batch, sinks_heads], each 1 or B / N; -inf = no sink
+  int64_t sinks_batch;
+  int64_t sinks_heads;
+  float scale;     // logits = scale * q.k, before the soft cap
+  float soft_cap;  // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
+  void* out;       // [B, T, N, value_dim], dtype
+  void* lse;       // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink
+};
+
+struct BackwardParams {
+  Shape shape;
+  DType dtype;
+  const void* dout;   // [B, T, N, value_dim]
+  const void* query;  // as in ForwardParams
+  const void* key;
+  const void* value;
+  const void* lse;    // stats [B, N, T], as the forward wrote it
+  const void* delta;  // stats [B, N, T]: sum(dout * out, -1) - dlse
+  BlockList rows;     // query-major, for dQ
+  BlockList cols;     // key-major, for dK and dV
+  BitTiles tiles;
+  Lengths lengths;
+  float scale;
+  float soft_cap;
+  void* dquery;  // [B, T, N, head_dim], dtype
+  void* dkey;    // [B, S, K, head_dim], dtype; summed over the group's query heads
+  void* dvalue;  // [B, S, K, value_dim], dtype
+};
+
+}  // namespace jax_bsk::attention

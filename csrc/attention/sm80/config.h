@@ -1,0 +1,69 @@
+// Tile shapes of the portable kernels (mma.sync + cp.async, sm_80 and newer), and the launchers that instances/*.cu
+// define. No kernel code here, so that launch.cu compiles in a moment.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+
+#include "attention/params.h"
+
+namespace jax_bsk::attention::cuda::sm80 {
+
+// Rows of a kernel tile whose operand stays (queries of the forward and dQ, keys of dK and dV): the largest that
+// divides every supported block.
+constexpr int kTile = 64;
+
+// Four warps, each with 16 * kRowTiles query rows. Two row tiles a warp halve the shared memory traffic of keys and
+// values per product, where the accumulators leave room (up to 128 dimensions) and blocks are 128 queries.
+template <typename Element_, int kDim_, int kRowTiles_>
+struct ForwardConfig {
+  using Element = Element_;
+  static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
+  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kThreads = 128;
+  static constexpr int kTileQ = kTile * kRowTiles;
+  static constexpr int kTileKv = kDim > 128 ? 32 : 64;  // 64 would spill beside the output accumulator
+  static_assert(kDim * kRowTiles <= 256, "the output accumulator takes kDim * kRowTiles / 2 registers");
+};
+
+// dQ: four warps over 64 queries. dK and dV: four warps over 64 keys, each with both accumulators (kDim registers). At
+// 128 dimensions this leaves registers for 32 queries at a time; at 256 it is all there is, so eight warps share the
+// work: four make dV and four dK, from the same tiles.
+template <typename Element_, int kDim_>
+struct BackwardConfig {
+  using Element = Element_;
+  static constexpr int kDim = kDim_;
+  static constexpr bool kSplit = kDim > 128;
+  static constexpr int kQueryTileKv = kDim > 128 ? 32 : 64;  // keys at a time for dQ
+  static constexpr int kKeyTileQ =                           // queries at a time for dK and dV
+      kDim <= 64                      ? 64
+      : kDim * sizeof(Element) <= 512 ? 32
+                                      : 16;
+  static constexpr int kQueryThreads = 128;
+  static constexpr int kKeyThreads = kSplit ? 256 : 128;
+};
+
+// Bytes of dynamic shared memory, for refusals; the kernels assert that their structs are no larger.
+template <typename Config>
+constexpr int ForwardSharedBytes() {
+  return (Config::kTileQ + 2 * Config::kTileKv) *
+             (Config::kDim * static_cast<int>(sizeof(typename Config::Element)) + 16) +
+         64;
+}
+template <typename Config>
+constexpr int BackwardSharedBytes() {
+  return 2 * (kTile + std::max(Config::kQueryTileKv, Config::kKeyTileQ)) *
+             (Config::kDim * static_cast<int>(sizeof(typename Config::Element)) + 16) +
+         2048;
+}
+
+// On the current device. Defined in fwd.cuh and bwd.cuh, instantiated in instances/*.cu.
+template <typename Config>
+cudaError_t LaunchForward(const ForwardParams& params, cudaStream_t stream);
+template <typename Config>
+cudaError_t LaunchBackward(const BackwardParams& params, cudaStream_t stream);
+
+}  // namespace jax_bsk::attention::cuda::sm80

@@ -1,0 +1,27 @@
+// The Python side of a native library, compiled once into each of them: two functions and nothing else.
+#include <nanobind/nanobind.h>
+#include <nanobind/stl/map.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/variant.h>
+#include <nanobind/stl/vector.h>
+
+#include "registrations.h"
+#include "version.h"
+
+namespace nb = nanobind;
+
+NB_MODULE(JAX_BSK_MODULE, m) {
+  m.def("registrations", [] {
+    nb::dict targets;
+    for (const auto& [name, handler] : jax_bsk::Registrations()) {
+      targets[name.c_str()] = nb::capsule(reinterpret_cast<void*>(handler));
+    }
+    return targets;
+  });
+  m.def("build_info", [] {
+    auto info = jax_bsk::BuildInfo();
+    info["version"] = std::string(JAX_BSK_VERSION);
+    info["ffi_api"] = std::vector<int64_t>{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
+    return info;
+  });
+}

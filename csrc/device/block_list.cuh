@@ -1,0 +1,124 @@
+// Validated reading of what the user's device memory says: block lists, bit tiles, lengths. Every thread of a CTA walks
+// the list itself (the loads broadcast), so all of them agree on every step without a barrier.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/params.h"
+
+namespace jax_bsk::device {
+
+using attention::BitTiles;
+using attention::BlockList;
+using attention::Lengths;
+
+// Index of a [batch, heads] table whose dimensions are 1 or full.
+__device__ __forceinline__ int64_t TableIndex(int64_t batch_size, int64_t head_count, int batch, int head) {
+  return (batch_size == 1 ? 0 : batch) * head_count + (head_count == 1 ? 0 : head);
+}
+
+struct Limits2 {
+  int query;
+  int key;
+};
+
+// The example's lengths, clamped to what the arrays hold.
+__device__ __forceinline__ Limits2 ReadLengths(const Lengths& lengths, int batch, int q_len, int kv_len) {
+  if (lengths.pairs == nullptr) return {q_len, kv_len};
+  const int32_t* pair = lengths.pairs + (lengths.batch == 1 ? 0 : 2 * int64_t{batch});
+  return {min(max(__ldg(pair), 0), q_len), min(max(__ldg(pair + 1), 0), kv_len)};
+}
+
+// Words of one row of a bit tile: bit c % 32 of word c / 32 stands for key c of the block.
+__device__ __forceinline__ const uint32_t* BitTileRow(const BitTiles& tiles, int batch, int head, int tile, int row,
+                                                      int block_q, int block_kv) {
+  const int64_t index = TableIndex(tiles.batch, tiles.heads, batch, head) * tiles.count + tile;
+  return tiles.words + (index * block_q + row) * (block_kv / 32);
+}
+
+// The first kColumns (32 or 64) bits of a bit tile's row.
+template <int kColumns>
+__device__ __forceinline__ uint64_t RowBits(const uint32_t* words) {
+  static_assert(kColumns == 32 || kColumns == 64);
+  uint64_t bits = __ldg(words);
+  if constexpr (kColumns == 64) bits |= static_cast<uint64_t>(__ldg(words + 1)) << 32;
+  return bits;
+}
+
+// One kernel tile to visit.
+struct Step {
+  int start;   // its first query or key
+  int offset;  // the same, counted from the start of its list block
+  int tile;    // bit tile of the list block, -1 = every pair attends
+};
+
+// Walks one row of a block list in steps of kTile queries or keys, leaving out steps that begin at or past `limit`.
+// Stops at the first thing that cannot be true and calls the row poisoned. The next entry is always loaded one entry
+// ahead, so that no step waits for global memory.
+//
+// `list` and `tiles` are kernel parameters: read again where they are needed, they cost no registers.
+template <int kTile>
+class BlockWalker {
+ public:
+  __device__ BlockWalker(const BlockList& list, const BitTiles& tiles, int batch, int head, int row, int block,
+                         int limit)
+      : list_(list), tiles_(tiles), block_(block), limit_(limit), offset_(block) {
+    Restart(batch, head, row);
+  }
+
+  // Goes to the beginning of another row.
+  __device__ void Restart(int batch, int head, int row) {
+    const int64_t table = TableIndex(list_.batch, list_.heads, batch, head);
+    const int32_t* offsets = list_.offsets + table * (list_.rows + 1) + row;
+    const int begin = __ldg(offsets), end = __ldg(offsets + 1);
+    poisoned_ = begin < 0 || end < begin || end > list_.capacity;
+    left_ = poisoned_ ? 0 : end - begin;
+    position_ = table * list_.capacity + begin;
+    offset_ = block_;
+    LoadEntry();
+  }
+
+  // False at the end of the row, or when the row is poisoned.
+  __device__ __forceinline__ bool Next(Step& step) {
+    while (true) {
+      if (offset_ >= block_) {
+        if (left_ == 0) return false;
+        if (next_id_ < 0 || next_id_ >= list_.ids_end || next_tile_ < -1 || next_tile_ >= tiles_.count) {
+          poisoned_ = true;
+          left_ = 0;
+          return false;
+        }
+        start_ = next_id_ * block_;
+        tile_ = next_tile_;
+        offset_ = 0;
+        --left_;
+        LoadEntry();
+      }
+      step = {start_ + offset_, offset_, tile_};
+      offset_ += kTile;
+      if (step.start < limit_) return true;
+    }
+  }
+
+  __device__ bool poisoned() const { return poisoned_; }
+
+ private:
+  __device__ __forceinline__ void LoadEntry() {
+    if (left_ > 0) {
+      next_id_ = __ldg(list_.ids + position_);
+      next_tile_ = __ldg(list_.tiles + position_);
+      ++position_;
+    }
+  }
+
+  const BlockList& list_;
+  const BitTiles& tiles_;
+  int block_, limit_;
+  int64_t position_;  // of the entry after the next
+  int left_;          // entries not yet taken
+  int next_id_ = 0, next_tile_ = 0;
+  int start_ = 0, offset_, tile_ = -1;
+  bool poisoned_;
+};
+
+}  // namespace jax_bsk::device

@@ -1,0 +1,96 @@
+// From products q.k to logits in units of log2, the masks of a thread's rows, and the online softmax.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "device/ptx.cuh"
+
+namespace jax_bsk::device {
+
+constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+__device__ __forceinline__ float Infinity() { return __int_as_float(0x7F800000); }
+__device__ __forceinline__ float QuietNan() { return __int_as_float(0x7FFFFFFF); }
+
+// logits * log2(e) = multiplier * x, with multiplier > 0 and
+//   x = q.k                             plainly (`plain`), the scale folded into the multiplier;
+//   x = q.k * before                    for a scale that is not positive, else max(x) would not find the largest logit;
+//   x = tanh(q.k * before)              with a soft cap.
+// A masked pair may therefore be x = -inf in every case.
+//
+// kExact: tanh to float32's relative accuracy. Without it the absolute error is 2^-23 before the multiplication by the
+// cap, far below what rounding the probabilities to 16 bits costs.
+template <bool kExact>
+struct LogitMap {
+  float before;
+  float multiplier;
+  bool plain;
+  bool capped;
+
+  __device__ LogitMap(float scale, float soft_cap) {
+    capped = soft_cap != 0.f;
+    plain = !capped && scale > 1e-30f;
+    before = capped ? scale / fabsf(soft_cap) : scale;
+    multiplier = kLog2E * (capped ? fabsf(soft_cap) : plain ? scale : 1.f);
+  }
+
+  // x of a pair when not plain.
+  __device__ float operator()(float product) const {
+    const float x = product * before;
+    if (!capped) return x;
+    if constexpr (kExact) return tanhf(x);
+    // tanh(x) = 1 - 2 / (e^2x + 1); the minimum, which keeps the quotient in range, would lose a NaN.
+    return 1.f - __fdividef(2.f, Exp2(fminf(x, 40.f) * (2.f * kLog2E)) + 1.f) + (x != x ? x : 0.f);
+  }
+  // Derivative of the logit by scale * q.k, from x.
+  __device__ float Slope(float x) const { return capped ? 1.f - x * x : 1.f; }
+};
+
+// Bits of the columns below `count` of a 64-column tile.
+__device__ __forceinline__ uint64_t FirstBits(int count) {
+  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
+}
+
+// Largest, sum over the four lanes that share a row.
+__device__ __forceinline__ float QuadMax(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
+}
+__device__ __forceinline__ float QuadSum(float x) {
+  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
+  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
+}
+
+// Running softmax of a thread's two rows of one m16 tile, in units of log2.
+struct OnlineSoftmax {
+  float max[2] = {-Infinity(), -Infinity()};  // of the row
+  float sum[2] = {0.f, 0.f};                  // over this thread's columns only; QuadSum at the end
+
+  // Turns x into probabilities relative to the running maximum and returns the factors for what was accumulated so far.
+  // A NaN passes through the exponential into the sum; the maximum ignores it.
+  template <int kN8>
+  __device__ __forceinline__ void Update(float (&x)[kN8][4], float multiplier, float (&rescale)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float largest = x[0][2 * half];
+#pragma unroll
+      for (int n = 0; n < kN8; ++n) largest = fmaxf(fmaxf(largest, x[n][2 * half]), x[n][2 * half + 1]);
+      const float new_max = fmaxf(max[half], QuadMax(largest) * multiplier);
+      const float shift = new_max == -Infinity() ? 0.f : new_max;  // -inf - -inf would be NaN
+      rescale[half] = Exp2(max[half] - shift);
+      max[half] = new_max;
+      float total = 0.f;
+#pragma unroll
+      for (int n = 0; n < kN8; ++n)
+#pragma unroll
+        for (int e = 2 * half; e < 2 * half + 2; ++e) {
+          x[n][e] = Exp2(fmaf(x[n][e], multiplier, -shift));
+          total += x[n][e];
+        }
+      sum[half] = fmaf(sum[half], rescale[half], total);
+    }
+  }
+};
+
+}  // namespace jax_bsk::device

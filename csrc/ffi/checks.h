@@ -1,0 +1,80 @@
+// Checks every handler makes of the buffers XLA hands it. Python's abstract evaluation has the friendly messages; these
+// are the last line before a pointer is followed, because a plain custom call trusts whatever shapes it was given.
+#pragma once
+
+#include <cstdint>
+#include <initializer_list>
+#include <string>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_bsk {
+
+namespace ffi = xla::ffi;
+
+inline std::string ShapeString(ffi::AnyBuffer::Dimensions dims) {
+  std::string text = "[";
+  for (size_t i = 0; i < dims.size(); ++i) text += (i ? ", " : "") + std::to_string(dims[i]);
+  return text + "]";
+}
+
+// An extent a dimension may have: exactly `size`, or also 1 when the array may be shared along it.
+struct Extent {
+  int64_t size;
+  bool or_one = false;
+};
+
+// Dimensions with all but the last `trailing` merged into the first: a call under `vmap` carries leading dimensions of
+// its own, and its buffers are dense and row-major, so the kernels see one batch.
+inline std::vector<int64_t> MergeLeading(const ffi::AnyBuffer& buffer, size_t trailing) {
+  auto dims = buffer.dimensions();
+  if (dims.size() <= trailing) return std::vector<int64_t>(dims.begin(), dims.end());
+  std::vector<int64_t> merged{1};
+  const size_t lead = dims.size() - trailing;
+  for (size_t i = 0; i < dims.size(); ++i) {
+    if (i < lead) {
+      merged[0] *= dims[i];
+    } else {
+      merged.push_back(dims[i]);
+    }
+  }
+  return merged;
+}
+
+// Compares the dimensions, leading ones merged, with what is expected.
+inline ffi::Error CheckShape(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<Extent> expected) {
+  const std::vector<int64_t> dims = MergeLeading(buffer, expected.size() - 1);
+  bool good = dims.size() == expected.size();
+  size_t i = 0;
+  std::string wanted = "[";
+  for (const Extent& extent : expected) {
+    if (good) good = dims[i] == extent.size || (extent.or_one && dims[i] == 1);
+    wanted += (i ? ", " : "") + std::string(extent.or_one && extent.size != 1 ? "1|" : "") + std::to_string(extent.size);
+    ++i;
+  }
+  if (good) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has shape " +
+                                     ShapeString(buffer.dimensions()) + ", expected " + wanted + "]");
+}
+
+inline ffi::Error CheckRank(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {
+  if (buffer.dimensions().size() >= rank) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has shape " +
+                                     ShapeString(buffer.dimensions()) + ", expected rank " + std::to_string(rank) + " or more");
+}
+
+inline ffi::Error CheckType(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type) {
+  if (buffer.element_type() == type) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has element type " +
+                                     std::to_string(static_cast<int>(buffer.element_type())) + ", expected " +
+                                     std::to_string(static_cast<int>(type)));
+}
+
+// Returns from the calling handler with the first failure of a list of checks.
+#define JAX_BSK_RETURN_IF_ERROR(expression)                                         \
+  if (ffi::Error jax_bsk_error = (expression); jax_bsk_error.failure()) {           \
+    return jax_bsk_error;                                                           \
+  }
+
+}  // namespace jax_bsk

@@ -1,0 +1,13 @@
+"""Block-sparse attention for JAX: native CUDA and CPU kernels behind one differentiable function."""
+
+from jax_bsk import masks as masks
+from jax_bsk._attention_op import RESIDUAL_NAMES as RESIDUAL_NAMES
+from jax_bsk._errors import FallbackWarning as FallbackWarning
+from jax_bsk._errors import UnsupportedError as UnsupportedError
+from jax_bsk._ffi import export_checks as export_checks
+from jax_bsk._ffi import register as _register
+from jax_bsk._version import __version__ as __version__
+from jax_bsk.attention import sparse_attention as sparse_attention
+from jax_bsk.masks import BlockMask as BlockMask
+
+_register()

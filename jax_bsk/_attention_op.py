@@ -1,0 +1,252 @@
+"""The differentiable native attention operation: custom_vjp -> custom_vmap -> custom_partitioning -> primitive.
+
+Stands between `attention` (which validates, builds the block mask and picks an implementation) and `_ffi` (which names
+the custom calls). Each layer has one duty:
+
+- `attend` (custom_vjp within): saves out and log-sum-exp, computes the row sums `delta` and the sinks' gradient, which are
+  cheap row-wise sums that XLA fuses, so that every native backward sees the same small set of operands;
+- custom_vmap: a mapped axis becomes a leading dimension of the operands (never merged into the batch here: merging
+  makes a sharded batch all-gather);
+- custom_partitioning: batch and heads split over a mesh with no collective (`_partition`);
+- the primitive: shape rule and one lowering a platform. It keeps the leading dimensions; the handlers in C++ read them
+  and the batch as one (a reshape here would be refused on explicit meshes).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jax_bsk import _compat, _ffi, _partition
+from jax_bsk._errors import UnsupportedError
+from jax_bsk.masks import BlockMask
+
+# For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
+RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse")
+
+
+@dataclasses.dataclass(frozen=True)
+class NativeCall:
+    """Static part of a native call; hashable, so it can be a static argument of every layer.
+
+    Attributes:
+      attributes: Numbers that travel to the kernel.
+      platform: The only platform the call may be lowered for, or None for whichever has a native kernel.
+    """
+
+    attributes: _ffi.AttentionAttributes
+    platform: str | None = None
+
+
+def stats_dtype(dtype: Any) -> np.dtype:
+    """Type of log-sum-exp, delta and sinks: float64 for float64 inputs, float32 otherwise."""
+    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+
+
+# --- Primitives: shape rules and lowerings
+
+
+def _like(source, shape: Sequence[int], dtype: Any, dims: Sequence[int]):
+    """Abstract value with `source`'s varying axes, and its sharding with dimension i taken from `dims[i]` (-1: none)."""
+    spec = tuple(source.sharding.spec) + (None,) * (source.ndim - len(source.sharding.spec))
+    sharding = source.sharding.update(spec=PartitionSpec(*(None if d < 0 else spec[d] for d in dims)))
+    return source.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _forward_shapes(query, key, value, *lists_and_more, call: NativeCall):
+    del key, lists_and_more, call
+    *lead, t, n, _ = query.shape
+    dims = list(range(query.ndim))
+    out = _like(query, (*lead, t, n, value.shape[-1]), query.dtype, [*dims[:-1], -1])
+    lse = _like(query, (*lead, n, t), stats_dtype(query.dtype), [*dims[:-3], dims[-2], dims[-3]])
+    return out, lse
+
+
+def _backward_shapes(dout, query, key, value, *stats_and_lists, call: NativeCall):
+    del dout, stats_and_lists, call
+    return tuple(_like(x, x.shape, x.dtype, range(x.ndim)) for x in (query, key, value))
+
+
+def _primitive(name: str, shapes, lower):
+    primitive = _compat.Primitive(name)
+    primitive.multiple_results = True
+    primitive.def_abstract_eval(shapes)
+    primitive.def_impl(lambda *args, call: jax.jit(functools.partial(primitive.bind, call=call))(*args))
+    for platform in ("cpu", "cuda"):
+
+        def rule(ctx, *operands, call: NativeCall, platform=platform):
+            if call.platform not in (None, platform):
+                raise UnsupportedError(call.platform, [f"The computation is being compiled for {platform}."])
+            return lower(ctx, operands, call.attributes)
+
+        _compat.mlir.register_lowering(primitive, rule, platform=platform)
+    return primitive
+
+
+_forward_p = _primitive("jax_bsk_attention_forward", _forward_shapes, _ffi.attention_forward)
+_backward_p = _primitive("jax_bsk_attention_backward", _backward_shapes, _ffi.attention_backward)
+
+
+# --- custom_partitioning
+
+
+def _partitioned(primitive, dims: _partition.CallDims):
+    def bind(call, args):
+        return tuple(primitive.bind(*args, call=call))
+
+    function = custom_partitioning(bind, static_argnums=(0,))
+
+    def partition(call, mesh, arg_shapes, result_shapes):
+        (args,) = arg_shapes
+        if not isinstance(args[0].sharding, NamedSharding):  # partial-manual shard_map hands out GSPMDSharding
+            results = tuple(r.sharding for r in result_shapes)
+            return mesh, functools.partial(bind, call), results, (tuple(a.sharding for a in args),)
+        local = _partition.local_call(dims, mesh, args)
+
+        def run(local_args):
+            return local.run(functools.partial(bind, call), local_args)
+
+        return mesh, run, local.results, (local.operands,)
+
+    function.def_partition(
+        partition=partition,
+        sharding_rule=lambda call, mesh, operands, results: _partition.sharding_rule(dims, mesh, operands, results),
+    )
+    return function
+
+
+# --- custom_vmap
+
+
+def _mapped(partitioned, dims: _partition.CallDims):
+    @functools.cache
+    def function(call: NativeCall):
+        @custom_vmap
+        def mapped(args):
+            return partitioned(call, args)
+
+        @mapped.def_vmap
+        def rule(axis_size, in_batched, args):
+            (batched,) = in_batched
+            shape = args[dims.query].shape
+            shape = shape if batched[dims.query] else (axis_size, *shape)
+            lead = dims.lead(len(shape))
+            full = shape[: lead + 1]
+
+            def moved(x, is_batched: bool, letters: str):
+                if is_batched or letters[0] == "b":
+                    x = x if is_batched else x[None]
+                    # The handlers read the leading dimensions and the batch as one, shared by all or by none.
+                    if letters[0] == "B" or math.prod(x.shape[: lead + 1]) == 1:
+                        return x
+                    return jnp.broadcast_to(x, (*full, *x.shape[lead + 1 :]))
+                return jnp.broadcast_to(x, (axis_size, *x.shape))
+
+            results = mapped(tuple(moved(x, y, z) for x, y, z in zip(args, batched, dims.operands, strict=True)))
+            return results, tuple(True for _ in results)
+
+        return mapped
+
+    return function
+
+
+_forward = _mapped(_partitioned(_forward_p, _partition.FORWARD), _partition.FORWARD)
+_backward = _mapped(_partitioned(_backward_p, _partition.BACKWARD), _partition.BACKWARD)
+
+
+# --- custom_vjp
+
+
+def attend(call: NativeCall, query, key, value, sinks, mask: BlockMask, lengths):
+    """Native block-sparse attention.
+
+    Args:
+      call: Static part.
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, Hv].
+      sinks: [B|1, N|1] logits of the sinks in the stats type, -inf for none.
+      mask: Block lists; the key-major ones are made in the backward when absent.
+      lengths: int32 [B|1, 2], valid query and key/value lengths.
+
+    Returns:
+      out [B, T, N, Hv] and the log-sum-exp [B, N, T] in the stats type.
+    """
+    query, key, value, sinks = _compat.match_varying(*_as_arrays(query, key, value, sinks))
+    return _attend(call, query, key, value, sinks, mask, lengths)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(call, query, key, value, sinks, mask, lengths):
+    return _call_forward(call, query, key, value, sinks, mask, lengths)
+
+
+def _call_forward(call, query, key, value, sinks, mask, lengths):
+    rows = (mask.row_offsets, mask.kv_blocks, mask.tiles, mask.bit_tiles)
+    return _once_differentiable(_forward, call, *_as_arrays(query, key, value, *rows, lengths, sinks))
+
+
+def _as_arrays(*args):
+    return tuple(jnp.asarray(x) for x in args)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _once_differentiable(function, call, *args):
+    """Runs a native call that only `attend`'s own rule may differentiate, with an error that names the remedy."""
+    return function(call)(args)
+
+
+@_once_differentiable.defjvp
+def _once_differentiable_jvp(function, call, primals, tangents):
+    del function, primals, tangents
+    reason = "The kernels have first reverse-mode derivatives only; use implementation='xla' for others."
+    raise UnsupportedError(call.platform or "native", [reason])
+
+
+def _attend_fwd(call, query, key, value, sinks, mask, lengths):
+    out, lse = _call_forward(call, query, key, value, sinks, mask, lengths)
+    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUAL_NAMES, strict=True))
+    return (out, lse), (query, key, value, sinks, mask, lengths, out, lse)
+
+
+def _attend_bwd(call, residuals, cotangents):
+    query, key, value, sinks, mask, lengths, out, lse = residuals
+    dout, dlse = cotangents
+    # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
+    # dS = P o (dP - delta).
+    delta = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=lse.dtype) - dlse
+    mask = mask.transpose()
+    rows = (mask.row_offsets, mask.kv_blocks, mask.tiles)
+    cols = (mask.col_offsets, mask.q_blocks, mask.col_tiles)
+    args = (dout, query, key, value, lse, delta, *rows, *cols, mask.bit_tiles, lengths)
+    dquery, dkey, dvalue = _once_differentiable(_backward, call, *_as_arrays(*args))
+    return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, delta), None, None
+
+
+def _sinks_gradient(sinks, lse, delta):
+    """d loss / d sink = sum over rows of P_sink * (dlse - rowsum(dO o O)) = -sum P_sink * delta.
+
+    P_sink = exp(sink - lse) is the sink's share of the softmax: the sink lowers every probability by it and raises the
+    log-sum-exp by it.
+    """
+    logits = sinks[:, :, None]
+    share = jnp.where(jnp.isneginf(lse) | jnp.isneginf(logits), 0, jnp.exp(logits - lse))
+    gradient = -jnp.sum(jnp.where(share == 0, 0, share * delta), axis=2)
+    for axis in (0, 1):
+        if sinks.shape[axis] == 1:
+            gradient = gradient.sum(axis, keepdims=True)
+    return gradient.astype(sinks.dtype)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)

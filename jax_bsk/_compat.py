@@ -1,0 +1,59 @@
+"""Facts of the installed jax and jaxlib that have no stable public home. The only module that may touch private JAX."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+
+__all__ = ["Primitive", "default_platform", "match_varying", "mlir", "runtime_ffi_api"]
+
+
+def default_platform() -> str:
+    """Platform that an unplaced computation is lowered for: "cpu", "cuda", "rocm", "tpu", ..."""
+    backend = jax.default_backend()
+    if backend != "gpu":
+        return backend
+    return "rocm" if "rocm" in jax.local_devices()[0].client.platform_version.lower() else "cuda"
+
+
+@functools.cache
+def runtime_ffi_api() -> tuple[int, int] | None:
+    """XLA FFI API version (major, minor) of the installed jaxlib, None when it does not say.
+
+    jaxlib states it only in the C header it ships.
+    """
+    spec = importlib.util.find_spec("jaxlib")
+    if spec is None or spec.origin is None:
+        return None
+    header = Path(spec.origin).parent / "include" / "xla" / "ffi" / "api" / "c_api.h"
+    try:
+        text = header.read_text()
+    except OSError:
+        return None
+    found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", text))
+    return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None
+
+
+def varying_axes(x: Any) -> frozenset[str]:
+    """Manual mesh axes (of an enclosing `shard_map` that checks them) along which `x` differs between devices."""
+    return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def match_varying(*arrays: Any) -> tuple[Any, ...]:
+    """Marks every array as varying along the axes that any of them varies along.
+
+    A shared array that meets a varying one has a varying cotangent; the cast's transpose sums it, as JAX's own
+    operations do implicitly.
+    """
+    everywhere = frozenset[str]().union(*(varying_axes(x) for x in arrays))
+    return tuple(
+        jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if (missing := everywhere - varying_axes(x)) else x
+        for x in arrays
+    )

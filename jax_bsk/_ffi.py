@@ -1,0 +1,147 @@
+"""Native libraries: loading, version checks, registration, and the typed wrappers of their custom calls.
+
+On the path of a call this is the last Python module before `csrc/`; the names of targets and attributes, and the order
+of operands, are written here and nowhere else (`csrc/attention/buffers.h` reads them).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import numpy as np
+
+from jax_bsk import _compat
+from jax_bsk._version import __version__
+
+ATTENTION_FORWARD = "jax_bsk_attention_forward"
+ATTENTION_BACKWARD = "jax_bsk_attention_backward"
+TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD)
+
+_PLATFORM_NAMES = {"cpu": "cpu", "cuda": "CUDA"}  # as jax.ffi.register_ffi_target spells them
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One native library: what it says of itself, or why it cannot be used (with the remedy)."""
+
+    platform: str
+    info: Mapping[str, Any]
+    problem: str | None
+
+    @property
+    def usable(self) -> bool:
+        return self.problem is None
+
+
+@functools.cache
+def library(platform: str) -> Library:
+    """The native library of `platform` ("cpu" or "cuda"), loaded, checked and registered with XLA on first need."""
+    name = f"jax_bsk._{platform}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return Library(platform, {}, _missing(platform))
+    except ImportError as error:
+        return Library(platform, {}, f"{name} does not load ({error}); build it again with `make build`.")
+    info = module.build_info()
+    problem = _mismatch(name, info)
+    if problem is None:
+        for target, handler in module.registrations().items():
+            jax.ffi.register_ffi_target(target, handler, platform=_PLATFORM_NAMES[platform])
+    return Library(platform, info, problem)
+
+
+def register() -> None:
+    """Registers every usable library, so that executables loaded from a cache find their targets."""
+    for platform in _PLATFORM_NAMES:
+        library(platform)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export(..., disabled_checks=...)` needs to let a program with this package's custom calls pass.
+
+    The program runs wherever a jax_bsk of the same version is imported.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
+
+
+def _missing(platform: str) -> str:
+    package = Path(__file__).parent
+    in_source_tree = (package.parent / "csrc").is_dir()
+    if platform == "cuda":
+        remedy = "install the CUDA toolkit's nvcc (or the PyPI wheels named in the README) and build again with"
+        return f"this jax_bsk was built without its CUDA library; {remedy} " + (
+            "`make build`." if in_source_tree else "`pip install --force-reinstall --no-cache-dir jax_bsk`."
+        )
+    if in_source_tree:
+        return (
+            "jax_bsk was imported from its source tree, which holds no built library: run `make build` there and use "
+            "the `.venv` it makes, or start Python in another directory if jax_bsk is installed."
+        )
+    return "the installed jax_bsk holds no CPU library; reinstall it from source."
+
+
+def _mismatch(name: str, info: Mapping[str, Any]) -> str | None:
+    """Why a loaded library must not be registered: XLA kills the whole backend when the FFI versions do not fit."""
+    if info["version"] != __version__:
+        return f"{name} is version {info['version']} but the Python code is {__version__}; run `make build`."
+    built, runtime = tuple(info["ffi_api"]), _compat.runtime_ffi_api()
+    if runtime is not None and (built[0] != runtime[0] or built[1] > runtime[1]):
+        return (
+            f"{name} was built against XLA FFI API {built[0]}.{built[1]}, the installed jaxlib has "
+            f"{runtime[0]}.{runtime[1]}; install a newer jaxlib (0.10.2 or later) or build jax_bsk against this one."
+        )
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionAttributes:
+    """Static numbers of the attention calls.
+
+    Attributes:
+      block_q: Queries a block.
+      block_kv: Keys a block.
+      scale: Factor of the logits.
+      soft_cap: Soft cap of the logits; 0 is none.
+    """
+
+    block_q: int
+    block_kv: int
+    scale: float
+    soft_cap: float
+
+    def encode(self) -> dict[str, Any]:
+        # A Python float would become f64; the version makes a cached executable of an older library miss.
+        return {
+            "block_q": np.int64(self.block_q),
+            "block_kv": np.int64(self.block_kv),
+            "scale": np.float32(self.scale),
+            "soft_cap": np.float32(self.soft_cap),
+            "version": __version__,
+        }
+
+
+def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttributes):
+    """Lowers to the forward call.
+
+    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks. Results: out, lse.
+    """
+    return jax.ffi.ffi_lowering(ATTENTION_FORWARD)(ctx, *operands, **attributes.encode())
+
+
+def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttributes):
+    """Lowers to the backward call.
+
+    Operands: dout, query, key, value, lse, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks, col_tiles,
+    bit_tiles, lengths. Results: dquery, dkey, dvalue.
+    """
+    return jax.ffi.ffi_lowering(ATTENTION_BACKWARD)(ctx, *operands, **attributes.encode())

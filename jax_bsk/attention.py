@@ -1,0 +1,279 @@
+"""`sparse_attention`: validates and canonicalises a call, binds its mask, and hands it to an implementation.
+
+The top of the one path of a call: `attention` -> `masks` -> `_dispatch` -> `_attention_op` -> `_ffi` -> `csrc/`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import numbers
+import operator
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_bsk import _attention_op, _dispatch
+from jax_bsk._ffi import AttentionAttributes
+from jax_bsk._reference import sparse_attention_xla
+from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
+
+
+@overload
+def sparse_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: Mask | BlockMask | ArrayLike | None = ...,
+    *,
+    return_residual: Literal[False] = ...,
+    **kwargs: Any,
+) -> jax.Array: ...
+
+
+@overload
+def sparse_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: Mask | BlockMask | ArrayLike | None = ...,
+    *,
+    return_residual: Literal[True],
+    **kwargs: Any,
+) -> tuple[jax.Array, jax.Array]: ...
+
+
+def sparse_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: Mask | BlockMask | ArrayLike | None = None,
+    *,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    implementation: Literal["cpu", "cuda", "xla"] | None = None,
+    return_residual: bool = False,
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    r"""Attention that computes only the blocks its mask visits.
+
+    Takes the place of `jax.nn.dot_product_attention`: the same argument names, order, layouts and meanings, except that
+    `mask` may be lazy or block-sparse, that a query which may attend to nothing yields 0 (not the mean of the values),
+    and that the residual has a gradient. For each head
+
+    .. math:: O = \mathrm{softmax}(c(\sigma Q K^T) + \mathrm{bias} \mid \mathrm{mask}) V, \quad
+              c(x) = \kappa \tanh(x / \kappa)
+
+    computed blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691),
+    with the sum over the visited blocks only. Works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded
+    meshes; batch and heads shard without a collective.
+
+    Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
+
+    Args:
+      query: BTNH or TNH; float32, bfloat16, float16 or float64.
+      key: BSKH or SKH, of query's type.
+      value: BSKH or SKH, of query's type; its head size may differ from key's.
+      bias: Added to the logits, broadcastable to BNTS (NTS); "xla" only.
+      mask: What may attend to what (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a boolean array
+        broadcastable to BNTS (NTS for unbatched inputs, or TS). None attends to everything. May be traced.
+      scale: Factor of the logits, a Python number; 1 / sqrt(H) by default.
+      is_causal: Query t attends to keys s <= t (aligned at the top left, as in `jax.nn`), on top of `mask`.
+      query_seq_lengths: int [B]; queries from there on yield 0, log-sum-exp -inf.
+      key_value_seq_lengths: int [B]; keys from there on are not attended to.
+      local_window_size: Keys to the left and right of query t it may attend to, (left, right) or one number for both,
+        on top of `mask`. None in the pair is unbounded.
+      logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118).
+      sinks: [N] logits that join each softmax's denominator and no value, as in gpt-oss (arXiv 2508.10925); learnable.
+      implementation: "cuda" or "cpu" (native kernels), "xla" (pure JAX: every platform, type and derivative), or None:
+        the platform's native kernel and, where it cannot take the call, "xla" with one `FallbackWarning` saying why.
+      return_residual: Also return the log-sum-exp.
+
+    Returns:
+      BTNH (TNH) output of query's type, with value's head size. With `return_residual` also the natural logarithm of the
+      softmax's denominator, BTN (TN), float32 (float64 for float64 inputs), -inf where nothing is attended to.
+
+    Raises:
+      ValueError, TypeError: An argument does not fit; the message names it and the remedy.
+      UnsupportedError: The named implementation cannot take the call.
+    """
+    query, key, value = (_floating(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    unbatched = query.ndim == 3
+    if unbatched and key.ndim == 3 and value.ndim == 3:
+        query, key, value = query[None], key[None], value[None]
+    _check_inputs(query, key, value)
+    batch, q_len, heads, head_dim = query.shape
+    kv_len = key.shape[1]
+
+    block_mask = _bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
+    scale = _number(scale, "scale") if scale is not None else 1 / math.sqrt(max(head_dim, 1))
+    soft_cap = _soft_cap(logits_soft_cap)
+    bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
+    lengths = _lengths(query_seq_lengths, key_value_seq_lengths, (batch, q_len, kv_len))
+    sinks = _sinks(sinks, heads)
+
+    facts = _dispatch.AttentionFacts(
+        dtype=query.dtype.name,
+        head_dim=head_dim,
+        value_dim=value.shape[-1],
+        block_q=block_mask.block_q,
+        block_kv=block_mask.block_kv,
+        bias=bias is not None,
+    )
+    chosen, named = _dispatch.choose(implementation, facts)
+    if chosen == "xla":
+        out, lse = sparse_attention_xla(
+            query, key, value, block_mask, bias=bias, lengths=lengths, sinks=sinks, scale=scale, soft_cap=soft_cap
+        )
+    else:
+        attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
+        call = _attention_op.NativeCall(attributes, platform=chosen if named else None)
+        stats = _attention_op.stats_dtype(query.dtype)
+        if lengths is None:
+            lengths = np.array([[q_len, kv_len]], np.int32)
+        sinks = np.full((1, 1), -np.inf, stats) if sinks is None else sinks.astype(stats)[None, :]
+        if not block_mask.is_traced:
+            block_mask = block_mask.transpose()  # on the host, once a mask; a traced one is transposed in the backward
+        out, lse = _attention_op.attend(call, query, key, value, sinks, block_mask, lengths)
+    lse = jnp.swapaxes(lse, 1, 2)
+    if unbatched:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_residual else out
+
+
+def _floating(x: ArrayLike, name: str) -> jax.Array:
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} is a floating-point array, got {array.dtype}; cast it, e.g. {name}.astype('float32')")
+    return array
+
+
+def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
+    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        raise ValueError(f"query is BTNH and key and value BSKH, or TNH and SKH all three; got {shapes}")
+    for array, name in ((key, "key"), (value, "value")):
+        if array.dtype != query.dtype:
+            raise TypeError(f"{name} is of query's type {query.dtype}, got {array.dtype}; cast one of them")
+        if array.shape[0] != query.shape[0]:
+            raise ValueError(f"{name} has query's batch size {query.shape[0]}, got {array.shape[0]} ({shapes})")
+    if key.shape[1:3] != value.shape[1:3]:
+        raise ValueError(f"key and value have the same length and heads; got {shapes}")
+    if key.shape[3] != query.shape[3]:
+        raise ValueError(f"key has query's head size {query.shape[3]}, got {key.shape[3]} ({shapes})")
+    heads, kv_heads = query.shape[2], key.shape[2]
+    if heads and (kv_heads == 0 or heads % kv_heads):
+        raise ValueError(
+            f"query's heads are a multiple of key's (grouped-query attention), got {heads} and {kv_heads} ({shapes})"
+        )
+
+
+def _bind_mask(
+    mask: Mask | BlockMask | ArrayLike | None,
+    is_causal: bool,
+    local_window_size: int | tuple[int | None, int | None] | None,
+    sizes: tuple[int, int, int, int],
+    unbatched: bool,
+) -> BlockMask:
+    batch, heads, q_len, kv_len = sizes
+    extra: list[Mask] = []
+    if is_causal:
+        extra.append(CausalMask())
+    if local_window_size is not None:
+        extra.append(LocalMask(local_window_size))
+    if isinstance(mask, BlockMask) and extra:
+        raise ValueError(
+            "is_causal and local_window_size cannot be added to a BlockMask, whose blocks are already chosen; build it "
+            "from the combined mask, e.g. (mask & jax_bsk.masks.CausalMask()).bind(q_len, kv_len)"
+        )
+    if mask is not None and not isinstance(mask, Mask | BlockMask):
+        mask = ArrayMask(_mask_array(mask, sizes, unbatched))
+    if not isinstance(mask, BlockMask):
+        parts = [*extra] if mask is None else [mask, *extra]
+        mask = functools.reduce(operator.and_, parts) if parts else FullMask()
+    return as_block_mask(mask, q_len, kv_len, batch=batch, heads=heads)
+
+
+def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bool) -> Any:
+    """A boolean array of any broadcastable shape, with its last two dimensions at full size."""
+    array = mask if isinstance(mask, np.ndarray | jax.Array) else np.asarray(mask)
+    if array.dtype != np.bool_:
+        raise TypeError(
+            f"mask is a Mask, a BlockMask or a boolean array (True attends), got an array of {array.dtype}; compare it, "
+            "e.g. mask > 0, or pass numbers to be added to the logits as bias"
+        )
+    batch, heads, q_len, kv_len = sizes
+    most = 3 if unbatched else 4
+    full = (batch, heads, q_len, kv_len)[4 - array.ndim :] if array.ndim <= 4 else ()
+    if not 2 <= array.ndim <= most or any(n not in (1, m) for n, m in zip(array.shape, full, strict=True)):
+        letters = "NTS or TS" if unbatched else "BNTS, NTS or TS"
+        raise ValueError(f"mask broadcasts to {letters} = {sizes[4 - most :]}, got shape {array.shape}")
+    broadcast = np.broadcast_to if isinstance(array, np.ndarray) else jnp.broadcast_to
+    return broadcast(array, (*array.shape[:-2], q_len, kv_len))
+
+
+def _number(x: Any, name: str) -> float:
+    if isinstance(x, jax.core.Tracer) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
+        raise TypeError(f"{name} is a Python number known when tracing, got {x}; multiply the query by a traced factor")
+    return float(x)
+
+
+def _soft_cap(logits_soft_cap: float | None) -> float | None:
+    if logits_soft_cap is None:
+        return None
+    cap = _number(logits_soft_cap, "logits_soft_cap")
+    if not cap > 0 or math.isinf(cap):
+        raise ValueError(f"logits_soft_cap is a positive finite number or None, got {cap}")
+    return cap
+
+
+def _bias(bias: ArrayLike | None, sizes: tuple[int, int, int, int], unbatched: bool) -> jax.Array | None:
+    if bias is None:
+        return None
+    array = _floating(bias, "bias")
+    if array.ndim == 2 or (array.ndim == 3 and unbatched):
+        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
+    if array.ndim != 4 or any(n not in (1, m) for n, m in zip(array.shape, sizes, strict=True)):
+        raise ValueError(f"bias broadcasts to BNTS = {sizes} (NTS for unbatched inputs), got shape {array.shape}")
+    return jnp.broadcast_to(array, (*array.shape[:2], *sizes[2:]))
+
+
+def _lengths(queries: ArrayLike | None, keys: ArrayLike | None, sizes: tuple[int, int, int]) -> jax.Array | None:
+    if queries is None and keys is None:
+        return None
+    batch, q_len, kv_len = sizes
+
+    def column(lengths: ArrayLike | None, longest: int, name: str) -> jax.Array:
+        if lengths is None:
+            return jnp.full((batch,), longest, jnp.int32)
+        array = jnp.asarray(lengths)
+        if not jnp.issubdtype(array.dtype, jnp.integer):
+            raise TypeError(f"{name} holds integers, got {array.dtype}")
+        if array.ndim == 0 and batch == 1:
+            array = array[None]
+        if array.shape != (batch,):
+            raise ValueError(f"{name} has one length an example, shape ({batch},), got {array.shape}")
+        return jnp.clip(array, 0, longest).astype(jnp.int32)
+
+    return jnp.stack(
+        [column(queries, q_len, "query_seq_lengths"), column(keys, kv_len, "key_value_seq_lengths")], axis=1
+    )
+
+
+def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
+    if sinks is None:
+        return None
+    array = _floating(sinks, "sinks")
+    if array.shape != (heads,):
+        raise ValueError(f"sinks has one logit a query head, shape ({heads},), got {array.shape}")
+    return array

@@ -1,0 +1,35 @@
+"""Masks as data: a lazy algebra of masks, and `BlockMask`, the block lists and bit tiles that kernels read."""
+
+from jax_bsk.masks._convert import as_block_mask
+from jax_bsk.masks.algebra import Mask, MultiHeadMask
+from jax_bsk.masks.block_mask import BlockMask
+from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask, FunctionMask, SegmentMask
+from jax_bsk.masks.patterns import (
+    BigBirdMask,
+    CausalMask,
+    ChunkedMask,
+    DilatedMask,
+    FullMask,
+    GlobalMask,
+    LocalMask,
+    PrefixLMMask,
+)
+
+__all__ = [
+    "ArrayMask",
+    "BigBirdMask",
+    "BlockArrayMask",
+    "BlockMask",
+    "CausalMask",
+    "ChunkedMask",
+    "DilatedMask",
+    "FullMask",
+    "FunctionMask",
+    "GlobalMask",
+    "LocalMask",
+    "Mask",
+    "MultiHeadMask",
+    "PrefixLMMask",
+    "SegmentMask",
+    "as_block_mask",
+]

@@ -1,0 +1,41 @@
+"""Explicit meshes: list building is integer work that XLA partitions by itself, so it runs with automatic axes.
+
+In explicit mode JAX asks every reshape, gather and scatter for an output sharding. Only the leading (example, head)
+dims of the results are worth one, and that is their inputs'.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, PartitionSpec
+
+
+def call(function: Callable[..., Any], arrays: Sequence[Any], dims: Sequence[str]) -> Any:
+    """`function(*arrays)`, whose results all begin with [examples, heads].
+
+    Args:
+      function: of the arrays; returns a tuple.
+      arrays: its arguments.
+      dims: the leading dims of each array: "", "b", "h" or "bh".
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        return function(*arrays)
+    if not any(axes for array in arrays for axes in jax.typeof(array).sharding.spec):
+        return function(*arrays)  # nothing is sharded; and a mask's function may close over arrays of the explicit mesh
+    spec = PartitionSpec(*(_sharding(dim, arrays, dims) for dim in "bh"))
+    return jax.sharding.auto_axes(function, out_sharding=spec)(*arrays)
+
+
+def _sharding(dim: str, arrays: Sequence[Any], dims: Sequence[str]) -> Any:
+    """Mesh axes of the first array that is sharded along `dim`."""
+    for array, names in zip(arrays, dims, strict=True):
+        if dim in names and array.shape[names.index(dim)] > 1:
+            spec = jax.typeof(array).sharding.spec
+            axes = spec[names.index(dim)] if names.index(dim) < len(spec) else None
+            if axes is not None and axes is not PartitionSpec.UNCONSTRAINED:
+                return axes
+    return None

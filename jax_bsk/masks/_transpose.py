@@ -1,0 +1,73 @@
+"""The key-major lists of a BlockMask: for each key/value block, the query blocks that visit it (for dk and dv).
+
+The order inside a column is that of rows: partial blocks first, then full ones, both ascending. A sort with the column
+and the class as its key gives it, stably, so nothing depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bsk.masks import _explicit
+
+
+class ColumnLists(NamedTuple):
+    """The arrays of a BlockMask, key-major."""
+
+    col_offsets: Any
+    q_blocks: Any
+    col_tiles: Any
+
+
+def transpose_host(row_offsets: np.ndarray, kv_blocks: np.ndarray, tiles: np.ndarray, nk: int) -> ColumnLists:
+    """Numpy version, for arrays [B, H, ...] with values."""
+    batch, heads, capacity = kv_blocks.shape
+    col_offsets = np.zeros((batch, heads, nk + 1), np.int32)
+    q_blocks = np.full(kv_blocks.shape, -1, np.int32)
+    col_tiles = np.full(kv_blocks.shape, -1, np.int32)
+    # 16-bit keys are sorted by radix, about six times faster.
+    dtype = np.uint16 if 2 * nk + 1 < 2**16 else np.int64
+    for b in range(batch):
+        for h in range(heads):
+            rows = rows_of_entries(row_offsets[b, h], capacity)
+            columns, numbers = kv_blocks[b, h], tiles[b, h]
+            entries = np.flatnonzero((rows >= 0) & (columns >= 0) & (columns < nk))
+            key = (2 * columns[entries] + (numbers[entries] == -1)).astype(dtype)
+            entries = entries[np.argsort(key, kind="stable")]
+            counts = np.bincount(columns[entries], minlength=nk)
+            np.cumsum(counts, out=col_offsets[b, h, 1:])
+            q_blocks[b, h, : entries.size] = rows[entries]
+            col_tiles[b, h, : entries.size] = numbers[entries]
+    return ColumnLists(col_offsets, q_blocks, col_tiles)
+
+
+def rows_of_entries(row_offsets: np.ndarray, capacity: int) -> np.ndarray:
+    """Row of each of `capacity` entries, -1 past the end; rows whose offsets make no sense have no entries."""
+    offsets = np.clip(np.maximum.accumulate(row_offsets.astype(np.int64)), 0, capacity)
+    rows = np.full(capacity, -1, np.int32)
+    rows[offsets[0] : offsets[-1]] = np.repeat(np.arange(offsets.size - 1, dtype=np.int32), np.diff(offsets))
+    return rows
+
+
+def transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> ColumnLists:
+    """JAX version, for arrays [B, H, ...] that may be traced: one stable sort along the last axis, no scatter."""
+
+    def one(row_offsets: Any, kv_blocks: Any, tiles: Any) -> ColumnLists:
+        capacity = kv_blocks.shape[0]
+        offsets = jnp.clip(jax.lax.cummax(row_offsets), 0, capacity)
+        entry = jnp.arange(capacity, dtype=jnp.int32)
+        rows = jnp.searchsorted(offsets[1:], entry, side="right", method="sort").astype(jnp.int32)
+        valid = (entry >= offsets[0]) & (entry < offsets[-1]) & (kv_blocks >= 0) & (kv_blocks < nk)
+        key = jnp.where(valid, 2 * kv_blocks + (tiles == -1).astype(jnp.int32), 2 * nk)
+        key, rows, numbers = jax.lax.sort((key, rows, tiles), num_keys=1, is_stable=True)
+        starts = 2 * jnp.arange(nk + 1, dtype=jnp.int32)
+        col_offsets = jnp.searchsorted(key, starts, side="left", method="sort").astype(jnp.int32)
+        listed = key < 2 * nk
+        return ColumnLists(col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1))
+
+    lists = [jnp.asarray(x) for x in (row_offsets, kv_blocks, tiles)]
+    return _explicit.call(jax.vmap(jax.vmap(one)), lists, ["bh"] * 3)

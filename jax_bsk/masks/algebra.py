@@ -1,0 +1,502 @@
+"""The lazy mask algebra: the base class, `&`, `|`, `~`, and what a mask must know about itself.
+
+First step of a call's path: a `Mask` says *which* query attends to which key; `BlockMask` (next step) is the data that
+kernels read. A mask is never evaluated as a whole. It answers two questions about blocks:
+
+- `_classify`: from bounds alone, is this block empty, full, or possibly partial? (one int8 code a block)
+- `_evaluate`: the exact boolean of the elements at given index arrays (asked only for partial blocks)
+
+Both work with numpy on the host and with `jax.numpy` inside `jit`; `Grid.xp` says which.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+if TYPE_CHECKING:
+    from jax_bsk.masks.block_mask import BlockMask
+
+# Codes of a block. The order makes `&` a minimum, and with `~` swapping the ends, `|` its De Morgan dual:
+# SHIFT is a partial block whose bit tile depends only on the distance between its query and key block (causal, window):
+# one evaluation serves a whole diagonal. OWN is any other partial block, and wins where the two meet.
+EMPTY, OWN, SHIFT, FULL = 0, 1, 2, 3
+
+# Positions, offsets and windows are int32 on every path; sums of two of them must not wrap.
+MAX_LENGTH = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The block grid a mask is asked about, and the array module (`numpy` or `jax.numpy`) that answers."""
+
+    q_len: int
+    kv_len: int
+    block_q: int
+    block_kv: int
+    xp: Any = np
+
+    @property
+    def nq(self) -> int:
+        """Number of query blocks."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def nk(self) -> int:
+        """Number of key/value blocks."""
+        return -(-self.kv_len // self.block_kv)
+
+    def q_bounds(self, i: Any) -> tuple[Any, Any]:
+        """First and last query of block `i`, the last one inside the length."""
+        return i * self.block_q, self.xp.minimum((i + 1) * self.block_q, self.q_len) - 1
+
+    def kv_bounds(self, j: Any) -> tuple[Any, Any]:
+        """First and last key of block `j`, the last one inside the length."""
+        return j * self.block_kv, self.xp.minimum((j + 1) * self.block_kv, self.kv_len) - 1
+
+    def clip_q(self, q: Any) -> Any:
+        """Indices into an array of `q_len` entries; those past the end (never used) read the last one."""
+        return self.xp.minimum(q, self.q_len - 1)
+
+    def clip_kv(self, k: Any) -> Any:
+        """Indices into an array of `kv_len` entries; those past the end (never used) read the last one."""
+        return self.xp.minimum(k, self.kv_len - 1)
+
+    def code(self, empty: Any, full: Any, partial: int) -> Any:
+        """int8 codes from two boolean arrays."""
+        xp = self.xp
+        return xp.where(full, np.int8(FULL), xp.where(empty, np.int8(EMPTY), np.int8(partial)))
+
+
+def code_not(codes: Any, xp: Any) -> Any:
+    """Code of `~mask`: the ends swap, both kinds of partial stay."""
+    del xp
+    return codes ^ ((codes == EMPTY) | (codes == FULL)).astype(np.int8) * np.int8(EMPTY ^ FULL)
+
+
+def code_and(a: Any, b: Any, xp: Any) -> Any:
+    """Code of `a & b`."""
+    return xp.minimum(a, b)
+
+
+def code_or(a: Any, b: Any, xp: Any) -> Any:
+    """Code of `a | b`, by De Morgan."""
+    return code_not(xp.minimum(code_not(a, xp), code_not(b, xp)), xp)
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is a host or JAX array (a tracer is one)."""
+    return isinstance(x, np.ndarray | np.generic | jax.Array)
+
+
+def is_traced(x: Any) -> bool:
+    """Whether `x` has no value yet: it is an argument of the function being traced."""
+    return isinstance(x, Tracer)
+
+
+class Mask:
+    """Which query attends to which key, lazily. `True` means "attend".
+
+    Combine with `&`, `|` and `~`; make a `BlockMask` with `bind`. Masks are immutable pytrees: arrays they hold
+    (segment ids, boolean arrays) are leaves, so a mask may be an argument of a jitted function; everything else is
+    structure, compared with `==` and hashed. A mask that holds arrays is not hashable, as arrays are not.
+    """
+
+    # Names of the fields that may hold an array or another mask; all the other fields are static. Set by each class.
+    _data_fields: ClassVar[tuple[str, ...]] = ()
+    # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
+    _precedence: ClassVar[int] = 4
+
+    # Without this, `numpy_array & mask` would try the mask elementwise instead of asking `__rand__`.
+    __array_ufunc__ = None
+
+    def __init_subclass__(cls) -> None:
+        jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten)
+
+    # ---- what a mask knows about itself -------------------------------------------------------------------------
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        """int8 codes of the blocks (i, j), broadcastable; may say partial where exact work would say otherwise."""
+        raise NotImplementedError
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        """Booleans of the elements (q, k), broadcastable; anything where q or k is past its length."""
+        raise NotImplementedError
+
+    def _validate(self, q_len: int, kv_len: int) -> None:
+        """Raises ValueError where the mask cannot have these lengths."""
+        for child in self._children():
+            child._validate(q_len, kv_len)
+
+    def _leaf_dims(self, name: str) -> str:
+        """Leading dims of the array field `name`: "" , "b", "h" or "bh"."""
+        del name
+        return ""
+
+    def _children(self) -> tuple[Mask, ...]:
+        return tuple(leaf for _, leaf in self._fields() if isinstance(leaf, Mask))
+
+    def _arrays(self) -> Iterator[tuple[Any, str]]:
+        """Every array held by the mask, with its leading dims."""
+        for name, value in self._fields():
+            if isinstance(value, Mask):
+                yield from value._arrays()
+            elif is_array(value):
+                yield value, self._leaf_dims(name)
+
+    def _own_traced(self, grid: Grid) -> bool:
+        """Whether this mask itself (not its children) can be evaluated only inside the trace."""
+        del grid
+        return any(is_traced(value) for _, value in self._fields())
+
+    def _is_traced(self, grid: Grid) -> bool:
+        return self._own_traced(grid) or any(child._is_traced(grid) for child in self._children())
+
+    def _select(self, b: int | None, h: int | None) -> Mask:
+        """The mask of example `b` and head `h`, without those dims (None: keep the dims of the arrays)."""
+        return self._map_fields(lambda child: child._select(b, h), lambda name, x: self._select_leaf(name, x, b, h))
+
+    def _select_leaf(self, name: str, leaf: Any, b: int | None, h: int | None) -> Any:
+        for dim in self._leaf_dims(name):
+            index = b if dim == "b" else h
+            if index is None:
+                return leaf
+            leaf = leaf[index if leaf.shape[0] > 1 else 0]
+        return leaf
+
+    def _partial_bound(self, grid: Grid) -> int:
+        """How many blocks `_classify` can call partial at most when the mask is traced (per example and head)."""
+        children = self._children()
+        return sum(child._traced_partial_bound(grid) for child in children) if children else grid.nq * grid.nk
+
+    def _traced_partial_bound(self, grid: Grid) -> int:
+        if self._is_traced(grid) or any(dims for _, dims in self._arrays()):
+            return self._partial_bound(grid)
+        return count_codes(self, grid)[1]
+
+    def _outline(self, grid: Grid) -> Mask:
+        """What the host can know: parts with traced or per-example arrays become unknown (every block partial)."""
+        if self._own_traced(grid) or any(self._leaf_dims(n) for n, v in self._fields() if is_array(v)):
+            return _Unknown()
+        return self._map_fields(lambda child: child._outline(grid), lambda _, x: x)
+
+    @property
+    def batch(self) -> int:
+        """Examples the mask distinguishes: 1 where all share it."""
+        return self._dim("b", "batch")
+
+    @property
+    def heads(self) -> int:
+        """Heads the mask distinguishes: 1 where all share it."""
+        return self._dim("h", "head")
+
+    def _dim(self, dim: str, what: str) -> int:
+        sizes = {array.shape[dims.index(dim)] for array, dims in self._arrays() if dim in dims}
+        sizes |= self._structural_dims(dim)
+        sizes.discard(1)
+        if len(sizes) > 1:
+            raise ValueError(f"mask {self!r}: its parts have {what} sizes {sorted(sizes)}; they must be equal, or 1")
+        return sizes.pop() if sizes else 1
+
+    def _structural_dims(self, dim: str) -> set[int]:
+        """Sizes of `dim` that come from structure, not from arrays (MultiHeadMask)."""
+        return set().union(*(child._structural_dims(dim) for child in self._children()))
+
+    # ---- binding ------------------------------------------------------------------------------------------------
+
+    def bind(self, q_len: int, kv_len: int | None = None, *, block_size: int | tuple[int, int] = 128) -> BlockMask:
+        """The mask for given lengths as block lists and bit tiles; same as `BlockMask.from_mask`.
+
+        Args:
+          q_len: number of queries.
+          kv_len: number of keys; `q_len` if not given.
+          block_size: tokens of a block, one int or a (query, key) pair, multiples of 32.
+
+        Raises:
+          ValueError: where the mask does not fit the lengths, or the block size is not a multiple of 32.
+        """
+        from jax_bsk.masks.block_mask import BlockMask
+
+        return BlockMask.from_mask(self, q_len, kv_len, block_size=block_size)
+
+    # ---- algebra ------------------------------------------------------------------------------------------------
+
+    def __and__(self, other: Mask) -> Mask:
+        return AndMask(*_flat(AndMask, self, _operand(other, "&")))
+
+    def __or__(self, other: Mask) -> Mask:
+        return OrMask(*_flat(OrMask, self, _operand(other, "|")))
+
+    def __invert__(self) -> Mask:
+        return self.mask if isinstance(self, NotMask) else NotMask(self)
+
+    def __rand__(self, other: object) -> Mask:
+        return _operand(other, "&")  # raises: the left side is no mask, or its own `&` would have been taken
+
+    def __ror__(self, other: object) -> Mask:
+        return _operand(other, "|")
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            f"a mask has no truth value: {self!r}. Combine masks with `&`, `|` and `~`, not with `and`, `or` and `not`"
+            "; to ask whether a mask was given, write `mask is not None`"
+        )
+
+    # ---- structure: pytree, equality, hash, printing ------------------------------------------------------------
+
+    def _fields(self) -> Iterator[tuple[str, Any]]:
+        for name in self._data_fields:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                yield from ((f"{name}[{n}]", item) for n, item in enumerate(value))
+            else:
+                yield name, value
+
+    def _map_fields(self, on_mask: Any, on_array: Any) -> Self:
+        def convert(name: str, value: Any) -> Any:
+            if isinstance(value, tuple):
+                return tuple(convert(name, item) for item in value)
+            if isinstance(value, Mask):
+                return on_mask(value)
+            return on_array(name, value) if is_array(value) else value
+
+        clone = object.__new__(type(self))
+        clone.__dict__.update(self.__dict__)
+        clone.__dict__.update({name: convert(name, getattr(self, name)) for name in self._data_fields})
+        return clone
+
+    def _static(self) -> tuple[tuple[str, Any], ...]:
+        """Names and values of everything that is not a pytree child."""
+        children = {name for name in self._data_fields if _is_child(getattr(self, name))}
+        return tuple((name, value) for name, value in self.__dict__.items() if name not in children)
+
+    def _flatten_with_keys(self) -> tuple[Any, Any]:
+        names = tuple(name for name in self._data_fields if _is_child(getattr(self, name)))
+        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
+        return children, (names, self._static())
+
+    @classmethod
+    def _unflatten(cls, aux: Any, children: Any) -> Self:
+        # No validation: transformations rebuild masks with placeholders and with arrays of other ranks.
+        names, static = aux
+        mask = object.__new__(cls)
+        mask.__dict__.update(static)
+        mask.__dict__.update(zip(names, children, strict=True))
+        return mask
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        if not isinstance(other, Mask):
+            return NotImplemented
+        leaves, structure = jax.tree_util.tree_flatten(self)
+        other_leaves, other_structure = jax.tree_util.tree_flatten(other)
+        return structure == other_structure and all(map(_same_array, leaves, other_leaves))
+
+    def __hash__(self) -> int:
+        leaves, structure = jax.tree_util.tree_flatten(self)
+        if leaves:
+            raise TypeError(
+                f"unhashable mask: {self!r} holds an array. Build its BlockMask once (mask.bind(...)) and pass that, "
+                "or pass the mask as an ordinary (not static) argument of the jitted function"
+            )
+        return hash(structure)
+
+    def __setattr__(self, name: str, value: Any) -> NoReturn:
+        raise AttributeError(f"masks are immutable: cannot set {name} of {self!r}")
+
+    def _set(self, **fields: Any) -> None:
+        """Sets the fields of a mask under construction."""
+        self.__dict__.update(fields)
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(self._repr_arguments())
+        return f"{type(self).__name__}({arguments})"
+
+    def _repr_arguments(self) -> list[str]:
+        return [f"{name}={_short(value)}" for name, value in self.__dict__.items()]
+
+
+def _is_child(value: Any) -> bool:
+    """Whether a data field is a pytree child. Placeholders of transformations count: only plain statics do not."""
+    return not (value is None or isinstance(value, bool | int | float | str))
+
+
+def _same_array(a: Any, b: Any) -> bool:
+    if a is b:
+        return True
+    if is_traced(a) or is_traced(b) or not (is_array(a) and is_array(b)):
+        return False
+    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(np.asarray(a), np.asarray(b)))
+
+
+def _short(value: Any) -> str:
+    """A field as printed: arrays as dtype and shape."""
+    if is_array(value):
+        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
+    if isinstance(value, tuple) and len(value) > 8:
+        return f"({', '.join(map(repr, value[:6]))}, ... {len(value)} in all)"
+    return getattr(value, "__name__", None) or repr(value)
+
+
+def _operand(other: object, operator: str) -> Mask:
+    if isinstance(other, Mask):
+        return other
+    remedy = "wrap a boolean array in ArrayMask(...)" if is_array(other) else "both sides must be masks"
+    raise TypeError(f"cannot combine a mask with {type(other).__name__} by `{operator}`: {remedy}")
+
+
+def _flat(kind: type[_Combined], *masks: Mask) -> list[Mask]:
+    return [part for mask in masks for part in (mask.masks if isinstance(mask, kind) else (mask,))]
+
+
+def count_codes(mask: Mask, grid: Grid) -> tuple[int, int]:
+    """Blocks of a host-known 2-D mask that are not empty, and those that are neither empty nor full."""
+    visited = partial = 0
+    for rows in strips(grid):
+        codes = classify(mask, grid, rows)
+        visited += int(np.count_nonzero(codes))
+        partial += int(np.count_nonzero((codes == OWN) | (codes == SHIFT)))
+    return visited, partial
+
+
+def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
+    """int8 codes [rows, nk] of the query blocks `rows`, on the host."""
+    i = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None]
+    j = np.arange(grid.nk, dtype=np.int32)[None, :]
+    return np.broadcast_to(mask._classify(grid, i, j), (i.shape[0], grid.nk))
+
+
+def strips(grid: Grid, blocks: int = 2**18) -> Iterator[slice]:
+    """Rows of blocks in strips of about `blocks` blocks: what bounds the memory of classification."""
+    step = max(1, blocks // max(1, grid.nk))
+    for start in range(0, grid.nq, step):
+        yield slice(start, min(start + step, grid.nq))
+
+
+class _Unknown(Mask):
+    """Stands for what the host cannot know: every block may be partial."""
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        return np.full((1, 1), OWN, np.int8)
+
+
+class _Combined(Mask):
+    """Two or more masks joined by one operator."""
+
+    _data_fields = ("masks",)
+    _operator: ClassVar[str] = ""
+    masks: tuple[Mask, ...]
+
+    def __init__(self, *masks: Mask) -> None:
+        self._set(masks=masks)
+
+    def __repr__(self) -> str:
+        parts = (f"({m!r})" if m._precedence < self._precedence else repr(m) for m in self.masks)
+        return f" {self._operator} ".join(parts)
+
+
+class AndMask(_Combined):
+    """`a & b`: attends where all parts do."""
+
+    _operator = "&"
+    _precedence = 2
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        codes = (mask._classify(grid, i, j) for mask in self.masks)
+        return functools.reduce(lambda a, b: code_and(a, b, grid.xp), codes)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return functools.reduce(lambda a, b: a & b, (mask._evaluate(grid, q, k) for mask in self.masks))
+
+
+class OrMask(_Combined):
+    """`a | b`: attends where any part does."""
+
+    _operator = "|"
+    _precedence = 1
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        codes = (mask._classify(grid, i, j) for mask in self.masks)
+        return functools.reduce(lambda a, b: code_or(a, b, grid.xp), codes)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return functools.reduce(lambda a, b: a | b, (mask._evaluate(grid, q, k) for mask in self.masks))
+
+
+class NotMask(Mask):
+    """`~a`: attends where `a` does not."""
+
+    _data_fields = ("mask",)
+    _precedence = 3
+    mask: Mask
+
+    def __init__(self, mask: Mask) -> None:
+        self._set(mask=_operand(mask, "~"))
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        return code_not(self.mask._classify(grid, i, j), grid.xp)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return ~self.mask._evaluate(grid, q, k)
+
+    def __repr__(self) -> str:
+        inner = repr(self.mask)
+        return f"~({inner})" if self.mask._precedence < self._precedence else f"~{inner}"
+
+
+class MultiHeadMask(Mask):
+    """A mask per head: head n of the queries follows `masks[n]`.
+
+    Args:
+      masks: one mask a query head, none of them per-head itself. Equal masks are built once.
+
+    Raises:
+      TypeError: where an entry is not a mask.
+      ValueError: where there is none, or an entry is per-head itself.
+    """
+
+    _data_fields = ("masks",)
+    masks: tuple[Mask, ...]
+
+    def __init__(self, masks: Any) -> None:
+        if isinstance(masks, Mask):
+            raise TypeError(f"MultiHeadMask: masks must be a list of masks, one a head; given the mask {masks!r}")
+        masks = tuple(masks)
+        if not masks:
+            raise ValueError("MultiHeadMask: masks is empty; give one mask a head")
+        for n, mask in enumerate(masks):
+            if not isinstance(mask, Mask):
+                remedy = "; wrap a boolean array in ArrayMask(...)" if is_array(mask) else ""
+                raise TypeError(f"MultiHeadMask: masks[{n}] is a {type(mask).__name__}, not a mask{remedy}")
+            if mask.heads > 1:
+                raise ValueError(
+                    f"MultiHeadMask: masks[{n}] has {mask.heads} heads itself; each entry is one head's mask"
+                )
+        self._set(masks=masks)
+
+    def _structural_dims(self, dim: str) -> set[int]:
+        inner = super()._structural_dims(dim)
+        return inner | {len(self.masks)} if dim == "h" else inner
+
+    def _select(self, b: int | None, h: int | None) -> Mask:
+        if h is None:
+            return super()._select(b, h)
+        return self.masks[h if len(self.masks) > 1 else 0]._select(b, h)
+
+    def _outline(self, grid: Grid) -> Mask:
+        return _Unknown()  # asked only where the heads were not selected, and then nothing is known
+
+    def __repr__(self) -> str:
+        return f"MultiHeadMask([{', '.join(map(repr, self.masks))}])"
+
+
+def has_multi_head(mask: Mask) -> bool:
+    """Whether different heads have masks of different structure."""
+    return isinstance(mask, MultiHeadMask) or any(has_multi_head(child) for child in mask._children())

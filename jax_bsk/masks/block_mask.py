@@ -1,0 +1,398 @@
+"""`BlockMask`: a mask as data. Which key blocks each query block visits, and bit tiles for the partly attended ones.
+
+Second step of a call's path: made from a `Mask` (or arrays, index lists, scores), read by every kernel. The arrays are
+the contract with the kernels; nothing in them is trusted there (see `check`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import TYPE_CHECKING, Any, Self
+
+import jax
+import numpy as np
+
+from jax_bsk.masks import _host, _lists, _traced
+from jax_bsk.masks._transpose import transpose_host, transpose_traced
+from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, is_array, is_traced
+from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask
+
+if TYPE_CHECKING:
+    import os
+
+    from matplotlib.axes import Axes
+
+_ARRAYS = ("row_offsets", "kv_blocks", "tiles", "bit_tiles", "col_offsets", "q_blocks", "col_tiles")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class BlockMask:
+    """Block lists and bit tiles of a mask; a pytree. Make one with `mask.bind(...)` or a `from_*` constructor.
+
+    With B the examples and H the query heads the mask distinguishes (1: shared by all), nq and nk the blocks of queries
+    and keys. Arrays built on the host are numpy and move to a device when used.
+
+    Attributes:
+      row_offsets: int32 [B, H, nq + 1], where each row's entries start in the lists; the last is their number. A row
+        that ends past the lists (overflow of a traced mask) gives NaN.
+      kv_blocks: int32 [B, H, capacity], key blocks of each row, partial ones first, then full ones, ascending in both;
+        -1 past the end.
+      tiles: int32 [B, H, capacity], number of the entry's bit tile; -1 where every element is attended.
+      bit_tiles: uint32 [B|1, H|1, tiles, block_q, block_kv // 32]; bit c % 32 of word [r, c // 32] is set where query r
+        of the block attends to key c. Elements past the lengths mean nothing.
+      col_offsets, q_blocks, col_tiles: the same lists by key block; None until `transpose()`.
+      block_q, block_kv: tokens of a block.
+      q_len, kv_len: tokens.
+    """
+
+    row_offsets: Any
+    kv_blocks: Any
+    tiles: Any
+    bit_tiles: Any
+    col_offsets: Any
+    q_blocks: Any
+    col_tiles: Any
+    block_q: int
+    block_kv: int
+    q_len: int
+    kv_len: int
+
+    # ---- constructors -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: Mask,
+        q_len: int,
+        kv_len: int | None = None,
+        *,
+        block_size: int | tuple[int, int] = 128,
+        max_blocks: int | None = None,
+        max_tiles: int | None = None,
+    ) -> Self:
+        """Block lists of a lazy mask.
+
+        A mask without traced arrays is built on the host, exactly, also inside `jit` (a constant there). One that holds
+        traced arrays is built in the trace, with room for a number of blocks and tiles fixed beforehand.
+
+        Args:
+          mask: the mask.
+          q_len: number of queries.
+          kv_len: number of keys; `q_len` if not given.
+          block_size: tokens of a block, one int or a (query, key) pair, multiples of 32.
+          max_blocks: room for so many visited blocks in each example and head. Traced: by default all blocks that the
+            parts known beforehand leave open (`CausalMask() & SegmentMask(traced)`: those of causal). On the host:
+            by default what is needed; give it to have equal shapes (no retracing) for changing masks.
+          max_tiles: the same for bit tiles.
+
+        Raises:
+          TypeError: where mask is not a `Mask`.
+          ValueError: where the mask does not fit the lengths, a size is impossible, or a host mask needs more room. A
+            traced mask that needs more gives NaN in the rows that found no room.
+        """
+        if not isinstance(mask, Mask):
+            remedy = "; for a boolean array use BlockMask.from_dense" if is_array(mask) else ""
+            raise TypeError(f"mask must be a jax_bsk.masks.Mask, given {type(mask).__name__}{remedy}")
+        grid = _grid(q_len, kv_len, block_size)
+        limits = {"max_blocks": _limit(max_blocks, "max_blocks"), "max_tiles": _limit(max_tiles, "max_tiles")}
+        mask._validate(grid.q_len, grid.kv_len)
+        batch, heads = mask.batch, mask.heads
+        build = _traced.build if mask._is_traced(grid) else _host.build
+        return cls._of(build(mask, grid, batch=batch, heads=heads, **limits), grid)
+
+    @classmethod
+    def from_dense(
+        cls,
+        array: Any,
+        *,
+        block_size: int | tuple[int, int] = 128,
+        max_blocks: int | None = None,
+        max_tiles: int | None = None,
+    ) -> Self:
+        """Block lists of a boolean array [T, S], [H|1, T, S] or [B|1, H|1, T, S], host or traced; True attends."""
+        mask = ArrayMask(array)
+        q_len, kv_len = mask.array.shape[-2:]
+        return cls.from_mask(mask, q_len, kv_len, block_size=block_size, max_blocks=max_blocks, max_tiles=max_tiles)
+
+    @classmethod
+    def from_block_mask(
+        cls,
+        blocks: Any,
+        *,
+        q_len: int,
+        kv_len: int | None = None,
+        block_size: int | tuple[int, int] = 128,
+        mask: Mask | None = None,
+        max_blocks: int | None = None,
+        max_tiles: int | None = None,
+    ) -> Self:
+        """Block lists of a boolean array over blocks [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], host or traced.
+
+        Args:
+          blocks: True where a pair of blocks is attended.
+          mask: applied to the elements inside those blocks (causal, say); None attends to whole blocks.
+          q_len, kv_len, block_size, max_blocks, max_tiles: as in `from_mask`.
+        """
+        grid = _grid(q_len, kv_len, block_size)
+        chosen: Mask = BlockArrayMask(blocks, (grid.block_q, grid.block_kv))
+        chosen = chosen if mask is None else chosen & mask
+        return cls.from_mask(chosen, q_len, kv_len, block_size=block_size, max_blocks=max_blocks, max_tiles=max_tiles)
+
+    @classmethod
+    def from_indices(
+        cls,
+        kv_blocks: Any,
+        counts: Any,
+        *,
+        q_len: int,
+        kv_len: int | None = None,
+        block_size: int | tuple[int, int] = 128,
+    ) -> Self:
+        """Block lists of index lists: row i attends to the whole key blocks `kv_blocks[..., i, :counts[..., i]]`.
+
+        Args:
+          kv_blocks: integers [nq, k], [H|1, nq, k] or [B|1, H|1, nq, k]; entries past the count mean nothing.
+          counts: integers, the shape of kv_blocks without its last dimension.
+          q_len, kv_len, block_size: as in `from_mask`.
+
+        Raises:
+          TypeError, ValueError: for wrong dtypes or shapes; and for host arrays, naming the row, where ids are out of
+            range, not ascending or twice there, or a count is not in [0, k]. Traced lists are visited as listed;
+            rows with an id out of range, or a count not in [0, k], give NaN.
+        """
+        grid = _grid(q_len, kv_len, block_size)
+        return cls._of(_lists.from_indices(kv_blocks, counts, grid), grid)
+
+    @classmethod
+    def from_topk(
+        cls,
+        scores: Any,
+        k: int,
+        *,
+        q_len: int,
+        kv_len: int | None = None,
+        block_size: int | tuple[int, int] = 128,
+        mask: Mask | None = None,
+    ) -> Self:
+        """Block lists of the `k` key blocks of highest score for each query block.
+
+        Args:
+          scores: [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], host or traced. Of equal scores the lower block is
+            taken; blocks of score -inf or NaN never are.
+          k: blocks a row, in [1, nk].
+          mask: a mask for the elements; blocks it leaves empty are not chosen, chosen ones are masked by it. With
+            `CausalMask()`: the k best blocks at or before the query's own.
+          q_len, kv_len, block_size: as in `from_mask`.
+        """
+        grid = _grid(q_len, kv_len, block_size)
+        chosen, max_blocks, max_tiles = _lists.top_k(scores, k, grid, mask)
+        traced = is_traced(chosen) or (mask is not None and mask._is_traced(grid))
+        return cls.from_block_mask(
+            chosen,
+            q_len=grid.q_len,
+            kv_len=grid.kv_len,
+            block_size=block_size,
+            mask=mask,
+            max_blocks=max_blocks if traced else None,
+            max_tiles=max_tiles if traced else None,
+        )
+
+    @classmethod
+    def _of(cls, lists: Any, grid: Grid) -> Self:
+        return cls(
+            lists.row_offsets,
+            lists.kv_blocks,
+            lists.tiles,
+            lists.bit_tiles,
+            None,
+            None,
+            None,
+            grid.block_q,
+            grid.block_kv,
+            grid.q_len,
+            grid.kv_len,
+        )
+
+    # ---- sizes --------------------------------------------------------------------------------------------------
+
+    @property
+    def nq(self) -> int:
+        """Number of query blocks."""
+        return -(-self.q_len // self.block_q)
+
+    @property
+    def nk(self) -> int:
+        """Number of key/value blocks."""
+        return -(-self.kv_len // self.block_kv)
+
+    @property
+    def batch(self) -> int:
+        """Examples the mask distinguishes."""
+        return max(self.row_offsets.shape[0], self.bit_tiles.shape[0])
+
+    @property
+    def heads(self) -> int:
+        """Query heads the mask distinguishes."""
+        return max(self.row_offsets.shape[1], self.bit_tiles.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(batch, heads, q_len, kv_len) of the boolean array it stands for."""
+        return self.batch, self.heads, self.q_len, self.kv_len
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """(block_q, block_kv)."""
+        return self.block_q, self.block_kv
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays."""
+        arrays = (getattr(self, name) for name in _ARRAYS)
+        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
+
+    @property
+    def is_traced(self) -> bool:
+        """Whether any array has no value yet."""
+        return any(is_traced(getattr(self, name)) for name in _ARRAYS)
+
+    @property
+    def density(self) -> float:
+        """Visited blocks / all blocks: what the time of a call is proportional to."""
+        blocks = self.nq * self.nk
+        return float(np.mean(self._concrete("density").row_offsets[..., -1]) / blocks) if blocks else 0.0
+
+    @property
+    def element_density(self) -> float:
+        """Attended elements / all elements; at most `density`, up to the blocks at the ends."""
+        elements = self.q_len * self.kv_len
+        return _lists.attended_elements(self._concrete("element_density")) / (self.batch * self.heads * elements or 1)
+
+    # ---- views --------------------------------------------------------------------------------------------------
+
+    def to_dense(self) -> np.ndarray:
+        """bool [B|1, H|1, q_len, kv_len] on the host: for tests and looks, quadratic in the length.
+
+        Raises:
+          ValueError: where `check` does.
+          TypeError: where the mask is traced.
+        """
+        self.check()
+        return _lists.to_dense(self._concrete("to_dense()"))
+
+    def transpose(self) -> Self:
+        """The same mask with `col_offsets`, `q_blocks` and `col_tiles` filled; made once and kept.
+
+        Entries with ids out of range, and those that found no room, are left out.
+        """
+        if self.col_offsets is not None:
+            return self
+        if "_transposed" not in self.__dict__:
+            lists = (self.row_offsets, self.kv_blocks, self.tiles)
+            if self.is_traced or any(isinstance(x, jax.Array) for x in lists):
+                return dataclasses.replace(self, **transpose_traced(*lists, self.nk)._asdict())
+            columns = transpose_host(*lists, self.nk)
+            object.__setattr__(self, "_transposed", dataclasses.replace(self, **columns._asdict()))
+        return self.__dict__["_transposed"]
+
+    def check(self) -> None:
+        """Checks what kernels do not trust.
+
+        Raises:
+          ValueError: naming the first (batch, head, row) whose offsets, ids or tile numbers are out of range: kernels
+            give NaN for such a row.
+          TypeError: where the mask is traced.
+        """
+        _lists.check(self._concrete("check()"))
+
+    def describe(self, *, batch: int | None = None, heads: int | None = None, head_dim: int | None = None) -> str:
+        """What is in it, in a few lines.
+
+        Args:
+          batch, heads: of the attention call, for its useful FLOPs; by default those of the mask.
+          head_dim: head size of queries, keys and values; FLOPs are told where it is given (forward: two products of
+            2 * head_dim operations for each attended element).
+        """
+        return _lists.describe(self._concrete("describe()"), batch, heads, head_dim)
+
+    def plot(
+        self, path_or_ax: str | os.PathLike[str] | Axes | None = None, *, batch: int = 0, head: int = 0, title: str = ""
+    ) -> Axes:
+        """Draws the blocks: empty, partial and full. Needs matplotlib.
+
+        Args:
+          path_or_ax: where to save it (the suffix says the format), or matplotlib axes to draw in; None for new ones.
+          batch, head: which example and head.
+          title: instead of the mask's sizes and density.
+
+        Returns:
+          The axes.
+        """
+        from jax_bsk.masks._plot import plot
+
+        return plot(self._concrete("plot()"), path_or_ax, batch, head, title)
+
+    def _concrete(self, what: str) -> Self:
+        """The same with numpy arrays."""
+        if self.is_traced:
+            raise TypeError(f"BlockMask.{what} needs values, but this mask is traced; call it outside of jit")
+        arrays = {name: getattr(self, name) for name in _ARRAYS}
+        if all(x is None or isinstance(x, np.ndarray) for x in arrays.values()):
+            return self
+        return dataclasses.replace(self, **{n: None if x is None else np.asarray(x) for n, x in arrays.items()})
+
+    def __repr__(self) -> str:
+        if not all(is_array(getattr(self, name)) for name in _ARRAYS[:4]):  # inside a transformation of the pytree
+            return f"BlockMask({', '.join(f'{n}={getattr(self, n)!r}' for n in _ARRAYS[:4])})"
+        room = f"{self.kv_blocks.shape[-1]} entries, {self.bit_tiles.shape[2]} tiles"
+        return (
+            f"BlockMask(batch={self.batch}, heads={self.heads}, q_len={self.q_len}, kv_len={self.kv_len}, "
+            f"block_size={self.block_size}, {room}{', traced' if self.is_traced else ''})"
+        )
+
+
+jax.tree_util.register_dataclass(
+    BlockMask, data_fields=list(_ARRAYS), meta_fields=["block_q", "block_kv", "q_len", "kv_len"]
+)
+
+
+def _grid(q_len: Any, kv_len: Any, block_size: Any) -> Grid:
+    """A checked grid."""
+    q_len = _length(q_len, "q_len")
+    kv_len = q_len if kv_len is None else _length(kv_len, "kv_len")
+    pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    try:
+        block_q, block_kv = (operator.index(size) for size in pair)
+    except (TypeError, ValueError):
+        raise TypeError(f"block_size must be an int or a (query, key) pair of ints, given {block_size!r}") from None
+    if min(block_q, block_kv) < 32 or block_q % 32 or block_kv % 32:
+        raise ValueError(f"block_size must be a positive multiple of 32, given {block_size!r}; 128 suits most")
+    return Grid(q_len, kv_len, block_q, block_kv)
+
+
+def _length(value: Any, name: str) -> int:
+    try:
+        length = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, given {type(value).__name__} {value!r}") from None
+    if not 0 <= length < MAX_LENGTH:
+        raise ValueError(f"{name} must be in [0, 2**30), given {length}")
+    return length
+
+
+def _limit(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    try:
+        limit = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int, given {type(value).__name__} {value!r}") from None
+    # Lists keep one entry at least, so that no kernel is handed an empty one.
+    least = 1 if name == "max_blocks" else 0
+    if not least <= limit < 2**31:
+        raise ValueError(f"{name} must be in [{least}, 2**31), given {limit}")
+    return limit
+
+
+__all__ = ["BlockMask"]

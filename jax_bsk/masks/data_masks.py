@@ -1,0 +1,276 @@
+"""Masks made of data: segment ids, boolean arrays, boolean block arrays, and functions of the indices.
+
+Their arrays are pytree leaves and may be traced: then the block lists are computed inside `jit` (`_traced.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_bsk.masks.algebra import OWN, Grid, Mask, is_array, is_traced
+
+__all__ = ["ArrayMask", "BlockArrayMask", "FunctionMask", "SegmentMask"]
+
+
+class SegmentMask(Mask):
+    """Attends inside segments (packed documents): `q_ids[q_idx] == kv_ids[kv_idx]`.
+
+    Args:
+      q_ids: integer ids [T], or [B, T] for ids an example; host or traced.
+      kv_ids: integer ids [S] or [B, S]; `q_ids` if not given.
+      contiguous: a promise, used when the ids are traced: along each sequence ids never decrease (give padding the
+        largest id). Then only blocks at segment ends can be partial, and room for 2 * (nq + nk) bit tiles is enough;
+        without the promise there must be room for one a block. Where the promise is broken, rows that find no room
+        give NaN; nothing is truncated silently.
+
+    Raises:
+      TypeError, ValueError: where ids are not integers, or their shapes do not fit.
+    """
+
+    _data_fields = ("q_ids", "kv_ids")
+    q_ids: jax.Array | np.ndarray
+    kv_ids: jax.Array | np.ndarray | None
+    contiguous: bool
+
+    def __init__(self, q_ids: Any, kv_ids: Any = None, *, contiguous: bool = False) -> None:
+        q_ids = _ids(q_ids, "q_ids")
+        if kv_ids is not None:
+            kv_ids = _ids(kv_ids, "kv_ids")
+            sizes = {x.shape[0] for x in (q_ids, kv_ids) if x.ndim == 2} - {1}
+            if len(sizes) > 1:
+                raise ValueError(
+                    f"SegmentMask: q_ids {q_ids.shape} and kv_ids {kv_ids.shape} have different batch sizes"
+                )
+        self._set(q_ids=q_ids, kv_ids=kv_ids, contiguous=bool(contiguous))
+
+    def _leaf_dims(self, name: str) -> str:
+        return "b" if np.ndim(getattr(self, name)) == 2 else ""
+
+    def _both(self) -> tuple[Any, Any]:
+        return self.q_ids, self.q_ids if self.kv_ids is None else self.kv_ids
+
+    def _validate(self, q_len: int, kv_len: int) -> None:
+        q_ids, kv_ids = self._both()
+        if q_ids.shape[-1] != q_len:
+            raise ValueError(f"SegmentMask: q_ids has shape {q_ids.shape}; expected a last dimension of q_len={q_len}")
+        if kv_ids.shape[-1] != kv_len:
+            remedy = "; give kv_ids, as there are more or fewer keys than queries" if self.kv_ids is None else ""
+            raise ValueError(
+                f"SegmentMask: kv_ids has shape {kv_ids.shape}; expected a last dimension of kv_len={kv_len}{remedy}"
+            )
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        q_ids, kv_ids = self._both()
+        q_min, q_max = _min_max(grid, q_ids, grid.nq, grid.block_q)
+        k_min, k_max = _min_max(grid, kv_ids, grid.nk, grid.block_kv)
+        q_min, q_max, k_min, k_max = q_min[i], q_max[i], k_min[j], k_max[j]
+        # One id in both blocks: full. Ranges that do not meet: empty. (Ranges that meet may still share no id.)
+        full = (q_min == k_max) & (q_max == k_min)
+        return grid.code((q_max < k_min) | (q_min > k_max), full, OWN)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        q_ids, kv_ids = self._both()
+        return q_ids[grid.clip_q(q)] == kv_ids[grid.clip_kv(k)]
+
+    def _partial_bound(self, grid: Grid) -> int:
+        # Non-decreasing ids: each block covers a range of ids, and ranges of successive blocks meet at ends only. A
+        # block with one id s meets at most two blocks of the other sequence that hold more than s (one ends, one begins
+        # with s, or a single one has s inside): 2 for each block of one id. Pairs of blocks of more ids form a
+        # staircase, one step a block, and touch at a common end once more: no more than 2 for each of those blocks.
+        return min(2 * (grid.nq + grid.nk), grid.nq * grid.nk) if self.contiguous else grid.nq * grid.nk
+
+
+def _ids(ids: Any, name: str) -> Any:
+    if not is_array(ids):
+        ids = np.asarray(ids)
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise TypeError(f"SegmentMask: {name} must hold integers, given {ids.dtype}{ids.shape}")
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"SegmentMask: {name} must be [tokens] or [batch, tokens], given shape {ids.shape}")
+    return ids
+
+
+def _min_max(grid: Grid, ids: Any, blocks: int, block: int) -> tuple[Any, Any]:
+    """Least and greatest id of each block, inside the length."""
+    padded = grid.xp.pad(ids, (0, blocks * block - ids.shape[0]), mode="edge" if ids.shape[0] else "empty")
+    padded = padded.reshape(blocks, block)
+    return padded.min(1), padded.max(1)
+
+
+class ArrayMask(Mask):
+    """A boolean array as a mask. Quadratic in memory where it comes from; the block lists made of it are not.
+
+    Args:
+      array: bool [T, S], [H|1, T, S] or [B|1, H|1, T, S] with H query heads; host or traced.
+
+    Raises:
+      TypeError: where it is not boolean.
+      ValueError: where it is not 2-D to 4-D.
+    """
+
+    _data_fields = ("array",)
+    array: jax.Array | np.ndarray
+
+    def __init__(self, array: Any) -> None:
+        self._set(array=_booleans(array, "ArrayMask", "array", "[T, S], [H|1, T, S] or [B|1, H|1, T, S]"))
+
+    def _leaf_dims(self, name: str) -> str:
+        return "bh"[4 - np.ndim(self.array) :]
+
+    def _validate(self, q_len: int, kv_len: int) -> None:
+        if self.array.shape[-2:] != (q_len, kv_len):
+            raise ValueError(
+                f"ArrayMask: array has shape {self.array.shape}; expected last dimensions (q_len, kv_len) = "
+                f"({q_len}, {kv_len})"
+            )
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        some, every = self._reduce(grid) if grid.xp is not np else self._reduce_rows(grid, i)
+        return grid.code(~some, every, OWN)
+
+    def _reduce(self, grid: Grid) -> tuple[Any, Any]:
+        xp = grid.xp
+        pad = ((0, grid.nq * grid.block_q - grid.q_len), (0, grid.nk * grid.block_kv - grid.kv_len))
+        blocks = (grid.nq, grid.block_q, grid.nk, grid.block_kv)
+        some = xp.pad(self.array, pad, constant_values=False).reshape(blocks).any((1, 3))
+        every = xp.pad(self.array, pad, constant_values=True).reshape(blocks).all((1, 3))
+        return some, every
+
+    def _reduce_rows(self, grid: Grid, i: Any) -> tuple[Any, Any]:
+        """The same on the host for the rows `i` (successive ones), a block row at a time: no copy of the array."""
+        starts = np.arange(0, grid.kv_len, grid.block_kv)
+        some, every = np.empty((i.size, grid.nk), bool), np.empty((i.size, grid.nk), bool)
+        for n, row in enumerate(i.ravel()):
+            rows = self.array[row * grid.block_q : (row + 1) * grid.block_q]
+            # Down the queries first (whole lines, fast), then along the keys of each block.
+            some[n] = np.logical_or.reduceat(np.logical_or.reduce(rows, 0), starts)
+            every[n] = np.logical_and.reduceat(np.logical_and.reduce(rows, 0), starts)
+        return some, every
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return self.array[grid.clip_q(q), grid.clip_kv(k)]
+
+
+def _booleans(array: Any, who: str, name: str, shapes: str) -> Any:
+    if not is_array(array):
+        array = np.asarray(array)
+    if array.dtype != np.bool_:
+        raise TypeError(
+            f"{who}: {name} must be boolean with True for attended, given {array.dtype}{array.shape}; an additive mask "
+            "of 0 and -inf becomes one by `array == 0`"
+        )
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(f"{who}: {name} must be {shapes}, given shape {array.shape}")
+    return array
+
+
+class BlockArrayMask(Mask):
+    """A boolean array over blocks: the pair of blocks (i, j) is attended as a whole where `blocks[..., i, j]`.
+
+    Args:
+      blocks: bool [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk]; host or traced.
+      block_size: tokens of these blocks, an int or a (query, key) pair. The block size of `bind` must be the same.
+    """
+
+    _data_fields = ("blocks",)
+    blocks: jax.Array | np.ndarray
+    block_size: tuple[int, int]
+
+    def __init__(self, blocks: Any, block_size: int | tuple[int, int] = 128) -> None:
+        size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
+        shapes = "[nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk]"
+        self._set(blocks=_booleans(blocks, "BlockArrayMask", "blocks", shapes), block_size=size)
+
+    def _leaf_dims(self, name: str) -> str:
+        return "bh"[4 - np.ndim(self.blocks) :]
+
+    def _validate(self, q_len: int, kv_len: int) -> None:
+        expected = -(-q_len // self.block_size[0]), -(-kv_len // self.block_size[1])
+        if self.blocks.shape[-2:] != expected:
+            raise ValueError(
+                f"BlockArrayMask: blocks has shape {self.blocks.shape}; expected last dimensions {expected}: the "
+                f"blocks of {self.block_size} tokens in ({q_len}, {kv_len}) tokens"
+            )
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        if (grid.block_q, grid.block_kv) != self.block_size:
+            raise ValueError(
+                f"BlockArrayMask: its block_size is {self.block_size}, the block size asked for is "
+                f"({grid.block_q}, {grid.block_kv}); they must be the same"
+            )
+        blocks = self.blocks[i, j]
+        return grid.code(~blocks, blocks, OWN)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return self.blocks[grid.clip_q(q) // self.block_size[0], grid.clip_kv(k) // self.block_size[1]]
+
+    def _partial_bound(self, grid: Grid) -> int:
+        return 0
+
+
+class FunctionMask(Mask):
+    """A mask given by a function of the indices.
+
+    Args:
+      fn: `fn(q_idx, kv_idx)` with int32 index arrays that broadcast against each other (numpy on the host, jax.numpy
+        when traced) returning booleans of the broadcast shape, elementwise. It must be pure: masks with the same
+        function are equal, and what was built of one may be reused for another. It is asked only about positions
+        inside the lengths. A function that closes over traced arrays makes the mask traced.
+
+    Nothing is known about such a mask beforehand: every block is evaluated once. Combined by `&` with masks of known
+    bounds, only blocks they leave open are.
+    """
+
+    fn: Callable[[Any, Any], Any]
+
+    def __init__(self, fn: Callable[[Any, Any], Any]) -> None:
+        if not callable(fn):
+            remedy = "; wrap a boolean array in ArrayMask(...)" if is_array(fn) else ""
+            raise TypeError(
+                f"FunctionMask: fn must be callable as fn(q_idx, kv_idx), given {type(fn).__name__}{remedy}"
+            )
+        self._set(fn=fn)
+
+    def _own_traced(self, grid: Grid) -> bool:
+        if not grid.q_len or not grid.kv_len:
+            return False
+        index = np.zeros((1, 1), np.int32)
+        try:
+            with jax.ensure_compile_time_eval():
+                return is_traced(self.fn(index, index))
+        except (jax.errors.TracerArrayConversionError, jax.errors.TracerBoolConversionError):
+            return True  # numpy code that met a tracer: will be told so, by JAX, when it is traced
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        return grid.xp.full((1, 1), OWN, np.int8)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        q, k = grid.clip_q(q), grid.clip_kv(k)
+        if grid.xp is not np:
+            return self._check(self.fn(q, k), q, k)
+        # A function written with jax.numpy would otherwise be staged into a surrounding jit.
+        result = self.fn(q, k)
+        if is_traced(result):
+            with jax.ensure_compile_time_eval():
+                result = self.fn(q, k)
+        return self._check(np.asarray(result), q, k)
+
+    def _check(self, result: Any, q: Any, k: Any) -> Any:
+        expected = np.broadcast_shapes(q.shape, k.shape)
+        given = f"{getattr(result, 'dtype', type(result).__name__)}{getattr(result, 'shape', '')}"
+        if getattr(result, "dtype", None) != np.bool_:
+            raise TypeError(f"{self!r}: fn must return booleans, given {given} for indices {q.shape} and {k.shape}")
+        try:
+            fits = np.broadcast_shapes(result.shape, expected) == expected
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(f"{self!r}: fn must return the shape {expected}, given {given}; is it elementwise?")
+        return result
+
+    def _repr_arguments(self) -> list[str]:
+        return [getattr(self.fn, "__qualname__", None) or repr(self.fn)]

@@ -1,0 +1,410 @@
+"""Masks known in closed form: they hold numbers, no arrays (but a per-example prefix), and cost nothing to carry.
+
+Each class gives bounds (`_classify`) and elements (`_evaluate`); see `algebra.py`. `delta` is query minus key position.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+from typing import Any
+
+import jax
+import numpy as np
+
+from jax_bsk.masks.algebra import (
+    FULL,
+    MAX_LENGTH,
+    OWN,
+    SHIFT,
+    Grid,
+    Mask,
+    code_or,
+    is_array,
+    is_traced,
+)
+
+__all__ = [
+    "BigBirdMask",
+    "CausalMask",
+    "ChunkedMask",
+    "DilatedMask",
+    "FullMask",
+    "GlobalMask",
+    "LocalMask",
+    "PrefixLMMask",
+]
+
+
+def static_int(value: Any, who: str, name: str, *, minimum: int | None = None, remedy: str = "") -> int:
+    """`value` as a Python int, or an error that names the argument."""
+    try:
+        result = operator.index(value)
+    except TypeError:
+        raise TypeError(
+            f"{who}: {name} must be an int, given {type(value).__name__} {value!r}{'; ' + remedy if remedy else ''}"
+        ) from None
+    if minimum is not None and result < minimum:
+        raise ValueError(f"{who}: {name} must be at least {minimum}, given {result}")
+    return result
+
+
+def _clamp(value: int) -> int:
+    return max(-MAX_LENGTH, min(MAX_LENGTH, value))
+
+
+def _delta_bounds(grid: Grid, i: Any, j: Any) -> tuple[Any, Any]:
+    """Least and greatest query - key of block (i, j), inside the lengths."""
+    q_low, q_high = grid.q_bounds(i)
+    k_low, k_high = grid.kv_bounds(j)
+    return q_low - k_high, q_high - k_low
+
+
+class FullMask(Mask):
+    """Every query attends to every key."""
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        return grid.xp.full((1, 1), FULL, np.int8)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return grid.xp.ones((1,) * np.ndim(q), bool)
+
+
+class CausalMask(Mask):
+    """Attends where `q_idx + offset >= kv_idx`: aligned at the top left, as in `jax.nn.dot_product_attention`.
+
+    Args:
+      offset: positions the queries are ahead of the keys; `kv_len - q_len` aligns at the bottom right (decoding).
+    """
+
+    offset: int
+
+    def __init__(self, offset: int = 0) -> None:
+        self._set(
+            offset=static_int(offset, "CausalMask", "offset", remedy="for an offset per example use FunctionMask")
+        )
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        low, high = _delta_bounds(grid, i, j)
+        bound = _clamp(-self.offset)
+        return grid.code(high < bound, low >= bound, SHIFT)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return q + min(MAX_LENGTH - 1, _clamp(self.offset)) >= k
+
+    def _repr_arguments(self) -> list[str]:
+        return [f"offset={self.offset}"] if self.offset else []
+
+
+class LocalMask(Mask):
+    """Sliding window: attends where `q_idx - left <= kv_idx <= q_idx + right`.
+
+    Args:
+      window: (left, right) tokens besides the query's own position, either None for unbounded; an int w means (w, w).
+        As `local_window_size` of `jax.nn.dot_product_attention`.
+    """
+
+    window: tuple[int | None, int | None]
+
+    def __init__(self, window: int | tuple[int | None, int | None]) -> None:
+        self._set(window=_window(window, "LocalMask"))
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        low, high = _delta_bounds(grid, i, j)
+        least, greatest = _limits(self.window)
+        return grid.code((high < least) | (low > greatest), (low >= least) & (high <= greatest), SHIFT)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return _in_window(self.window, q, k)
+
+    def _repr_arguments(self) -> list[str]:
+        return [repr(self.window)]
+
+
+def _window(window: Any, who: str) -> tuple[int | None, int | None]:
+    if not isinstance(window, tuple | list):
+        size = static_int(window, who, "window", minimum=0, remedy="or a (left, right) pair")
+        return size, size
+    if len(window) != 2:
+        raise ValueError(f"{who}: window must be a (left, right) pair or an int, given {window!r}")
+    left, right = (None if w is None else static_int(w, who, f"window[{n}]", minimum=0) for n, w in enumerate(window))
+    return left, right
+
+
+def _limits(window: tuple[int | None, int | None]) -> tuple[int, int]:
+    """Least and greatest allowed query - key."""
+    left, right = window
+    return (-MAX_LENGTH if right is None else _clamp(-right)), (MAX_LENGTH if left is None else _clamp(left))
+
+
+def _in_window(window: tuple[int | None, int | None], q: Any, k: Any) -> Any:
+    least, greatest = _limits(window)
+    delta = q - k
+    if window[0] is None:
+        return delta >= least
+    if window[1] is None:
+        return delta <= greatest
+    return (delta >= least) & (delta <= greatest)
+
+
+class ChunkedMask(Mask):
+    """Attends inside chunks of equal size: `q_idx // chunk == kv_idx // chunk`.
+
+    Args:
+      chunk: tokens of a chunk; the last chunk may be shorter.
+    """
+
+    chunk: int
+
+    def __init__(self, chunk: int) -> None:
+        self._set(chunk=static_int(chunk, "ChunkedMask", "chunk", minimum=1))
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        chunk = _clamp(self.chunk)
+        q_low, q_high = (q // chunk for q in grid.q_bounds(i))
+        k_low, k_high = (k // chunk for k in grid.kv_bounds(j))
+        full = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
+        return grid.code((q_high < k_low) | (q_low > k_high), full, OWN)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        chunk = _clamp(self.chunk)
+        return q // chunk == k // chunk
+
+    def _repr_arguments(self) -> list[str]:
+        return [repr(self.chunk)]
+
+
+class PrefixLMMask(Mask):
+    """Causal, but the first `prefix` keys are seen by every query: `kv_idx < prefix or q_idx >= kv_idx`.
+
+    The prefix-LM of T5 (Raffel et al., arXiv 1910.10683, figure 4).
+
+    Args:
+      prefix: tokens of the prefix; an int, or an integer array [B] with one prefix an example (it may be traced).
+    """
+
+    _data_fields = ("prefix",)
+    prefix: Any
+
+    def __init__(self, prefix: int | jax.Array | np.ndarray) -> None:
+        if isinstance(prefix, np.ndarray | jax.Array) and prefix.ndim > 0:
+            if prefix.ndim != 1 or not np.issubdtype(prefix.dtype, np.integer):
+                raise ValueError(
+                    f"PrefixLMMask: prefix must be an int or an integer array [B], given {prefix.dtype}{prefix.shape}"
+                )
+        elif not is_traced(prefix):
+            prefix = static_int(prefix, "PrefixLMMask", "prefix", minimum=0)
+        self._set(prefix=prefix)
+
+    def _leaf_dims(self, name: str) -> str:
+        return "b" if np.ndim(self.prefix) == 1 else ""
+
+    def _prefix(self) -> Any:
+        return _clamp(self.prefix) if isinstance(self.prefix, int) else self.prefix
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        k_low, k_high = grid.kv_bounds(j)
+        prefix = self._prefix()
+        seen = grid.code(k_low >= prefix, k_high < prefix, OWN)
+        return code_or(seen, CausalMask()._classify(grid, i, j), grid.xp)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return (k < self._prefix()) | (q >= k)
+
+    def _partial_bound(self, grid: Grid) -> int:
+        # One column of blocks holds the prefix's end, and the causal diagonal passes at most nq + nk blocks.
+        return 2 * grid.nq + grid.nk
+
+    def _repr_arguments(self) -> list[str]:
+        return super()._repr_arguments() if is_array(self.prefix) else [repr(self.prefix)]
+
+
+class GlobalMask(Mask):
+    """Attends where the query or the key is a global token: those see all, and all see them.
+
+    `q_idx in tokens or kv_idx in tokens`. Positions past a length select nothing. Global attention of Longformer
+    (Beltagy et al., arXiv 2004.05150, section 3.1): `LocalMask(w) | GlobalMask([0])`; symmetric, so with `CausalMask()`
+    use `&` over the whole.
+
+    Args:
+      tokens: positions (a sequence of ints, a set, or a host array), or an int n for the first n tokens.
+    """
+
+    tokens: int | tuple[int, ...]
+
+    def __init__(self, tokens: Any) -> None:
+        if is_traced(tokens):
+            raise TypeError("GlobalMask: tokens cannot be traced; use FunctionMask(lambda q, k: flags[q] | flags[k])")
+        if np.ndim(tokens) == 0 and not isinstance(tokens, set | frozenset | range):
+            tokens = static_int(tokens, "GlobalMask", "tokens", minimum=0, remedy="or a sequence of positions")
+        else:
+            positions = np.asarray(sorted(tokens) if isinstance(tokens, set | frozenset) else tokens)
+            if positions.ndim != 1 or not (positions.size == 0 or np.issubdtype(positions.dtype, np.integer)):
+                raise ValueError(
+                    f"GlobalMask: tokens must be an int or a 1-D sequence of positions, given {positions.dtype}"
+                    f"{positions.shape}; for a boolean array of flags pass np.flatnonzero(flags)"
+                )
+            if positions.size and positions.min() < 0:
+                raise ValueError(f"GlobalMask: tokens has the negative position {positions.min()}")
+            tokens = tuple(int(p) for p in np.unique(positions))
+        self._set(tokens=tokens)
+
+    def _flags(self, length: int) -> np.ndarray:
+        return _global_flags(self.tokens, length)
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        q_some, q_all = _any_all(self._flags(grid.q_len), grid.nq, grid.block_q)
+        k_some, k_all = _any_all(self._flags(grid.kv_len), grid.nk, grid.block_kv)
+        xp = grid.xp
+        full = xp.asarray(q_all)[i] | xp.asarray(k_all)[j]
+        return grid.code(~(xp.asarray(q_some)[i] | xp.asarray(k_some)[j]), full, OWN)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        q_flags = grid.xp.asarray(self._flags(grid.q_len))
+        k_flags = grid.xp.asarray(self._flags(grid.kv_len))
+        return q_flags[grid.clip_q(q)] | k_flags[grid.clip_kv(k)]
+
+    def _repr_arguments(self) -> list[str]:
+        if isinstance(self.tokens, int):
+            return [repr(self.tokens)]
+        shown = ", ".join(map(str, self.tokens[:6])) + (", ..." if len(self.tokens) > 6 else "")
+        return [f"[{shown}]"]
+
+
+@functools.lru_cache(maxsize=16)
+def _global_flags(tokens: int | tuple[int, ...], length: int) -> np.ndarray:
+    """Boolean [length]: which positions are global."""
+    if isinstance(tokens, int):
+        return np.arange(length) < tokens
+    flags = np.zeros(length, bool)
+    positions = np.asarray(tokens, np.int64)
+    flags[positions[positions < length]] = True
+    return flags
+
+
+def _any_all(flags: np.ndarray, blocks: int, block: int) -> tuple[Any, Any]:
+    """Of the flags of each block: is any set, are all set."""
+    padded = np.full(blocks * block, False)
+    padded[: flags.size] = flags
+    some = padded.reshape(blocks, block).any(1)
+    padded[flags.size :] = True
+    return some, padded.reshape(blocks, block).all(1)
+
+
+class DilatedMask(Mask):
+    """Attends to every `dilation`-th position: `(q_idx - kv_idx) % dilation == 0`, inside `window` if given.
+
+    Dilated windows of Longformer (arXiv 2004.05150, section 3.1), there with a window counted in attended positions;
+    here the window counts tokens, as in `LocalMask`: `DilatedMask(d, w)` is `DilatedMask(d) & LocalMask(w)`.
+
+    Args:
+      dilation: distance of neighbouring attended keys; 1 attends to all.
+      window: int w for (w, w) or a (left, right) pair of tokens, None for unbounded.
+    """
+
+    dilation: int
+    window: tuple[int | None, int | None]
+
+    def __init__(self, dilation: int, window: int | tuple[int | None, int | None] | None = None) -> None:
+        self._set(
+            dilation=static_int(dilation, "DilatedMask", "dilation", minimum=1),
+            window=(None, None) if window is None else _window(window, "DilatedMask"),
+        )
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        low, high = _delta_bounds(grid, i, j)
+        least, greatest = _limits(self.window)
+        dilation = _clamp(self.dilation)
+        full = (low >= least) & (high <= greatest) & (dilation == 1)
+        # Empty where no multiple of the dilation lies in the part of [low, high] that is inside the window.
+        top = grid.xp.minimum(high, greatest)
+        empty = top // dilation * dilation < grid.xp.maximum(low, least)
+        return grid.code(empty, full, SHIFT)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        hit = (q - k) % _clamp(self.dilation) == 0
+        return hit if self.window == (None, None) else hit & _in_window(self.window, q, k)
+
+    def _repr_arguments(self) -> list[str]:
+        return [repr(self.dilation)] + ([] if self.window == (None, None) else [f"window={self.window!r}"])
+
+
+class BigBirdMask(Mask):
+    """Window, global and random blocks (Zaheer et al., BigBird, arXiv 2007.14062, section 2 and appendix D).
+
+    Block granular: tokens are grouped in blocks of `block` tokens and a pair of blocks is attended as a whole when
+    - the blocks are at most `window // 2` apart (a band of `window` blocks), or
+    - either is among the first `global_blocks`, or
+    - the key block is one of `random_blocks` drawn for the query block among those not attended anyway.
+    The draw depends on `seed`, the block numbers and the lengths only: the same on every machine and version.
+
+    Args:
+      block: tokens of a block; independent of the kernels' block size (equal or a multiple is the fastest).
+      window: width of the band in blocks, odd.
+      global_blocks: first blocks that see all and are seen by all.
+      random_blocks: random key blocks a query block.
+      seed: of the draw; give each head another one with `MultiHeadMask`.
+    """
+
+    block: int
+    window: int
+    global_blocks: int
+    random_blocks: int
+    seed: int
+
+    def __init__(
+        self, block: int = 128, *, window: int = 3, global_blocks: int = 1, random_blocks: int = 3, seed: int = 0
+    ) -> None:
+        window = static_int(window, "BigBirdMask", "window", minimum=1)
+        if window % 2 == 0:
+            raise ValueError(f"BigBirdMask: window must be odd (blocks around the query's own), given {window}")
+        self._set(
+            block=static_int(block, "BigBirdMask", "block", minimum=1),
+            window=window,
+            global_blocks=static_int(global_blocks, "BigBirdMask", "global_blocks", minimum=0),
+            random_blocks=static_int(random_blocks, "BigBirdMask", "random_blocks", minimum=0),
+            seed=static_int(seed, "BigBirdMask", "seed", minimum=0),
+        )
+
+    def _tables(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+        rows, columns = -(-grid.q_len // self.block), -(-grid.kv_len // self.block)
+        return _big_bird_tables(rows, columns, self.window, self.global_blocks, self.random_blocks, self.seed)
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        # Of the coarse blocks under a grid block, counted with 2-D prefix sums: none, all, or some attended.
+        sums = grid.xp.asarray(self._tables(grid)[1])
+        q_low, q_high = (q // self.block for q in grid.q_bounds(i))
+        k_low, k_high = (k // self.block for k in grid.kv_bounds(j))
+        attended = sums[q_high + 1, k_high + 1] - sums[q_low, k_high + 1] - sums[q_high + 1, k_low] + sums[q_low, k_low]
+        return grid.code(attended == 0, attended == (q_high - q_low + 1) * (k_high - k_low + 1), OWN)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return grid.xp.asarray(self._tables(grid)[0])[grid.clip_q(q) // self.block, grid.clip_kv(k) // self.block]
+
+
+@functools.lru_cache(maxsize=16)
+def _big_bird_tables(
+    rows: int, columns: int, window: int, global_blocks: int, random_blocks: int, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boolean [rows, columns]: which key block a query block attends to; its prefix sums, one longer each way."""
+    row, column = np.arange(rows)[:, None], np.arange(columns)[None, :]
+    table = (np.abs(row - column) <= window // 2) | (row < global_blocks) | (column < global_blocks)
+    take = min(random_blocks, columns)
+    if take:
+        # Every pair has a hash; a row takes its smallest ones. Columns attended anyway rank last.
+        rank = _mix(_mix(_mix(np.uint64(seed) + np.uint64(1)) ^ row.astype(np.uint64)) ^ column.astype(np.uint64))
+        rank[table] = np.uint64(2**64 - 1)
+        drawn = np.argsort(rank, axis=1, kind="stable")[:, :take]
+        np.put_along_axis(table, drawn, True, axis=1)
+    sums = np.zeros((rows + 1, columns + 1), np.int32)
+    np.cumsum(np.cumsum(table, 0, dtype=np.int32), 1, out=sums[1:, 1:])
+    return table, sums
+
+
+def _mix(x: Any) -> Any:
+    """The finaliser of splitmix64 (Steele et al., 2014): a bijection of uint64 that scrambles every bit."""
+    with np.errstate(over="ignore"):
+        x = (x + np.uint64(0x9E3779B97F4A7C15)) & np.uint64(2**64 - 1)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))

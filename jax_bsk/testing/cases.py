@@ -1,0 +1,368 @@
+"""Test cases of sparse attention as data: named corners, performance sizes, and random ones from a seed.
+
+A ``Case`` holds everything that decides its inputs, so its one line of text repeats it anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bsk.masks import BlockMask
+
+Tag = Literal["regular", "corner", "performance"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One call of sparse attention. ``name`` is its key on the command line (``--seed N`` or ``--case name``)."""
+
+    name: str
+    batch: int = 1
+    q_len: int = 128
+    kv_len: int = 128
+    heads: int = 2
+    kv_heads: int = 2
+    head_size: int = 64
+    value_size: int = 64
+    dtype: str = "float32"
+    block_q: int = 128
+    block_kv: int = 128
+    pattern: str = "random"
+    density: float = 0.3
+    mask_per_batch: bool = False
+    mask_per_head: bool = False
+    lengths: bool = False
+    soft_cap: float | None = None
+    sinks: bool = False
+    bias: bool = False
+    scale: float | None = None
+    amplitude: float = 1.0  # of queries: large ones make peaked softmaxes and lse far from 0
+    seed: int = 0
+    tag: Tag = "regular"
+
+    @property
+    def repro(self) -> str:
+        """The command that runs this case alone; append ``--implementation cpu`` and the like."""
+        if self.name == f"seed-{self.seed}":
+            return f"python -m jax_bsk.testing --seed {self.seed}"
+        return f"python -m jax_bsk.testing --case {self.name}"
+
+    def __str__(self) -> str:
+        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "name"]
+        return f"{self.name}: {' '.join(parts)}"
+
+
+class Inputs(NamedTuple):
+    """Arrays of a case (NumPy; the operands in its dtype), its mask in both forms, and cotangents."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    dense: np.ndarray
+    mask: BlockMask
+    bias: np.ndarray | None
+    lengths: np.ndarray | None
+    sinks: np.ndarray | None
+    scale: float
+    soft_cap: float | None
+    dout: np.ndarray
+    dlse: np.ndarray
+
+    @property
+    def operands(self) -> tuple[Any, ...]:
+        """What has a gradient: query, key, value, bias, sinks."""
+        return self.query, self.key, self.value, self.bias, self.sinks
+
+
+def make_inputs(case: Case) -> Inputs:
+    """Builds the arrays of ``case``; the same on every machine."""
+    rng = np.random.default_rng(case.seed)
+    dtype = jnp.dtype(case.dtype)
+
+    def normal(*shape, amplitude=1.0):
+        return (amplitude * rng.standard_normal(shape)).astype(dtype)
+
+    query = normal(case.batch, case.q_len, case.heads, case.head_size, amplitude=case.amplitude)
+    key = normal(case.batch, case.kv_len, case.kv_heads, case.head_size)
+    value = normal(case.batch, case.kv_len, case.kv_heads, case.value_size)
+    dout = normal(case.batch, case.q_len, case.heads, case.value_size)
+    stats_dtype = np.promote_types(np.float32, np.float64) if case.dtype == "float64" else np.dtype(np.float32)
+    dlse = rng.standard_normal((case.batch, case.heads, case.q_len)).astype(stats_dtype)
+    sinks = rng.standard_normal(case.heads).astype(stats_dtype) if case.sinks else None
+    lengths = None
+    if case.lengths:
+        lengths = np.stack([rng.integers(0, n + 1, case.batch) for n in (case.q_len, case.kv_len)], 1).astype(np.int32)
+    bias = None
+    if case.bias:
+        shape = (rng.choice([1, case.batch]), rng.choice([1, case.heads]), case.q_len, case.kv_len)
+        bias = rng.standard_normal(shape).astype(stats_dtype)
+
+    lists = (case.batch if case.mask_per_batch else 1, case.heads if case.mask_per_head else 1)
+    pattern = PATTERNS[case.pattern]
+    dense = np.stack([pattern(rng, case) for _ in range(lists[0] * lists[1])])
+    dense = dense.reshape(lists + (case.q_len, case.kv_len))
+    if case.pattern == "empty_tile":
+        mask = list_blocks(dense, case.block_q, case.block_kv, visit_also=_some_blocks(rng, case, 0.5))
+    else:
+        mask = BlockMask.from_dense(dense, block_size=(case.block_q, case.block_kv))
+    scale = 1 / math.sqrt(case.head_size) if case.scale is None else case.scale
+    return Inputs(query, key, value, dense, mask, bias, lengths, sinks, scale, case.soft_cap, dout, dlse)
+
+
+def list_blocks(dense: np.ndarray, block_q: int, block_kv: int, visit_also: np.ndarray | None = None) -> BlockMask:
+    """A BlockMask spelled out from its layout, one tile for every partial block, none shared.
+
+    Independent of the constructors, which it is a check on. ``visit_also`` (bool ``[nq, nk]``) lists blocks that no
+    pair attends in, as partial ones without a set bit.
+    """
+    lead, (q_len, kv_len) = dense.shape[:2], dense.shape[2:]
+    nq, nk = -(-q_len // block_q), -(-kv_len // block_kv)
+    padded = np.zeros(lead + (nq * block_q, nk * block_kv), bool)
+    padded[..., :q_len, :kv_len] = dense
+    blocks = padded.reshape(lead + (nq, block_q, nk, block_kv)).swapaxes(-2, -3)
+    rows, bit_tiles = {}, []
+    for b, h in np.ndindex(*lead):
+        for r in range(nq):
+            partial, full = [], []
+            for c in range(nk):
+                block = blocks[b, h, r, c]
+                inside = block[: q_len - r * block_q, : kv_len - c * block_kv]
+                if inside.all():
+                    full.append((c, -1))
+                elif block.any() or (visit_also is not None and visit_also[r, c]):
+                    bit_tiles.append(np.packbits(block, axis=1, bitorder="little").view("<u4"))
+                    partial.append((c, len(bit_tiles) - 1))
+            rows[b, h, r] = partial + full
+    counts = np.array([len(rows[i]) for i in np.ndindex(*lead, nq)], np.int32).reshape(lead + (nq,))
+    row_offsets = np.concatenate([np.zeros(lead + (1,), np.int32), counts.cumsum(-1, dtype=np.int32)], -1)
+    entries = np.full(lead + (int(row_offsets.max(initial=0)), 2), -1, np.int32)
+    for b, h in np.ndindex(*lead):
+        flat = [entry for r in range(nq) for entry in rows[b, h, r]]
+        entries[b, h, : len(flat)] = np.array(flat, np.int32).reshape(-1, 2)
+    words = np.stack(bit_tiles) if bit_tiles else np.zeros((0, block_q, block_kv // 32))
+    return BlockMask(
+        row_offsets=row_offsets,
+        kv_blocks=np.ascontiguousarray(entries[..., 0]),
+        tiles=np.ascontiguousarray(entries[..., 1]),
+        bit_tiles=words[None, None].astype(np.uint32),
+        col_offsets=None,
+        q_blocks=None,
+        col_tiles=None,
+        block_q=block_q,
+        block_kv=block_kv,
+        q_len=q_len,
+        kv_len=kv_len,
+    )
+
+
+# Patterns: bool [q_len, kv_len], True attends.
+
+
+def _some_blocks(rng: np.random.Generator, case: Case, density: float) -> np.ndarray:
+    return rng.random((-(-case.q_len // case.block_q), -(-case.kv_len // case.block_kv))) < density
+
+
+def _spread(blocks: np.ndarray, case: Case) -> np.ndarray:
+    return blocks.repeat(case.block_q, 0).repeat(case.block_kv, 1)[: case.q_len, : case.kv_len]
+
+
+def _positions(case: Case) -> tuple[np.ndarray, np.ndarray]:
+    return np.arange(case.q_len)[:, None], np.arange(case.kv_len)[None, :]
+
+
+def _random(rng, case):
+    """Blocks at random: some full, some with pairs at random."""
+    full = _spread(_some_blocks(rng, case, case.density / 2), case)
+    partial = _spread(_some_blocks(rng, case, case.density), case)
+    return full | (partial & (rng.random((case.q_len, case.kv_len)) < 0.5))
+
+
+def _empty_row(rng, case):
+    """A row of blocks, and a few single queries, attend to nothing."""
+    dense = _random(rng, case)
+    start = rng.integers(-(-case.q_len // case.block_q)) * case.block_q
+    dense[start : start + case.block_q] = False
+    dense[rng.integers(case.q_len, size=3)] = False
+    return dense
+
+
+def _empty_column(rng, case):
+    """A column of blocks, and a few single keys, are attended to by nothing."""
+    dense = _random(rng, case)
+    start = rng.integers(-(-case.kv_len // case.block_kv)) * case.block_kv
+    dense[:, start : start + case.block_kv] = False
+    dense[:, rng.integers(case.kv_len, size=3)] = False
+    return dense
+
+
+def _full(rng, case):
+    return np.ones((case.q_len, case.kv_len), bool)
+
+
+def _empty(rng, case):
+    return np.zeros((case.q_len, case.kv_len), bool)
+
+
+def _diagonal(rng, case):
+    q, kv = _positions(case)
+    return q == kv
+
+
+def _skewed(rng, case):
+    """One row of blocks sees everything, the others next to nothing."""
+    blocks = _some_blocks(rng, case, case.density / 10)
+    blocks[rng.integers(len(blocks))] = True
+    return _spread(blocks, case)
+
+
+def _causal(rng, case):
+    q, kv = _positions(case)
+    return q >= kv
+
+
+def _window(rng, case):
+    q, kv = _positions(case)
+    left, right = rng.integers(1 + case.kv_len // 2), rng.integers(1 + case.kv_len // 4)
+    return (kv >= q - left) & (kv <= q + right)
+
+
+def _segments(rng, case):
+    """Documents of random lengths, the same ids on both sides, causal within."""
+    ids = np.cumsum(rng.random(max(case.q_len, case.kv_len)) < 1 / 50)
+    q, kv = _positions(case)
+    return (ids[: case.q_len, None] == ids[None, : case.kv_len]) & (q >= kv)
+
+
+PATTERNS: dict[str, Callable[[np.random.Generator, Case], np.ndarray]] = {
+    "random": _random,
+    "empty_row": _empty_row,
+    "empty_column": _empty_column,
+    "full": _full,
+    "empty": _empty,
+    "diagonal": _diagonal,
+    "skewed": _skewed,
+    "causal": _causal,
+    "window": _window,
+    "segments": _segments,
+    "empty_tile": _random,  # and blocks are listed whose tile has no bit set
+}
+
+
+def random_case(
+    seed: int,
+    *,
+    max_len: int = 1024,
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"),
+    blocks: tuple[int, ...] = (64, 128),
+    bias: bool = False,
+) -> Case:
+    """The case of a seed. Note that it depends on the options too: the command line uses the defaults.
+
+    Args:
+        seed: any int.
+        max_len: longest queries and keys.
+        dtypes: of the operands.
+        blocks: block sizes of either side.
+        bias: whether some cases have a bias (what only some implementations take).
+    """
+    rng = np.random.default_rng([seed, 20])
+
+    def pick(*options):
+        return options[int(rng.integers(len(options)))]
+
+    def length():
+        # Half of them anywhere from 1, geometrically, so that short ones are common; half near multiples of 64, where
+        # tails are of every kind.
+        if rng.random() < 0.5:
+            return int(round(math.exp(rng.uniform(0, math.log(max_len)))))
+        return int(np.clip(64 * rng.integers(1, max(2, max_len // 64 + 1)) + pick(-1, 0, 0, 1), 1, max_len))
+
+    q_len = length()
+    kv_len = q_len if rng.random() < 0.5 else length()
+    kv_heads = pick(1, 1, 2, 3)
+    heads = kv_heads * pick(1, 4, 8) if kv_heads < 3 else 3
+    head_size = pick(64, 96, 128, 256, 8, 17, 40)
+    return Case(
+        name=f"seed-{seed}",
+        batch=pick(1, 1, 2, 3),
+        q_len=q_len,
+        kv_len=kv_len,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_size=head_size,
+        value_size=head_size if rng.random() < 0.7 else pick(32, 64, 128, 24, 5),
+        dtype=pick(*dtypes),
+        block_q=pick(*blocks),
+        block_kv=pick(*blocks),
+        pattern=pick(*PATTERNS),
+        density=float(np.round(rng.uniform(0.05, 0.9), 2)),
+        mask_per_batch=rng.random() < 0.25,
+        mask_per_head=rng.random() < 0.25,
+        lengths=rng.random() < 0.3,
+        soft_cap=pick(None, None, None, 5.0, 30.0),
+        sinks=rng.random() < 0.3,
+        bias=bias and rng.random() < 0.3,
+        scale=pick(None, None, None, 0.5, 0.05),
+        amplitude=pick(1.0, 1.0, 1.0, 4.0),
+        seed=seed,
+    )
+
+
+def _corner(name: str, **fields: Any) -> Case:
+    return Case(name=name, tag="corner", **fields)
+
+
+CORNER_CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        _corner("one-token", q_len=1, kv_len=1),
+        _corner("one-query", q_len=1, kv_len=300, pattern="full"),
+        _corner("one-key", q_len=300, kv_len=1, pattern="full"),
+        _corner("half-block-tail", q_len=192, kv_len=192, pattern="causal"),
+        _corner("tail-of-one", q_len=257, kv_len=129, pattern="random", density=0.8),
+        _corner("more-queries", q_len=384, kv_len=128, pattern="causal", block_q=64),
+        _corner("more-keys", q_len=100, kv_len=500, pattern="window", block_kv=64),
+        _corner("all-masked", q_len=200, kv_len=200, pattern="empty"),
+        _corner("all-masked-sinks", q_len=200, kv_len=200, pattern="empty", sinks=True),
+        _corner("empty-tiles", q_len=256, kv_len=256, pattern="empty_tile", block_q=64, block_kv=64),
+        _corner("diagonal", q_len=300, kv_len=300, pattern="diagonal", block_q=64, block_kv=64),
+        _corner("skewed", q_len=640, kv_len=640, pattern="skewed", block_q=64, block_kv=64),
+        _corner("mqa", heads=8, kv_heads=1, q_len=200, kv_len=200, pattern="causal"),
+        _corner("gqa-4", batch=2, heads=8, kv_heads=2, q_len=150, kv_len=150, pattern="segments", lengths=True),
+        _corner("gqa-per-head", heads=8, kv_heads=2, q_len=150, kv_len=200, mask_per_head=True),
+        _corner("per-batch", batch=3, q_len=200, kv_len=150, mask_per_batch=True, lengths=True),
+        _corner(
+            "per-batch-and-head", batch=2, heads=4, q_len=200, kv_len=150, mask_per_batch=True, mask_per_head=True
+        ),
+        _corner("lengths", batch=4, q_len=256, kv_len=256, pattern="causal", lengths=True),
+        _corner("lengths-sinks", batch=4, q_len=200, kv_len=200, pattern="full", lengths=True, sinks=True),
+        _corner("soft-cap", q_len=200, kv_len=200, soft_cap=2.0, amplitude=8.0),
+        _corner("peaked", q_len=256, kv_len=256, pattern="causal", amplitude=40.0),
+        _corner("low-lse", q_len=130, kv_len=130, pattern="diagonal", amplitude=60.0),
+        _corner("head-256", q_len=130, kv_len=130, head_size=256, value_size=256, pattern="causal"),
+        _corner("head-1", q_len=130, kv_len=130, head_size=1, value_size=3, pattern="causal"),
+        _corner("odd-sizes", q_len=77, kv_len=91, head_size=17, value_size=5),
+        _corner("narrow-values", q_len=130, kv_len=130, head_size=128, value_size=64, pattern="causal"),
+        _corner("wide-values", q_len=130, kv_len=130, head_size=64, value_size=128, pattern="causal"),
+        _corner("bfloat16", q_len=300, kv_len=300, dtype="bfloat16", pattern="causal", heads=4, kv_heads=1),
+        _corner("float16", q_len=300, kv_len=300, dtype="float16", pattern="window", heads=4, kv_heads=1),
+        _corner("negative-scale", q_len=130, kv_len=130, scale=-0.2, pattern="causal"),
+    )
+}
+
+PERFORMANCE_CASES: dict[str, Case] = {
+    case.name: case
+    for case in (
+        Case("causal-4k", 1, 4096, 4096, 8, 8, 64, 64, pattern="causal", tag="performance"),
+        Case("window-4k", 1, 4096, 4096, 8, 8, 64, 64, pattern="window", tag="performance"),
+        Case("random-4k", 1, 4096, 4096, 8, 8, 64, 64, density=0.15, tag="performance"),
+        Case("full-4k", 1, 4096, 4096, 8, 8, 64, 64, pattern="full", tag="performance"),
+        Case("gqa-8k", 1, 8192, 8192, 16, 4, 128, 128, "bfloat16", density=0.15, tag="performance"),
+    )
+}

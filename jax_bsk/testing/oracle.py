@@ -1,0 +1,155 @@
+"""Masked attention and its gradients in float64 NumPy, from a dense boolean mask: what every implementation must give.
+
+Written from the definition, head by head, with nothing of the implementations in it. Beside each result stands its
+*magnitude*, the same sum over absolute values: rounding errors are relative to it, not to the result, which may cancel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class OracleResult:
+    """Named results in float64, each with its magnitude: out, lse and, if asked for, dq, dk, dv and dsinks."""
+
+    values: dict[str, np.ndarray]
+    magnitudes: dict[str, np.ndarray]
+
+
+def attention_oracle(
+    query: Any,
+    key: Any,
+    value: Any,
+    mask: np.ndarray,
+    *,
+    bias: Any = None,
+    lengths: np.ndarray | None = None,
+    sinks: Any = None,
+    scale: float,
+    soft_cap: float | None = None,
+    dout: Any = None,
+    dlse: Any = None,
+) -> OracleResult:
+    """Attention under a dense mask.
+
+    Args:
+        query: ``[B, T, N, H]``, any real dtype.
+        key: ``[B, S, K, H]``.
+        value: ``[B, S, K, Hv]``.
+        mask: bool ``[B|1, N|1, T, S]``, True attends.
+        bias: ``[B|1, N|1, T, S]``, added after the soft cap.
+        lengths: int ``[B|1, 2]``, valid queries and keys.
+        sinks: ``[N]``.
+        scale: factor of the products.
+        soft_cap: bound of the logits.
+        dout: ``[B, T, N, Hv]``, cotangent of out; asks for the gradients.
+        dlse: ``[B, N, T]``, cotangent of lse, None for zero. What is given for rows whose lse is -inf counts as zero.
+
+    Returns:
+        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv (of their operand's shape), dsinks ``[N]``.
+        A NaN or infinity in an operand makes NaN of the rows that attend to it.
+    """
+    query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
+    (batch, q_len, heads, _), (kv_len, kv_heads) = query.shape, key.shape[1:3]
+    group = heads // kv_heads if kv_heads else 1
+    values = {"out": np.zeros(query.shape[:3] + value.shape[3:]), "lse": np.zeros((batch, heads, q_len))}
+    if dout is not None:
+        dout = np.asarray(dout).astype(np.float64)
+        dlse = np.zeros_like(values["lse"]) if dlse is None else np.asarray(dlse).astype(np.float64)
+        values |= {"dq": np.zeros_like(query), "dk": np.zeros_like(key), "dv": np.zeros_like(value)}
+        if sinks is not None:
+            values["dsinks"] = np.zeros(heads)
+    magnitudes = {name: np.zeros_like(x) for name, x in values.items()}
+
+    for b in range(batch):
+        q_end, kv_end = (q_len, kv_len) if lengths is None else np.asarray(lengths)[b % len(lengths)]
+        valid = np.arange(q_len) < q_end
+        for n in range(heads):
+            attends = mask[b % mask.shape[0], n % mask.shape[1]] & valid[:, None] & (np.arange(kv_len) < kv_end)
+            one_bias = None if bias is None else np.asarray(bias)[b % len(bias), n % bias.shape[1]].astype(np.float64)
+            head = _Head(
+                query[b, :, n], key[b, :, n // group], value[b, :, n // group], attends, valid, one_bias, scale, soft_cap
+            )
+            results = head.forward(None if sinks is None else float(np.asarray(sinks)[n]))
+            values["out"][b, :, n], values["lse"][b, n] = results["out"][0], results["lse"][0]
+            magnitudes["out"][b, :, n], magnitudes["lse"][b, n] = results["out"][1], results["lse"][1]
+            if dout is None:
+                continue
+            gradients = head.backward(dout[b, :, n], dlse[b, n])
+            for store, i in ((values, 0), (magnitudes, 1)):
+                store["dq"][b, :, n] = gradients["dq"][i]
+                store["dk"][b, :, n // group] += gradients["dk"][i]
+                store["dv"][b, :, n // group] += gradients["dv"][i]
+                if sinks is not None:
+                    store["dsinks"][n] += gradients["dsinks"][i]
+    return OracleResult(values, magnitudes)
+
+
+class _Head:
+    """One head of one example: ``[T, H]``, ``[S, H]``, ``[S, Hv]`` and the pairs that attend, ``[T, S]``."""
+
+    def __init__(self, query, key, value, attends, valid, bias, scale, soft_cap):
+        # A vector that is not finite takes part as zero, and puts a NaN on every pair that attends to or from it.
+        (self.query, q_flaw), (self.key, k_flaw), (self.value, v_flaw) = map(_isolate, (query, key, value))
+        self.attends, self.valid, self.scale = attends, valid, scale
+        self.raw_magnitude = abs(scale) * np.abs(self.query) @ np.abs(self.key).T
+        logits = scale * self.query @ self.key.T
+        self.cap_slope = np.ones_like(logits)
+        if soft_cap is not None:
+            tanh = np.tanh(logits / soft_cap)
+            logits, self.cap_slope = soft_cap * tanh, 1 - tanh**2
+        if bias is not None:
+            logits = logits + np.where(attends, bias, 0)
+            self.raw_magnitude = self.raw_magnitude + np.abs(np.where(attends & np.isfinite(bias), bias, 0))
+        self.logits = np.where(attends, logits + q_flaw[:, None] + k_flaw, -np.inf)
+        self.value_flaw = np.where(attends, v_flaw, 0)
+
+    def forward(self, sink):
+        ceiling = self.logits.max(-1, initial=-np.inf)
+        if sink is not None:
+            ceiling = np.where(self.valid, np.maximum(ceiling, sink), ceiling)
+        ceiling = np.where(np.isneginf(ceiling), 0, ceiling)
+        weights = np.where(self.attends, np.exp(self.logits - ceiling[:, None]), 0)
+        sink_weight = np.zeros(len(ceiling)) if sink is None else np.where(self.valid, np.exp(sink - ceiling), 0)
+        total = weights.sum(-1) + sink_weight
+        empty = total == 0
+        safe_total = np.where(empty, 1, total)
+        self.lse = np.where(empty, -np.inf, ceiling + np.log(safe_total))
+        self.probs, self.sink_prob = weights / safe_total[:, None], sink_weight / safe_total
+        self.out = (self.probs + self.value_flaw) @ self.value
+        reach = np.max(np.where(self.attends, self.raw_magnitude, 0), -1, initial=0)
+        return {
+            "out": (self.out, self.probs @ np.abs(self.value)),
+            "lse": (self.lse, np.maximum(reach, np.where(np.isfinite(self.lse), np.abs(self.lse), 0))),
+        }
+
+    def backward(self, dout, dlse):
+        dout, dout_flaw = _isolate(dout)
+        dlse = np.where(np.isneginf(self.lse), 0, dlse)
+        delta = (dout * self.out).sum(-1) - dlse
+        dprobs = dout @ self.value.T
+        slope = self.scale * self.cap_slope
+        dlogits = np.where(self.attends, self.probs * (dprobs - delta[:, None]) * slope + dout_flaw[:, None], 0)
+        # Magnitudes: of both terms of the difference, which cancels where a row attends to one key.
+        steepness = np.abs(dout) @ np.abs(self.value).T + (np.abs(dout) * np.abs(self.out)).sum(-1)[:, None]
+        spread = self.probs * (steepness + np.abs(dlse)[:, None]) * np.abs(slope)
+        flawed_probs = self.probs + np.where(self.attends, dout_flaw[:, None], 0)
+        return {
+            "dq": (dlogits @ self.key, spread @ np.abs(self.key)),
+            "dk": (dlogits.T @ self.query, spread.T @ np.abs(self.query)),
+            "dv": (flawed_probs.T @ dout, self.probs.T @ np.abs(dout)),
+            "dsinks": (
+                -(self.sink_prob * delta).sum(),
+                (self.sink_prob * ((np.abs(dout) * np.abs(self.out)).sum(-1) + np.abs(dlse))).sum(),
+            ),
+        }
+
+
+def _isolate(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors (last axis) made finite, and NaN for each that was not, else 0."""
+    finite = np.isfinite(x).all(-1)
+    return np.where(finite[:, None], x, 0.0), np.where(finite, 0.0, np.nan)

@@ -1,0 +1,164 @@
+"""The tolerance rule: an error is judged by the error of plain XLA at the same precision, never by a hand-picked bound.
+
+With float64 oracle ``o``, candidate ``c`` and dense masked XLA attention ``x`` in the candidate's dtype::
+
+    max |c - o|  <=  a * max |x - o|  +  ulp * max magnitude           a = 2,   3 for gradients
+    mean |c - o| <=  b * mean |x - o| +  ulp * mean magnitude * slack  b = 1.2, 2 for gradients
+
+``ulp`` is the dtype's machine epsilon. The magnitude of a result is its sum taken over absolute values (see
+``oracle``): where terms cancel, one rounding of a term is the unit of what can be asked for. ``slack`` is
+``1/8 + 2/sqrt(count)``: the eighth for results that XLA happens to give exactly, the second part because the two means
+of few numbers scatter. NaN and infinities must stand where the oracle's stand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+
+MAX_FACTOR = {False: 2.0, True: 3.0}  # by "is a gradient"
+MEAN_FACTOR = {False: 1.2, True: 2.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Errors of one named result and their bounds; ``pattern`` says how NaN or infinities differ, if they do."""
+
+    name: str
+    max_error: float
+    max_bound: float
+    mean_error: float
+    mean_bound: float
+    reference_max: float
+    reference_mean: float
+    worst_index: tuple[int, ...]
+    pattern: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.pattern and self.max_error <= self.max_bound and self.mean_error <= self.mean_bound
+
+    def __str__(self) -> str:
+        head = f"{self.name:7s}{'ok  ' if self.ok else 'FAIL'}"
+        if self.pattern:
+            return f"{head} {self.pattern}"
+        return (
+            f"{head} max {self.max_error:.3g} <= {self.max_bound:.3g} (xla {self.reference_max:.3g})"
+            f"  mean {self.mean_error:.3g} <= {self.mean_bound:.3g} (xla {self.reference_mean:.3g})"
+            f"  worst at {self.worst_index}"
+        )
+
+
+def compare(
+    name: str,
+    candidate: Any,
+    oracle: np.ndarray,
+    reference: Any,
+    magnitude: np.ndarray,
+    *,
+    dtype: Any,
+    gradient: bool,
+) -> Comparison:
+    """Applies the rule to one result.
+
+    Args:
+        name: what it is called in reports.
+        candidate: the result to judge.
+        oracle: the same in float64.
+        reference: the same by ``dense_attention`` in the candidate's dtype.
+        magnitude: the oracle's sum over absolute values.
+        dtype: the precision whose rounding counts (of the operands; float32 for lse).
+        gradient: whether the wider factors of gradients hold.
+    """
+    candidate, reference = (np.asarray(x).astype(np.float64) for x in (candidate, reference))
+    if candidate.shape != oracle.shape:
+        return Comparison(name, *[np.nan] * 6, (), f"shape {candidate.shape}, expected {oracle.shape}")
+    nan = (0.0,) * 6
+    for what, find in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        differs = find(candidate) != find(oracle)
+        if differs.any():
+            where = tuple(int(i) for i in np.argwhere(differs)[0])
+            text = (
+                f"{what} at {int(find(candidate).sum())} places, expected at {int(find(oracle).sum())}; "
+                f"first difference at {where}: {candidate[where]}, expected {oracle[where]}"
+            )
+            return Comparison(name, *nan, where, text)
+    judged = np.isfinite(oracle)
+    if not judged.any():
+        return Comparison(name, *nan, ())
+    error = np.where(judged, np.abs(np.where(judged, candidate, 0) - np.where(judged, oracle, 0)), 0)
+    # Where XLA itself is not finite (NaN reaches further in it) there is nothing to compare with.
+    comparable = judged & np.isfinite(reference)
+    xla_error = np.abs(reference[comparable] - oracle[comparable])
+    xla_max, xla_mean = (float(xla_error.max()), float(xla_error.mean())) if comparable.any() else (0.0, 0.0)
+    ulp, magnitude = float(jnp.finfo(dtype).eps), magnitude[judged]
+    slack = 1 / 8 + 2 / np.sqrt(judged.sum())
+    return Comparison(
+        name,
+        max_error=float(error.max()),
+        max_bound=MAX_FACTOR[gradient] * xla_max + ulp * float(magnitude.max()),
+        mean_error=float(error[judged].mean()),
+        mean_bound=MEAN_FACTOR[gradient] * xla_mean + ulp * float(magnitude.mean()) * slack,
+        reference_max=xla_max,
+        reference_mean=xla_mean,
+        worst_index=tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape)),
+    )
+
+
+def dense_attention(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: Array,
+    *,
+    bias: Array | None = None,
+    lengths: Array | None = None,
+    sinks: Array | None = None,
+    scale: float,
+    soft_cap: float | None = None,
+) -> tuple[Array, Array]:
+    """Dense masked attention as XLA does it: the reference of the rule, differentiable, quadratic in memory.
+
+    Dtypes go as in ``jax.nn.dot_product_attention(implementation="xla")``: logits and softmax in float32, probabilities
+    rounded to the dtype of the operands, their product with the values in it. Arguments as ``attention_oracle``;
+    returns out ``[B, T, N, Hv]`` in the operands' dtype and lse ``[B, N, T]`` in the softmax's.
+    """
+    (batch, q_len, heads, size), (kv_len, kv_heads) = query.shape, key.shape[1:3]
+    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
+    logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=dtype)
+    logits = logits.reshape(batch, heads, q_len, kv_len) * jnp.asarray(scale, dtype)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if bias is not None:
+        logits = logits + bias.astype(dtype)
+    valid = jnp.ones((1, 1, q_len), bool)
+    if lengths is not None:
+        valid = (jnp.arange(q_len) < lengths[:, :1])[:, None]
+        mask = mask & valid[..., None] & (jnp.arange(kv_len) < lengths[:, 1:])[:, None, None, :]
+    ceiling = lax.stop_gradient(jnp.where(mask, logits, -jnp.inf)).max(-1, initial=-jnp.inf)
+    if sinks is not None:
+        sink = sinks.astype(dtype)[None, :, None]
+        ceiling = jnp.maximum(ceiling, lax.stop_gradient(sink))
+    ceiling = jnp.where(jnp.isneginf(ceiling), 0, ceiling)
+    weights = jnp.where(mask, jnp.exp(jnp.where(mask, logits - ceiling[..., None], 0)), 0)
+    total = weights.sum(-1)
+    if sinks is not None:
+        total = total + jnp.where(valid, jnp.exp(sink - ceiling), 0)
+    empty = total == 0
+    total = jnp.where(empty, 1, total)
+    probs = (weights / total[..., None]).astype(key.dtype).reshape(batch, kv_heads, -1, q_len, kv_len)
+    out = jnp.einsum("bkgts,bskh->btkgh", probs, value).reshape(batch, q_len, heads, value.shape[-1])
+    return out, jnp.where(empty, -jnp.inf, ceiling + jnp.log(total))
+
+
+def assert_close(comparisons: list[Comparison], repro: str) -> str:
+    """Returns the report of all comparisons; raises AssertionError with it and the repro line if one fails."""
+    report = "\n".join(str(c) for c in comparisons)
+    if not all(c.ok for c in comparisons):
+        raise AssertionError(f"outside the tolerance rule:\n{report}\nrepro: {repro}")
+    return report

@@ -1,0 +1,38 @@
+"""The strict world all tests live in: eight host devices, warnings as errors, no implicit promotion of types or ranks."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import jax
+import pytest
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    parser.addoption("--cases", type=int, default=40, help="random cases an implementation in the numeric battery")
+    parser.addoption("--seed", type=int, default=0, help="first seed of the random cases")
+
+
+def pytest_generate_tests(metafunc):
+    if "random_seed" in metafunc.fixturenames:
+        first, count = metafunc.config.getoption("--seed"), metafunc.config.getoption("--cases")
+        metafunc.parametrize("random_seed", range(first, first + count))
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+        if "gpu" in item.keywords and jax.default_backend() != "gpu":
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(params=["cpu", "xla"])
+def implementation(request) -> str:
+    """Every implementation that runs on the CPU; the same tests hold for each."""
+    return request.param

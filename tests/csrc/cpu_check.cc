@@ -1,0 +1,755 @@
+// Checks the native CPU kernels against a naive float64 computation over random shapes, masks and faults, without XLA
+// or Python, so that it can be built with -fsanitize=address,undefined: every array is allocated exactly. Also times
+// them.
+//
+//   cpu_check [--cases N] [--seed S] [--time]
+//
+// A failing case prints its seed; `--cases 1 --seed S` repeats it. JAX_BSK_CPU_ISA chooses the instruction set.
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../../csrc/attention/cpu.h"
+
+namespace {
+
+using namespace jax_bsk::attention;  // NOLINT: a test of this namespace
+
+constexpr double kInf = std::numeric_limits<double>::infinity();
+constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
+
+// --- Elements
+// ---------------------------------------------------------------------------------------------------------
+
+int64_t Size(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
+DType Statistics(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
+
+// Half the spacing of numbers near 1.
+double Rounding(DType dtype) {
+  switch (dtype) {
+    case DType::kF16:
+      return 0x1p-11;
+    case DType::kBF16:
+      return 0x1p-8;
+    case DType::kF32:
+      return 0x1p-24;
+    default:
+      return 0x1p-53;
+  }
+}
+
+double DecodeSmall(uint16_t bits, int exponent_bits, int mantissa_bits) {
+  const int bias = (1 << (exponent_bits - 1)) - 1;
+  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
+  const int mantissa = bits & ((1 << mantissa_bits) - 1);
+  const double sign = bits & 0x8000 ? -1 : 1;
+  if (exponent == (1 << exponent_bits) - 1) return mantissa != 0 ? kNaN : sign * kInf;
+  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
+  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
+}
+
+struct AlignedDelete {
+  void operator()(char* data) const { ::operator delete[](data, std::align_val_t{64}); }
+};
+
+// An array of exactly its size, of any of the types, read and written as double. Aligned as XLA's are: from 16 bytes
+// off, every load of a 64-byte vector touches two cache lines, and the times say so.
+struct Array {
+  DType dtype = DType::kF32;
+  int64_t size = 0;
+  std::unique_ptr<char[], AlignedDelete> data;
+
+  Array() = default;
+  Array(DType dtype, int64_t size)
+      : dtype(dtype), size(size), data(new (std::align_val_t{64}) char[size * Size(dtype)]) {
+    std::memset(data.get(), 0xff, size * Size(dtype));  // NaN in every type: what a kernel leaves out is found
+  }
+  double operator[](int64_t i) const {
+    const char* at = data.get() + i * Size(dtype);
+    if (dtype == DType::kF64) return *reinterpret_cast<const double*>(at);
+    if (dtype == DType::kF32) return *reinterpret_cast<const float*>(at);
+    const uint16_t bits = *reinterpret_cast<const uint16_t*>(at);
+    return dtype == DType::kF16 ? DecodeSmall(bits, 5, 10) : DecodeSmall(bits, 8, 7);
+  }
+  // Rounds by truncation for the small types: any value will do for inputs.
+  void Set(int64_t i, double x) {
+    char* at = data.get() + i * Size(dtype);
+    if (dtype == DType::kF64) {
+      *reinterpret_cast<double*>(at) = x;
+    } else if (dtype == DType::kF32) {
+      *reinterpret_cast<float*>(at) = static_cast<float>(x);
+    } else {
+      const float narrow = static_cast<float>(x);
+      uint32_t bits;
+      std::memcpy(&bits, &narrow, 4);
+      uint16_t small = static_cast<uint16_t>(bits >> 16);
+      if (dtype == DType::kF16) {
+        const uint16_t sign = small & 0x8000;
+        const int exponent = static_cast<int>(bits >> 23 & 255) - 127;
+        if (exponent == 128) {
+          small = sign | 0x7c00 | (bits & 0x7fffff ? 0x200 : 0);
+        } else if (exponent >= -14) {
+          small = sign | (exponent + 15) << 10 | (bits >> 13 & 0x3ff);
+        } else {
+          small = sign | static_cast<uint16_t>(std::fabs(std::ldexp(narrow, 24)));
+        }
+      }
+      std::memcpy(at, &small, 2);
+    }
+  }
+};
+
+template <class T>
+std::unique_ptr<T[]> Exact(const std::vector<T>& from) {
+  std::unique_ptr<T[]> to(new T[from.size()]);
+  std::copy(from.begin(), from.end(), to.get());
+  return to;
+}
+
+// --- Cases
+// ------------------------------------------------------------------------------------------------------------
+
+struct Lists {
+  int64_t batch, heads, rows, ids_end, capacity;
+  std::unique_ptr<int32_t[]> offsets, ids, tiles;
+  BlockList View() const { return {offsets.get(), ids.get(), tiles.get(), batch, heads, rows, ids_end, capacity}; }
+};
+
+struct Entry {
+  int32_t id, tile;
+};
+
+using Rows = std::vector<std::vector<Entry>>;  // entries of each row
+
+Lists MakeLists(const std::vector<Rows>& per_head, int64_t batch, int64_t heads, int64_t ids_end, int64_t slack) {
+  Lists lists{batch, heads, static_cast<int64_t>(per_head[0].size()), ids_end, 0, nullptr, nullptr, nullptr};
+  for (const Rows& rows : per_head) {
+    int64_t count = 0;
+    for (const auto& row : rows) count += row.size();
+    lists.capacity = std::max(lists.capacity, count + slack);
+  }
+  std::vector<int32_t> offsets, ids, tiles;
+  for (const Rows& rows : per_head) {
+    const size_t begin = ids.size();
+    offsets.push_back(0);
+    for (const auto& row : rows) {
+      for (const Entry& entry : row) {
+        ids.push_back(entry.id);
+        tiles.push_back(entry.tile);
+      }
+      offsets.push_back(static_cast<int32_t>(ids.size() - begin));
+    }
+    ids.resize(begin + lists.capacity, -1);
+    tiles.resize(begin + lists.capacity, -1);
+  }
+  lists.offsets = Exact(offsets);
+  lists.ids = Exact(ids);
+  lists.tiles = Exact(tiles);
+  return lists;
+}
+
+int64_t Leading(int64_t batch, int64_t heads, int64_t b, int64_t h) {
+  return (batch == 1 ? 0 : b) * heads + (heads == 1 ? 0 : h);
+}
+
+// Whether a row of a list is to be refused; written apart from the kernels' own check.
+bool Broken(const Lists& lists, int64_t n_tiles, int64_t leading, int64_t row) {
+  const int64_t begin = lists.offsets[leading * (lists.rows + 1) + row];
+  const int64_t end = lists.offsets[leading * (lists.rows + 1) + row + 1];
+  if (begin < 0 || end < begin || end > lists.capacity) return true;
+  for (int64_t i = leading * lists.capacity + begin; i < leading * lists.capacity + end; ++i) {
+    if (lists.ids[i] < 0 || lists.ids[i] >= lists.ids_end) return true;
+    if (lists.tiles[i] < -1 || lists.tiles[i] >= n_tiles) return true;
+  }
+  return false;
+}
+
+struct Case {
+  Shape shape;
+  DType dtype;
+  Array query, key, value, dout, sinks, lse, delta;
+  Lists rows, cols;
+  int64_t tiles_batch, tiles_heads, n_tiles, lengths_batch, sinks_batch, sinks_heads;
+  std::unique_ptr<uint32_t[]> words;
+  std::unique_ptr<int32_t[]> lengths;
+  float scale, soft_cap;
+  // Results of the kernels.
+  Array out, got_lse, dquery, dkey, dvalue;
+
+  ForwardParams Forward() {
+    return {shape,
+            dtype,
+            query.data.get(),
+            key.data.get(),
+            value.data.get(),
+            rows.View(),
+            {words.get(), tiles_batch, tiles_heads, n_tiles},
+            {lengths.get(), lengths_batch},
+            sinks.size > 0 ? sinks.data.get() : nullptr,
+            sinks_batch,
+            sinks_heads,
+            scale,
+            soft_cap,
+            out.data.get(),
+            got_lse.data.get()};
+  }
+  BackwardParams Backward() {
+    return {shape,
+            dtype,
+            dout.data.get(),
+            query.data.get(),
+            key.data.get(),
+            value.data.get(),
+            lse.data.get(),
+            delta.data.get(),
+            rows.View(),
+            cols.View(),
+            {words.get(), tiles_batch, tiles_heads, n_tiles},
+            {lengths.get(), lengths_batch},
+            scale,
+            soft_cap,
+            dquery.data.get(),
+            dkey.data.get(),
+            dvalue.data.get()};
+  }
+  int64_t QueryLength(int64_t b) const {
+    return std::min<int64_t>(std::max(0, lengths[2 * (lengths_batch == 1 ? 0 : b)]), shape.q_len);
+  }
+  int64_t KeyLength(int64_t b) const {
+    return std::min<int64_t>(std::max(0, lengths[2 * (lengths_batch == 1 ? 0 : b) + 1]), shape.kv_len);
+  }
+};
+
+class Random {
+ public:
+  explicit Random(uint64_t seed) : engine_(seed) {}
+  int64_t Int(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine_); }
+  bool Chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine_) < p; }
+  double Normal() { return std::normal_distribution<double>(0, 1)(engine_); }
+  template <class T>
+  T Pick(std::initializer_list<T> from) {
+    return from.begin()[Int(0, from.size() - 1)];
+  }
+
+  Array Normals(DType dtype, int64_t size) {
+    Array result(dtype, size);
+    for (int64_t i = 0; i < size; ++i) result.Set(i, Normal());
+    return result;
+  }
+
+ private:
+  std::mt19937_64 engine_;
+};
+
+void Poison(Random& random, Lists& lists, int64_t n_tiles, int64_t times) {
+  const int64_t leading = lists.batch * lists.heads;
+  for (int64_t t = 0; t < times; ++t) {
+    const int64_t at_row = random.Int(0, leading * (lists.rows + 1) - 1);
+    const int32_t wild = random.Pick<int32_t>({-1, -2, INT32_MIN, INT32_MAX, static_cast<int32_t>(lists.capacity + 1)});
+    if (random.Chance(0.4) || lists.capacity == 0) {
+      lists.offsets[at_row] = wild;
+    } else {
+      const int64_t at = random.Int(0, leading * lists.capacity - 1);
+      if (random.Chance(0.5)) {
+        lists.ids[at] = random.Chance(0.5) ? static_cast<int32_t>(lists.ids_end) : wild;
+      } else {
+        lists.tiles[at] = random.Chance(0.5) ? static_cast<int32_t>(n_tiles) : std::min(wild, -2);
+      }
+    }
+  }
+}
+
+void SetLists(Random& random, Case& c, bool poisoned, double density) {
+  const Shape& s = c.shape;
+  const int64_t batch = random.Chance(0.5) ? 1 : s.batch;
+  const int64_t heads = random.Chance(0.5) ? 1 : s.heads;
+  std::vector<Rows> rows(batch * heads, Rows(s.q_blocks)), cols(batch * heads, Rows(s.kv_blocks));
+  for (Rows& of_head : rows) {
+    for (auto& row : of_head) {
+      if (random.Chance(0.1)) continue;  // an empty row
+      for (int64_t j = 0; j < s.kv_blocks; ++j) {
+        if (!random.Chance(density)) continue;
+        const bool full = c.n_tiles == 0 || random.Chance(0.5);
+        row.push_back({static_cast<int32_t>(j), full ? -1 : static_cast<int32_t>(random.Int(0, c.n_tiles - 1))});
+      }
+    }
+  }
+  const int64_t slack = random.Int(0, 3);
+  c.rows = MakeLists(rows, batch, heads, s.kv_blocks, slack);
+  if (poisoned) Poison(random, c.rows, c.n_tiles, random.Int(1, 3));
+  for (int64_t l = 0; l < batch * heads; ++l) {
+    for (int64_t i = 0; i < s.q_blocks; ++i) {
+      if (Broken(c.rows, c.n_tiles, l, i)) continue;
+      const int32_t* offsets = c.rows.offsets.get() + l * (s.q_blocks + 1) + i;
+      for (int64_t e = l * c.rows.capacity + offsets[0]; e < l * c.rows.capacity + offsets[1]; ++e) {
+        cols[l][c.rows.ids[e]].push_back({static_cast<int32_t>(i), c.rows.tiles[e]});
+      }
+    }
+  }
+  c.cols = MakeLists(cols, batch, heads, s.q_blocks, slack);
+  if (poisoned && s.kv_blocks > 0) Poison(random, c.cols, c.n_tiles, random.Int(0, 2));
+}
+
+void Spoil(Random& random, Array& array, int64_t times) {
+  for (int64_t t = 0; t < times && array.size > 0; ++t) {
+    array.Set(random.Int(0, array.size - 1), random.Pick<double>({kNaN, kNaN, kInf, -kInf}));
+  }
+}
+
+Case MakeCase(uint64_t seed) {
+  Random random(seed);
+  Case c;
+  Shape& s = c.shape;
+  s.batch = random.Int(1, 2);
+  s.kv_heads = random.Int(1, 2);
+  s.heads = s.kv_heads * random.Pick<int64_t>({1, 1, 2, 3});
+  s.q_len = random.Pick<int64_t>({1, 17, 63, 64, 65, 128, 192, random.Int(1, 300), random.Int(0, 20)});
+  s.kv_len = random.Chance(0.4) ? s.q_len : random.Pick<int64_t>({1, 31, 64, 127, 129, random.Int(1, 400), 0});
+  s.head_dim = random.Pick<int64_t>({1, 3, 8, 16, 17, 32, 40, 64, 64, 80, 96, 100, 128, 192, 256});
+  s.value_dim = random.Chance(0.6) ? s.head_dim : random.Pick<int64_t>({1, 5, 16, 33, 64, 72, 128, 256});
+  s.block_q = random.Pick<int64_t>({32, 64, 64, 64, 96, 128, 128, 256});
+  s.block_kv = random.Chance(0.6) ? s.block_q : random.Pick<int64_t>({32, 64, 96, 128, 160, 256});
+  s.q_blocks = (s.q_len + s.block_q - 1) / s.block_q;
+  s.kv_blocks = (s.kv_len + s.block_kv - 1) / s.block_kv;
+  c.dtype = random.Pick<DType>({DType::kF32, DType::kF32, DType::kBF16, DType::kF16, DType::kF64});
+  const int64_t q_rows = s.batch * s.q_len * s.heads, kv_rows = s.batch * s.kv_len * s.kv_heads;
+  c.query = random.Normals(c.dtype, q_rows * s.head_dim);
+  c.key = random.Normals(c.dtype, kv_rows * s.head_dim);
+  c.value = random.Normals(c.dtype, kv_rows * s.value_dim);
+  c.dout = random.Normals(c.dtype, q_rows * s.value_dim);
+  c.scale = static_cast<float>(random.Pick<double>({1, 1, 1, 40, -1}) / std::sqrt(s.head_dim));
+  c.soft_cap = random.Pick<float>({0, 0, 0, 2, 30});
+  if (random.Chance(0.25)) {
+    Spoil(random, c.query, random.Int(0, 2));
+    Spoil(random, c.key, random.Int(0, 2));
+    Spoil(random, c.value, random.Int(0, 2));
+    Spoil(random, c.dout, random.Int(0, 2));
+  }
+
+  c.n_tiles = random.Int(0, 4);
+  c.tiles_batch = random.Chance(0.5) ? 1 : s.batch;
+  c.tiles_heads = random.Chance(0.5) ? 1 : s.heads;
+  std::vector<uint32_t> words(c.tiles_batch * c.tiles_heads * c.n_tiles * s.block_q * s.block_kv / 32);
+  const int kind = random.Int(0, 3);
+  for (uint32_t& word : words) {
+    word = static_cast<uint32_t>(random.Int(0, UINT32_MAX));
+    if (kind == 1) word &= word >> 7 & static_cast<uint32_t>(random.Int(0, UINT32_MAX));
+    if (kind == 2 && random.Chance(0.7)) word = 0;
+  }
+  c.words = Exact(words);
+  SetLists(random, c, random.Chance(0.25), random.Pick<double>({0.1, 0.5, 0.9, 1}));
+
+  c.lengths_batch = random.Chance(0.5) ? 1 : s.batch;
+  std::vector<int32_t> lengths;
+  for (int64_t b = 0; b < c.lengths_batch; ++b) {
+    const bool whole = random.Chance(0.5);
+    lengths.push_back(whole ? s.q_len : random.Int(-1, s.q_len + 1));
+    lengths.push_back(whole ? s.kv_len : random.Int(-1, s.kv_len + 1));
+  }
+  c.lengths = Exact(lengths);
+  c.sinks_batch = random.Chance(0.5) ? 1 : s.batch;
+  c.sinks_heads = random.Chance(0.5) ? 1 : s.heads;
+  if (random.Chance(0.4)) {
+    c.sinks = random.Normals(Statistics(c.dtype), c.sinks_batch * c.sinks_heads);
+    if (random.Chance(0.3)) c.sinks.Set(0, -kInf);
+  }
+  c.out = Array(c.dtype, c.dout.size);
+  c.got_lse = Array(Statistics(c.dtype), q_rows);
+  c.dquery = Array(c.dtype, c.query.size);
+  c.dkey = Array(c.dtype, c.key.size);
+  c.dvalue = Array(c.dtype, c.value.size);
+  return c;
+}
+
+// --- The same in float64, pair by pair
+// --------------------------------------------------------------------------------
+
+// Expected values with the size of the terms they are sums of, which the permitted error is proportional to.
+struct Expected {
+  std::vector<double> value, terms;
+  std::vector<char> tainted;  // per row: something not finite reaches it; what exactly it becomes is not compared
+  int64_t width;
+
+  Expected(int64_t rows, int64_t width) : value(rows * width), terms(rows * width), tainted(rows), width(width) {}
+  void Add(int64_t row, int64_t column, double term) {
+    value[row * width + column] += term;
+    terms[row * width + column] += std::fabs(term);
+  }
+  void SetRow(int64_t row, double x) {
+    for (int64_t d = 0; d < width; ++d) value[row * width + d] = x;
+  }
+};
+
+struct Reference {
+  const Case& c;
+  const Shape& s;
+  Expected out, lse, dquery, dkey, dvalue;
+
+  explicit Reference(const Case& c)
+      : c(c),
+        s(c.shape),
+        out(s.batch * s.q_len * s.heads, s.value_dim),
+        lse(s.batch * s.heads * s.q_len, 1),
+        dquery(s.batch * s.q_len * s.heads, s.head_dim),
+        dkey(s.batch * s.kv_len * s.kv_heads, s.head_dim),
+        dvalue(s.batch * s.kv_len * s.kv_heads, s.value_dim) {}
+
+  int64_t QueryRow(int64_t b, int64_t t, int64_t h) const { return (b * s.q_len + t) * s.heads + h; }
+  int64_t KeyRow(int64_t b, int64_t k, int64_t h) const {
+    return (b * s.kv_len + k) * s.kv_heads + h / (s.heads / s.kv_heads);
+  }
+  bool BadRow(const Array& array, int64_t row, int64_t width) const {
+    for (int64_t d = 0; d < width; ++d) {
+      if (!std::isfinite(array[row * width + d])) return true;
+    }
+    return false;
+  }
+  // `terms` becomes the sum of the absolute terms.
+  double Logit(int64_t q, int64_t k, double& terms) const {
+    double sum = terms = 0;
+    for (int64_t d = 0; d < s.head_dim; ++d) {
+      const double term = c.scale * c.query[q * s.head_dim + d] * c.key[k * s.head_dim + d];
+      sum += term;
+      terms += std::fabs(term);
+    }
+    return c.soft_cap != 0 ? c.soft_cap * std::tanh(sum / c.soft_cap) : sum;
+  }
+  bool Allowed(int64_t b, int64_t h, int32_t tile, int64_t query, int64_t key) const {
+    if (tile < 0) return true;
+    const int64_t index = Leading(c.tiles_batch, c.tiles_heads, b, h) * c.n_tiles + tile;
+    return c.words[(index * s.block_q + query) * (s.block_kv / 32) + key / 32] >> (key % 32) & 1;
+  }
+  // Keys that query t attends to, from the query-major list.
+  std::vector<int64_t> Keys(int64_t b, int64_t h, int64_t t) const {
+    std::vector<int64_t> keys;
+    const int64_t leading = Leading(c.rows.batch, c.rows.heads, b, h);
+    const int32_t* offsets = c.rows.offsets.get() + leading * (s.q_blocks + 1) + t / s.block_q;
+    for (int64_t e = leading * c.rows.capacity + offsets[0]; e < leading * c.rows.capacity + offsets[1]; ++e) {
+      for (int64_t k = 0; k < s.block_kv; ++k) {
+        const int64_t key = c.rows.ids[e] * s.block_kv + k;
+        if (key < c.KeyLength(b) && Allowed(b, h, c.rows.tiles[e], t % s.block_q, k)) keys.push_back(key);
+      }
+    }
+    return keys;
+  }
+
+  void Forward() {
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t h = 0; h < s.heads; ++h)
+        for (int64_t t = 0; t < s.q_len; ++t) ForwardRow(b, h, t);
+  }
+  void ForwardRow(int64_t b, int64_t h, int64_t t) {
+    const int64_t q = QueryRow(b, t, h);
+    double& row_lse = lse.value[(b * s.heads + h) * s.q_len + t];
+    double& lse_terms = lse.terms[(b * s.heads + h) * s.q_len + t];
+    row_lse = -kInf;
+    if (t >= c.QueryLength(b)) return;
+    if (Broken(c.rows, c.n_tiles, Leading(c.rows.batch, c.rows.heads, b, h), t / s.block_q)) {
+      row_lse = kNaN;
+      return out.SetRow(q, kNaN);
+    }
+    const std::vector<int64_t> keys = Keys(b, h, t);
+    std::vector<double> logits;
+    const double sink = c.sinks.size > 0 ? c.sinks[Leading(c.sinks_batch, c.sinks_heads, b, h)] : -kInf;
+    double maximum = sink, largest = 0;
+    bool bad_lse = !keys.empty() && BadRow(c.query, q, s.head_dim), bad = bad_lse;
+    for (int64_t k : keys) {
+      double terms;
+      logits.push_back(Logit(q, KeyRow(b, k, h), terms));
+      maximum = std::fmax(maximum, logits.back());
+      largest = std::fmax(largest, terms);
+      bad_lse |= BadRow(c.key, KeyRow(b, k, h), s.head_dim);
+      bad |= bad_lse || BadRow(c.value, KeyRow(b, k, h), s.value_dim);
+    }
+    out.tainted[q] = bad;
+    lse.tainted[(b * s.heads + h) * s.q_len + t] = bad_lse;
+    if (maximum == -kInf) return;
+    double sum = std::exp(sink - maximum);
+    for (double logit : logits) sum += std::exp(logit - maximum);
+    row_lse = maximum + std::log(sum);
+    lse_terms = 1 + largest + std::fabs(row_lse);
+    for (size_t n = 0; n < keys.size(); ++n) {
+      const double p = std::exp(logits[n] - maximum) / sum;
+      for (int64_t d = 0; d < s.value_dim; ++d) out.Add(q, d, p * c.value[KeyRow(b, keys[n], h) * s.value_dim + d]);
+    }
+    for (int64_t d = 0; d < s.value_dim; ++d) out.terms[q * s.value_dim + d] *= 1 + largest;
+  }
+
+  // Statistics for the backward, rounded as the caller would hand them over.
+  void SetStatistics(Case& to) const {
+    to.lse = Array(Statistics(c.dtype), lse.value.size());
+    to.delta = Array(Statistics(c.dtype), lse.value.size());
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t h = 0; h < s.heads; ++h)
+        for (int64_t t = 0; t < s.q_len; ++t) {
+          const int64_t i = (b * s.heads + h) * s.q_len + t, q = QueryRow(b, t, h);
+          double sum = 0;
+          for (int64_t d = 0; d < s.value_dim; ++d) sum += c.dout[q * s.value_dim + d] * out.value[q * s.value_dim + d];
+          to.lse.Set(i, lse.value[i]);
+          to.delta.Set(i, sum);
+        }
+  }
+
+  void Backward() {
+    for (int64_t b = 0; b < s.batch; ++b)
+      for (int64_t h = 0; h < s.heads; ++h) {
+        for (int64_t t = 0; t < c.QueryLength(b); ++t) {
+          if (Broken(c.rows, c.n_tiles, Leading(c.rows.batch, c.rows.heads, b, h), t / s.block_q)) {
+            dquery.SetRow(QueryRow(b, t, h), kNaN);
+            continue;
+          }
+          for (int64_t k : Keys(b, h, t)) Pair(b, h, t, k, true, false);
+        }
+        const int64_t leading = Leading(c.cols.batch, c.cols.heads, b, h);
+        for (int64_t k = 0; k < c.KeyLength(b); ++k) {
+          const int64_t j = k / s.block_kv;
+          if (Broken(c.cols, c.n_tiles, leading, j)) {
+            broken_keys.push_back(KeyRow(b, k, h));
+            continue;
+          }
+          const int32_t* offsets = c.cols.offsets.get() + leading * (s.kv_blocks + 1) + j;
+          for (int64_t e = leading * c.cols.capacity + offsets[0]; e < leading * c.cols.capacity + offsets[1]; ++e)
+            for (int64_t r = 0; r < s.block_q; ++r) {
+              const int64_t t = c.cols.ids[e] * s.block_q + r;
+              if (t < c.QueryLength(b) && Allowed(b, h, c.cols.tiles[e], r, k % s.block_kv))
+                Pair(b, h, t, k, false, true);
+            }
+        }
+      }
+    for (int64_t row : broken_keys) {
+      dkey.SetRow(row, kNaN);
+      dvalue.SetRow(row, kNaN);
+      dkey.tainted[row] = dvalue.tainted[row] = false;
+    }
+  }
+  std::vector<int64_t> broken_keys;
+
+  void Pair(int64_t b, int64_t h, int64_t t, int64_t key, bool query_major, bool key_major) {
+    const int64_t q = QueryRow(b, t, h), k = KeyRow(b, key, h), i = (b * s.heads + h) * s.q_len + t;
+    const double row_lse = c.lse[i], delta = c.delta[i];
+    double logit_terms;
+    const double logit = Logit(q, k, logit_terms);
+    const double p = row_lse == -kInf ? 0 : std::exp(logit - row_lse);
+    double dp = 0, dp_terms = std::fabs(delta);
+    for (int64_t d = 0; d < s.value_dim; ++d) {
+      const double term = c.dout[q * s.value_dim + d] * c.value[k * s.value_dim + d];
+      dp += term;
+      dp_terms += std::fabs(term);
+    }
+    const double chain = c.soft_cap != 0 ? 1 - std::pow(logit / c.soft_cap, 2) : 1;
+    const double ds = p * (dp - delta) * chain * c.scale;
+    // The error of dS: that of P, relative, from the size of logit and lse; that of dP from its terms.
+    const double ds_terms =
+        p * dp_terms * std::fabs(c.scale) * (1 + logit_terms + std::fabs(row_lse == -kInf ? 0 : row_lse));
+    const bool bad = BadRow(c.query, q, s.head_dim) || BadRow(c.dout, q, s.value_dim) || BadRow(c.key, k, s.head_dim) ||
+                     BadRow(c.value, k, s.value_dim) || !std::isfinite(delta) || std::isnan(row_lse);
+    for (int64_t d = 0; query_major && d < s.head_dim; ++d) {
+      dquery.value[q * s.head_dim + d] += ds * c.key[k * s.head_dim + d];
+      dquery.terms[q * s.head_dim + d] += ds_terms * std::fabs(c.key[k * s.head_dim + d]);
+    }
+    if (query_major) dquery.tainted[q] |= bad;
+    if (!key_major) return;
+    for (int64_t d = 0; d < s.head_dim; ++d) {
+      dkey.value[k * s.head_dim + d] += ds * c.query[q * s.head_dim + d];
+      dkey.terms[k * s.head_dim + d] += ds_terms * std::fabs(c.query[q * s.head_dim + d]);
+    }
+    for (int64_t d = 0; d < s.value_dim; ++d) {
+      const double term = p * c.dout[q * s.value_dim + d];
+      dvalue.value[k * s.value_dim + d] += term;
+      dvalue.terms[k * s.value_dim + d] +=
+          std::fabs(term) * (1 + logit_terms + std::fabs(row_lse == -kInf ? 0 : row_lse));
+    }
+    dkey.tainted[k] |= bad;
+    dvalue.tainted[k] |= bad;
+  }
+};
+
+// --- Comparison
+// -------------------------------------------------------------------------------------------------------
+
+bool Compare(const char* name, const Expected& want, const Array& got, DType computed) {
+  const double fine = computed == DType::kF64 ? 0x1p-53 : 0x1p-24;
+  for (int64_t i = 0; i < got.size; ++i) {
+    const double x = got[i], y = want.value[i];
+    if (want.tainted[i / want.width]) {
+      if (std::isnan(y) && std::isfinite(x)) {
+        std::printf("%s[%ld]: %g where NaN is due\n", name, i, x);
+        return false;
+      }
+      continue;
+    }
+    const double allowed = Rounding(got.dtype) * std::fabs(y) * 1.01 + 40 * fine * want.terms[i] +
+                           (got.dtype == DType::kF16  ? 0x1p-24
+                            : computed == DType::kF64 ? 1e-300
+                                                      : 1e-35);
+    const bool same = std::isnan(y) ? std::isnan(x) : (x == y || std::fabs(x - y) <= allowed);
+    if (!same) {
+      std::printf("%s[%ld]: %.9g instead of %.9g (allowed error %.3g)\n", name, i, x, y, allowed);
+      return false;
+    }
+  }
+  return true;
+}
+
+template <class Params>
+void Run(const Params& params, int64_t tasks, bool (*run)(const Params&, std::atomic<int64_t>&) noexcept, int workers) {
+  if (tasks == 0) return;
+  std::atomic<int64_t> next{0};
+  std::vector<std::thread> threads;
+  for (int w = 1; w < workers; ++w) threads.emplace_back([&] { (void)run(params, next); });
+  (void)run(params, next);
+  for (std::thread& thread : threads) thread.join();
+}
+
+void RunForward(Case& c, int workers) {
+  const ForwardParams params = c.Forward();
+  Run(params, cpu::ForwardTasks(params), cpu::RunForwardTasks, workers);
+}
+
+void RunBackward(Case& c, int workers) {
+  const BackwardParams params = c.Backward();
+  Run(params, cpu::BackwardTasks(params), cpu::RunBackwardTasks, workers);
+}
+
+// Bit-equal again with three workers.
+bool Repeats(const char* name, Case& c, Array& result, void (*run)(Case&, int)) {
+  const int64_t bytes = result.size * Size(result.dtype);
+  const std::string before(result.data.get(), bytes);
+  std::memset(result.data.get(), 0xff, bytes);
+  run(c, 3);
+  if (std::memcmp(before.data(), result.data.get(), bytes) == 0) return true;
+  std::printf("%s differs with three workers\n", name);
+  return false;
+}
+
+bool Check(uint64_t seed) {
+  Case c = MakeCase(seed);
+  Reference reference(c);
+  reference.Forward();
+  RunForward(c, 1);
+  bool good = Compare("out", reference.out, c.out, c.dtype) && Compare("lse", reference.lse, c.got_lse, c.dtype);
+  reference.SetStatistics(c);
+  reference.Backward();
+  RunBackward(c, 1);
+  good = good && Compare("dquery", reference.dquery, c.dquery, c.dtype);
+  good = good && Compare("dkey", reference.dkey, c.dkey, c.dtype);
+  good = good && Compare("dvalue", reference.dvalue, c.dvalue, c.dtype);
+  good = good && Repeats("out", c, c.out, RunForward) && Repeats("dquery", c, c.dquery, RunBackward) &&
+         Repeats("dkey", c, c.dkey, RunBackward);
+  if (!good) {
+    const Shape& s = c.shape;
+    std::printf("seed %lu: B %ld T %ld S %ld N %ld K %ld H %ld Hv %ld blocks %ld x %ld dtype %d cap %g scale %g\n",
+                seed, s.batch, s.q_len, s.kv_len, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.block_q, s.block_kv,
+                static_cast<int>(c.dtype), c.soft_cap, c.scale);
+  }
+  return good;
+}
+
+// --- Timing
+// -----------------------------------------------------------------------------------------------------------
+
+// A causal window: each row of blocks visits the diagonal and `window` blocks before it, the first and the last
+// partial.
+void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64_t length, int64_t dim, int64_t block,
+          int64_t window, float soft_cap) {
+  Random random(1);
+  Case c;
+  const int64_t n = (length + block - 1) / block;
+  c.shape = {1, length, length, heads, kv_heads, dim, dim, block, block, n, n};
+  c.dtype = dtype;
+  c.query = random.Normals(dtype, length * heads * dim);
+  c.key = random.Normals(dtype, length * kv_heads * dim);
+  c.value = random.Normals(dtype, length * kv_heads * dim);
+  c.dout = random.Normals(dtype, length * heads * dim);
+  c.scale = static_cast<float>(1 / std::sqrt(dim));
+  c.soft_cap = soft_cap;
+  c.tiles_batch = c.tiles_heads = c.lengths_batch = 1;
+  c.n_tiles = 2;
+  std::vector<uint32_t> words(2 * block * block / 32);
+  for (int64_t r = 0; r < block; ++r) {
+    for (int64_t k = 0; k < block; ++k) words[((k > r) * block + r) * (block / 32) + k / 32] |= 1u << (k % 32);
+  }
+  c.words = Exact(words);
+  c.lengths = Exact<int32_t>({static_cast<int32_t>(length), static_cast<int32_t>(length)});
+  Rows rows(n), cols(n);
+  int64_t visited = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    for (int64_t j = std::max<int64_t>(0, i - window); j <= i; ++j, ++visited) {
+      const int32_t tile = j == i ? 0 : j == i - window ? 1 : -1;
+      rows[i].push_back({static_cast<int32_t>(j), tile});
+      cols[j].push_back({static_cast<int32_t>(i), tile});
+    }
+  }
+  c.rows = MakeLists({rows}, 1, 1, n, 0);
+  c.cols = MakeLists({cols}, 1, 1, n, 0);
+  c.out = Array(dtype, c.dout.size);
+  c.got_lse = Array(Statistics(dtype), heads * length);
+  c.lse = random.Normals(Statistics(dtype), heads * length);
+  c.delta = random.Normals(Statistics(dtype), heads * length);
+  c.dquery = Array(dtype, c.query.size);
+  c.dkey = Array(dtype, c.key.size);
+  c.dvalue = Array(dtype, c.value.size);
+
+  RunForward(c, 1);
+  std::memcpy(c.lse.data.get(), c.got_lse.data.get(), heads * length * Size(Statistics(dtype)));
+  const double flops = 4.0 * heads * dim * visited * block * block;
+  std::printf("%-34s %3.0f %% of blocks:", title, 100.0 * visited / (n * n));
+  for (int workers = 1; workers <= 2; ++workers) {
+    for (int backward = 0; backward < 2; ++backward) {
+      double best = kInf;
+      double spent = 0;
+      for (int repeat = 0; repeat < 100 && (repeat < 5 || spent < 1.5); ++repeat) {
+        const auto start = std::chrono::steady_clock::now();
+        backward ? RunBackward(c, workers) : RunForward(c, workers);
+        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+        best = std::fmin(best, seconds);
+        spent += seconds;
+      }
+      std::printf("  %s x%d %6.1f GFLOP/s", backward ? "bwd" : "fwd", workers,
+                  (backward ? 2.5 : 1) * flops / best * 1e-9);
+    }
+  }
+  std::printf("\n");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  int64_t cases = 300;
+  uint64_t seed = 0;
+  bool time = false;
+  for (int a = 1; a < argc; ++a) {
+    if (std::strcmp(argv[a], "--time") == 0) time = true;
+    if (std::strcmp(argv[a], "--cases") == 0 && a + 1 < argc) cases = std::atoll(argv[++a]);
+    if (std::strcmp(argv[a], "--seed") == 0 && a + 1 < argc) seed = std::strtoull(argv[++a], nullptr, 10);
+  }
+  std::printf("instruction set: %s\n", cpu::InstructionSet());
+  if (time) {
+    Time("float32 H8 S4096 D64 block 64", DType::kF32, 8, 8, 4096, 64, 64, 15, 0);
+    Time("float32 H8 S4096 D64 block 128", DType::kF32, 8, 8, 4096, 64, 128, 7, 0);
+    Time("float32 H8 S4096 D128 block 64", DType::kF32, 8, 8, 4096, 128, 64, 15, 0);
+    Time("float32 H8/2 S4096 D64 block 64", DType::kF32, 8, 2, 4096, 64, 64, 15, 0);
+    Time("float32 H8 S4096 D64 soft cap", DType::kF32, 8, 8, 4096, 64, 64, 15, 30);
+    Time("float32 H8 S4096 D64 causal", DType::kF32, 8, 8, 4096, 64, 64, 64, 0);
+    Time("bfloat16 H8 S4096 D64 block 64", DType::kBF16, 8, 8, 4096, 64, 64, 15, 0);
+    Time("float16 H8 S4096 D64 block 64", DType::kF16, 8, 8, 4096, 64, 64, 15, 0);
+    Time("float64 H8 S4096 D64 block 64", DType::kF64, 8, 8, 4096, 64, 64, 15, 0);
+    return 0;
+  }
+  int64_t failed = 0;
+  for (int64_t n = 0; n < cases; ++n) failed += !Check(seed + n);
+  std::printf("%ld cases, %ld failed\n", cases, failed);
+  return failed != 0;
+}

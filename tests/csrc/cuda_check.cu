@@ -1,0 +1,769 @@
+// Checks the CUDA attention kernels without XLA or Python: `cuda_check list` names the cases, `cuda_check NAME` runs
+// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one. Results are compared
+// with a plain float64 computation on the host; outputs start as NaN between guard bytes; every launch is repeated and
+// must give the same bits, also from a captured CUDA graph. `time-*` cases print times. Exit status: 0 = passed.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "attention/launch.h"
+
+namespace {
+
+using namespace jax_bsk::attention;
+
+#define CUDA_OK(call)                                                                    \
+  do {                                                                                   \
+    const cudaError_t error = (call);                                                    \
+    if (error != cudaSuccess) {                                                          \
+      std::printf("FAILED: %s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
+      std::exit(2);                                                                      \
+    }                                                                                    \
+  } while (false)
+
+enum class Pattern { kRandom, kCausal, kFull, kEmpty };
+enum class Fault {
+  kNone,
+  kKey,
+  kValue,
+  kQuery,
+  kDout,
+  kInfValue,
+  kBadId,
+  kBadTile,
+  kNegativeTile,
+  kOffsets,
+  kOverflow,
+  kBadCol
+};
+
+struct Case {
+  const char* name;
+  DType dtype = DType::kBF16;
+  int batch = 2, q_len = 300, kv_len = 333, heads = 4, kv_heads = 2, head_dim = 64, value_dim = 64;
+  int block_q = 64, block_kv = 64;
+  Pattern pattern = Pattern::kRandom;
+  bool lengths = false, sinks = false, per_head = false, per_batch = false;
+  float scale = 0.f, soft_cap = 0.f;  // scale 0: 1 / sqrt(head_dim)
+  Fault fault = Fault::kNone;
+  float amplitude = 1.f;  // of the queries
+};
+
+// A device array between guard bytes.
+class Device {
+ public:
+  explicit Device(size_t bytes, int fill = 0) : bytes_(bytes) {
+    CUDA_OK(cudaMalloc(&base_, bytes + 2 * kGuard));
+    CUDA_OK(cudaMemset(base_, 0xAB, bytes + 2 * kGuard));
+    CUDA_OK(cudaMemset(data(), fill, bytes));
+  }
+  template <typename T>
+  explicit Device(const std::vector<T>& host) : Device(host.size() * sizeof(T)) {
+    CUDA_OK(cudaMemcpy(data(), host.data(), bytes_, cudaMemcpyHostToDevice));
+  }
+  Device(const Device&) = delete;
+  ~Device() { cudaFree(base_); }
+  void* data() const { return static_cast<char*>(base_) + kGuard; }
+  void Fill(int byte) { CUDA_OK(cudaMemset(data(), byte, bytes_)); }
+  std::vector<uint8_t> Bytes() const {
+    std::vector<uint8_t> host(bytes_);
+    CUDA_OK(cudaMemcpy(host.data(), data(), bytes_, cudaMemcpyDeviceToHost));
+    return host;
+  }
+  bool GuardsIntact() const {
+    std::vector<uint8_t> all(bytes_ + 2 * kGuard);
+    CUDA_OK(cudaMemcpy(all.data(), base_, all.size(), cudaMemcpyDeviceToHost));
+    for (size_t i = 0; i < kGuard; ++i)
+      if (all[i] != 0xAB || all[all.size() - 1 - i] != 0xAB) return false;
+    return true;
+  }
+
+ private:
+  static constexpr size_t kGuard = 4096;
+  void* base_ = nullptr;
+  size_t bytes_;
+};
+
+size_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+double Epsilon(DType dtype) {
+  return dtype == DType::kF32 ? std::ldexp(1., -21) : dtype == DType::kF16 ? std::ldexp(1., -11) : std::ldexp(1., -8);
+}
+
+std::vector<uint8_t> Encode(std::vector<float>& values, DType dtype) {  // also rounds `values`
+  std::vector<uint8_t> bytes(values.size() * SizeOf(dtype));
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (dtype == DType::kF32) {
+      std::memcpy(&bytes[4 * i], &values[i], 4);
+    } else if (dtype == DType::kF16) {
+      const __half x = __float2half(values[i]);
+      std::memcpy(&bytes[2 * i], &x, 2);
+      values[i] = __half2float(x);
+    } else {
+      const __nv_bfloat16 x = __float2bfloat16(values[i]);
+      std::memcpy(&bytes[2 * i], &x, 2);
+      values[i] = __bfloat162float(x);
+    }
+  }
+  return bytes;
+}
+
+std::vector<float> Decode(const std::vector<uint8_t>& bytes, DType dtype) {
+  std::vector<float> values(bytes.size() / SizeOf(dtype));
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (dtype == DType::kF32) {
+      std::memcpy(&values[i], &bytes[4 * i], 4);
+    } else if (dtype == DType::kF16) {
+      __half x;
+      std::memcpy(&x, &bytes[2 * i], 2);
+      values[i] = __half2float(x);
+    } else {
+      __nv_bfloat16 x;
+      std::memcpy(&x, &bytes[2 * i], 2);
+      values[i] = __bfloat162float(x);
+    }
+  }
+  return values;
+}
+
+// Dense booleans and the lists made of them, [batch|1, heads|1, ...].
+struct Mask {
+  int batch, heads, q_blocks, kv_blocks, capacity = 0, tiles_count = 0;
+  std::vector<uint8_t> dense;  // [batch, heads, q_len, kv_len]
+  std::vector<int32_t> offsets, ids, tiles, col_offsets, col_ids, col_tiles;
+  std::vector<uint32_t> words;  // [1, 1, count, block_q, block_kv / 32]
+  double visited = 0;           // blocks of all (batch, head) pairs given
+};
+
+Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
+  Mask mask;
+  mask.batch = c.per_batch ? c.batch : 1;
+  mask.heads = c.per_head ? c.heads : 1;
+  mask.q_blocks = (c.q_len + c.block_q - 1) / c.block_q;
+  mask.kv_blocks = (c.kv_len + c.block_kv - 1) / c.block_kv;
+  const int nq = mask.q_blocks, nk = mask.kv_blocks;
+  mask.dense.assign(size_t(mask.batch) * mask.heads * c.q_len * c.kv_len, 0);
+  mask.capacity = nq * nk + 3;
+  std::uniform_real_distribution<double> uniform(0, 1);
+  for (int table = 0; table < mask.batch * mask.heads; ++table) {
+    std::vector<int> kind(nq * nk, -2);  // -2 absent, -1 full, else the tile
+    for (int i = 0; i < nq; ++i) {
+      const bool empty_row = c.pattern == Pattern::kEmpty || (c.pattern == Pattern::kRandom && nq > 2 && i == 1);
+      for (int j = 0; j < nk; ++j) {
+        const double u = uniform(rng);
+        std::vector<uint32_t> tile(c.block_q * c.block_kv / 32, 0);
+        bool partial = false, present = false;
+        if (c.pattern == Pattern::kCausal) {
+          present = j * c.block_kv <= i * c.block_q + c.block_q - 1;
+          partial = present && j * c.block_kv + c.block_kv - 1 > i * c.block_q;
+          for (int r = 0; partial && r < c.block_q; ++r)
+            for (int k = 0; k < c.block_kv; ++k)
+              if (j * c.block_kv + k <= i * c.block_q + r) tile[r * (c.block_kv / 32) + k / 32] |= 1u << (k % 32);
+        } else if (c.pattern == Pattern::kFull) {
+          present = true;
+        } else if (!empty_row) {
+          present = u < density;
+          partial = u < density / 2;
+          const double fill = u < density / 16 ? 0. : u < density / 4 ? 0.03 : 0.6;  // some tiles have no bit, some few
+          for (int bit = 0; partial && bit < c.block_q * c.block_kv; ++bit)
+            if (uniform(rng) < fill) tile[bit / 32] |= 1u << (bit % 32);
+        }
+        if (!present) continue;
+        if (partial) {
+          const size_t size = tile.size();
+          int number = -1;
+          for (int k = std::max(0, mask.tiles_count - 4); k < mask.tiles_count; ++k)
+            if (std::equal(tile.begin(), tile.end(), mask.words.begin() + k * size)) number = k;
+          if (number < 0) {
+            number = mask.tiles_count++;
+            mask.words.insert(mask.words.end(), tile.begin(), tile.end());
+          }
+          kind[i * nk + j] = number;
+        } else {
+          kind[i * nk + j] = -1;
+        }
+        for (int r = 0; r < c.block_q && i * c.block_q + r < c.q_len; ++r)
+          for (int k = 0; k < c.block_kv && j * c.block_kv + k < c.kv_len; ++k)
+            mask.dense[(size_t(table) * c.q_len + i * c.block_q + r) * c.kv_len + j * c.block_kv + k] =
+                !partial || (tile[r * (c.block_kv / 32) + k / 32] >> (k % 32) & 1);
+      }
+    }
+    const auto list = [&](int rows, int columns, const std::function<int(int, int)>& at, std::vector<int32_t>& offsets,
+                          std::vector<int32_t>& ids, std::vector<int32_t>& tiles) {
+      int used = 0;
+      offsets.push_back(0);
+      for (int i = 0; i < rows; ++i) {
+        for (const bool full : {false, true})
+          for (int j = 0; j < columns; ++j)
+            if (at(i, j) >= -1 && (at(i, j) == -1) == full) {
+              ids.push_back(j);
+              tiles.push_back(at(i, j));
+              ++used;
+            }
+        offsets.push_back(used);
+      }
+      mask.visited += used;
+      for (; used < mask.capacity; ++used) {
+        ids.push_back(-1);
+        tiles.push_back(-1);
+      }
+    };
+    list(nq, nk, [&](int i, int j) { return kind[i * nk + j]; }, mask.offsets, mask.ids, mask.tiles);
+    list(nk, nq, [&](int j, int i) { return kind[i * nk + j]; }, mask.col_offsets, mask.col_ids, mask.col_tiles);
+  }
+  mask.visited /= 2;
+  return mask;
+}
+
+struct Comparison {
+  bool passed = true;
+  // `bad[i / row]` says that row i / row must contain a NaN (or an infinity that passed through); every other element
+  // must be near the reference.
+  void Check(const char* what, const std::vector<float>& got, const std::vector<double>& want,
+             const std::vector<uint8_t>& bad, int row, double epsilon, double factor) {
+    double largest = 0, sum = 0, error_largest = 0, error_sum = 0;
+    size_t wrong = 0, missing = 0, count = 0, first = got.size();
+    for (size_t i = 0; i < got.size(); i += row) {
+      bool nan = false;
+      for (int e = 0; e < row; ++e) {
+        const double x = got[i + e], y = want[i + e];
+        nan |= !std::isfinite(x);
+        if (bad[i / row]) continue;
+        if (std::isinf(y) ? x != y : !std::isfinite(x)) {
+          ++wrong;
+          first = std::min(first, i + e);
+        } else if (!std::isinf(y)) {
+          largest = std::max(largest, std::abs(y)), sum += std::abs(y), ++count;
+          if (std::abs(x - y) > error_largest) error_largest = std::abs(x - y), first = wrong ? first : i + e;
+          error_sum += std::abs(x - y);
+        }
+      }
+      if (bad[i / row] && !nan) ++missing;
+    }
+    const double max_ratio = error_largest / (epsilon * (largest + 1e-3)),
+                 mean_ratio = count ? error_sum / (epsilon * (sum + 1e-3 * count)) : 0;
+    const bool ok = wrong == 0 && missing == 0 && max_ratio <= 3 * factor && mean_ratio <= factor;
+    std::printf(
+        "  %-5s max error %.3g (%.2f eps of max), mean %.2f eps of mean, wrong NaN/inf %zu, missing NaN %zu%s\n", what,
+        error_largest, max_ratio, mean_ratio, wrong, missing, ok ? "" : "   <-- FAILED");
+    if (!ok && first < got.size()) {
+      std::printf("        worst or first wrong at row %zu element %zu: got %g want %g\n", first / row, first % row,
+                  got[first], want[first]);
+    }
+    passed &= ok;
+  }
+};
+
+Shape ShapeOf(const Case& c) {
+  return {c.batch,
+          c.q_len,
+          c.kv_len,
+          c.heads,
+          c.kv_heads,
+          c.head_dim,
+          c.value_dim,
+          c.block_q,
+          c.block_kv,
+          (c.q_len + c.block_q - 1) / c.block_q,
+          (c.kv_len + c.block_kv - 1) / c.block_kv};
+}
+
+// Everything a case has on the device.
+struct Problem {
+  Problem(const Case& c, const Mask& m, const std::vector<uint8_t>& q, const std::vector<uint8_t>& k,
+          const std::vector<uint8_t>& v, const std::vector<uint8_t>& d, const std::vector<int32_t>& lengths,
+          const std::vector<float>& sinks, float scale)
+      : query(q),
+        key(k),
+        value(v),
+        dout(d),
+        offsets(m.offsets),
+        ids(m.ids),
+        tiles(m.tiles),
+        col_offsets(m.col_offsets),
+        col_ids(m.col_ids),
+        col_tiles(m.col_tiles),
+        words(m.words),
+        pairs(lengths),
+        sink(sinks),
+        out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
+        lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
+        delta(size_t(c.batch) * c.q_len * c.heads * 4),
+        dquery(q.size(), 0xFF),
+        dkey(k.size(), 0xFF),
+        dvalue(v.size(), 0xFF) {
+    const auto i32 = [](const Device& d) { return static_cast<const int32_t*>(d.data()); };
+    const Shape shape = ShapeOf(c);
+    const BlockList rows{i32(offsets), i32(ids), i32(tiles), m.batch, m.heads, m.q_blocks, m.kv_blocks, m.capacity};
+    const BlockList cols{i32(col_offsets), i32(col_ids), i32(col_tiles), m.batch,
+                         m.heads,          m.kv_blocks,  m.q_blocks,     m.capacity};
+    const BitTiles bits{static_cast<const uint32_t*>(words.data()), 1, 1, m.tiles_count};
+    const Lengths limit{i32(pairs), int64_t(lengths.size() / 2)};
+    forward = {shape,       c.dtype, query.data(),          key.data(), value.data(), rows,       bits,      limit,
+               sink.data(), 1,       int64_t(sinks.size()), scale,      c.soft_cap,   out.data(), lse.data()};
+    backward = {shape, c.dtype, dout.data(), query.data(), key.data(), value.data(),  lse.data(),  delta.data(), rows,
+                cols,  bits,    limit,       scale,        c.soft_cap, dquery.data(), dkey.data(), dvalue.data()};
+  }
+  std::vector<std::vector<uint8_t>> Results() const {
+    return {out.Bytes(), lse.Bytes(), dquery.Bytes(), dkey.Bytes(), dvalue.Bytes()};
+  }
+  void FillResults(int byte) {
+    for (Device* d : {&out, &lse, &dquery, &dkey, &dvalue}) d->Fill(byte);
+  }
+
+  Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink;
+  Device out, lse, delta, dquery, dkey, dvalue;
+  ForwardParams forward;
+  BackwardParams backward;
+};
+
+// Launches after asking for refusals.
+void Forward(const Problem& p, cudaStream_t stream) {
+  const std::string refusal = cuda::ForwardRefusal(p.forward, 0);
+  if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
+  CUDA_OK(cuda::LaunchForward(p.forward, 0, stream));
+}
+void Backward(const Problem& p, cudaStream_t stream) {
+  const std::string refusal = cuda::BackwardRefusal(p.backward, 0);
+  if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
+  CUDA_OK(cuda::LaunchBackward(p.backward, 0, stream));
+}
+
+std::vector<float> Normal(size_t count, std::mt19937& rng, float amplitude = 1.f) {
+  std::normal_distribution<float> normal(0.f, amplitude);
+  std::vector<float> values(count);
+  for (float& x : values) x = normal(rng);
+  return values;
+}
+
+bool RunCase(const Case& c) {
+  std::mt19937 rng(1234);
+  Mask mask = MakeMask(c, rng);
+  const int B = c.batch, T = c.q_len, S = c.kv_len, N = c.heads, K = c.kv_heads, D = c.head_dim, V = c.value_dim;
+  auto query = Normal(size_t(B) * T * N * D, rng, c.amplitude), key = Normal(size_t(B) * S * K * D, rng);
+  auto value = Normal(size_t(B) * S * K * V, rng), dout = Normal(size_t(B) * T * N * V, rng);
+  const float scale = c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(D));
+  std::vector<int32_t> lengths = {T + 5, S + 7};
+  if (c.lengths) {
+    lengths.clear();
+    for (int b = 0; b < B; ++b) lengths.insert(lengths.end(), {b == 0 ? T * 2 / 3 : T - 1, b == 0 ? S : S / 2 + 3});
+  }
+  std::vector<float> sinks(c.sinks ? N : 1, -INFINITY);
+  if (c.sinks)
+    for (int n = 0; n < N; ++n) sinks[n] = n == 0 ? -INFINITY : n == 1 ? 60.f : float(n) - 2.f;
+  const auto limit = [&](int b, int which) {
+    return std::min(std::max(lengths[(lengths.size() > 2 ? 2 * b : 0) + which], 0), which ? S : T);
+  };
+  const auto attends = [&](int b, int n, int t, int s) {
+    const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
+    return t < limit(b, 0) && s < limit(b, 1) && mask.dense[(table * T + t) * S + s];
+  };
+
+  // The bytes before anything is spoiled are the reference's input.
+  auto query_bytes = Encode(query, c.dtype), key_bytes = Encode(key, c.dtype), value_bytes = Encode(value, c.dtype),
+       dout_bytes = Encode(dout, c.dtype);
+  const int bad_b = B - 1, bad_n = N - 1, bad_t = std::min(70, T - 1), bad_s = std::min(5, S - 1);
+  const auto spoil = [&](std::vector<float> values, size_t index, float with) {
+    values[index] = with;
+    return Encode(values, c.dtype);
+  };
+  const size_t key_row = (size_t(bad_b) * S + bad_s) * K + K - 1, query_row = (size_t(bad_b) * T + bad_t) * N + bad_n;
+  if (c.fault == Fault::kKey) key_bytes = spoil(key, key_row * D + D / 2, NAN);
+  if (c.fault == Fault::kValue) value_bytes = spoil(value, key_row * V + 1, NAN);
+  if (c.fault == Fault::kInfValue) value_bytes = spoil(value, key_row * V + V - 1, INFINITY);
+  if (c.fault == Fault::kQuery) query_bytes = spoil(query, query_row * D + 3, NAN);
+  if (c.fault == Fault::kDout) dout_bytes = spoil(dout, query_row * V + V - 1, NAN);
+  int poisoned_row = -1, poisoned_col = -1;  // of every head that shares the last table
+  {
+    const int rows = mask.q_blocks, table = mask.batch * mask.heads - 1, base = table * (rows + 1);
+    const int first = table * mask.capacity;
+    const auto poison_entry = [&](std::vector<int32_t>& list, int with) {
+      poisoned_row = rows - 1;
+      while (mask.offsets[base + poisoned_row] == mask.offsets[base + poisoned_row + 1]) --poisoned_row;
+      list[first + mask.offsets[base + poisoned_row + 1] - 1] = with;
+    };
+    if (c.fault == Fault::kBadId) poison_entry(mask.ids, mask.kv_blocks);
+    if (c.fault == Fault::kBadTile) poison_entry(mask.tiles, mask.tiles_count);
+    if (c.fault == Fault::kNegativeTile) poison_entry(mask.tiles, -2);
+    if (c.fault == Fault::kOffsets) poisoned_row = 0, mask.offsets[base] = -1;
+    if (c.fault == Fault::kOverflow) poisoned_row = rows - 1, mask.offsets[base + rows] = mask.capacity + 1;
+    if (c.fault == Fault::kBadCol) {
+      poisoned_col = 0, mask.col_ids[first] = -7;
+      while (mask.col_offsets[table * (mask.kv_blocks + 1) + poisoned_col + 1] == 0) ++poisoned_col;
+    }
+  }
+
+  // Reference.
+  std::vector<double> out(query.size() / D * V), lse(size_t(B) * N * T, -INFINITY), dquery(query.size()),
+      dkey(key.size()), dvalue(value.size());
+  std::vector<uint8_t> bad_out(size_t(B) * T * N), bad_lse(size_t(B) * N * T), bad_dquery(size_t(B) * T * N),
+      bad_key(size_t(B) * S * K);
+  auto dlse = Normal(lse.size(), rng);
+  std::vector<double> probs(S), slopes(S), logits(S);
+  for (int b = 0; b < B; ++b)
+    for (int n = 0; n < N; ++n)
+      for (int t = 0; t < limit(b, 0); ++t) {
+        const size_t row = (size_t(b) * T + t) * N + n, stat = (size_t(b) * N + n) * T + t;
+        const int kv = n / (N / K);
+        const bool in_table = (mask.batch == 1 || b == B - 1) && (mask.heads == 1 || n == N - 1);
+        bool poisoned = in_table && poisoned_row >= 0 && t / c.block_q == poisoned_row, bad = poisoned, any = false;
+        bool lse_bad = poisoned;
+        const double sink = sinks[sinks.size() > 1 ? n : 0];
+        double max = sink;
+        for (int s = 0; s < S; ++s) {
+          if (!attends(b, n, t, s)) continue;
+          any = true;
+          double x = 0;
+          for (int d = 0; d < D; ++d) x += double(query[row * D + d]) * key[((size_t(b) * S + s) * K + kv) * D + d];
+          x *= scale;
+          const double tanh = c.soft_cap != 0 ? std::tanh(x / c.soft_cap) : 0;
+          slopes[s] = 1 - tanh * tanh;
+          logits[s] = c.soft_cap != 0 ? c.soft_cap * tanh : x;
+          max = std::max(max, logits[s]);
+          if (b == bad_b && kv == K - 1 && s == bad_s) {
+            bad |= c.fault == Fault::kKey || c.fault == Fault::kValue || c.fault == Fault::kInfValue;
+            lse_bad |= c.fault == Fault::kKey;
+          }
+        }
+        if (any && c.fault == Fault::kQuery && row == query_row) bad = lse_bad = true;
+        const bool bad_gradient = bad || (any && c.fault == Fault::kDout && row == query_row);
+        bad_out[row] = bad, bad_lse[stat] = lse_bad, bad_dquery[row] = bad_gradient;
+        double total = std::exp(sink - max), delta = -dlse[stat];
+        if (!any) {
+          lse[stat] = sink;
+          continue;
+        }
+        for (int s = 0; s < S; ++s)
+          if (attends(b, n, t, s)) total += probs[s] = std::exp(logits[s] - max);
+        lse[stat] = max + std::log(total);
+        for (int s = 0; s < S; ++s) {
+          if (!attends(b, n, t, s)) continue;
+          probs[s] /= total;
+          for (int d = 0; d < V; ++d) out[row * V + d] += probs[s] * value[((size_t(b) * S + s) * K + kv) * V + d];
+        }
+        for (int d = 0; d < V; ++d) delta += out[row * V + d] * dout[row * V + d];
+        for (int s = 0; s < S; ++s) {
+          if (!attends(b, n, t, s)) continue;
+          const size_t at = (size_t(b) * S + s) * K + kv;
+          bad_key[at] |= bad_gradient;
+          double dprob = 0;
+          for (int d = 0; d < V; ++d) {
+            dprob += double(dout[row * V + d]) * value[at * V + d];
+            dvalue[at * V + d] += probs[s] * dout[row * V + d];
+          }
+          const double dscore = probs[s] * (dprob - delta) * (c.soft_cap != 0 ? slopes[s] : 1) * scale;
+          for (int d = 0; d < D; ++d) {
+            dquery[row * D + d] += dscore * key[at * D + d];
+            dkey[at * D + d] += dscore * query[row * D + d];
+          }
+        }
+      }
+  if (poisoned_col >= 0) {
+    for (int b = mask.batch == 1 ? 0 : B - 1; b < B; ++b)
+      for (int n = mask.heads == 1 ? 0 : N - 1; n < N; ++n)
+        for (int s = poisoned_col * c.block_kv; s < std::min((poisoned_col + 1) * c.block_kv, limit(b, 1)); ++s)
+          bad_key[(size_t(b) * S + s) * K + n / (N / K)] = 1;
+  }
+
+  // On the device. delta as a caller computes it, from the rounded output.
+  Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale);
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreate(&stream));
+  Forward(problem, stream);
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const auto got_out = Decode(problem.out.Bytes(), c.dtype);
+  const auto given_dout = Decode(dout_bytes, c.dtype);
+  std::vector<float> delta(lse.size());
+  for (int b = 0; b < B; ++b)
+    for (int n = 0; n < N; ++n)
+      for (int t = 0; t < T; ++t) {
+        const size_t row = (size_t(b) * T + t) * N + n, stat = (size_t(b) * N + n) * T + t;
+        double sum = -dlse[stat];
+        for (int d = 0; d < V; ++d) sum += double(got_out[row * V + d]) * given_dout[row * V + d];
+        delta[stat] = float(sum);
+      }
+  CUDA_OK(cudaMemcpy(problem.delta.data(), delta.data(), delta.size() * 4, cudaMemcpyHostToDevice));
+  Backward(problem, stream);
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const auto results = problem.Results();
+
+  Comparison compare;
+  const double epsilon = Epsilon(c.dtype), spread = std::max(1.f, c.amplitude);
+  compare.Check("out", Decode(results[0], c.dtype), out, bad_out, V, epsilon, 1);
+  compare.Check("lse", Decode(results[1], DType::kF32), lse, bad_lse, 1, std::ldexp(1., -21), spread);
+  compare.Check("dq", Decode(results[2], c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
+  compare.Check("dk", Decode(results[3], c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
+  compare.Check("dv", Decode(results[4], c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
+
+  for (const Device* d : {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue})
+    if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
+  // The same bits again, then from a graph. (Backward reads lse, which the forward just wrote again.)
+  for (int repeat = 0; repeat < 20; ++repeat) {
+    problem.FillResults(repeat);
+    Forward(problem, stream);
+    Backward(problem, stream);
+    CUDA_OK(cudaStreamSynchronize(stream));
+    if (problem.Results() != results) compare.passed = false, std::printf("  repeat %d differs   <-- FAILED\n", repeat);
+  }
+  cudaGraph_t graph;
+  cudaGraphExec_t executable;
+  CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  Forward(problem, stream);
+  Backward(problem, stream);
+  CUDA_OK(cudaStreamEndCapture(stream, &graph));
+  CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+  problem.FillResults(0x11);
+  CUDA_OK(cudaGraphLaunch(executable, stream));
+  CUDA_OK(cudaStreamSynchronize(stream));
+  if (problem.Results() != results) compare.passed = false, std::printf("  graph replay differs   <-- FAILED\n");
+  return compare.passed;
+}
+
+bool TimeCase(Case c, double density) {
+  std::mt19937 rng(7);
+  Case one = c;
+  one.per_batch = one.per_head = false;
+  const Mask mask = MakeMask(one, rng, density);
+  const auto random = [&](size_t count) {
+    auto some = Normal(1 << 16, rng);
+    auto bytes = Encode(some, c.dtype);
+    std::vector<uint8_t> all(count * SizeOf(c.dtype));
+    for (size_t i = 0; i < all.size(); i += bytes.size())
+      std::memcpy(&all[i], bytes.data(), std::min(bytes.size(), all.size() - i));
+    return all;
+  };
+  const size_t tokens = size_t(c.batch) * c.q_len, kv_tokens = size_t(c.batch) * c.kv_len;
+  Problem p(c, mask, random(tokens * c.heads * c.head_dim), random(kv_tokens * c.kv_heads * c.head_dim),
+            random(kv_tokens * c.kv_heads * c.value_dim), random(tokens * c.heads * c.value_dim), {c.q_len, c.kv_len},
+            {-INFINITY}, 1.f / std::sqrt(float(c.head_dim)));
+  cudaEvent_t start, stop;
+  CUDA_OK(cudaEventCreate(&start));
+  CUDA_OK(cudaEventCreate(&stop));
+  const double pairs = mask.visited * c.block_q * c.block_kv * c.heads * c.batch;
+  for (const bool backward : {false, true}) {
+    const auto launch = [&] { backward ? Backward(p, nullptr) : Forward(p, nullptr); };
+    for (int i = 0; i < 3; ++i) launch();
+    std::vector<float> times;
+    for (int i = 0; i < 10; ++i) {
+      CUDA_OK(cudaEventRecord(start));
+      launch();
+      CUDA_OK(cudaEventRecord(stop));
+      CUDA_OK(cudaEventSynchronize(stop));
+      float ms;
+      CUDA_OK(cudaEventElapsedTime(&ms, start, stop));
+      times.push_back(ms);
+    }
+    std::sort(times.begin(), times.end());
+    // Matrix products of visited blocks: two forward, five backward (recomputation beyond that is not counted).
+    const double flops = pairs * (backward ? 6. * c.head_dim + 4. * c.value_dim : 2. * (c.head_dim + c.value_dim));
+    std::printf("  %s %.3f ms median, %.3f ms best, %.0f TFLOP/s of visited blocks\n",
+                backward ? "backward" : "forward ", times[5], times[0], flops / times[5] * 1e-9);
+  }
+  return true;
+}
+
+__host__ __device__ float Hash(uint64_t i) {
+  i = (i + 0x9E3779B97F4A7C15ull) * 0xBF58476D1CE4E5B9ull;
+  i ^= i >> 29;
+  i *= 0x94D049BB133111EBull;
+  return static_cast<float>(static_cast<int>(i >> 57) - 64) / 64.f;  // exact in bfloat16
+}
+__global__ void FillHash(__nv_bfloat16* data, uint64_t count) {
+  for (uint64_t i = blockIdx.x * uint64_t{blockDim.x} + threadIdx.x; i < count; i += uint64_t{gridDim.x} * blockDim.x)
+    data[i] = __float2bfloat16(Hash(i));
+}
+
+// More than 2^31 elements of query and output: the last rows of the last head must be right.
+bool RunHuge() {
+  Case c{"huge"};
+  c.batch = 1, c.q_len = 70000, c.kv_len = 128, c.heads = 256, c.kv_heads = 1, c.head_dim = c.value_dim = 128;
+  c.block_q = c.block_kv = 128, c.pattern = Pattern::kFull;
+  std::mt19937 rng(3);
+  const Mask mask = MakeMask(c, rng);
+  auto key = Normal(128 * 128, rng), value = Normal(128 * 128, rng);
+  const auto key_bytes = Encode(key, c.dtype), value_bytes = Encode(value, c.dtype);
+  const uint64_t count = uint64_t(c.q_len) * c.heads * 128;
+  const std::vector<uint8_t> tiny(16);
+  Device query(count * 2), out(count * 2, 0xFF), lse(uint64_t(c.q_len) * c.heads * 4, 0xFF);
+  FillHash<<<1024, 256>>>(static_cast<__nv_bfloat16*>(query.data()), count);
+  Problem p(Case{"none", DType::kBF16, 1, 1, 128, 1, 1, 128, 128, 128, 128}, mask, tiny, key_bytes, value_bytes, tiny,
+            {c.q_len, 128}, {-INFINITY}, 0.1f);
+  p.forward.shape = ShapeOf(c);
+  p.forward.query = query.data(), p.forward.out = out.data(), p.forward.lse = lse.data();
+  Forward(p, nullptr);
+  CUDA_OK(cudaDeviceSynchronize());
+  Comparison compare;
+  for (const int t : {0, 65536, c.q_len - 1}) {
+    const uint64_t row = (uint64_t(t) * c.heads + c.heads - 1) * 128;
+    std::vector<uint8_t> bytes(256);
+    CUDA_OK(cudaMemcpy(bytes.data(), static_cast<char*>(out.data()) + row * 2, 256, cudaMemcpyDeviceToHost));
+    std::vector<double> want(128), probs(128);
+    double total = 0;
+    for (int s = 0; s < 128; ++s) {
+      double x = 0;
+      for (int d = 0; d < 128; ++d) x += Hash(row + d) * double(key[s * 128 + d]);
+      total += probs[s] = std::exp(0.1f * x);
+    }
+    for (int s = 0; s < 128; ++s)
+      for (int d = 0; d < 128; ++d) want[d] += probs[s] / total * value[s * 128 + d];
+    compare.Check("out", Decode(bytes, c.dtype), want, {0}, 128, Epsilon(c.dtype), 1);
+  }
+  return compare.passed;
+}
+
+// Lengths of zero: zeros where there are results, no error.
+bool RunZero() {
+  bool passed = true;
+  for (const auto [q_len, kv_len] : {std::pair{0, 100}, {100, 0}, {0, 0}}) {
+    Case c{"zero"};
+    c.q_len = q_len, c.kv_len = kv_len, c.batch = 1, c.heads = 2, c.kv_heads = 1;
+    std::mt19937 rng(3);
+    const Mask mask = MakeMask(c, rng);
+    const std::vector<uint8_t> q(size_t(q_len) * 2 * 64 * 2), k(size_t(kv_len) * 64 * 2);
+    Problem p(c, mask, q, k, k, q, {q_len, kv_len}, {-INFINITY}, 0.1f);
+    Forward(p, nullptr);
+    Backward(p, nullptr);
+    CUDA_OK(cudaDeviceSynchronize());
+    for (const Device* d : {&p.out, &p.dquery, &p.dkey, &p.dvalue})
+      for (const uint8_t byte : d->Bytes()) passed &= byte == 0;
+    for (const float x : Decode(p.lse.Bytes(), DType::kF32)) passed &= x == -INFINITY;
+  }
+  return passed;
+}
+
+std::vector<Case> Cases() {
+  std::vector<Case> cases;
+  const auto add = [&](const char* name, const std::function<void(Case&)>& change) {
+    Case c{name};
+    change(c);
+    cases.push_back(c);
+  };
+  using P = Pattern;
+  using F = Fault;
+  add("basic", [](Case&) {});
+  add("full", [](Case& c) { c.pattern = P::kFull; });
+  add("causal-d128", [](Case& c) { c.pattern = P::kCausal, c.head_dim = c.value_dim = 128, c.q_len = c.kv_len = 520; });
+  add("causal-d128-b128", [](Case& c) {
+    c.pattern = P::kCausal, c.head_dim = c.value_dim = 128, c.q_len = c.kv_len = 520, c.block_q = c.block_kv = 128;
+  });
+  add("d64-b128", [](Case& c) { c.block_q = c.block_kv = 128, c.q_len = 520, c.kv_len = 600; });
+  add("d128-b128-f16", [](Case& c) {
+    c.dtype = DType::kF16, c.head_dim = c.value_dim = 128, c.block_q = c.block_kv = 128, c.q_len = 520, c.kv_len = 600;
+  });
+  add("d256", [](Case& c) { c.head_dim = c.value_dim = 256; });
+  add("d256-b128-f16",
+      [](Case& c) { c.dtype = DType::kF16, c.head_dim = c.value_dim = 256, c.block_q = c.block_kv = 128; });
+  add("d72-v40", [](Case& c) { c.head_dim = 72, c.value_dim = 40, c.block_q = 128; });
+  add("d8-v8", [](Case& c) { c.head_dim = 8, c.value_dim = 8, c.block_kv = 128; });
+  add("d64-v192", [](Case& c) { c.value_dim = 192; });
+  add("f32", [](Case& c) { c.dtype = DType::kF32; });
+  add("f32-d128-b128",
+      [](Case& c) { c.dtype = DType::kF32, c.head_dim = c.value_dim = 128, c.block_q = c.block_kv = 128; });
+  add("f32-d256", [](Case& c) { c.dtype = DType::kF32, c.head_dim = c.value_dim = 256, c.heads = c.kv_heads = 2; });
+  add("f32-cap", [](Case& c) { c.dtype = DType::kF32, c.soft_cap = 20.f, c.sinks = true, c.lengths = true; });
+  add("masks-per-head", [](Case& c) { c.per_head = c.per_batch = true; });
+  add("mqa", [](Case& c) { c.kv_heads = 1, c.heads = 6, c.per_head = true, c.block_q = c.block_kv = 128; });
+  add("mha-f16", [](Case& c) { c.kv_heads = 4, c.dtype = DType::kF16; });
+  add("lengths", [](Case& c) { c.lengths = true; });
+  add("lengths-b128",
+      [](Case& c) { c.lengths = true, c.block_q = c.block_kv = 128, c.pattern = P::kFull, c.q_len = 513; });
+  add("lengths-d256", [](Case& c) { c.lengths = true, c.head_dim = 256, c.value_dim = 200, c.block_kv = 128; });
+  add("cap", [](Case& c) { c.soft_cap = 5.f; });
+  add("cap-d128-b128",
+      [](Case& c) { c.soft_cap = 30.f, c.head_dim = c.value_dim = 128, c.block_q = c.block_kv = 128; });
+  add("sinks", [](Case& c) { c.sinks = true, c.lengths = true; });
+  add("negative-scale", [](Case& c) { c.scale = -0.2f; });
+  add("large-logits", [](Case& c) { c.amplitude = 40.f, c.dtype = DType::kF32; });
+  add("empty", [](Case& c) { c.pattern = P::kEmpty; });
+  add("one-query", [](Case& c) { c.q_len = 1, c.pattern = P::kFull; });
+  add("one-one", [](Case& c) { c.q_len = 1, c.kv_len = 1, c.pattern = P::kFull; });
+  add("tail-64", [](Case& c) { c.q_len = c.kv_len = 320, c.block_q = c.block_kv = 128; });
+  for (const int dim : {64, 128, 256}) {
+    static std::vector<std::string> names;
+    names.reserve(64);
+    const auto fault = [&](const char* what, Fault f) {
+      names.push_back(std::string(what) + "-d" + std::to_string(dim));
+      add(names.back().c_str(), [&](Case& c) { c.fault = f, c.head_dim = c.value_dim = dim, c.per_head = dim == 64; });
+    };
+    fault("nan-key", F::kKey), fault("nan-value", F::kValue), fault("inf-value", F::kInfValue);
+    fault("nan-query", F::kQuery), fault("nan-dout", F::kDout), fault("bad-id", F::kBadId);
+    fault("bad-tile", F::kBadTile), fault("negative-tile", F::kNegativeTile), fault("bad-offsets", F::kOffsets);
+    fault("overflow", F::kOverflow), fault("bad-col", F::kBadCol);
+  }
+  return cases;
+}
+
+struct Timing {
+  const char* name;
+  Case c;
+  double density;
+};
+std::vector<Timing> Timings() {
+  std::vector<Timing> timings;
+  const auto add = [&](const char* name, int batch, int heads, int kv_heads, int length, int dim, Pattern pattern,
+                       double density, DType dtype = DType::kBF16) {
+    Case c{name};
+    c.dtype = dtype, c.batch = batch, c.q_len = c.kv_len = length, c.heads = heads, c.kv_heads = kv_heads;
+    c.head_dim = c.value_dim = dim, c.block_q = c.block_kv = 128, c.pattern = pattern;
+    timings.push_back({name, c, density});
+  };
+  add("time-d128-full", 2, 16, 16, 4096, 128, Pattern::kFull, 1);
+  add("time-d128-causal", 2, 16, 16, 4096, 128, Pattern::kCausal, 1);
+  add("time-d128-random", 2, 16, 4, 4096, 128, Pattern::kRandom, 0.25);
+  add("time-d64-full", 4, 16, 16, 4096, 64, Pattern::kFull, 1);
+  add("time-d64-causal", 4, 16, 16, 4096, 64, Pattern::kCausal, 1);
+  add("time-d256-full", 1, 16, 16, 4096, 256, Pattern::kFull, 1);
+  add("time-f32-d64-full", 1, 8, 8, 2048, 64, Pattern::kFull, 1, DType::kF32);
+  return timings;
+}
+
+bool Run(const std::string& name, bool& known) {
+  known = true;
+  if (name == "huge") return RunHuge();
+  if (name == "zero") return RunZero();
+  for (const Case& c : Cases())
+    if (name == c.name) return RunCase(c);
+  for (const Timing& t : Timings())
+    if (name == t.name) return TimeCase(t.c, t.density);
+  return known = false;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::vector<std::string> all = {"zero", "huge"};
+  for (const Case& c : Cases()) all.push_back(c.name);
+  for (const Timing& t : Timings()) all.push_back(t.name);
+  if (argc != 2) {
+    std::printf("usage: cuda_check NAME | all | list\n");
+    return 2;
+  }
+  if (argv[1] == std::string("list")) {
+    for (const auto& name : all) std::printf("%s\n", name.c_str());
+    return 0;
+  }
+  if (argv[1] != std::string("all")) all = {argv[1]};
+  int failed = 0;
+  for (const auto& name : all) {
+    bool known;
+    std::printf("%s\n", name.c_str());
+    std::fflush(stdout);
+    const bool passed = Run(name, known);
+    if (!known) std::printf("  no such case\n");
+    std::printf("  %s\n", passed ? "passed" : "FAILED");
+    std::fflush(stdout);
+    failed += !passed;
+  }
+  if (all.size() > 1) std::printf("%zu cases, %d failed\n", all.size(), failed);
+  return failed ? 1 : 0;
+}

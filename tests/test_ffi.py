@@ -1,0 +1,244 @@
+"""The native boundary: what the handlers themselves refuse, registration, and the imports that keep it one path."""
+
+from __future__ import annotations
+
+import ast
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_bsk
+from jax_bsk import _compat, _ffi
+
+PACKAGE = Path(jax_bsk.__file__).parent
+
+
+def forward_call(**changes):
+    """Calls the forward handler directly, past every Python check, with one thing changed."""
+    b, t, s, n, h = 2, 64, 96, 4, 16
+    arrays = {
+        "query": jnp.ones((b, t, n, h)),
+        "key": jnp.ones((b, s, n, h)),
+        "value": jnp.ones((b, s, n, h)),
+        "row_offsets": jnp.array([[[0, 1, 2]]], jnp.int32),
+        "kv_blocks": jnp.zeros((1, 1, 2), jnp.int32),
+        "tiles": -jnp.ones((1, 1, 2), jnp.int32),
+        "bit_tiles": jnp.zeros((1, 1, 0, 32, 1), jnp.uint32),
+        "lengths": jnp.array([[t, s]], jnp.int32),
+        "sinks": jnp.full((1, 1), -jnp.inf),
+    }
+    results = [jax.ShapeDtypeStruct((b, t, n, h), jnp.float32), jax.ShapeDtypeStruct((b, n, t), jnp.float32)]
+    attributes = _ffi.AttentionAttributes(32, 32, 0.25, 0.0).encode()
+    for name, value in changes.items():
+        if name in arrays:
+            arrays[name] = value
+        elif name in ("out", "lse"):
+            results[name == "lse"] = value
+        else:
+            attributes[name] = value
+    return jax.jit(lambda a: jax.ffi.ffi_call(_ffi.ATTENTION_FORWARD, results)(*a, **attributes))(list(arrays.values()))
+
+
+def test_the_direct_call_is_right_before_anything_is_changed():
+    out, lse = forward_call()
+    np.testing.assert_allclose(out, 1.0)
+    np.testing.assert_allclose(lse, 4.0 + np.log(32), rtol=1e-6)
+
+
+WRONG = {
+    "query rank": {"query": jnp.ones((64, 4, 16))},
+    "query type": {"query": jnp.ones((2, 64, 4, 16), jnp.int32)},
+    "key shape": {"key": jnp.ones((2, 96, 4, 8))},
+    "key type": {"key": jnp.ones((2, 96, 4, 16), jnp.bfloat16)},
+    "value length": {"value": jnp.ones((2, 95, 4, 16))},
+    "heads": {"key": jnp.ones((2, 96, 3, 16)), "value": jnp.ones((2, 96, 3, 16))},
+    "offsets length": {"row_offsets": jnp.zeros((1, 1, 4), jnp.int32)},
+    "offsets type": {"row_offsets": jnp.zeros((1, 1, 3))},
+    "ids batch": {"kv_blocks": jnp.zeros((3, 1, 2), jnp.int32)},
+    "tiles capacity": {"tiles": jnp.zeros((1, 1, 3), jnp.int32)},
+    "bit tile words": {"bit_tiles": jnp.zeros((1, 1, 1, 32, 2), jnp.uint32)},
+    "lengths": {"lengths": jnp.zeros((2,), jnp.int32)},
+    "sinks": {"sinks": jnp.zeros((1, 3))},
+    "sinks type": {"sinks": jnp.zeros((1, 1), jnp.bfloat16)},
+    "out shape": {"out": jax.ShapeDtypeStruct((2, 64, 4, 8), jnp.float32)},
+    "out type": {"out": jax.ShapeDtypeStruct((2, 64, 4, 16), jnp.bfloat16)},
+    "lse shape": {"lse": jax.ShapeDtypeStruct((2, 64, 4), jnp.float32)},
+    "block size": {"block_q": np.int64(33)},
+    "zero block": {"block_kv": np.int64(0)},
+    "version": {"version": "0.0.0"},
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_handlers_refuse_what_does_not_fit_and_the_process_lives(name):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*jax_bsk"):
+        jax.block_until_ready(forward_call(**WRONG[name]))
+    out, _ = forward_call()
+    np.testing.assert_allclose(out, 1.0)
+
+
+def test_leading_dimensions_count_as_batch():
+    out, _ = forward_call(
+        query=jnp.ones((2, 1, 64, 4, 16)),
+        key=jnp.ones((1, 2, 96, 4, 16)),
+        value=2 * jnp.ones((2, 96, 4, 16)),
+        sinks=jnp.full((1, 1, 1, 1), -jnp.inf),
+    )
+    np.testing.assert_allclose(out, 2.0)
+
+
+def test_library_says_what_it_is():
+    library = _ffi.library("cpu")
+    assert library.usable
+    assert library.info["version"] == jax_bsk.__version__
+    assert tuple(library.info["ffi_api"]) <= _compat.runtime_ffi_api()
+    assert library.info["instruction_set"] in ("avx512", "avx2", "neon", "baseline")
+
+
+@pytest.mark.parametrize(
+    ("info", "message"),
+    [
+        ({"version": "0.0.0", "ffi_api": [0, 3]}, "run `make build`"),
+        ({"version": jax_bsk.__version__, "ffi_api": [0, 99]}, "newer jaxlib"),
+        ({"version": jax_bsk.__version__, "ffi_api": [1, 0]}, "FFI API 1.0"),
+    ],
+)
+def test_a_library_that_does_not_fit_is_named_and_not_registered(info, message):
+    assert message in _ffi._mismatch("jax_bsk._cpu", info)
+
+
+def run_python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-W", "ignore", *flags, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def test_source_tree_without_a_built_library_says_what_to_do(tmp_path):
+    """A copy of the Python files alone, as a checkout is before `make build`."""
+    shutil.copytree(PACKAGE, tmp_path / "jax_bsk", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "csrc").mkdir()
+    result = run_python(
+        f"""
+import sys
+sys.path[:0] = [{str(tmp_path)!r}, {sysconfig.get_path("purelib")!r}]
+import jax.numpy as jnp, jax_bsk, warnings
+assert jax_bsk.__file__.startswith({str(tmp_path)!r}), jax_bsk.__file__
+x = jnp.ones((1, 8, 1, 8))
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    print(jax_bsk.sparse_attention(x, x, x).sum())
+print(caught[0].message)
+try:
+    jax_bsk.sparse_attention(x, x, x, implementation="cpu")
+except jax_bsk.UnsupportedError as error:
+    print("refused:", error)
+""",
+        "-S",  # without the finder of an editable install
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("64.0")
+    assert result.stdout.count("make build") == 2
+    assert "refused:" in result.stdout
+
+
+def test_import_is_quick_and_lazy():
+    code = """
+import sys, time, jax
+start = time.perf_counter()
+import jax_bsk
+print(time.perf_counter() - start)
+print([m for m in ("flax", "matplotlib", "scipy", "optax") if m in sys.modules])
+"""
+    # The best of three: the machine may be busy, and the bound is what import costs beyond jax's own.
+    runs = [run_python(code).stdout.split("\n") for _ in range(3)]
+    assert min(float(r[0]) for r in runs) < 0.3
+    assert runs[0][1] == "[]"
+
+
+def test_first_jitted_call_is_quick():
+    code = """
+import time, jax, jax.numpy as jnp, jax_bsk
+x = jnp.ones((1, 1024, 8, 64))
+jax.block_until_ready(jax.jit(jnp.sin)(x))
+start = time.perf_counter()
+jax.block_until_ready(jax.jit(lambda x: jax_bsk.sparse_attention(x, x, x, is_causal=True))(x))
+print(time.perf_counter() - start)
+"""
+    assert min(float(run_python(code).stdout) for _ in range(3)) < 1.0
+
+
+# Layers of the one path of a call, top to bottom: a module imports only from layers below its own.
+LAYERS = [
+    ["jax_bsk.__main__", "jax_bsk.cli", "jax_bsk.flax", "jax_bsk.testing"],
+    ["jax_bsk"],
+    ["jax_bsk.attention"],
+    ["jax_bsk._dispatch", "jax_bsk._attention_op", "jax_bsk._reference"],
+    ["jax_bsk._partition", "jax_bsk._ffi", "jax_bsk.masks"],
+    ["jax_bsk._compat", "jax_bsk._errors", "jax_bsk._version"],
+]
+
+
+def layer_of(module: str) -> tuple[int, str]:
+    matches = [
+        (len(name), depth, name)
+        for depth, names in enumerate(LAYERS)
+        for name in names
+        if module == name or (name != "jax_bsk" and module.startswith(name + "."))
+    ]
+    assert matches, f"{module} has no layer: give it one in LAYERS"
+    _, depth, name = max(matches)
+    return depth, name
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of the package imported anywhere in a file; what a function imports when it runs counts too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                is_module = (PACKAGE.parent / submodule.replace(".", "/")).with_suffix(".py").exists()
+                is_package = (PACKAGE.parent / submodule.replace(".", "/")).is_dir()
+                found.add(submodule if is_module or is_package else node.module)
+    return found
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_strictly_downwards(module):
+    depth, group = layer_of(module)
+    for imported in imports_of(modules()[module]):
+        if imported.split(".")[0] != "jax_bsk" or imported in ("jax_bsk._cpu", "jax_bsk._cuda"):
+            continue
+        imported_depth, imported_group = layer_of(imported)
+        assert imported_depth > depth or imported_group == group, f"{module} imports {imported}, which is not below it"
+
+
+def test_homes_of_what_has_one_home():
+    for module, path in modules().items():
+        if module not in ("jax_bsk._compat",):
+            assert "jax._src" not in path.read_text(), f"{module}: private JAX belongs in _compat"
+        if not module.startswith("jax_bsk.flax"):
+            assert not any(i.split(".")[0] == "flax" for i in imports_of(path)), f"{module}: flax belongs in jax_bsk.flax"
+    csrc = PACKAGE.parent / "csrc"
+    for path in csrc.rglob("*.*"):
+        text = path.read_text()
+        assert ("nanobind/" in text) == (path.name == "bindings.cc"), path
+        if path.suffix in (".cu", ".cuh"):
+            assert "xla/ffi" not in text, f"{path}: kernels know no XLA header"
+            assert "asm" not in text.split() or path.name == "ptx.cuh", f"{path}: inline PTX belongs in ptx.cuh"

@@ -1,0 +1,216 @@
+"""JAX's transformations of `sparse_attention`: the same values through each, for every implementation."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests.util import assert_close, dense, loss_of, random_inputs, random_mask
+
+import jax_bsk
+from jax_bsk import BlockMask, sparse_attention
+from jax_bsk.masks import CausalMask, SegmentMask
+
+BLOCK = 32
+
+
+def bind(mask: np.ndarray) -> BlockMask:
+    return BlockMask.from_dense(mask, block_size=BLOCK)
+
+
+@pytest.fixture
+def attend(implementation):
+    return functools.partial(sparse_attention, implementation=implementation)
+
+
+def test_eager_and_jit_agree(attend):
+    inputs, mask = random_inputs(0), random_mask(0)
+    expected = dense(*inputs, mask)
+    assert_close(attend(*inputs, mask=bind(mask)), expected)
+    assert_close(jax.jit(lambda *a: attend(*a, mask=bind(mask)))(*inputs), expected)
+
+
+def test_mask_as_jit_argument_does_not_recompile(attend):
+    traces = []
+
+    @jax.jit
+    def f(inputs, mask):
+        traces.append(1)
+        return attend(*inputs, mask=mask)
+
+    inputs = random_inputs(1)
+    masks = [random_mask(seed, density=0.5) for seed in (2, 2, 3)]
+    masks[1] = masks[1].copy()
+    bound = [bind(m) for m in masks]
+    for mask, block_mask in zip(masks, bound, strict=True):
+        assert_close(f(inputs, block_mask), dense(*inputs, mask))
+    shapes = {jax.tree.map(jnp.shape, b.transpose()).kv_blocks for b in bound}
+    assert len(traces) <= len({str(jax.tree.map(np.shape, b)) for b in bound}), shapes
+
+
+@pytest.mark.parametrize("argument", [0, 1, 2])
+def test_vmap_over_each_array(attend, argument):
+    inputs, mask = list(random_inputs(4)), random_mask(4)
+    inputs[argument] = jnp.stack([inputs[argument], 2 * inputs[argument], -inputs[argument]])
+    axes = tuple(0 if i == argument else None for i in range(3))
+    mapped = jax.vmap(lambda *a: attend(*a, mask=bind(mask)), axes)
+    assert_close(mapped(*inputs), jax.vmap(lambda *a: dense(*a, mask), axes)(*inputs))
+
+
+def test_vmap_over_every_axis_position(attend):
+    query, key, value = random_inputs(5)
+    mask = random_mask(5)
+    stacked = jnp.stack([query, 2 * query], axis=2)
+    mapped = jax.vmap(lambda q: attend(q, key, value, mask=bind(mask)), in_axes=2, out_axes=3)
+    assert_close(mapped(stacked), jax.vmap(lambda q: dense(q, key, value, mask), in_axes=2, out_axes=3)(stacked))
+
+
+@pytest.mark.parametrize("batched_inputs", [False, True])
+def test_vmap_over_the_mask(attend, batched_inputs):
+    # The three masks have the same structure (no block is dropped or full), so that their lists stack.
+    masks = np.random.default_rng(6).random((3, 2, 4, 80, 96)) < 0.5
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *[bind(m) for m in masks])
+    inputs = random_inputs(6)
+    if batched_inputs:
+        inputs = tuple(jnp.stack([x, x / 2, -x]) for x in inputs)
+    axes = (0 if batched_inputs else None,) * 3 + (0,)
+    actual = jax.vmap(lambda q, k, v, m: attend(q, k, v, mask=m), axes)(*inputs, stacked)
+    assert_close(actual, jax.vmap(dense, axes)(*inputs, jnp.asarray(masks)))
+
+
+def test_vmap_over_sinks_and_lengths(attend):
+    inputs, mask = random_inputs(7), random_mask(7)
+    sinks = jnp.linspace(-1.0, 2.0, 12, dtype=jnp.float32).reshape(3, 4)
+    lengths = jnp.array([[90, 10], [96, 0], [33, 64]])
+    actual = jax.vmap(lambda s, n: attend(*inputs, mask=bind(mask), sinks=s, key_value_seq_lengths=n))(sinks, lengths)
+
+    def expected(s, n):
+        pairs = jnp.stack([jnp.full_like(n, 80), n], 1)
+        return dense(*inputs, mask, sinks=s, lengths=pairs)
+
+    assert_close(actual, jax.vmap(expected)(sinks, lengths))
+
+
+def test_nested_vmap(attend):
+    (query, key, value), mask = random_inputs(8), random_mask(8)
+    queries, keys = jnp.stack([query, -query]), jnp.stack([key, key / 2, 2 * key])
+
+    def nested(f):
+        inner = jax.vmap(f, (0, None, None))
+        return jax.vmap(inner, (None, 0, None))(queries, keys, value)
+
+    assert_close(nested(lambda *a: attend(*a, mask=bind(mask))), nested(lambda *a: dense(*a, mask)))
+
+
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+def test_grad_inside_and_outside_vmap(attend, kv_heads):
+    (query, key, value), mask = random_inputs(9, kv_heads=kv_heads), random_mask(9)
+    queries = jnp.stack([query, query / 2])
+
+    def both(f):
+        loss = loss_of(f)
+        inside = jax.vmap(jax.grad(loss, (0, 1, 2)), (0, None, None))(queries, key, value)
+        outside = jax.grad(lambda *a: jax.vmap(loss, (0, None, None))(*a).sum(), (0, 1, 2))(queries, key, value)
+        return inside, outside
+
+    assert_close(both(lambda *a: attend(*a, mask=bind(mask))), both(lambda *a: dense(*a, mask)), atol=5e-5)
+
+
+def test_scan_with_remat(attend):
+    (query, key, value), mask = random_inputs(10, value_dim=16), random_mask(10)
+
+    def run(f):
+        def layer(x, _):
+            return x + f(x, key, value), None
+
+        return jax.grad(lambda x: jax.lax.scan(jax.checkpoint(layer), x, None, length=3)[0].sum())(query)
+
+    assert_close(jax.jit(lambda: run(lambda *a: attend(*a, mask=bind(mask))))(), run(lambda *a: dense(*a, mask)), 1e-4)
+
+
+def test_remat_policy_saves_the_forward():
+    inputs, mask = random_inputs(11), bind(random_mask(11))
+
+    def forwards(policy):
+        def block(q, k, v):
+            return jnp.sin(sparse_attention(jnp.sin(q), k, v, mask=mask, implementation="cpu")).sum()
+
+        step = jax.jit(jax.value_and_grad(jax.checkpoint(block, policy=policy)))
+        return step.lower(*inputs).as_text().count("@jax_bsk_attention_forward(")
+
+    names = jax.checkpoint_policies.save_only_these_names(*jax_bsk.RESIDUAL_NAMES)
+    assert forwards(None) == 2
+    assert forwards(names) == 1
+
+
+def test_traced_masks_inside_jit(attend):
+    inputs = random_inputs(12, q_len=96)
+    ids = jnp.sort(jax.random.randint(jax.random.key(0), (2, 96), 0, 4))
+
+    @jax.jit
+    def f(q, k, v, ids):
+        block_mask = (SegmentMask(ids) & CausalMask()).bind(96, block_size=BLOCK)
+        return attend(q, k, v, mask=block_mask)
+
+    expected = (ids[:, None, :, None] == ids[:, None, None, :]) & jnp.tri(96, dtype=bool)
+    assert_close(f(*inputs, ids), dense(*inputs, expected))
+    grad = jax.jit(jax.grad(loss_of(lambda *a: f(*a, ids)), (0, 1, 2)))(*inputs)
+    assert_close(grad, jax.grad(loss_of(lambda *a: dense(*a, expected)), (0, 1, 2))(*inputs), 5e-5)
+
+
+def test_gradient_of_the_mask_is_refused_as_any_integer_is(attend):
+    inputs, mask = random_inputs(13), bind(random_mask(13))
+    with pytest.raises(TypeError, match="int32"):
+        jax.grad(lambda m: attend(*inputs, mask=m).sum())(mask)
+
+
+def test_second_derivatives_name_the_remedy():
+    inputs, mask = random_inputs(14), bind(random_mask(14))
+
+    def twice(implementation):
+        loss = loss_of(lambda q: sparse_attention(q, *inputs[1:], mask=mask, implementation=implementation))
+        return jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum())(inputs[0])
+
+    with pytest.raises(jax_bsk.UnsupportedError, match="implementation='xla'"):
+        twice("cpu")
+    loss = loss_of(lambda q: dense(q, *inputs[1:], random_mask(14)))
+    assert_close(twice("xla"), jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum())(inputs[0]), 2e-4)
+
+
+def test_forward_mode_of_xla():
+    (query, key, value), mask = random_inputs(15), random_mask(15)
+    tangent = jnp.cos(query)
+    sparse = jax.jvp(lambda q: sparse_attention(q, key, value, mask=bind(mask), implementation="xla"), (query,), (tangent,))
+    assert_close(sparse, jax.jvp(lambda q: dense(q, key, value, mask), (query,), (tangent,)))
+
+
+class TestExport:
+    def arguments(self):
+        return random_inputs(16), random_mask(16)
+
+    def test_round_trip(self):
+        inputs, mask = self.arguments()
+        f = jax.jit(lambda *a: sparse_attention(*a, mask=bind(mask), implementation="cpu"))
+        exported = jax.export.export(f, disabled_checks=jax_bsk.export_checks())(*inputs)
+        restored = jax.export.deserialize(exported.serialize(vjp_order=1))
+        assert_close(restored.call(*inputs), dense(*inputs, mask))
+        gradient = jax.grad(loss_of(restored.call))(*inputs)
+        assert_close(gradient, jax.grad(loss_of(lambda *a: dense(*a, mask)))(*inputs), 5e-5)
+
+    def test_cuda_lowering_without_a_gpu(self):
+        inputs, mask = self.arguments()
+        loss = loss_of(lambda *a: sparse_attention(*a, mask=bind(mask)))
+        f = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
+        exported = jax.export.export(f, platforms=["cuda"], disabled_checks=jax_bsk.export_checks())(*inputs)
+        module = exported.mlir_module()
+        assert "@jax_bsk_attention_forward(" in module
+        assert "@jax_bsk_attention_backward(" in module
+
+    def test_a_named_implementation_stays_on_its_platform(self):
+        inputs, mask = self.arguments()
+        f = jax.jit(lambda *a: sparse_attention(*a, mask=bind(mask), implementation="cpu"))
+        with pytest.raises(jax_bsk.UnsupportedError, match="compiled for cuda"):
+            jax.export.export(f, platforms=["cuda"], disabled_checks=jax_bsk.export_checks())(*inputs)
