@@ -17,13 +17,13 @@ __device__ __forceinline__ int64_t TableIndex(int64_t batch_size, int64_t head_c
   return (batch_size == 1 ? 0 : batch) * head_count + (head_count == 1 ? 0 : head);
 }
 
-struct Limits2 {
+struct LengthLimits {
   int query;
   int key;
 };
 
 // The example's lengths, clamped to what the arrays hold.
-__device__ __forceinline__ Limits2 ReadLengths(const Lengths& lengths, int batch, int q_len, int kv_len) {
+__device__ __forceinline__ LengthLimits ReadLengths(const Lengths& lengths, int batch, int q_len, int kv_len) {
   if (lengths.pairs == nullptr) return {q_len, kv_len};
   const int32_t* pair = lengths.pairs + (lengths.batch == 1 ? 0 : 2 * int64_t{batch});
   return {min(max(__ldg(pair), 0), q_len), min(max(__ldg(pair + 1), 0), kv_len)};

@@ -14,6 +14,8 @@ import jax
 # do not count.
 SAMPLE_SECONDS = 0.02
 MOST_CALLS = 200
+# Rounds where the user names no number.
+MOST_REPEATS, LEAST_REPEATS, BUDGET_SECONDS = 5, 3, 10.0
 
 Call = Callable[[int], Any]  # dispatches call number i and returns its arrays
 
@@ -39,16 +41,21 @@ class Timing:
 
 
 def interleaved(
-    calls: Mapping[str, Call], repeats: int, *, queued: bool, on_round: Callable[[], None] = lambda: None
+    calls: Mapping[str, Call],
+    repeats: int | None,
+    *,
+    queued: bool,
+    on_round: Callable[[int], None] = lambda number: None,
 ) -> dict[str, Timing]:
     """Times every call `repeats` times, in turn, so that what changes on the machine meanwhile meets all of them.
 
     Args:
       calls: What to time; compiled and run once already.
-      repeats: Samples of each.
+      repeats: Samples of each; None for `MOST_REPEATS`, or fewer (`LEAST_REPEATS` at least) of calls so long that
+        `BUDGET_SECONDS` are over.
       queued: Whether the calls of a sample are queued and waited for once (a GPU, which runs them one by one) or waited
         for one by one (a CPU, which would run them at the same time).
-      on_round: Called before each round.
+      on_round: Called with its number before each round.
     """
     counters = dict.fromkeys(calls, 0)
 
@@ -63,18 +70,22 @@ def interleaved(
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / count
 
-    on_round()
-    # The first sample is a warm-up that tells how many calls a sample needs; a long call is its own sample.
-    counts, samples = {}, {}
-    for name in calls:
-        once = sample(name, 1)
-        if once < SAMPLE_SECONDS:
-            once = sample(name, 2)
-        counts[name] = min(MOST_CALLS, max(1, round(SAMPLE_SECONDS / once)))
-        samples[name] = []
-    for i in range(repeats):
-        on_round()
+    counts: dict[str, int] = {}
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    for i in range(repeats or MOST_REPEATS):
+        if repeats is None and i >= LEAST_REPEATS and time.perf_counter() - start > BUDGET_SECONDS:
+            break
+        on_round(i)
         # Back and forth, so that no call always follows the same neighbour.
         for name in calls if i % 2 == 0 else reversed(calls):
+            if name not in counts:
+                once = sample(name, 1)
+                if once >= SAMPLE_SECONDS:
+                    counts[name] = 1
+                    samples[name].append(once)  # long enough to be a sample already
+                    continue
+                once = min(once, sample(name, 2))
+                counts[name] = min(MOST_CALLS, max(1, round(SAMPLE_SECONDS / once)))
             samples[name].append(sample(name, counts[name]))
     return {name: Timing(tuple(samples[name]), counts[name]) for name in calls}
