@@ -2,10 +2,11 @@
 
     python examples/train_bytes.py --output demo_output
 
-The text is the source code of Python's standard library, which is on every machine that runs this. Both models have the
-same mask (a causal window plus global tokens), the same initial parameters and the same batches; one attends with
-`jax.nn.dot_product_attention` (Flax's own attention) and the dense boolean mask, the other with `jax_bsk`. Each is
-trained in a process of its own, so that its peak memory is its own. The losses must agree, and are printed side by side.
+The text is the source code of Python's standard library, which is on every machine that runs this. Both models have
+the same mask (a causal window plus global tokens), the same initial parameters and the same batches. One attends with
+`jax.nn.dot_product_attention`, through Flax's own attention, and the dense boolean mask; the other with `jax_bsk`. Each
+is trained in a process of its own, so that its peak memory is its own. The losses are printed side by side and must
+agree.
 
 On a GPU the model and the sequence are larger, the computation is in bfloat16, and the CUDA kernels run by themselves.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -32,21 +34,22 @@ from tqdm import tqdm
 import jax_bsk.flax
 from jax_bsk.masks import CausalMask, GlobalMask, LocalMask, Mask
 
-# How far the two losses may be apart, relatively. Both models round differently from the first step on, and training
-# amplifies rounding: changing one initial weight by one unit in the last place moves the dense model's own losses as far
-# as exchanging the attention does (float32, 60 steps: up to FLOAT_NOISE). Ten times that still tells a wrong mask, which
-# is off in the second digit within a few steps. bfloat16 has 2^16 times coarser numbers but the same float32 parameters.
-TOLERANCE = {"float32": 1e-3, "bfloat16": 3e-2}
+# How far apart the losses may be, relatively, in the first CHECKED_STEPS steps (rounding grows while training goes on).
+# float32, measured: exchanging the attention moves the losses by 2e-7, as does changing each initial parameter by one
+# unit in the last place; a window one token too short moves them by 3e-4. The tolerance lies between.
+# bfloat16, measured: exchanging the attention 8e-4, exchanging bfloat16 for float32 5e-3.
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+CHECKED_STEPS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a run; those of `small` train in about a minute on two CPU cores."""
+    """Sizes of a run; the defaults take little more than a minute on two CPU cores, both models together."""
 
-    steps: int = 60
-    seq_len: int = 2048
+    steps: int = 40
+    seq_len: int = 3072
     batch: int = 1
-    layers: int = 3
+    layers: int = 2
     width: int = 128
     heads: int = 2
     window: int = 256
@@ -58,7 +61,7 @@ class Config:
     def for_backend(cls, backend: str) -> Config:
         if backend == "cpu":
             return cls()
-        return cls(steps=200, seq_len=8192, layers=4, width=512, heads=8, window=512, dtype="bfloat16")
+        return cls(200, seq_len=8192, layers=4, width=512, heads=8, window=512, dtype="bfloat16", learning_rate=5e-4)
 
     @property
     def mask(self) -> Mask:
@@ -141,6 +144,8 @@ def train(attention: str, config: Config) -> dict:
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, tokens, dense_mask).compile()
     compile_seconds = time.perf_counter() - started
 
+    memory = compiled.memory_analysis()
+
     losses, seconds = [], []
     bar = tqdm(range(config.steps), desc=f"{attention:6s}", unit="step", dynamic_ncols=True)
     for _ in bar:
@@ -153,14 +158,14 @@ def train(attention: str, config: Config) -> dict:
 
     return {
         "attention": attention,
-        "ran": what_ran(attention, compiled.as_text()),
-        "device": f"{jax.devices()[0].device_kind} ({jax.default_backend()})",
+        "ran": what_ran(attention, compiled.as_text() or ""),
+        "device": f"{os.cpu_count()} CPU cores" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
         "config": dataclasses.asdict(config),
         "text_bytes": len(text),
         "compile_seconds": compile_seconds,
-        "step_seconds": float(np.median(seconds[1:])),
+        "step_seconds": float(np.median(seconds[1:] or seconds)),
         "peak_memory_bytes": peak_memory(),
-        "buffer_bytes": compiled.memory_analysis().temp_size_in_bytes,
+        "buffer_bytes": memory.temp_size_in_bytes if memory else 0,
         "losses": losses,
     }
 
@@ -190,27 +195,27 @@ def report(dense: dict, sparse: dict, output: Path) -> None:
     print(f"Mask: {config.mask!r}, {bound.density:.1%} of its blocks are visited.\n")
 
     a, b = np.array(dense["losses"]), np.array(sparse["losses"])
-    difference = np.abs(a - b) / a
+    difference, tolerance = np.abs(a - b) / a, TOLERANCE[config.dtype]
+    largest = float(difference[:CHECKED_STEPS].max())
     print(f"{'step':>5}  {'dense loss':>11}  {'sparse loss':>11}  {'relative difference':>19}")
-    for n in sorted({*range(0, config.steps, max(1, config.steps // 12)), config.steps - 1}):
+    for n in sorted({round(x) for x in np.linspace(0, config.steps - 1, 14)}):
         print(f"{n + 1:5d}  {a[n]:11.6f}  {b[n]:11.6f}  {difference[n]:19.1e}")
 
-    print(f"\n{'':8}{'time a step':>12}{'peak memory':>13}{'of it buffers':>15}{'compilation':>13}   attention")
+    print(f"\n{'':8}{'time a step':>12}{'peak memory':>13}{'step buffers':>14}{'compilation':>13}   attention")
     for run in (dense, sparse):
         print(
             f"{run['attention']:8}{run['step_seconds'] * 1e3:9.1f} ms{run['peak_memory_bytes'] / 2**20:9.0f} MiB"
-            f"{run['buffer_bytes'] / 2**20:11.0f} MiB{run['compile_seconds']:11.1f} s   {run['ran']}"
+            f"{run['buffer_bytes'] / 2**20:10.0f} MiB{run['compile_seconds']:11.1f} s   {run['ran']}"
         )
     speed_up = dense["step_seconds"] / sparse["step_seconds"]
     memory = dense["peak_memory_bytes"] / sparse["peak_memory_bytes"]
-    tolerance = TOLERANCE[config.dtype]
     print(f"\nThe whole training step is {speed_up:.1f} times faster, its peak memory {memory:.1f} times smaller.")
-    print(f"The losses agree within {difference.max():.1e} (tolerance {tolerance:.0e}).")
+    print(f"The losses agree within {largest:.1e} (tolerance {tolerance:.0e}).")
 
     summary = {
         "speed_up": speed_up,
         "memory_ratio": memory,
-        "largest_relative_loss_difference": float(difference.max()),
+        "largest_relative_loss_difference": largest,
         "tolerance": tolerance,
         "block_density": bound.density,
         "dense": dense,
@@ -220,8 +225,8 @@ def report(dense: dict, sparse: dict, output: Path) -> None:
     bound.plot(output / "mask.png")
     plot_losses(a, b, speed_up, output / "losses.png")
     print(f"Written to {output}/: mask.png, losses.png, summary.json")
-    if not np.all(difference <= tolerance):  # NaN fails too
-        raise SystemExit(f"the losses differ by {difference.max():.1e}, more than {tolerance:.0e}")
+    if not largest <= tolerance:  # NaN fails too
+        raise SystemExit(f"the losses differ by {largest:.1e}, more than {tolerance:.0e}")
     if config.steps >= 20 and not b[-5:].mean() < b[0]:
         raise SystemExit(f"the loss did not fall: {b[0]:.3f} at first, {b[-5:].mean():.3f} at last")
 

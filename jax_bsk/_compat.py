@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
-__all__ = ["Primitive", "default_platform", "match_varying", "mlir", "runtime_ffi_api"]
+__all__ = ["Primitive", "call_without_mesh", "default_platform", "match_varying", "mlir", "runtime_ffi_api"]
 
 
 def default_platform() -> str:
@@ -57,3 +58,33 @@ def match_varying(*arrays: Any) -> tuple[Any, ...]:
         jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if (missing := everywhere - varying_axes(x)) else x
         for x in arrays
     )
+
+
+def call_without_mesh(function: Callable[..., tuple[jax.Array, ...]], *args: jax.Array) -> tuple[jax.Array, ...]:
+    """Calls a function of local arrays from within a partitioned call, traced and lowered with no mesh current.
+
+    While custom_partitioning lowers a shard's program, the caller's mesh is still current. An explicit one types the
+    arrays made there and (jax 0.11, 0.12) the scalars of a psum's reduction, which XLA then refuses.
+    """
+    return tuple(_without_mesh_p.bind(*args, function=function))
+
+
+def _no_mesh():
+    return jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ()))
+
+
+def _shapes_without_mesh(*args: Any, function: Any):
+    with _no_mesh():
+        results = jax.eval_shape(function, *(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in args))
+    return [args[0].update(shape=r.shape, dtype=r.dtype) for r in results]
+
+
+def _lower_without_mesh(ctx: Any, *args: Any, function: Any):
+    with _no_mesh():
+        return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+
+_without_mesh_p = Primitive("jax_bsk_call_without_mesh")
+_without_mesh_p.multiple_results = True
+_without_mesh_p.def_abstract_eval(_shapes_without_mesh)
+mlir.register_lowering(_without_mesh_p, _lower_without_mesh)

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jax_bsk import _compat
+
 # Dimension letters: B batch, N query heads, K key/value heads; b, n the same or 1 (an array shared along it);
 # "." a dimension that is never split.
 FORWARD_OPERANDS = (
@@ -162,6 +164,9 @@ class LocalCall:
         """
         if self.shared_heads is None:
             return call(args)
+        return _compat.call_without_mesh(lambda *local: self._run_with_shared_heads(call, local), *args)
+
+    def _run_with_shared_heads(self, call: Any, args: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         kv_heads = args[self.dims.key].shape[-2]
         mine = jax.lax.axis_index(self.shared_heads) * kv_heads // self.head_shards
         cut = [
@@ -169,7 +174,7 @@ class LocalCall:
             for x, letters in zip(args, self.dims.operands, strict=True)
         ]
 
-        def whole(x, letters):
+        def whole(x: jax.Array, letters: str) -> jax.Array:
             if letters != "B.K.":
                 return x
             zeros = jnp.zeros((*x.shape[:-2], kv_heads, x.shape[-1]), x.dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -121,7 +123,7 @@ def test_is_causal_scale_and_soft_cap():
 def test_bias_and_dtype():
     query, key, value = (inputs(seed=n).reshape(BATCH, LENGTH, HEADS, -1) for n in range(3))
     bias = jnp.asarray(np.random.default_rng(4).standard_normal((1, HEADS, LENGTH, LENGTH)), jnp.float32)
-    attend = jax_bsk.flax.attention_fn(MASK, implementation="xla")
+    attend = jax.jit(jax_bsk.flax.attention_fn(MASK, implementation="xla"), static_argnames="dtype")
     close(attend(query, key, value, bias), nnx.dot_product_attention(query, key, value, bias, DENSE))
     close(attend(query[0], key[0], value[0], bias[0]), attend(query, key, value, bias)[0])
     with pytest.raises(jax_bsk.UnsupportedError, match="bias"):
@@ -302,6 +304,14 @@ def test_mixed_precision(framework):
     error = np.abs(np.asarray(sparse, np.float64) - np.asarray(exact)).max()
     bound = np.abs(np.asarray(dense, np.float64) - np.asarray(exact)).max()
     assert error <= 2 * bound + np.finfo(np.float32).eps
+
+
+def test_documented_examples_run():
+    page = (pathlib.Path(__file__).parents[1] / "docs" / "flax.md").read_text()
+    names: dict = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(code, names)
+        assert np.all(np.isfinite(np.asarray(names["out"], np.float32)))
 
 
 # ---- training -------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,10 @@ from jax_bsk.cli.progress import Progress
 from jax_bsk.cli.table import table
 
 METHOD = (
-    "Each call is jitted, checked against the reference on fresh random inputs, and then timed in rounds that visit every "
-    "contender in turn. A time is the median of its samples; a sample is one call, or as many as fill "
-    f"{timing.SAMPLE_SECONDS * 1e3:.0f} ms. The mask is an argument, built beforehand. Useful FLOPs: 4 B N T S H density "
-    "for the forward, 3.5 times that with the backward. A ratio is the peer's time / jax_bsk's."
+    "Each call is jitted, checked against the reference on fresh random inputs, and then timed in rounds that visit "
+    "every contender in turn. A time is the median of its samples; a sample is one call, or as many as fill "
+    f"{timing.SAMPLE_SECONDS * 1e3:.0f} ms. The mask is an argument, built beforehand. Useful FLOPs: "
+    "4 B N T S H density for the forward, 3.5 times that with the backward. A ratio is the peer's time / jax_bsk's."
 )
 
 
@@ -42,7 +43,7 @@ class Defaults:
     window: int
 
 
-CPU = Defaults((1024, 2048, 4096), (0.05, 0.1, 0.23, 0.5, 1.0), ("random",), 1, 8, 64, "float32", 64, 1024)
+CPU = Defaults((1024, 2048, 4096), (0.05, 0.1, 0.23, 0.5, 1.0), ("random",), 1, 8, 64, "float32", 64, 256)
 CUDA = Defaults(
     (2048, 4096, 8192),
     (0.05, 0.12, 0.24, 0.5, 1.0),
@@ -109,8 +110,9 @@ def _share(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     try:
+        plot = _plotter() if args.plot is not None else None  # not after minutes of measuring
         report = measure(args)
-    except (UnsupportedError, ValueError) as error:
+    except (ImportError, UnsupportedError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print(render(report))
@@ -118,13 +120,19 @@ def run(args: argparse.Namespace) -> int:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(_finite(report), indent=1) + "\n")
         print(f"Wrote {args.output}")
-    if args.plot is not None:
-        from jax_bsk.cli.bench_plot import plot
-
+    if plot is not None and args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         plot(report, args.plot)
         print(f"Wrote {args.plot}")
     return 0 if all(case["ok"] for case in report["cases"]) else 1
+
+
+def _plotter() -> Callable[[dict[str, Any], Path], None]:
+    try:
+        from jax_bsk.cli.bench_plot import plot
+    except ImportError as error:
+        raise ImportError("--plot needs matplotlib; install it with `pip install matplotlib`") from error
+    return plot
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def devices() -> list[dict[str, Any]]:
     return [_device(name, device) for device in jax.devices()]
 
 
-def _device(platform_name: str, device: jax.Device) -> dict[str, Any]:
+def _device(platform_name: str, device: Any) -> dict[str, Any]:
     facts: dict[str, Any] = {"platform": platform_name, "id": device.id, "name": device.device_kind}
     if platform_name == "cpu":
         facts |= {"name": _processor(), "cores": usable_cores()}

@@ -78,7 +78,7 @@ def interleaved(
             break
         on_round(i)
         # Back and forth, so that no call always follows the same neighbour.
-        for name in calls if i % 2 == 0 else reversed(calls):
+        for name in list(calls)[:: 1 if i % 2 == 0 else -1]:
             if name not in counts:
                 once = sample(name, 1)
                 if once >= SAMPLE_SECONDS:

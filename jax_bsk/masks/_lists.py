@@ -27,8 +27,8 @@ def check(mask: BlockMask) -> None:
             offsets = mask.row_offsets[b, h].astype(np.int64)
             begin, end = offsets[:-1], offsets[1:]
             for bad, what in (
-                (begin < 0, "its entries begin at a negative offset"),
                 (end < begin, "its entries end before they begin"),
+                (begin < 0, "its entries begin at a negative offset"),
             ):
                 _raise_first(bad, where + what)
             _raise_first(
@@ -248,12 +248,12 @@ def top_k(scores: Any, k: int, grid: Grid, mask: Mask | None) -> tuple[Any, int,
     tiles = int(np.minimum(partial.sum(1), k).sum())
     if not is_traced(scores):
         return _top_k_host(np.asarray(scores).astype(np.float64), possible, k), max(1, bound), tiles
-    low = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
+    low = scores if scores.dtype in (jnp.float32, jnp.float64) else scores.astype(jnp.float32)
     low = jnp.where(jnp.isnan(low) | ~possible, -jnp.inf, low)
     # Sorted, not `lax.top_k`, which XLA does not partition over examples and heads.
     block = jnp.zeros_like(low, jnp.int32) + jnp.arange(grid.nk, dtype=jnp.int32)
     values, ids = jax.lax.sort((-low, block), num_keys=1, is_stable=True)
-    chosen = (ids[..., :k, None] == jnp.arange(grid.nk)) & (values < jnp.inf)[..., :k, None]
+    chosen = (ids[..., :k, None] == jnp.arange(grid.nk, dtype=jnp.int32)) & (values < jnp.inf)[..., :k, None]
     return chosen.any(-2), max(1, bound), tiles
 
 

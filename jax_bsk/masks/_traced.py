@@ -78,7 +78,7 @@ def _build(mask: Mask, grid: Grid, batch: int, heads: int, capacity: int, n_tile
     # Dims of size 1 are shared: drop them. What is left is [B][H]..., in this order.
     axes = ["".join(d for n, d in enumerate(dim) if leaf.shape[n] > 1) for leaf, dim in zip(leaves, dims, strict=True)]
     leaves = [
-        jnp.reshape(leaf, [s for n, s in enumerate(leaf.shape) if n >= len(dim) or s > 1])
+        jnp.asarray(leaf).reshape([s for n, s in enumerate(leaf.shape) if n >= len(dim) or s > 1])
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
     chunk = max(1, CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))

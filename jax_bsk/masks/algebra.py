@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask
 
 # Codes of a block. The order makes `&` a minimum, and with `~` swapping the ends, `|` its De Morgan dual:
-# SHIFT is a partial block whose bit tile depends only on the distance between its query and key block (causal, window):
-# one evaluation serves a whole diagonal. OWN is any other partial block, and wins where the two meet.
+# SHIFT is a partial block whose bit tile depends only on the distance between its query and key block (causal,
+# window) and on which parts of the mask are empty or full there: one evaluation serves all such blocks of a diagonal.
+# OWN is any other partial block, and wins where the two meet.
 EMPTY, OWN, SHIFT, FULL = 0, 1, 2, 3
 
 # Positions, offsets and windows are int32 on every path; sums of two of them must not wrap.
@@ -110,6 +111,8 @@ class Mask:
 
     # Names of the fields that may hold an array or another mask; all the other fields are static. Set by each class.
     _data_fields: ClassVar[tuple[str, ...]] = ()
+    # Whether attending depends on q - k alone.
+    _shift_invariant: ClassVar[bool] = False
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
     _precedence: ClassVar[int] = 4
 
@@ -371,6 +374,15 @@ def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
     i = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None]
     j = np.arange(grid.nk, dtype=np.int32)[None, :]
     return np.broadcast_to(mask._classify(grid, i, j), (i.shape[0], grid.nk))
+
+
+def parts(mask: Mask) -> Iterator[Mask]:
+    """The masks that operators combine."""
+    children = mask._children()
+    if not children:
+        yield mask
+    for child in children:
+        yield from parts(child)
 
 
 def strips(grid: Grid, blocks: int = 2**18) -> Iterator[slice]:

@@ -129,7 +129,11 @@ class ArrayMask(Mask):
             )
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
-        some, every = self._reduce(grid) if grid.xp is not np else self._reduce_rows(grid, i)
+        if grid.xp is not np:
+            some, every = self._reduce(grid)
+        else:
+            rows, which = np.unique(i, return_inverse=True)
+            some, every = (x[which.reshape(i.shape), j] for x in self._reduce_rows(grid, rows))
         return grid.code(~some, every, OWN)
 
     def _reduce(self, grid: Grid) -> tuple[Any, Any]:
@@ -140,11 +144,11 @@ class ArrayMask(Mask):
         every = xp.pad(self.array, pad, constant_values=True).reshape(blocks).all((1, 3))
         return some, every
 
-    def _reduce_rows(self, grid: Grid, i: Any) -> tuple[Any, Any]:
-        """The same on the host for the rows `i` (successive ones), a block row at a time: no copy of the array."""
+    def _reduce_rows(self, grid: Grid, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The same on the host for the rows `i`, a block row at a time: no copy of the array."""
         starts = np.arange(0, grid.kv_len, grid.block_kv)
         some, every = np.empty((i.size, grid.nk), bool), np.empty((i.size, grid.nk), bool)
-        for n, row in enumerate(i.ravel()):
+        for n, row in enumerate(i):
             rows = self.array[row * grid.block_q : (row + 1) * grid.block_q]
             # Down the queries first (whole lines, fast), then along the keys of each block.
             some[n] = np.logical_or.reduceat(np.logical_or.reduce(rows, 0), starts)

@@ -63,6 +63,8 @@ def _delta_bounds(grid: Grid, i: Any, j: Any) -> tuple[Any, Any]:
 class FullMask(Mask):
     """Every query attends to every key."""
 
+    _shift_invariant = True
+
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
         return grid.xp.full((1, 1), FULL, np.int8)
 
@@ -76,6 +78,8 @@ class CausalMask(Mask):
     Args:
       offset: positions the queries are ahead of the keys; `kv_len - q_len` aligns at the bottom right (decoding).
     """
+
+    _shift_invariant = True
 
     offset: int
 
@@ -103,6 +107,8 @@ class LocalMask(Mask):
       window: (left, right) tokens besides the query's own position, either None for unbounded; an int w means (w, w).
         As `local_window_size` of `jax.nn.dot_product_attention`.
     """
+
+    _shift_invariant = True
 
     window: tuple[int | None, int | None]
 
@@ -301,6 +307,8 @@ class DilatedMask(Mask):
       dilation: distance of neighbouring attended keys; 1 attends to all.
       window: int w for (w, w) or a (left, right) pair of tokens, None for unbounded.
     """
+
+    _shift_invariant = True
 
     dilation: int
     window: tuple[int | None, int | None]

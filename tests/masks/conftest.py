@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -58,7 +60,8 @@ def _mask(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: 
     kind = rng.integers(9)
     if kind == 8 and heads > 1:
         parts = [_mask(rng, q_len, kv_len, batch, 1, depth - 1) for _ in range(heads)]
-        dense = [np.broadcast_to(d, (batch, 1, q_len, kv_len)) for _, d in parts]
+        examples = max(d.shape[0] for _, d in parts)
+        dense = [np.broadcast_to(d, (examples, 1, q_len, kv_len)) for _, d in parts]
         return m.MultiHeadMask([p for p, _ in parts]), np.concatenate(dense, 1)
     left, dense = _mask(rng, q_len, kv_len, batch, heads, depth - 1)
     if kind == 7:
@@ -79,7 +82,7 @@ def random_mask():
 
 @pytest.fixture
 def random_sizes():
-    """`random_sizes(rng)` -> (q_len, kv_len, block_size): non-multiples, unequal lengths, single tokens, pairs of blocks."""
+    """`random_sizes(rng)` -> (q_len, kv_len, block_size): non-multiples, unequal lengths, one token, oblong blocks."""
 
     def make(rng):
         q_len, kv_len = (int(n) for n in rng.integers(1, 400, 2))
@@ -113,7 +116,7 @@ def assert_well_formed():
                 assert (ids[offsets[-1] :] == -1).all()
                 assert (tiles[offsets[-1] :] == -1).all()
                 assert ((tiles >= -1) & (tiles < mask.bit_tiles.shape[2])).all()
-                for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+                for begin, end in itertools.pairwise(offsets):
                     key = [(t < 0, i) for i, t in zip(ids[begin:end], tiles[begin:end], strict=True)]
                     assert key == sorted(set(key)), "partial ones first, then full ones, each ascending"
                     assert ((ids[begin:end] >= 0) & (ids[begin:end] < mask.nk)).all()

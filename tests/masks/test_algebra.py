@@ -23,6 +23,16 @@ def test_composite_against_brute_force(seed, random_mask, random_sizes, assert_w
     np.testing.assert_array_equal(block_mask.to_dense(), expected, err_msg=f"{mask} {q_len}x{kv_len} {block_size}")
 
 
+def test_a_diagonal_does_not_share_tiles_where_other_parts_differ():
+    """On the diagonal `global` is full in its block, empty elsewhere: causal alone there, with the window here."""
+    mask = m.CausalMask() & (m.LocalMask(5) | m.GlobalMask(64))
+    q, k = np.arange(256)[:, None], np.arange(256)
+    expected = (q >= k) & ((q - k <= 5) | (q < 64) | (k < 64))
+    bound = mask.bind(256, block_size=64)
+    np.testing.assert_array_equal(bound.to_dense()[0, 0], expected)
+    assert bound.bit_tiles.shape[2] == 3, "causal, causal and window, and the window's corner"
+
+
 def test_laws():
     a, b = m.CausalMask(), m.LocalMask(40)
     pairs = [
@@ -97,7 +107,7 @@ def test_equality_with_arrays():
     assert m.SegmentMask(ids) != m.SegmentMask(ids + 1)
     assert m.SegmentMask(ids) != m.SegmentMask(ids, ids)
     assert m.SegmentMask(ids) != m.SegmentMask(ids, contiguous=True)
-    with pytest.raises(TypeError, match="unhashable mask: .*holds an array.*bind"):
+    with pytest.raises(TypeError, match=r"unhashable mask: .*holds an array.*bind"):
         hash(m.SegmentMask(ids) & m.CausalMask())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import subprocess
 import sys
 
@@ -22,7 +23,7 @@ def columns_by_brute_force(mask):
     for b, h in np.ndindex(mask.kv_blocks.shape[:2]):
         offsets, ids, tiles = (np.asarray(x)[b, h] for x in (mask.row_offsets, mask.kv_blocks, mask.tiles))
         columns = [[] for _ in range(mask.nk)]
-        for row, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+        for row, (begin, end) in enumerate(itertools.pairwise(offsets)):
             for e in range(begin, min(end, ids.size)):
                 if 0 <= ids[e] < mask.nk:
                     columns[ids[e]].append((row, tiles[e]))
@@ -37,10 +38,7 @@ def assert_transposed(mask):
         assert offsets.dtype == rows.dtype == tiles.dtype == np.int32
         assert offsets.shape == (mask.nk + 1,)
         assert rows.shape == tiles.shape == (mask.kv_blocks.shape[-1],)
-        got = [
-            list(zip(rows[s:e].tolist(), tiles[s:e].tolist(), strict=True))
-            for s, e in zip(offsets[:-1], offsets[1:], strict=True)
-        ]
+        got = [list(zip(rows[s:e].tolist(), tiles[s:e].tolist(), strict=True)) for s, e in itertools.pairwise(offsets)]
         assert got == columns
         assert (rows[offsets[-1] :] == -1).all()
         assert (tiles[offsets[-1] :] == -1).all()
@@ -53,6 +51,8 @@ def test_transpose(seed, random_mask, random_sizes):
     mask, _ = random_mask(rng, q_len, kv_len)
     block_mask = mask.bind(q_len, kv_len, block_size=block_size)
     assert_transposed(block_mask)
+    if seed % 5:  # compiling is what takes long
+        return
     on_device = jax.tree_util.tree_map(jnp.asarray, block_mask)
     for name in ("col_offsets", "q_blocks", "col_tiles"):
         np.testing.assert_array_equal(getattr(on_device.transpose(), name), getattr(block_mask.transpose(), name))
@@ -140,7 +140,7 @@ def test_from_dense(shape):
 def test_room_given_beforehand_fixes_the_shapes():
     a = m.BlockMask.from_mask(m.CausalMask(), 512, max_blocks=20, max_tiles=3)
     b = m.BlockMask.from_mask(m.LocalMask(9), 512, max_blocks=20, max_tiles=3)
-    assert jax.tree_util.tree_map(np.shape, a) == jax.tree_util.tree_map(np.shape, b)
+    assert [x.shape for x in jax.tree_util.tree_leaves(a)] == [x.shape for x in jax.tree_util.tree_leaves(b)]
     assert a.kv_blocks.shape[-1] == 20
     assert a.bit_tiles.shape[2] == 3
     np.testing.assert_array_equal(a.to_dense(), m.CausalMask().bind(512).to_dense())
@@ -277,7 +277,7 @@ def test_from_topk(mask, traced, assert_well_formed):
     scores[1, 1, 6, :] = np.nan
     dense = np.ones((1, 1, 200, 200), bool) if mask is None else mask.bind(200, block_size=32).to_dense()
     allowed = np.pad(dense[0, 0], ((0, 24), (0, 24))).reshape(7, 32, 7, 32).any((1, 3))
-    for k in (1, 3, 7):
+    for k in (3,) if traced else (1, 3, 7):
 
         def make(s, k=k):
             return m.BlockMask.from_topk(s, k, q_len=200, block_size=32, mask=mask)
@@ -285,7 +285,7 @@ def test_from_topk(mask, traced, assert_well_formed):
         got = (jax.jit(make) if traced else make)(scores)
         assert_well_formed(got)
         assert got.kv_blocks.shape[-1] <= 7 * k
-        chosen = top_k_by_brute_force(np.nan_to_num(scores, nan=-np.inf), k, allowed)
+        chosen = top_k_by_brute_force(np.where(np.isnan(scores), -np.inf, scores), k, allowed)
         expected = chosen.repeat(32, 2).repeat(32, 3)[..., :200, :200] & dense
         np.testing.assert_array_equal(got.to_dense(), expected)
 

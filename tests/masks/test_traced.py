@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 import jax
@@ -17,13 +18,13 @@ def poisoned_rows(mask, b=0, h=0):
     """Rows that kernels answer with NaN."""
     offsets, ids, tiles = (np.asarray(x)[b, h] for x in (mask.row_offsets, mask.kv_blocks, mask.tiles))
     rows = []
-    for row, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for row, (begin, end) in enumerate(itertools.pairwise(offsets)):
         bad = end > ids.size or (ids[begin:end] < 0).any() or (tiles[begin:end] >= mask.bit_tiles.shape[2]).any()
         rows += [row] if bad else []
     return rows
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(16))
 def test_traced_equals_host(seed, random_mask, random_sizes, assert_well_formed):
     rng = np.random.default_rng(seed)
     q_len, kv_len, block_size = random_sizes(rng)
@@ -186,8 +187,9 @@ BUILDERS = {
 }
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+@pytest.mark.parametrize(
+    ("kind", "name"), [("Explicit", name) for name in BUILDERS] + [("Auto", name) for name in ("segments", "topk")]
+)
 def test_sharded_examples_and_heads_need_no_communication(kind, name):
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(getattr(AxisType, kind),) * 2)
     specs = PartitionSpec("data"), PartitionSpec("data", "model"), PartitionSpec("data", "model")
@@ -199,9 +201,7 @@ def test_sharded_examples_and_heads_need_no_communication(kind, name):
     collectives = re.findall(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter", compiled.as_text())
     assert not collectives
     assert sharded.kv_blocks.sharding.spec[0] == "data"
-    alone = jax.jit(lambda *args: BUILDERS[name](*args).transpose())(*_inputs())
-    for a, b in zip(jax.tree_util.tree_leaves(sharded), jax.tree_util.tree_leaves(alone), strict=True):
-        np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(sharded.to_dense(), BUILDERS[name](*_inputs()).to_dense())
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -1,0 +1,257 @@
+"""The command line: what it prints, its JSON, its exit status, and that it works where nothing is built."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jax_bsk
+from jax_bsk import _dispatch, _ffi
+from jax_bsk.__main__ import main
+from jax_bsk.cli import attention_bench, timing
+from jax_bsk.cli.table import table
+
+TINY = ["--lengths", "128", "--densities", "1", "--batch", "1", "--heads", "2", "--head-dim", "32"]
+TINY += ["--block-size", "64", "--repeats", "1", "--quiet"]
+MATRIX_PRODUCT_RATE = attention_bench.matrix_product_rate
+NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"  # compiles faster than the pure-JAX one
+
+
+@pytest.fixture(autouse=True)
+def short_samples(monkeypatch):
+    """Tests look at what is reported, not at how fast it was."""
+    monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-6)
+    monkeypatch.setattr(attention_bench, "matrix_product_rate", lambda dtype, seed: 1e11)
+
+
+def bench(*options: str) -> int:
+    # jax.nn.dot_product_attention does not run in 16 bits under strict promotion.
+    with jax.numpy_dtype_promotion("standard"):
+        return main(["bench", *TINY, "--implementation", NATIVE, *options])
+
+
+# --- info
+
+
+def test_info_names_versions_devices_and_implementations(capsys):
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert f"jax_bsk {jax_bsk.__version__}" in text
+    for word in ("python", "jaxlib", "numpy", "cpu 0", "FFI API", *_dispatch.IMPLEMENTATIONS):
+        assert word in text
+
+
+def test_info_json_has_every_reason(capsys):
+    assert main(["info", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert set(facts["implementations"]) == set(_dispatch.IMPLEMENTATIONS)
+    for name, implementation in facts["implementations"].items():
+        assert implementation["available"] == (not implementation["reasons"])
+        assert implementation["reasons"] == _dispatch.unavailable(name)
+    assert facts["devices"]
+
+
+def test_info_brief_is_a_line_an_implementation(capsys):
+    assert main(["info", "--brief"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == list(_dispatch.IMPLEMENTATIONS)
+
+
+def test_info_of_a_cuda_library(capsys, monkeypatch):
+    facts = {
+        "version": "0.1.0",
+        "ffi_api": [0, 3],
+        "dtypes": ["float16", "bfloat16"],
+        "architectures": "80-real;90a-real",
+        "min_compute_capability": 80,
+        "head_dim_multiple": 8,
+        "max_head_dim": 256,
+        "blocks": [64, 128],
+    }
+    monkeypatch.setattr(_ffi, "library", lambda platform: _ffi.Library(platform, facts, None))
+    main(["info"])
+    text = capsys.readouterr().out
+    for words in (
+        "80-real;90a-real",
+        "64 or 128",
+        "up to 256, multiples of 8",
+        "compute capability 8.0",
+        "FFI API 0.3",
+    ):
+        assert words in text
+
+
+def test_info_in_a_source_tree_without_libraries_says_what_to_do(tmp_path):
+    package = Path(jax_bsk.__file__).parent
+    shutil.copytree(package, tmp_path / "jax_bsk", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "csrc").mkdir()
+    # The copy must win over an editable installation, whose import hook -S leaves out.
+    paths = [str(tmp_path), *(p for p in sys.path if "site-packages" in p)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    for options, count in (([], 1), (["--brief"], 3)):
+        command = [sys.executable, "-S", "-m", "jax_bsk", "info", *options]
+        result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+        assert result.returncode == 0, result.stderr
+        assert "cpu   not available" in result.stdout
+        assert "run `make build`" in result.stdout
+        assert len(result.stdout.splitlines()) >= count
+
+
+def test_info_when_jax_does_not_start(tmp_path):
+    command = [sys.executable, "-m", "jax_bsk", "info"]
+    result = subprocess.run(
+        command,
+        env=os.environ | {"JAX_PLATFORMS": "nonsense"},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    assert "JAX does not start its platform" in result.stdout
+
+
+# --- bench
+
+
+def test_bench_prints_and_writes_everything(capsys, tmp_path):
+    path = tmp_path / "new" / "bench.json"
+    assert bench("--patterns", "random", "causal", "window", "dense", "--output", str(path), "--seed", "3") == 0
+    text = capsys.readouterr().out
+    assert "speed-up" in text
+    assert "WRONG" not in text
+    report = json.loads(path.read_text())
+    assert report["seed"] == 3
+    assert report["implementation"] == NATIVE
+    assert {"versions", "devices", "method", "options"} <= set(report)
+    assert len(report["cases"]) == 2 * 4
+    for case in report["cases"]:
+        mine, peer = case["jax_bsk"], case["peers"]["xla"]
+        flops = 4 * 1 * 2 * 128 * 128 * 32 * case["density"] * {"forward": 1, "forward+backward": 3.5}[case["pass"]]
+        assert case["useful_flops"] == pytest.approx(flops)
+        assert mine["useful_flops_per_second"] == pytest.approx(flops / mine["seconds"])
+        assert peer["ratio"] == pytest.approx(peer["seconds"] / mine["seconds"])
+        assert set(mine["check"]["error"]) == set(attention_bench.RESULTS[: 1 if case["pass"] == "forward" else 4])
+        assert mine["temp_bytes"] >= 0
+        assert case["ok"]
+    causal = next(case for case in report["cases"] if case["pattern"] == "causal")
+    assert causal["density"] == pytest.approx(129 / 256)
+    assert causal["block_density"] == 0.75
+
+
+@pytest.mark.parametrize("options", [["--dtype", "bfloat16", "--kv-heads", "1"], ["--implementation", "xla"]])
+def test_bench_accepts_right_results(options, capsys):
+    assert bench(*options) == 0, capsys.readouterr().out
+
+
+def test_matrix_product_rate_is_a_rate():
+    assert 1e8 < MATRIX_PRODUCT_RATE("float32", 0) < 1e16
+
+
+def test_forward_only(tmp_path):
+    path = tmp_path / "bench.json"
+    assert bench("--forward-only", "--output", str(path)) == 0
+    assert {case["pass"] for case in json.loads(path.read_text())["cases"]} == {"forward"}
+
+
+@pytest.mark.parametrize("wrong", ["nan", "off", "gradient"])
+def test_bench_fails_on_wrong_results(wrong, monkeypatch, capsys, tmp_path):
+    right = attention_bench.sparse_attention
+
+    def sparse_attention(query, *args, **kwargs):
+        out = right(query, *args, **kwargs)
+        if wrong == "nan":
+            return out.at[0, 5].set(jnp.nan)
+        if wrong == "off":
+            return out.at[0, 5, 0, 0].add(1e-3)
+        return out + 1e-2 * (query - jax.lax.stop_gradient(query))  # the value is right, its gradient is not
+
+    monkeypatch.setattr(attention_bench, "sparse_attention", sparse_attention)
+    path = tmp_path / "bench.json"
+    assert bench("--output", str(path)) == 1
+    assert "WRONG" in capsys.readouterr().out
+    json.loads(path.read_text(), parse_constant=pytest.fail)  # no bare NaN, which is not JSON
+
+
+def test_bench_reports_a_failing_implementation(monkeypatch, capsys):
+    def sparse_attention(*args, **kwargs):
+        raise RuntimeError("RESOURCE_EXHAUSTED: no memory")
+
+    monkeypatch.setattr(attention_bench, "sparse_attention", sparse_attention)
+    assert bench() == 1
+    assert "no memory" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--implementation", "cuda"], "cannot take this call"),
+        (["--heads", "3", "--kv-heads", "2"], "multiple of --kv-heads"),
+        (["--block-size", "48"], "multiple of 32"),
+    ],
+)
+def test_bench_refuses(options, words, capsys):
+    if "cuda" in options and not _dispatch.unavailable("cuda"):
+        pytest.skip("the CUDA kernels run here")
+    assert bench(*options) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--lengths", "0"], ["--densities", "1.5"], ["--dtype", "int8"], ["--what"]])
+def test_bad_options_exit_with_usage(option, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        bench(*option)
+    assert "usage" in capsys.readouterr().err
+
+
+def test_bench_plot(tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bench.png"
+    assert bench("--plot", str(path), "--patterns", "random", "dense") == 0
+    assert path.read_bytes()[1:4] == b"PNG"
+
+
+@pytest.mark.parametrize("density", [0.01, 0.1, 0.23, 0.5, 1.0])
+def test_random_blocks_have_the_density(density):
+    blocks = attention_bench.random_blocks(200, density, np.random.default_rng(0))
+    assert blocks.diagonal().all()
+    assert blocks.mean() == pytest.approx(max(density, 1 / 200), rel=0.05)
+
+
+def test_densities_below_the_diagonal_are_one_case():
+    work = attention_bench.Workload(128, 1, 1, 1, 32, "float32", 64)
+    cases = attention_bench.make_cases(work, ["random"], [0.05, 0.1, 1.0], 16, np.random.default_rng(0))
+    assert [case.density for case in cases] == [0.5, 1.0]
+
+
+# --- parts
+
+
+def test_interleaved_takes_turns():
+    order = []
+    calls = {name: lambda n, name=name: order.append((name, n)) for name in "ab"}
+    timings = timing.interleaved(calls, 3, queued=False)
+    assert {name: len(t.samples) for name, t in timings.items()} == {"a": 3, "b": 3}
+    assert [name for name, _ in order] == list("abbaab")
+    assert [n for name, n in order if name == "a"] == [0, 1, 2]
+
+
+def test_timing_is_the_median():
+    assert timing.Timing((3.0, 1.0, 2.0), 1).median == 2.0
+    assert dataclasses.asdict(timing.Timing((1.0,), 7))["calls_per_sample"] == 7
+
+
+def test_table_aligns():
+    assert table(["a", "number"], [["long", "1.5x"], ["s", "-"]]) == (
+        "a     number\n----  ------\nlong    1.5x\ns          -"
+    )
