@@ -59,7 +59,7 @@ def sparse_attention_xla(
     """
     batch, q_len, heads, _ = query.shape
     kv_len, kv_heads, v_size = key.shape[1], key.shape[2], value.shape[-1]
-    stats_dtype = jnp.promote_types(query.dtype, jnp.float32)
+    stats_dtype = _softmax_dtype(query.dtype)
     if 0 in (batch, q_len, heads, kv_heads):
         return jnp.zeros((batch, q_len, heads, v_size), query.dtype), jnp.zeros((batch, heads, q_len), stats_dtype)
     if kv_len == 0:  # nothing to gather blocks from: one key block that no length reaches
@@ -85,6 +85,10 @@ def sparse_attention_xla(
         kv_len=kv_len,
         skip_steps=not known,
     )
+
+
+def _softmax_dtype(dtype: Any) -> np.dtype:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 def _trim(row_offsets: Array, kv_blocks: Array, tiles: Array) -> tuple[Array, Array, Array, bool]:
@@ -166,7 +170,7 @@ def _attention(
     batch, q_len, heads, _ = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = _softmax_dtype(query.dtype)
     nq, nk = -(-q_len // block_q), -(-key.shape[1] // block_kv)
 
     def split_heads(x, axis):
@@ -211,10 +215,12 @@ def _attention(
     )
     # Lists of a fixed capacity (traced ones) may be mostly padding: steps past the longest list are skipped.
     steps, chunk = schedule.rows.shape[-2:]
-    active = jnp.arange(steps) * chunk < used.max() if skip_steps else None
+    active = jnp.arange(steps, dtype=jnp.int32) * chunk < used.max() if skip_steps else None
     row_max, total, acc = _map_lists(_walk, schedule, operands, soft_cap, active)
 
-    valid = jnp.arange(nq * block_q).reshape(nq, 1, 1, 1, block_q) < operands.q_end[:, None, None, None]
+    valid = (
+        jnp.arange(nq * block_q, dtype=jnp.int32).reshape(nq, 1, 1, 1, block_q) < operands.q_end[:, None, None, None]
+    )
     if sinks is not None:
         sink = sinks.astype(dtype).reshape(1, 1, kv_heads, group, 1)
         # The walk was relative to its own maximum; a greater sink shrinks it, and out of reach it counts as nothing.
@@ -355,9 +361,7 @@ def _walk(schedule: _Schedule, operands: _Operands, soft_cap, active) -> tuple[A
 
 def _logits(operands: _Operands, entries: _Schedule, bias, soft_cap) -> tuple[Array, Array]:
     """Logits ``[chunk, b, k, g, block_q, block_kv]`` of a step's entries, and which pairs attend (broadcastable)."""
-    logits = jnp.einsum(
-        "cbkgqd,cbksd->cbkgqs", _take(operands.query, entries.rows), _take(operands.key, entries.cols)
-    )
+    logits = jnp.einsum("cbkgqd,cbksd->cbkgqs", _take(operands.query, entries.rows), _take(operands.key, entries.cols))
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if bias is not None:
@@ -366,8 +370,8 @@ def _logits(operands: _Operands, entries: _Schedule, bias, soft_cap) -> tuple[Ar
     logits = logits + _take(operands.key_flaw, entries.cols)[:, :, :, None, None, :]
 
     block_q, block_kv = logits.shape[-2:]
-    q_pos = entries.rows[:, None] * block_q + jnp.arange(block_q)  # [chunk, block_q]
-    kv_pos = entries.cols[:, None] * block_kv + jnp.arange(block_kv)
+    q_pos = entries.rows[:, None] * block_q + jnp.arange(block_q, dtype=jnp.int32)  # [chunk, block_q]
+    kv_pos = entries.cols[:, None] * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
     attends = (q_pos[:, None] < operands.q_end[:, None])[:, :, None, None, :, None]
     attends &= (kv_pos[:, None] < operands.kv_end[:, None])[:, :, None, None, None, :]
     attends &= entries.visit[:, None, None, None, None, None]

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.util import assert_close, dense, random_inputs, random_mask
 
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import ArrayMask, CausalMask, FullMask, LocalMask
+from tests.util import assert_close, dense, random_inputs, random_mask
 
 
 def jax_nn(query, key, value, **kwargs):
@@ -58,9 +58,7 @@ def test_bias_broadcasts(inputs, shape):
 
 def test_unbatched_inputs(implementation, inputs):
     mask = np.random.default_rng(2).random((4, 96, 96)) < 0.9
-    out, lse = sparse_attention(
-        *(x[0] for x in inputs), mask=mask, implementation=implementation, return_residual=True
-    )
+    out, lse = sparse_attention(*(x[0] for x in inputs), mask=mask, implementation=implementation, return_residual=True)
     batched = sparse_attention(*inputs, mask=mask, implementation=implementation, return_residual=True)
     assert out.shape == (96, 4, 16)
     assert lse.shape == (96, 4)
@@ -80,9 +78,9 @@ def test_residual_has_a_gradient(implementation, inputs):
     query, key, value = inputs
 
     def ours(q, k):
-        return sparse_attention(
-            q, k, value, is_causal=True, implementation=implementation, return_residual=True
-        )[1].sum()
+        return sparse_attention(q, k, value, is_causal=True, implementation=implementation, return_residual=True)[
+            1
+        ].sum()
 
     def expected(q, k):
         logits = jnp.einsum("btnh,bsnh->btns", q, k) / 4
@@ -120,9 +118,7 @@ def test_sinks_take_probability(implementation, inputs):
 
 def test_query_lengths_zero_the_padding(implementation, inputs):
     lengths = np.array([96, 33])
-    out, lse = sparse_attention(
-        *inputs, query_seq_lengths=lengths, implementation=implementation, return_residual=True
-    )
+    out, lse = sparse_attention(*inputs, query_seq_lengths=lengths, implementation=implementation, return_residual=True)
     assert (out[1, 33:] == 0).all()
     assert jnp.isneginf(lse[1, 33:]).all()
     assert_close(out[1, :33], sparse_attention(*inputs, implementation=implementation)[1, :33])
@@ -200,7 +196,11 @@ MISTAKES = {
         r"key_value_seq_lengths has one length an example, shape \(2,\)",
     ),
     "bias": (lambda: sparse_attention(q, k, v, np.zeros((8, 9), np.float32)), ValueError, "bias broadcasts"),
-    "traced scale": (lambda: jax.jit(lambda s: sparse_attention(q, k, v, scale=s))(0.5), TypeError, "scale is a Python"),
+    "traced scale": (
+        lambda: jax.jit(lambda s: sparse_attention(q, k, v, scale=s))(0.5),
+        TypeError,
+        "scale is a Python",
+    ),
     "implementation": (lambda: sparse_attention(q, k, v, implementation="tpu"), ValueError, "'cpu', 'cuda', 'xla'"),
     "native bias": (
         lambda: sparse_attention(q, k, v, np.zeros((8, 8), np.float32), implementation="cpu"),

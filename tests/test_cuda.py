@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_faults import FAULTS, check_fault
-from tests.util import loss_of, random_inputs, random_mask
 
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.testing import battery, cases
+from tests.test_faults import FAULTS, check_fault
+from tests.util import loss_of, random_inputs, random_mask
 
 pytestmark = pytest.mark.gpu
 
@@ -48,7 +48,9 @@ def test_a_thousand_steps_give_the_same_bits(dtype):
         jax.value_and_grad(loss_of(lambda *a: sparse_attention(*a, mask=mask, implementation="cuda")), (0, 1, 2))
     )
     first = step(*inputs)
-    same = jax.jit(lambda a, b: jnp.stack([(x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]))
+    same = jax.jit(
+        lambda a, b: jnp.stack([(x == y).all() for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)])
+    )
     assert all(same(first, step(*inputs)).all() for _ in range(1000))
 
 

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.util import assert_close, dense, random_inputs
 
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
+from tests.util import assert_close, dense, random_inputs
 
 POISON = """
 import sys

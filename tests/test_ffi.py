@@ -175,7 +175,8 @@ print(time.perf_counter() - start)
 
 # Layers of the one path of a call, top to bottom: a module imports only from layers below its own.
 LAYERS = [
-    ["jax_bsk.__main__", "jax_bsk.cli", "jax_bsk.flax", "jax_bsk.testing"],
+    ["jax_bsk.__main__"],
+    ["jax_bsk.cli", "jax_bsk.flax", "jax_bsk.testing"],
     ["jax_bsk"],
     ["jax_bsk.attention"],
     ["jax_bsk._dispatch", "jax_bsk._attention_op", "jax_bsk._reference"],
@@ -234,7 +235,9 @@ def test_homes_of_what_has_one_home():
         if module not in ("jax_bsk._compat",):
             assert "jax._src" not in path.read_text(), f"{module}: private JAX belongs in _compat"
         if not module.startswith("jax_bsk.flax"):
-            assert not any(i.split(".")[0] == "flax" for i in imports_of(path)), f"{module}: flax belongs in jax_bsk.flax"
+            assert not any(i.split(".")[0] == "flax" for i in imports_of(path)), (
+                f"{module}: flax belongs in jax_bsk.flax"
+            )
     csrc = PACKAGE.parent / "csrc"
     for path in csrc.rglob("*.*"):
         text = path.read_text()

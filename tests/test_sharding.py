@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from tests.util import assert_close, collectives, dense, loss_of, random_inputs, random_mask
 
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import CausalMask, SegmentMask
+from tests.util import assert_close, collectives, dense, loss_of, random_inputs, random_mask
 
 BATCH, HEADS = 4, 8
 SPLIT = P("data", None, "model", None)

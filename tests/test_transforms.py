@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.util import assert_close, dense, loss_of, random_inputs, random_mask
 
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import CausalMask, SegmentMask
+from tests.util import assert_close, dense, loss_of, random_inputs, random_mask
 
 BLOCK = 32
 
@@ -183,7 +183,9 @@ def test_second_derivatives_name_the_remedy():
 def test_forward_mode_of_xla():
     (query, key, value), mask = random_inputs(15), random_mask(15)
     tangent = jnp.cos(query)
-    sparse = jax.jvp(lambda q: sparse_attention(q, key, value, mask=bind(mask), implementation="xla"), (query,), (tangent,))
+    sparse = jax.jvp(
+        lambda q: sparse_attention(q, key, value, mask=bind(mask), implementation="xla"), (query,), (tangent,)
+    )
     assert_close(sparse, jax.jvp(lambda q: dense(q, key, value, mask), (query,), (tangent,)))
 
 

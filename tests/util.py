@@ -12,7 +12,9 @@ import numpy as np
 from jax_bsk.testing.tolerance import dense_attention
 
 
-def random_inputs(seed: int, batch=2, q_len=80, kv_len=96, heads=4, kv_heads=4, head_dim=16, value_dim=24, dtype=jnp.float32):
+def random_inputs(
+    seed: int, batch=2, q_len=80, kv_len=96, heads=4, kv_heads=4, head_dim=16, value_dim=24, dtype=jnp.float32
+):
     """query, key and value of a small call whose lengths are no multiple of the block sizes in use."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = (batch, q_len, heads, head_dim), (batch, kv_len, kv_heads, head_dim), (batch, kv_len, kv_heads, value_dim)
@@ -32,7 +34,13 @@ def random_mask(seed: int, q_len=80, kv_len=96, batch=1, heads=1, density=0.4) -
 
 def dense(query, key, value, mask, **extra):
     """Masked attention by plain JAX with this project's meaning of an empty row; out only."""
-    options: dict[str, Any] = {"bias": None, "lengths": None, "sinks": None, "scale": query.shape[-1] ** -0.5, "soft_cap": None}
+    options: dict[str, Any] = {
+        "bias": None,
+        "lengths": None,
+        "sinks": None,
+        "scale": query.shape[-1] ** -0.5,
+        "soft_cap": None,
+    }
     return dense_attention(query, key, value, mask, **{**options, **extra})[0]
 
 

@@ -1,6 +1,6 @@
-// XLA buffers -> checked kernel parameters: the one place where the operand order of the attention custom calls is read,
-// shared by the CPU and the CUDA handlers (`jax_bsk/_ffi.py` is the one place where it is written). Operands may carry
-// leading dimensions in front of the ones named here; they count as part of the batch.
+// XLA buffers -> checked kernel parameters: the one place where the operand order of the attention custom calls is
+// read, shared by the CPU and the CUDA handlers (`jax_bsk/_ffi.py` is the one place where it is written). Operands may
+// carry leading dimensions in front of the ones named here; they count as part of the batch.
 #pragma once
 
 #include <string>
@@ -87,9 +87,8 @@ inline ffi::Error ReadShape(const Operand& query, const Operand& key, const Oper
   JAX_BSK_RETURN_IF_ERROR(CheckType("key", key, query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(CheckType("value", value, query.element_type()));
   if (shape->heads != 0 && (shape->kv_heads == 0 || shape->heads % shape->kv_heads != 0)) {
-    return ffi::Error::InvalidArgument("jax_bsk: " + std::to_string(shape->heads) +
-                                       " query heads are no multiple of " + std::to_string(shape->kv_heads) +
-                                       " key/value heads");
+    return ffi::Error::InvalidArgument("jax_bsk: " + std::to_string(shape->heads) + " query heads are no multiple of " +
+                                       std::to_string(shape->kv_heads) + " key/value heads");
   }
   shape->q_blocks = (shape->q_len + shape->block_q - 1) / shape->block_q;
   shape->kv_blocks = (shape->kv_len + shape->block_kv - 1) / shape->block_kv;
@@ -150,8 +149,7 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
   JAX_BSK_RETURN_IF_ERROR(CheckType("sinks", sinks, stats));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("sinks", sinks, {{shape.batch, true}, {shape.heads, true}}));
   JAX_BSK_RETURN_IF_ERROR(CheckType("out", *out, query.element_type()));
-  JAX_BSK_RETURN_IF_ERROR(
-      CheckShape("out", *out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("out", *out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
   JAX_BSK_RETURN_IF_ERROR(CheckType("lse", *lse, stats));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("lse", *lse, {{shape.batch}, {shape.heads}, {shape.q_len}}));
   params->query = query.untyped_data();
@@ -184,8 +182,7 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
     JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
   }
   JAX_BSK_RETURN_IF_ERROR(CheckType("dout", dout, query.element_type()));
-  JAX_BSK_RETURN_IF_ERROR(
-      CheckShape("dout", dout, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dout", dout, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
   const int64_t k_dims[] = {shape.batch, shape.kv_len, shape.kv_heads};
   JAX_BSK_RETURN_IF_ERROR(CheckType("dquery", *dquery, query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(
@@ -210,17 +207,17 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
 template <typename Binding>
 auto BindForwardOperands(Binding binding) {
   return std::move(binding)
-      .template Arg<Operand>()   // query [B, T, N, H]
-      .template Arg<Operand>()   // key [B, S, K, H]
-      .template Arg<Operand>()   // value [B, S, K, Hv]
-      .template Arg<Operand>()   // row_offsets [B|1, N|1, q_blocks + 1]
-      .template Arg<Operand>()   // kv_blocks [B|1, N|1, capacity]
-      .template Arg<Operand>()   // tiles [B|1, N|1, capacity]
-      .template Arg<Operand>()   // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
-      .template Arg<Operand>()   // lengths [B|1, 2]
-      .template Arg<Operand>()   // sinks [B|1, N|1]
-      .template Ret<Operand>()   // out [B, T, N, Hv]
-      .template Ret<Operand>()   // lse [B, N, T]
+      .template Arg<Operand>()  // query [B, T, N, H]
+      .template Arg<Operand>()  // key [B, S, K, H]
+      .template Arg<Operand>()  // value [B, S, K, Hv]
+      .template Arg<Operand>()  // row_offsets [B|1, N|1, q_blocks + 1]
+      .template Arg<Operand>()  // kv_blocks [B|1, N|1, capacity]
+      .template Arg<Operand>()  // tiles [B|1, N|1, capacity]
+      .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
+      .template Arg<Operand>()  // lengths [B|1, 2]
+      .template Arg<Operand>()  // sinks [B|1, N|1]
+      .template Ret<Operand>()  // out [B, T, N, Hv]
+      .template Ret<Operand>()  // lse [B, N, T]
       .template Attr<int64_t>("block_q")
       .template Attr<int64_t>("block_kv")
       .template Attr<float>("scale")
@@ -231,23 +228,23 @@ auto BindForwardOperands(Binding binding) {
 template <typename Binding>
 auto BindBackwardOperands(Binding binding) {
   return std::move(binding)
-      .template Arg<Operand>()   // dout [B, T, N, Hv]
-      .template Arg<Operand>()   // query [B, T, N, H]
-      .template Arg<Operand>()   // key [B, S, K, H]
-      .template Arg<Operand>()   // value [B, S, K, Hv]
-      .template Arg<Operand>()   // lse [B, N, T]
-      .template Arg<Operand>()   // delta [B, N, T]
-      .template Arg<Operand>()   // row_offsets [B|1, N|1, q_blocks + 1]
-      .template Arg<Operand>()   // kv_blocks [B|1, N|1, capacity]
-      .template Arg<Operand>()   // tiles [B|1, N|1, capacity]
-      .template Arg<Operand>()   // col_offsets [B|1, N|1, kv_blocks + 1]
-      .template Arg<Operand>()   // q_blocks [B|1, N|1, capacity]
-      .template Arg<Operand>()   // col_tiles [B|1, N|1, capacity]
-      .template Arg<Operand>()   // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
-      .template Arg<Operand>()   // lengths [B|1, 2]
-      .template Ret<Operand>()   // dquery
-      .template Ret<Operand>()   // dkey
-      .template Ret<Operand>()   // dvalue
+      .template Arg<Operand>()  // dout [B, T, N, Hv]
+      .template Arg<Operand>()  // query [B, T, N, H]
+      .template Arg<Operand>()  // key [B, S, K, H]
+      .template Arg<Operand>()  // value [B, S, K, Hv]
+      .template Arg<Operand>()  // lse [B, N, T]
+      .template Arg<Operand>()  // delta [B, N, T]
+      .template Arg<Operand>()  // row_offsets [B|1, N|1, q_blocks + 1]
+      .template Arg<Operand>()  // kv_blocks [B|1, N|1, capacity]
+      .template Arg<Operand>()  // tiles [B|1, N|1, capacity]
+      .template Arg<Operand>()  // col_offsets [B|1, N|1, kv_blocks + 1]
+      .template Arg<Operand>()  // q_blocks [B|1, N|1, capacity]
+      .template Arg<Operand>()  // col_tiles [B|1, N|1, capacity]
+      .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
+      .template Arg<Operand>()  // lengths [B|1, 2]
+      .template Ret<Operand>()  // dquery
+      .template Ret<Operand>()  // dkey
+      .template Ret<Operand>()  // dvalue
       .template Attr<int64_t>("block_q")
       .template Attr<int64_t>("block_kv")
       .template Attr<float>("scale")

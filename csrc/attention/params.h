@@ -24,7 +24,8 @@ struct Shape {
 };
 
 // Which blocks each row of blocks visits. Query-major for the forward and dQ (rows are query blocks, ids are key/value
-// blocks), key-major for dK and dV (rows are key/value blocks, ids are query blocks). `batch` is 1 or B, `heads` 1 or N.
+// blocks), key-major for dK and dV (rows are key/value blocks, ids are query blocks). `batch` is 1 or B, `heads` 1 or
+// N.
 //
 // The contents come from the user's device memory and are not trusted: a row whose offsets are negative, decreasing or
 // beyond `capacity`, or that lists an id outside [0, ids) or a tile outside [-1, BitTiles::count), yields NaN for the
@@ -35,14 +36,14 @@ struct BlockList {
   const int32_t* tiles;    // [batch, heads, capacity]: -1 = every pair of the block attends, else a bit tile's number
   int64_t batch;
   int64_t heads;
-  int64_t rows;      // q_blocks, or kv_blocks when key-major
-  int64_t ids_end;   // ids lie in [0, ids_end)
+  int64_t rows;     // q_blocks, or kv_blocks when key-major
+  int64_t ids_end;  // ids lie in [0, ids_end)
   int64_t capacity;
 };
 
 // Deduplicated masks of partially visited blocks. Bit (c % 32) of word [r, c / 32] says whether query r of the block
-// attends to key c of the block; always query-major, also when a key-major list refers to it. `batch` is 1 or B, `heads`
-// 1 or N, each independently of the list's.
+// attends to key c of the block; always query-major, also when a key-major list refers to it. `batch` is 1 or B,
+// `heads` 1 or N, each independently of the list's.
 struct BitTiles {
   const uint32_t* words;  // [batch, heads, count, block_q, block_kv / 32]
   int64_t batch;

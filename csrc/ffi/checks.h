@@ -50,7 +50,8 @@ inline ffi::Error CheckShape(const char* name, const ffi::AnyBuffer& buffer, std
   std::string wanted = "[";
   for (const Extent& extent : expected) {
     if (good) good = dims[i] == extent.size || (extent.or_one && dims[i] == 1);
-    wanted += (i ? ", " : "") + std::string(extent.or_one && extent.size != 1 ? "1|" : "") + std::to_string(extent.size);
+    wanted +=
+        (i ? ", " : "") + std::string(extent.or_one && extent.size != 1 ? "1|" : "") + std::to_string(extent.size);
     ++i;
   }
   if (good) return ffi::Error::Success();
@@ -61,7 +62,8 @@ inline ffi::Error CheckShape(const char* name, const ffi::AnyBuffer& buffer, std
 inline ffi::Error CheckRank(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {
   if (buffer.dimensions().size() >= rank) return ffi::Error::Success();
   return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has shape " +
-                                     ShapeString(buffer.dimensions()) + ", expected rank " + std::to_string(rank) + " or more");
+                                     ShapeString(buffer.dimensions()) + ", expected rank " + std::to_string(rank) +
+                                     " or more");
 }
 
 inline ffi::Error CheckType(const char* name, const ffi::AnyBuffer& buffer, ffi::DataType type) {
@@ -72,9 +74,9 @@ inline ffi::Error CheckType(const char* name, const ffi::AnyBuffer& buffer, ffi:
 }
 
 // Returns from the calling handler with the first failure of a list of checks.
-#define JAX_BSK_RETURN_IF_ERROR(expression)                                         \
-  if (ffi::Error jax_bsk_error = (expression); jax_bsk_error.failure()) {           \
-    return jax_bsk_error;                                                           \
+#define JAX_BSK_RETURN_IF_ERROR(expression)                               \
+  if (ffi::Error jax_bsk_error = (expression); jax_bsk_error.failure()) { \
+    return jax_bsk_error;                                                 \
   }
 
 }  // namespace jax_bsk

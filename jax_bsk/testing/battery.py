@@ -61,6 +61,7 @@ def run_case(
                 oracle.magnitudes[name],
                 dtype=expected_dtypes["lse"] if name == "lse" else case.dtype,
                 gradient=name not in expected_dtypes,
+                reach=oracle.reach[name],
             )
         )
     report = "\n".join([str(c) for c in comparisons] + problems)

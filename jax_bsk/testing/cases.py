@@ -337,9 +337,7 @@ CORNER_CASES: dict[str, Case] = {
         _corner("gqa-4", batch=2, heads=8, kv_heads=2, q_len=150, kv_len=150, pattern="segments", lengths=True),
         _corner("gqa-per-head", heads=8, kv_heads=2, q_len=150, kv_len=200, mask_per_head=True),
         _corner("per-batch", batch=3, q_len=200, kv_len=150, mask_per_batch=True, lengths=True),
-        _corner(
-            "per-batch-and-head", batch=2, heads=4, q_len=200, kv_len=150, mask_per_batch=True, mask_per_head=True
-        ),
+        _corner("per-batch-and-head", batch=2, heads=4, q_len=200, kv_len=150, mask_per_batch=True, mask_per_head=True),
         _corner("lengths", batch=4, q_len=256, kv_len=256, pattern="causal", lengths=True),
         _corner("lengths-sinks", batch=4, q_len=200, kv_len=200, pattern="full", lengths=True, sinks=True),
         _corner("soft-cap", q_len=200, kv_len=200, soft_cap=2.0, amplitude=8.0),

@@ -14,10 +14,19 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class OracleResult:
-    """Named results in float64, each with its magnitude: out, lse and, if asked for, dq, dk, dv and dsinks."""
+    """Named results in float64: out, lse and, if asked for, dq, dk, dv and dsinks.
+
+    Attributes:
+        values: the results.
+        magnitudes: the same sums over absolute values.
+        reach: the magnitudes with every probability weighted by the size of what it is the exponential of: its logit,
+            and in gradients also lse, since a blockwise backward forms exp(logit - lse) from the rounded lse it was
+            handed. One rounding of a logit or of lse changes a result by this times the machine epsilon of the softmax.
+    """
 
     values: dict[str, np.ndarray]
     magnitudes: dict[str, np.ndarray]
+    reach: dict[str, np.ndarray]
 
 
 def attention_oracle(
@@ -64,6 +73,7 @@ def attention_oracle(
         if sinks is not None:
             values["dsinks"] = np.zeros(heads)
     magnitudes = {name: np.zeros_like(x) for name, x in values.items()}
+    reach = {name: np.zeros_like(x) for name, x in values.items()}
 
     for b in range(batch):
         q_end, kv_end = (q_len, kv_len) if lengths is None else np.asarray(lengths)[b % len(lengths)]
@@ -72,21 +82,29 @@ def attention_oracle(
             attends = mask[b % mask.shape[0], n % mask.shape[1]] & valid[:, None] & (np.arange(kv_len) < kv_end)
             one_bias = None if bias is None else np.asarray(bias)[b % len(bias), n % bias.shape[1]].astype(np.float64)
             head = _Head(
-                query[b, :, n], key[b, :, n // group], value[b, :, n // group], attends, valid, one_bias, scale, soft_cap
+                query[b, :, n],
+                key[b, :, n // group],
+                value[b, :, n // group],
+                attends,
+                valid,
+                one_bias,
+                scale,
+                soft_cap,
             )
             results = head.forward(None if sinks is None else float(np.asarray(sinks)[n]))
             values["out"][b, :, n], values["lse"][b, n] = results["out"][0], results["lse"][0]
             magnitudes["out"][b, :, n], magnitudes["lse"][b, n] = results["out"][1], results["lse"][1]
+            reach["out"][b, :, n] = results["out"][2]
             if dout is None:
                 continue
             gradients = head.backward(dout[b, :, n], dlse[b, n])
-            for store, i in ((values, 0), (magnitudes, 1)):
+            for store, i in ((values, 0), (magnitudes, 1), (reach, 2)):
                 store["dq"][b, :, n] = gradients["dq"][i]
                 store["dk"][b, :, n // group] += gradients["dk"][i]
                 store["dv"][b, :, n // group] += gradients["dv"][i]
                 if sinks is not None:
                     store["dsinks"][n] += gradients["dsinks"][i]
-    return OracleResult(values, magnitudes)
+    return OracleResult(values, magnitudes, reach)
 
 
 class _Head:
@@ -121,9 +139,11 @@ class _Head:
         self.lse = np.where(empty, -np.inf, ceiling + np.log(safe_total))
         self.probs, self.sink_prob = weights / safe_total[:, None], sink_weight / safe_total
         self.out = (self.probs + self.value_flaw) @ self.value
+        self.logit_size = np.where(np.isfinite(self.logits), np.abs(self.logits), 0)
+        self.sink_size = 0.0 if sink is None or not np.isfinite(sink) else abs(sink)
         reach = np.max(np.where(self.attends, self.raw_magnitude, 0), -1, initial=0)
         return {
-            "out": (self.out, self.probs @ np.abs(self.value)),
+            "out": (self.out, self.probs @ np.abs(self.value), (self.probs * self.logit_size) @ np.abs(self.value)),
             "lse": (self.lse, np.maximum(reach, np.where(np.isfinite(self.lse), np.abs(self.lse), 0))),
         }
 
@@ -138,13 +158,19 @@ class _Head:
         steepness = np.abs(dout) @ np.abs(self.value).T + (np.abs(dout) * np.abs(self.out)).sum(-1)[:, None]
         spread = self.probs * (steepness + np.abs(dlse)[:, None]) * np.abs(slope)
         flawed_probs = self.probs + np.where(self.attends, dout_flaw[:, None], 0)
+        sink_spread = self.sink_prob * ((np.abs(dout) * np.abs(self.out)).sum(-1) + np.abs(dlse))
+        lse_size = np.where(np.isfinite(self.lse), np.abs(self.lse), 0)
+        size = self.logit_size + lse_size[:, None]
+        moved = np.where(np.isfinite(dlogits), np.abs(dlogits), 0) * size  # by a relative change of the probabilities
+        abs_query, abs_key, abs_dout = np.abs(self.query), np.abs(self.key), np.abs(dout)
         return {
-            "dq": (dlogits @ self.key, spread @ np.abs(self.key)),
-            "dk": (dlogits.T @ self.query, spread.T @ np.abs(self.query)),
-            "dv": (flawed_probs.T @ dout, self.probs.T @ np.abs(dout)),
+            "dq": (dlogits @ self.key, spread @ abs_key, moved @ abs_key),
+            "dk": (dlogits.T @ self.query, spread.T @ abs_query, moved.T @ abs_query),
+            "dv": (flawed_probs.T @ dout, self.probs.T @ abs_dout, (self.probs * size).T @ abs_dout),
             "dsinks": (
                 -(self.sink_prob * delta).sum(),
-                (self.sink_prob * ((np.abs(dout) * np.abs(self.out)).sum(-1) + np.abs(dlse))).sum(),
+                sink_spread.sum(),
+                (sink_spread * (lse_size + self.sink_size)).sum(),
             ),
         }
 

@@ -7,8 +7,12 @@ With float64 oracle ``o``, candidate ``c`` and dense masked XLA attention ``x`` 
 
 ``ulp`` is the dtype's machine epsilon. The magnitude of a result is its sum taken over absolute values (see
 ``oracle``): where terms cancel, one rounding of a term is the unit of what can be asked for. ``slack`` is
-``1/8 + 2/sqrt(count)``: the eighth for results that XLA happens to give exactly, the second part because the two means
-of few numbers scatter. NaN and infinities must stand where the oracle's stand.
+``s + 2/sqrt(count)``: ``s`` is an eighth for operands in half precision, where the rounding of the operands is nearly all
+of the error and the two computations share it, and a half (a correctly rounded result's) where the operands have the
+precision of the softmax, since there XLA's own error is a fraction of an ulp that depends on how its matrix product
+happens to split a sum. The second part is there because the two means of few numbers scatter. To the ulp of the
+result comes that of the softmax times its reach, one rounding of a logit or of lse (see ``OracleResult.reach``). NaN and
+infinities must stand where the oracle's stand.
 """
 
 from __future__ import annotations
@@ -62,6 +66,7 @@ def compare(
     *,
     dtype: Any,
     gradient: bool,
+    reach: np.ndarray | None = None,
 ) -> Comparison:
     """Applies the rule to one result.
 
@@ -73,6 +78,7 @@ def compare(
         magnitude: the oracle's sum over absolute values.
         dtype: the precision whose rounding counts (of the operands; float32 for lse).
         gradient: whether the wider factors of gradients hold.
+        reach: the oracle's; None for zero.
     """
     candidate, reference = (np.asarray(x).astype(np.float64) for x in (candidate, reference))
     if candidate.shape != oracle.shape:
@@ -96,13 +102,17 @@ def compare(
     xla_error = np.abs(reference[comparable] - oracle[comparable])
     xla_max, xla_mean = (float(xla_error.max()), float(xla_error.mean())) if comparable.any() else (0.0, 0.0)
     ulp, magnitude = float(jnp.finfo(dtype).eps), magnitude[judged]
-    slack = 1 / 8 + 2 / np.sqrt(judged.sum())
+    softmax_ulp = min(ulp, float(jnp.finfo(jnp.float32).eps))
+    slack = (1 / 2 if ulp == softmax_ulp else 1 / 8) + 2 / np.sqrt(judged.sum())
+    reach = softmax_ulp * (np.zeros_like(oracle) if reach is None else reach)[judged]
     return Comparison(
         name,
         max_error=float(error.max()),
-        max_bound=MAX_FACTOR[gradient] * xla_max + ulp * float(magnitude.max()),
+        max_bound=MAX_FACTOR[gradient] * xla_max + ulp * float(magnitude.max()) + float(reach.max()),
         mean_error=float(error[judged].mean()),
-        mean_bound=MEAN_FACTOR[gradient] * xla_mean + ulp * float(magnitude.mean()) * slack,
+        mean_bound=MEAN_FACTOR[gradient] * xla_mean
+        + ulp * float(magnitude.mean()) * slack
+        + float(reach.mean()) * slack,
         reference_max=xla_max,
         reference_mean=xla_mean,
         worst_index=tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape)),
