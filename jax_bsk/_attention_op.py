@@ -3,8 +3,8 @@
 Stands between `attention` (which validates, builds the block mask and picks an implementation) and `_ffi` (which names
 the custom calls). Each layer has one duty:
 
-- `attend` (custom_vjp within): saves out and log-sum-exp, computes the row sums `delta` and the sinks' gradient, which are
-  cheap row-wise sums that XLA fuses, so that every native backward sees the same small set of operands;
+- `attend` (custom_vjp within): saves out and log-sum-exp, computes the row sums `delta` and the sinks' gradient, which
+  are cheap row-wise sums that XLA fuses, so that every native backward sees the same small set of operands;
 - custom_vmap: a mapped axis becomes a leading dimension of the operands (never merged into the batch here: merging
   makes a sharded batch all-gather);
 - custom_partitioning: batch and heads split over a mesh with no collective (`_partition`);
@@ -58,7 +58,7 @@ def stats_dtype(dtype: Any) -> np.dtype:
 
 
 def _like(source, shape: Sequence[int], dtype: Any, dims: Sequence[int]):
-    """Abstract value with `source`'s varying axes, and its sharding with dimension i taken from `dims[i]` (-1: none)."""
+    """Abstract value with `source`'s varying axes, and in dimension i its sharding of `dims[i]` (-1: none)."""
     spec = tuple(source.sharding.spec) + (None,) * (source.ndim - len(source.sharding.spec))
     sharding = source.sharding.update(spec=PartitionSpec(*(None if d < 0 else spec[d] for d in dims)))
     return source.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=sharding)

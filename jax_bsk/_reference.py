@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.core import Tracer
 
 if TYPE_CHECKING:
     from jax_bsk.masks import BlockMask
@@ -104,7 +105,7 @@ def _trim(row_offsets: Array, kv_blocks: Array, tiles: Array) -> tuple[Array, Ar
 
 
 def _is_known(x: Any) -> bool:
-    return not isinstance(x, jax.core.Tracer) and getattr(x, "is_fully_addressable", True)
+    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 class _Schedule(NamedTuple):
@@ -117,18 +118,21 @@ class _Schedule(NamedTuple):
 
 
 class _Operands(NamedTuple):
-    """Blocked operands in the dtype of the softmax; b, k, g are batch, kv heads and group (1 where mapped or shared)."""
+    """Blocked operands in the softmax dtype; b, k, g are batch, kv heads and group (1 where mapped or shared).
 
-    query: Array  # [nq, b, k, g, block_q, H], times scale
-    key: Array  # [nk, b, k, block_kv, H]
-    value: Array  # [nk, b, k, block_kv, Hv]
-    query_flaw: Array  # [nq, b, k, g, block_q], NaN where the row of ``query`` was not finite, else 0
-    key_flaw: Array  # [nk, b, k, block_kv]
-    value_flaw: Array  # [nk, b, k, block_kv]
-    bit_tiles: Array  # uint32 [n, b, k, g, block_q, block_kv / 32]
-    bias: Array | None  # [b, k, g, nq, block_q, nk, block_kv]
-    q_end: Array  # int32 [b], valid queries
-    kv_end: Array  # int32 [b], valid keys
+    Fields are arrays, or axes of them (`_OPERAND_AXES`).
+    """
+
+    query: Any  # [nq, b, k, g, block_q, H], times scale
+    key: Any  # [nk, b, k, block_kv, H]
+    value: Any  # [nk, b, k, block_kv, Hv]
+    query_flaw: Any  # [nq, b, k, g, block_q], NaN where the row of ``query`` was not finite, else 0
+    key_flaw: Any  # [nk, b, k, block_kv]
+    value_flaw: Any  # [nk, b, k, block_kv]
+    bit_tiles: Any  # uint32 [n, b, k, g, block_q, block_kv / 32]
+    bias: Any  # [b, k, g, nq, block_q, nk, block_kv]
+    q_end: Any  # int32 [b], valid queries
+    kv_end: Any  # int32 [b], valid keys
 
 
 # Axes of (b, k, g) in each field above, for mapping over lists; None: the field has no such axis.
@@ -181,14 +185,14 @@ def _attention(
     def blocked(x, n, block):
         """[B, L, K.., D] to [n, B, K.., block, D] in the softmax dtype, which also holds the sums of cotangents."""
         x = jnp.pad(x.astype(dtype), [(0, 0), (0, n * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
-        x = x.reshape((x.shape[0], n, block) + x.shape[2:])
+        x = x.reshape((x.shape[0], n, block, *x.shape[2:]))
         return jnp.moveaxis(x, (1, 2), (0, -2))
 
     if bias is not None:
         bias = bias.astype(dtype)
         bias = jnp.pad(
             bias, [(0, 0), (0, 0), (0, nq * block_q - bias.shape[2]), (0, nk * block_kv - bias.shape[3])]
-        ).reshape(bias.shape[:2] + (nq, block_q, nk, block_kv))
+        ).reshape((*bias.shape[:2], nq, block_q, nk, block_kv))
         bias = split_heads(bias, 1)
     if lengths is None:
         q_end, kv_end = jnp.array([q_len]), jnp.array([kv_len])
@@ -378,7 +382,7 @@ def _logits(operands: _Operands, entries: _Schedule, bias, soft_cap) -> tuple[Ar
     if operands.bit_tiles.shape[0]:
         words = _take(operands.bit_tiles, entries.tiles)  # a full block's -1 is clipped, and overruled below
         bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
-        bits = bits.astype(bool).reshape(words.shape[:-1] + (block_kv,))
+        bits = bits.astype(bool).reshape((*words.shape[:-1], block_kv))
         attends &= bits | (entries.tiles < 0)[:, None, None, None, None, None]
     return logits, attends
 

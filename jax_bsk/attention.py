@@ -9,43 +9,18 @@ import functools
 import math
 import numbers
 import operator
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_bsk import _attention_op, _dispatch
 from jax_bsk._ffi import AttentionAttributes
 from jax_bsk._reference import sparse_attention_xla
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
-
-
-@overload
-def sparse_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = ...,
-    mask: Mask | BlockMask | ArrayLike | None = ...,
-    *,
-    return_residual: Literal[False] = ...,
-    **kwargs: Any,
-) -> jax.Array: ...
-
-
-@overload
-def sparse_attention(
-    query: ArrayLike,
-    key: ArrayLike,
-    value: ArrayLike,
-    bias: ArrayLike | None = ...,
-    mask: Mask | BlockMask | ArrayLike | None = ...,
-    *,
-    return_residual: Literal[True],
-    **kwargs: Any,
-) -> tuple[jax.Array, jax.Array]: ...
 
 
 def sparse_attention(
@@ -64,7 +39,7 @@ def sparse_attention(
     sinks: ArrayLike | None = None,
     implementation: Literal["cpu", "cuda", "xla"] | None = None,
     return_residual: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
+) -> Any:
     r"""Attention that computes only the blocks its mask visits.
 
     Takes the place of `jax.nn.dot_product_attention`: the same argument names, order, layouts and meanings, except that
@@ -75,8 +50,8 @@ def sparse_attention(
               c(x) = \kappa \tanh(x / \kappa)
 
     computed blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691),
-    with the sum over the visited blocks only. Works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded
-    meshes; batch and heads shard without a collective.
+    with the sum over the visited blocks only. Works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and
+    sharded meshes; batch and heads shard without a collective.
 
     Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
 
@@ -100,8 +75,8 @@ def sparse_attention(
       return_residual: Also return the log-sum-exp.
 
     Returns:
-      BTNH (TNH) output of query's type, with value's head size. With `return_residual` also the natural logarithm of the
-      softmax's denominator, BTN (TN), float32 (float64 for float64 inputs), -inf where nothing is attended to.
+      BTNH (TNH) output of query's type, with value's head size. With `return_residual` also the natural logarithm of
+      the softmax's denominator, BTN (TN), float32 (float64 for float64 inputs), -inf where nothing is attended to.
 
     Raises:
       ValueError, TypeError: An argument does not fit; the message names it and the remedy.
@@ -209,8 +184,8 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
     array = mask if isinstance(mask, np.ndarray | jax.Array) else np.asarray(mask)
     if array.dtype != np.bool_:
         raise TypeError(
-            f"mask is a Mask, a BlockMask or a boolean array (True attends), got an array of {array.dtype}; compare it, "
-            "e.g. mask > 0, or pass numbers to be added to the logits as bias"
+            f"mask is a Mask, a BlockMask or a boolean array (True attends), got an array of {array.dtype}; compare "
+            "it, e.g. mask > 0, or pass numbers to be added to the logits as bias"
         )
     batch, heads, q_len, kv_len = sizes
     most = 3 if unbatched else 4
@@ -223,7 +198,7 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
 
 
 def _number(x: Any, name: str) -> float:
-    if isinstance(x, jax.core.Tracer) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
+    if isinstance(x, Tracer) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
         raise TypeError(f"{name} is a Python number known when tracing, got {x}; multiply the query by a traced factor")
     return float(x)
 

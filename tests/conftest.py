@@ -1,4 +1,4 @@
-"""The strict world all tests live in: eight host devices, warnings as errors, no implicit promotion of types or ranks."""
+"""The strict world all tests live in: eight host devices, warnings as errors, no implicit promotion of types."""
 
 from __future__ import annotations
 

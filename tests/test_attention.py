@@ -66,7 +66,7 @@ def test_unbatched_inputs(implementation, inputs):
 
 
 def test_residual_is_the_log_sum_exp(implementation, inputs):
-    query, key, value = inputs
+    query, key, _value = inputs
     _, lse = sparse_attention(*inputs, is_causal=True, implementation=implementation, return_residual=True)
     logits = jnp.einsum("btnh,bsnh->btns", query, key, precision="highest") / 4
     expected = jax.nn.logsumexp(logits, axis=-1, where=jnp.tri(96, dtype=bool)[:, None])

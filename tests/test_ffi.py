@@ -78,7 +78,7 @@ WRONG = {
 
 @pytest.mark.parametrize("name", WRONG)
 def test_handlers_refuse_what_does_not_fit_and_the_process_lives(name):
-    with pytest.raises(jax.errors.JaxRuntimeError, match="INVALID_ARGUMENT.*jax_bsk"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*jax_bsk"):
         jax.block_until_ready(forward_call(**WRONG[name]))
     out, _ = forward_call()
     np.testing.assert_allclose(out, 1.0)

@@ -41,9 +41,16 @@ def run_case(
         Mismatch: a result is outside the tolerance rule.
     """
     inputs = make_inputs(case)
-    extra = {"lengths": inputs.lengths, "scale": inputs.scale, "soft_cap": inputs.soft_cap}
+    extra: dict[str, Any] = {"lengths": inputs.lengths, "scale": inputs.scale, "soft_cap": inputs.soft_cap}
     oracle = attention_oracle(
-        *inputs[:4], bias=inputs.bias, sinks=inputs.sinks, **extra, **_cotangents(inputs) if gradients else {}
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.dense,
+        bias=inputs.bias,
+        sinks=inputs.sinks,
+        **extra,
+        **_cotangents(inputs) if gradients else {},
     )
     reference = _run(tolerance.dense_attention, inputs, inputs.dense, extra, gradients, traced_mask=True)
     candidate = _run(attention_fn, inputs, inputs.mask, extra, gradients, traced_mask=traced_mask)

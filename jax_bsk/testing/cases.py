@@ -106,7 +106,7 @@ def make_inputs(case: Case) -> Inputs:
     lists = (case.batch if case.mask_per_batch else 1, case.heads if case.mask_per_head else 1)
     pattern = PATTERNS[case.pattern]
     dense = np.stack([pattern(rng, case) for _ in range(lists[0] * lists[1])])
-    dense = dense.reshape(lists + (case.q_len, case.kv_len))
+    dense = dense.reshape((*lists, case.q_len, case.kv_len))
     if case.pattern == "empty_tile":
         mask = list_blocks(dense, case.block_q, case.block_kv, visit_also=_some_blocks(rng, case, 0.5))
     else:
@@ -123,9 +123,9 @@ def list_blocks(dense: np.ndarray, block_q: int, block_kv: int, visit_also: np.n
     """
     lead, (q_len, kv_len) = dense.shape[:2], dense.shape[2:]
     nq, nk = -(-q_len // block_q), -(-kv_len // block_kv)
-    padded = np.zeros(lead + (nq * block_q, nk * block_kv), bool)
+    padded = np.zeros((*lead, nq * block_q, nk * block_kv), bool)
     padded[..., :q_len, :kv_len] = dense
-    blocks = padded.reshape(lead + (nq, block_q, nk, block_kv)).swapaxes(-2, -3)
+    blocks = padded.reshape((*lead, nq, block_q, nk, block_kv)).swapaxes(-2, -3)
     rows, bit_tiles = {}, []
     for b, h in np.ndindex(*lead):
         for r in range(nq):
@@ -139,9 +139,9 @@ def list_blocks(dense: np.ndarray, block_q: int, block_kv: int, visit_also: np.n
                     bit_tiles.append(np.packbits(block, axis=1, bitorder="little").view("<u4"))
                     partial.append((c, len(bit_tiles) - 1))
             rows[b, h, r] = partial + full
-    counts = np.array([len(rows[i]) for i in np.ndindex(*lead, nq)], np.int32).reshape(lead + (nq,))
-    row_offsets = np.concatenate([np.zeros(lead + (1,), np.int32), counts.cumsum(-1, dtype=np.int32)], -1)
-    entries = np.full(lead + (int(row_offsets.max(initial=0)), 2), -1, np.int32)
+    counts = np.array([len(rows[i]) for i in np.ndindex(*lead, nq)], np.int32).reshape((*lead, nq))
+    row_offsets = np.concatenate([np.zeros((*lead, 1), np.int32), counts.cumsum(-1, dtype=np.int32)], -1)
+    entries = np.full((*lead, int(row_offsets.max(initial=0)), 2), -1, np.int32)
     for b, h in np.ndindex(*lead):
         flat = [entry for r in range(nq) for entry in rows[b, h, r]]
         entries[b, h, : len(flat)] = np.array(flat, np.int32).reshape(-1, 2)
@@ -280,7 +280,7 @@ def random_case(
         # Half of them anywhere from 1, geometrically, so that short ones are common; half near multiples of 64, where
         # tails are of every kind.
         if rng.random() < 0.5:
-            return int(round(math.exp(rng.uniform(0, math.log(max_len)))))
+            return round(math.exp(rng.uniform(0, math.log(max_len))))
         return int(np.clip(64 * rng.integers(1, max(2, max_len // 64 + 1)) + pick(-1, 0, 0, 1), 1, max_len))
 
     q_len = length()

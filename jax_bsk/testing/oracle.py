@@ -59,7 +59,8 @@ def attention_oracle(
         dlse: ``[B, N, T]``, cotangent of lse, None for zero. What is given for rows whose lse is -inf counts as zero.
 
     Returns:
-        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv (of their operand's shape), dsinks ``[N]``.
+        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv (of their operand's shape), dsinks
+        ``[N]``.
         A NaN or infinity in an operand makes NaN of the rows that attend to it.
     """
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
@@ -177,5 +178,5 @@ class _Head:
 
 def _isolate(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Vectors (last axis) made finite, and NaN for each that was not, else 0."""
-    finite = np.isfinite(x).all(-1)
+    finite = np.asarray(np.isfinite(x).all(-1))
     return np.where(finite[:, None], x, 0.0), np.where(finite, 0.0, np.nan)

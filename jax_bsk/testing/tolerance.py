@@ -7,12 +7,12 @@ With float64 oracle ``o``, candidate ``c`` and dense masked XLA attention ``x`` 
 
 ``ulp`` is the dtype's machine epsilon. The magnitude of a result is its sum taken over absolute values (see
 ``oracle``): where terms cancel, one rounding of a term is the unit of what can be asked for. ``slack`` is
-``s + 2/sqrt(count)``: ``s`` is an eighth for operands in half precision, where the rounding of the operands is nearly all
-of the error and the two computations share it, and a half (a correctly rounded result's) where the operands have the
-precision of the softmax, since there XLA's own error is a fraction of an ulp that depends on how its matrix product
+``s + 2/sqrt(count)``: ``s`` is an eighth for operands in half precision, where the rounding of the operands is nearly
+all of the error and the two computations share it, and a half (a correctly rounded result's) where the operands have
+the precision of the softmax, since there XLA's own error is a fraction of an ulp that depends on how its matrix product
 happens to split a sum. The second part is there because the two means of few numbers scatter. To the ulp of the
-result comes that of the softmax times its reach, one rounding of a logit or of lse (see ``OracleResult.reach``). NaN and
-infinities must stand where the oracle's stand.
+result comes that of the softmax times its reach, one rounding of a logit or of lse (see ``OracleResult.reach``). NaN
+and infinities must stand where the oracle's stand.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Comparison:
     """Errors of one named result and their bounds; ``pattern`` says how NaN or infinities differ, if they do."""
 
     name: str
-    max_error: float
-    max_bound: float
-    mean_error: float
-    mean_bound: float
-    reference_max: float
-    reference_mean: float
-    worst_index: tuple[int, ...]
+    max_error: float = 0.0
+    max_bound: float = 0.0
+    mean_error: float = 0.0
+    mean_bound: float = 0.0
+    reference_max: float = 0.0
+    reference_mean: float = 0.0
+    worst_index: tuple[int, ...] = ()
     pattern: str = ""
 
     @property
@@ -82,8 +82,7 @@ def compare(
     """
     candidate, reference = (np.asarray(x).astype(np.float64) for x in (candidate, reference))
     if candidate.shape != oracle.shape:
-        return Comparison(name, *[np.nan] * 6, (), f"shape {candidate.shape}, expected {oracle.shape}")
-    nan = (0.0,) * 6
+        return Comparison(name, pattern=f"shape {candidate.shape}, expected {oracle.shape}")
     for what, find in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
         differs = find(candidate) != find(oracle)
         if differs.any():
@@ -92,10 +91,10 @@ def compare(
                 f"{what} at {int(find(candidate).sum())} places, expected at {int(find(oracle).sum())}; "
                 f"first difference at {where}: {candidate[where]}, expected {oracle[where]}"
             )
-            return Comparison(name, *nan, where, text)
+            return Comparison(name, worst_index=where, pattern=text)
     judged = np.isfinite(oracle)
     if not judged.any():
-        return Comparison(name, *nan, ())
+        return Comparison(name)
     error = np.where(judged, np.abs(np.where(judged, candidate, 0) - np.where(judged, oracle, 0)), 0)
     # Where XLA itself is not finite (NaN reaches further in it) there is nothing to compare with.
     comparable = judged & np.isfinite(reference)
