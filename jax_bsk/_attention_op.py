@@ -168,7 +168,7 @@ _backward = _mapped(_partitioned(_backward_p, _partition.BACKWARD), _partition.B
 # --- custom_vjp
 
 
-def attend(call: NativeCall, query, key, value, sinks, mask: BlockMask, lengths):
+def attend(call: NativeCall, query, key, value, sinks, mask: BlockMask, lengths) -> tuple[jax.Array, jax.Array]:
     """Native block-sparse attention.
 
     Args:

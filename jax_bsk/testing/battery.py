@@ -103,7 +103,7 @@ def from_public(implementation: str | None) -> AttentionFn:
     return attention
 
 
-def _cotangents(inputs: Inputs) -> dict[str, np.ndarray]:
+def _cotangents(inputs: Inputs) -> dict[str, Any]:
     return {"dout": inputs.dout, "dlse": inputs.dlse}
 
 

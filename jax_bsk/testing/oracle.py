@@ -138,7 +138,9 @@ class _Head:
         empty = total == 0
         safe_total = np.where(empty, 1, total)
         self.lse = np.where(empty, -np.inf, ceiling + np.log(safe_total))
-        self.probs, self.sink_prob = weights / safe_total[:, None], sink_weight / safe_total
+        # Where a NaN makes the total NaN, what is not attended to still has the probability 0.
+        self.probs = np.where(self.attends, weights / safe_total[:, None], 0)
+        self.sink_prob = sink_weight / safe_total
         self.out = (self.probs + self.value_flaw) @ self.value
         self.logit_size = np.where(np.isfinite(self.logits), np.abs(self.logits), 0)
         self.sink_size = 0.0 if sink is None or not np.isfinite(sink) else abs(sink)

@@ -137,7 +137,7 @@ def dense_attention(
     returns out ``[B, T, N, Hv]`` in the operands' dtype and lse ``[B, N, T]`` in the softmax's.
     """
     (batch, q_len, heads, size), (kv_len, kv_heads) = query.shape, key.shape[1:3]
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = np.dtype(np.float64 if query.dtype == np.float64 else np.float32)
     grouped = query.reshape(batch, q_len, kv_heads, heads // kv_heads, size)
     logits = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=dtype)
     logits = logits.reshape(batch, heads, q_len, kv_len) * jnp.asarray(scale, dtype)
@@ -147,8 +147,8 @@ def dense_attention(
         logits = logits + bias.astype(dtype)
     valid = jnp.ones((1, 1, q_len), bool)
     if lengths is not None:
-        valid = (jnp.arange(q_len) < lengths[:, :1])[:, None]
-        mask = mask & valid[..., None] & (jnp.arange(kv_len) < lengths[:, 1:])[:, None, None, :]
+        valid = (jnp.arange(q_len, dtype=lengths.dtype) < lengths[:, :1])[:, None]
+        mask = mask & valid[..., None] & (jnp.arange(kv_len, dtype=lengths.dtype) < lengths[:, 1:])[:, None, None, :]
     ceiling = lax.stop_gradient(jnp.where(mask, logits, -jnp.inf)).max(-1, initial=-jnp.inf)
     if sinks is not None:
         sink = sinks.astype(dtype)[None, :, None]

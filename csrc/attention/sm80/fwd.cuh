@@ -154,10 +154,10 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
   device::WaitForCopies();
   __syncthreads();
   const auto* sinks = static_cast<const float*>(params.sinks);
-  const float sink =
-      sinks == nullptr
-          ? -device::Infinity()
-          : device::kLog2E * __ldg(sinks + device::TableIndex(params.sinks_batch, params.sinks_heads, batch, head));
+  const float sink_logit = sinks == nullptr
+                               ? -device::Infinity()
+                               : __ldg(sinks + device::TableIndex(params.sinks_batch, params.sinks_heads, batch, head));
+  const float sink = device::kLog2E * sink_logit;
   auto* out_rows = static_cast<Element*>(params.out) + first_query * out_stride + head * value_dim;
   float* lse = static_cast<float*>(params.lse) + (int64_t{batch} * heads + head) * shape.q_len + q_start;
   const bool poisoned = walker.poisoned();
@@ -169,14 +169,15 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
       const int row = warp_row + 16 * m + 8 * half + g;
       const float max = fmaxf(softmax[m].max[half], sink), shift = max == -device::Infinity() ? 0.f : max;
       const float rescale = device::Exp2(softmax[m].max[half] - shift);
-      const float sum = device::QuadSum(softmax[m].sum[half]) * rescale + device::Exp2(sink - shift);
+      const float key_sum = device::QuadSum(softmax[m].sum[half]);
+      const float sum = key_sum * rescale + device::Exp2(sink - shift);
       const bool valid = row < q_rows;
       finish[half] = {valid && !poisoned && sum != 0.f, rescale / sum, valid && poisoned ? device::QuietNan() : 0.f};
       if (t == 0 && q_start + row < q_len) {
-        lse[row] = !valid       ? -device::Infinity()
-                   : poisoned   ? device::QuietNan()
-                   : sum == 0.f ? -device::Infinity()
-                                : fmaf(max, device::kLn2, logf(sum));
+        lse[row] = !valid           ? -device::Infinity()
+                   : poisoned       ? device::QuietNan()
+                   : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
+                                    : fmaf(max, device::kLn2, logf(sum));
       }
     }
     device::StoreRows(out[m], finish, shared.query, warp_row + 16 * m, out_rows, out_stride, q_len - q_start,
