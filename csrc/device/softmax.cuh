@@ -18,10 +18,6 @@ __device__ __forceinline__ float QuietNan() { return __int_as_float(0x7FFFFFFF);
 //   x = q.k * before                    for a scale that is not positive, else max(x) would not find the largest logit;
 //   x = tanh(q.k * before)              with a soft cap.
 // A masked pair may therefore be x = -inf in every case.
-//
-// kExact: tanh to float32's relative accuracy. Without it the absolute error is 2^-23 before the multiplication by the
-// cap, far below what rounding the probabilities to 16 bits costs.
-template <bool kExact>
 struct LogitMap {
   float before;
   float multiplier;
@@ -38,10 +34,8 @@ struct LogitMap {
   // x of a pair when not plain.
   __device__ float operator()(float product) const {
     const float x = product * before;
-    if (!capped) return x;
-    if constexpr (kExact) return tanhf(x);
-    // tanh(x) = 1 - 2 / (e^2x + 1); the minimum, which keeps the quotient in range, would lose a NaN.
-    return 1.f - __fdividef(2.f, Exp2(fminf(x, 40.f) * (2.f * kLog2E)) + 1.f) + (x != x ? x : 0.f);
+    // Accurate near zero as well: 1 - 2 / (e^2x + 1) errs by 2^-23 there, which the cap multiplies into lse.
+    return capped ? tanhf(x) : x;
   }
   // Derivative of the logit by scale * q.k, from x.
   __device__ float Slope(float x) const { return capped ? 1.f - x * x : 1.f; }

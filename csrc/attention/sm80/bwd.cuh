@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(Config::kQueryThreads, 2)
                                      __ldg(static_cast<const float*>(params.delta) + statistics + row));
     }
   }
-  const device::LogitMap<sizeof(Element) == 4> map(params.scale, params.soft_cap);
+  const device::LogitMap map(params.scale, params.soft_cap);
   float dquery[1][kDim / 8][4];
   device::Clear(dquery);
 
@@ -276,7 +276,7 @@ __global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads
                                     value_stride, kv_rows, value_dim, thread);
     load_dout(step, head);
   }
-  const device::LogitMap<sizeof(Element) == 4> map(params.scale, params.soft_cap);
+  const device::LogitMap map(params.scale, params.soft_cap);
   constexpr int kAccumulators = Config::kSplit ? 1 : 2;
   float gradients[kAccumulators][1][kDim / 8][4];
 #pragma unroll

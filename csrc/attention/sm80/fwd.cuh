@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
     device::LoadTileAsync<kThreads>(shared.key, keys + int64_t{step.start} * key_stride, key_stride,
                                     limit.key - step.start, head_dim, thread);
   }
-  const device::LogitMap<sizeof(Element) == 4> map(params.scale, params.soft_cap);
+  const device::LogitMap map(params.scale, params.soft_cap);
   device::OnlineSoftmax softmax[kM];
   float out[kM][kDim / 8][4];
   device::Clear(out);
