@@ -11,6 +11,10 @@
 
 namespace jax_bsk {
 
+// Names of the custom calls, on every platform; jax_bsk/_ffi.py has them too and compares when it loads a library.
+inline constexpr const char* kAttentionForward = "jax_bsk_attention_forward";
+inline constexpr const char* kAttentionBackward = "jax_bsk_attention_backward";
+
 // Custom-call target -> handler.
 std::map<std::string, XLA_FFI_Handler*> Registrations();
 

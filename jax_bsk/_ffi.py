@@ -1,7 +1,7 @@
 """Native libraries: loading, version checks, registration, and the typed wrappers of their custom calls.
 
-On the path of a call this is the last Python module before `csrc/`; the names of targets and attributes, and the order
-of operands, are written here and nowhere else (`csrc/attention/buffers.h` reads them).
+On the path of a call this is the last Python module before `csrc/`, and the only one that knows the names of targets
+and attributes and the order of operands (in C++ `registrations.h` and `attention/buffers.h` do).
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def library(platform: str) -> Library:
         return Library(platform, {}, _missing(platform))
     except ImportError as error:
         return Library(platform, {}, f"{name} does not load ({error}); build it again with `make build`.")
-    info = module.build_info()
-    problem = _mismatch(name, info)
+    info, handlers = module.build_info(), module.registrations()
+    problem = _mismatch(name, info, set(handlers))
     if problem is None:
-        for target, handler in module.registrations().items():
+        for target, handler in handlers.items():
             jax.ffi.register_ffi_target(target, handler, platform=_PLATFORM_NAMES[platform])
     return Library(platform, info, problem)
 
@@ -90,10 +90,12 @@ def _missing(platform: str) -> str:
     return "the installed jax_bsk holds no CPU library; reinstall it from source."
 
 
-def _mismatch(name: str, info: Mapping[str, Any]) -> str | None:
+def _mismatch(name: str, info: Mapping[str, Any], targets: set[str]) -> str | None:
     """Why a loaded library must not be registered: XLA kills the whole backend when the FFI versions do not fit."""
     if info["version"] != __version__:
         return f"{name} is version {info['version']} but the Python code is {__version__}; run `make build`."
+    if targets != set(TARGETS):
+        return f"{name} has the calls {sorted(targets)} but the Python code {sorted(TARGETS)}; run `make build`."
     built, runtime = tuple(info["ffi_api"]), _compat.runtime_ffi_api()
     if runtime is not None and (built[0] != runtime[0] or built[1] > runtime[1]):
         return (

@@ -103,15 +103,19 @@ def test_library_says_what_it_is():
 
 
 @pytest.mark.parametrize(
-    ("info", "message"),
+    ("changes", "targets", "message"),
     [
-        ({"version": "0.0.0", "ffi_api": [0, 3]}, "run `make build`"),
-        ({"version": jax_bsk.__version__, "ffi_api": [0, 99]}, "newer jaxlib"),
-        ({"version": jax_bsk.__version__, "ffi_api": [1, 0]}, "FFI API 1.0"),
+        ({"version": "0.0.0"}, _ffi.TARGETS, "run `make build`"),
+        ({"ffi_api": [0, 99]}, _ffi.TARGETS, "newer jaxlib"),
+        ({"ffi_api": [1, 0]}, _ffi.TARGETS, "FFI API 1.0"),
+        ({}, _ffi.TARGETS[:1], "run `make build`"),
+        ({}, _ffi.TARGETS, None),
     ],
 )
-def test_a_library_that_does_not_fit_is_named_and_not_registered(info, message):
-    assert message in _ffi._mismatch("jax_bsk._cpu", info)
+def test_a_library_that_does_not_fit_is_named(changes, targets, message):
+    info = {"version": jax_bsk.__version__, "ffi_api": [0, 3], **changes}
+    problem = _ffi._mismatch("jax_bsk._cpu", info, set(targets))
+    assert problem is None if message is None else message in problem
 
 
 def run_python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:

@@ -15,7 +15,9 @@ def run(case, implementation):
     if case.bias and implementation != "xla":
         pytest.skip("the native kernels take no bias")
     with jax.enable_x64(case.dtype == "float64"), jax.numpy_dtype_promotion("standard"):
-        battery.run_case(case, battery.from_public(implementation), command=f"--implementation {implementation} --max-len 400")
+        battery.run_case(
+            case, battery.from_public(implementation), command=f"--implementation {implementation} --max-len 400"
+        )
 
 
 @pytest.mark.parametrize("name", cases.CORNER_CASES)

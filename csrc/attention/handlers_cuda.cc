@@ -52,7 +52,7 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()),
 namespace jax_bsk {
 
 std::map<std::string, XLA_FFI_Handler*> Registrations() {
-  return {{"jax_bsk_attention_forward", attention::kForward}, {"jax_bsk_attention_backward", attention::kBackward}};
+  return {{kAttentionForward, attention::kForward}, {kAttentionBackward, attention::kBackward}};
 }
 
 std::map<std::string, Fact> BuildInfo() {
