@@ -225,13 +225,23 @@ def _attend_bwd(call, residuals, cotangents):
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
     # dS = P o (dP - delta).
-    delta = jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=lse.dtype) - dlse
+    delta = _row_products(dout, out, lse.dtype) - dlse
     mask = mask.transpose()
     rows = (mask.row_offsets, mask.kv_blocks, mask.tiles)
     cols = (mask.col_offsets, mask.q_blocks, mask.col_tiles)
     args = (dout, query, key, value, lse, delta, *rows, *cols, mask.bit_tiles, lengths)
     dquery, dkey, dvalue = _once_differentiable(_backward, call, *_as_arrays(*args))
     return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, delta), None, None
+
+
+def _row_products(dout, out, dtype):
+    """rowsum(dO o O), [B, T, N, H] twice to [B, N, T]."""
+    if out.dtype != dtype:
+        return jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=dtype)
+    # In float32 XLA's CPU compiler runs the fused product and sum on one thread, element by element: 20 ms at
+    # 4,096 x 8 x 64, against 1 ms for a product with ones (jax 0.10.2; a barrier between the two is optimised away).
+    ones = jnp.ones(out.shape[-1], dtype)
+    return jnp.einsum("btnh,h->bnt", dout * out, ones, precision=jax.lax.Precision.HIGHEST)
 
 
 def _sinks_gradient(sinks, lse, delta):
