@@ -9,8 +9,10 @@ NVCC   ?=
 comma  := ,
 EXTRAS := dev$(shell command -v nvidia-smi > /dev/null 2>&1 && echo ,cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
 
-.PHONY: demo test build lint format bench asan clean
+.PHONY: help demo test build lint format bench asan clean
 .DEFAULT_GOAL := help
+# One stamp a set of extras, so that asking for another installs it.
+STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 help:
 	@echo "make demo    trains a small Flax model on real text with dense and with block-sparse attention"
@@ -31,11 +33,11 @@ bench: build
 
 # The extension is compiled in build/ and installed in editable mode: Python files are used from here, and ninja compiles
 # only what changed.
-build: $(VENV)/.installed
+build: $(STAMP)
 	@$(PIP) install --no-build-isolation --no-deps -e . || (echo "The build failed; python3 needs its headers (Debian: apt install python3-dev) and there must be a C++ compiler (g++)." && exit 1)
 	@cd $(VENV) && bin/python -m jax_bsk info --brief
 
-$(VENV)/.installed: pyproject.toml
+$(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or later is needed (make PYTHON=...)" && exit 1)
 	@$(PYTHON) -m venv $(VENV) || (echo "venv is missing (Debian: apt install python3-venv)" && exit 1)
 	@$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.9"
@@ -43,13 +45,13 @@ $(VENV)/.installed: pyproject.toml
 	@$(PIP) install -r $(VENV)/requirements.txt
 	@touch $@
 
-lint: $(VENV)/.installed
+lint: $(STAMP)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror $(shell git ls-files '*.h' '*.cc' '*.cu' '*.cuh')
 	$(VENV)/bin/pyright --pythonpath $(RUN)
 
-format: $(VENV)/.installed
+format: $(STAMP)
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(shell git ls-files '*.h' '*.cc' '*.cu' '*.cuh')

@@ -13,7 +13,6 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
     parser.addoption("--cases", type=int, default=40, help="random cases an implementation in the numeric battery")
     parser.addoption("--seed", type=int, default=0, help="first seed of the random cases")
 
@@ -26,8 +25,6 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
-            item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
         if "gpu" in item.keywords and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

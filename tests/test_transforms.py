@@ -42,13 +42,11 @@ def test_mask_as_jit_argument_does_not_recompile(attend):
         return attend(*inputs, mask=mask)
 
     inputs = random_inputs(1)
-    masks = [random_mask(seed, density=0.5) for seed in (2, 2, 3)]
-    masks[1] = masks[1].copy()
-    bound = [bind(m) for m in masks]
-    for mask, block_mask in zip(masks, bound, strict=True):
-        assert_close(f(inputs, block_mask), dense(*inputs, mask))
-    shapes = {jax.tree.map(jnp.shape, b.transpose()).kv_blocks for b in bound}
-    assert len(traces) <= len({str(jax.tree.map(np.shape, b)) for b in bound}), shapes
+    # Every block of these is partial, so that the lists differ in their values only.
+    masks = [np.random.default_rng(seed).random((1, 1, 80, 96)) < 0.5 for seed in range(3)]
+    for mask in masks:
+        assert_close(f(inputs, bind(mask)), dense(*inputs, mask))
+    assert len(traces) == 1
 
 
 @pytest.mark.parametrize("argument", [0, 1, 2])
