@@ -9,7 +9,7 @@ NVCC   ?=
 comma  := ,
 EXTRAS := dev$(shell command -v nvidia-smi > /dev/null 2>&1 && echo ,cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
 
-.PHONY: help demo test build lint format bench asan clean
+.PHONY: help demo test build lint format bench asan sass clean
 .DEFAULT_GOAL := help
 # One stamp a set of extras, so that asking for another installs it.
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -21,6 +21,7 @@ help:
 	@echo "make bench   compares with jax.nn.dot_product_attention on this machine"
 	@echo "make lint    ruff, clang-format, pyright        make format   applies the formatters"
 	@echo "make asan    checks the CPU kernels under AddressSanitizer and UBSan"
+	@echo "make sass    disassembles the CUDA library: matrix and copy instructions there, no local memory"
 
 demo: build
 	$(RUN) examples/train_bytes.py --output demo_output
@@ -61,6 +62,10 @@ asan:
 	cmake -S tests/csrc -B build/asan -DCMAKE_BUILD_TYPE=Release > /dev/null
 	cmake --build build/asan --parallel
 	build/asan/cpu_check $(ARGS)
+
+# Needs no GPU: a CUDA kernel without its matrix instructions, or with spills, is right and slow, which no test sees.
+sass: build
+	$(RUN) tools/check_sass.py $(ARGS)
 
 clean:
 	rm -rf build $(VENV) demo_output

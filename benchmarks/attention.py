@@ -1,33 +1,135 @@
-"""`python -m jax_bsk bench` over a fuller grid, written to `results/`; options of the command may be added."""
+"""The forward of `sparse_attention` beside every peer that can be imported, on one device, with the goals of an H200.
+
+Run as `python benchmarks/attention.py`. On a GPU the whole table: block-sparse, causal, dense and window masks, packed
+documents, calls so short that they are chained in one jit, and lengths from 2,048 to 32,768. Peers are
+`jax.nn.dot_product_attention` (cuDNN, XLA), PyTorch (FlexAttention, SDPA), flash-attn3-jax, fa4-jax and tokamax, each
+where it is installed and can compute the case. On a CPU a few small cases against XLA, to see that everything runs.
+`python -m jax_bsk bench` compares any size with `jax.nn`, with the backward too.
+
+Exit status 1 where a result of any contender is wrong or jax_bsk has none, 2 where nothing can be measured.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib
+import json
+import os
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+# Before JAX starts: PyTorch shares the GPU's memory, and one must not take most of it at once.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
+from suite import cases as all_cases
+from suite import measure, report
+from suite.contender import first_line
+from suite.inputs import Inputs
 
-from jax_bsk.__main__ import main
+from jax_bsk import _compat, _dispatch
+from jax_bsk.cli import attention_bench
+from jax_bsk.cli.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
-GRIDS = {
-    "cpu": ("--lengths", "512", "1024", "2048", "4096"),
-    "gpu": ("--lengths", "1024", "2048", "4096", "8192", "16384"),
-}
-COMMON = (
-    *("--densities", "0.05", "0.1", "0.15", "0.23", "0.35", "0.5", "0.75", "1"),
-    *("--patterns", "random", "causal", "window", "dense"),
-)
+ROUNDS, QUICK_ROUNDS = 5, 2
 
 
-def run(extra: Sequence[str]) -> int:
-    """Runs the grid of this machine; an option in `extra` replaces the grid's."""
-    device = jax.devices()[0]
-    name = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
-    grid = GRIDS.get(device.platform, GRIDS["cpu"])
-    return main(["bench", *grid, *COMMON, "--output", str(RESULTS / f"attention-{name}.json"), *extra])
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options."""
+    description = __doc__.splitlines()[0] if __doc__ else None
+    parser = argparse.ArgumentParser(prog="benchmarks/attention.py", description=description)
+    parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
+    parser.add_argument("--no-peers", "--ours-only", action="store_true", dest="no_peers", help="measure jax_bsk alone")
+    parser.add_argument("--implementation", choices=_dispatch.IMPLEMENTATIONS, help="default: this platform's native")
+    parser.add_argument("--seed", type=int, default=0, help="of inputs and masks, default 0")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="default: into results/ after a whole run on a GPU, else none"
+    )
+    parser.add_argument("--plot-dir", type=Path, metavar="DIR", help="draw the two pictures there; needs matplotlib")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    return parser.parse_args(argv)
+
+
+def run(argv: Sequence[str]) -> int:
+    """Measures, prints and writes; the exit status."""
+    args = parse(argv)
+    platform = _compat.default_platform()
+    make = all_cases.gpu_cases if platform == "cuda" else all_cases.cpu_cases
+    chosen = [case for case in make(args.seed) if args.only in case.name]
+    if not chosen:
+        print(f"attention.py: no case's name contains {args.only!r}; --list prints them", file=sys.stderr)
+        return 2
+    if args.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    if args.plot_dir is not None:
+        importlib.import_module("suite.plots")  # matplotlib may be absent: not after minutes of measuring
+    implementation = args.implementation or ("cuda" if platform == "cuda" else "cpu")
+    reasons = _dispatch.unavailable(implementation)
+    if reasons:
+        print(f"attention.py: {implementation} cannot run: {' '.join(reasons)}", file=sys.stderr)
+        return 2
+
+    output = args.output
+    if output is None and platform == "cuda" and not (args.only or args.quick or args.no_peers or args.implementation):
+        device = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+        output = RESULTS / f"forward-{device}.json"
+    result = _measure(args, chosen, implementation, output)
+    print(report.render(result))
+    if output is not None:
+        print(f"Wrote {output}")
+    if args.plot_dir is not None:
+        for path in importlib.import_module("suite.plots").plot(result, args.plot_dir):
+            print(f"Wrote {path}")
+    return 0 if all(case["ok"] for case in result["cases"]) else 1
+
+
+def _measure(
+    args: argparse.Namespace, chosen: list[all_cases.Case], implementation: str, output: Path | None
+) -> dict[str, Any]:
+    """The report of those cases, written after each: a run that is cut short leaves what it measured."""
+    rounds = QUICK_ROUNDS if args.quick else ROUNDS
+    dtype = chosen[0].dtype
+    result: dict[str, Any] = {
+        "benchmark": "attention forward",
+        **report.surroundings(),
+        "implementation": implementation,
+        "options": {"dtype": dtype, "rounds": rounds, "seed": args.seed, "only": args.only, "peers": not args.no_peers},
+        "method": report.METHOD,
+        "matrix_product_flops_per_second": attention_bench.matrix_product_rate(dtype, args.seed),
+        "cases": [],
+    }
+    inputs = None
+    with Progress(len(chosen), args.quiet) as progress:
+        for i, case in enumerate(chosen):
+            progress.step(case.name)
+            try:
+                if i == 0 or case.shape != chosen[i - 1].shape:
+                    inputs = None  # frees the last shape's before the next are made
+                    inputs = Inputs(case.shape, case.dtype, args.seed)
+                assert inputs is not None
+                record = measure.measure(
+                    case,
+                    inputs,
+                    implementation=implementation,
+                    with_peers=not args.no_peers,
+                    rounds=rounds,
+                    seed=args.seed,
+                )
+            except Exception as error:  # the cases before it took minutes, and those after it may well run
+                record = {"name": case.name, "jax_bsk": {"failed": first_line(error)}, "peers": {}, "ok": False}
+            measure.judge(record, result["devices"][0]["name"])
+            result["cases"].append(record)
+            if output is not None:
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return result
 
 
 if __name__ == "__main__":

@@ -20,12 +20,15 @@ ffi::Error Refusal(const std::string& reason) { return ffi::Error::InvalidArgume
 ffi::Error ForwardHandler(cudaStream_t stream, int32_t device, Operand query, Operand key, Operand value,
                           Operand row_offsets, Operand kv_blocks, Operand tiles, Operand bit_tiles, Operand lengths,
                           Operand sinks, Output out, Output lse, int64_t block_q, int64_t block_kv, float scale,
-                          float soft_cap, std::string_view version) {
+                          float soft_cap, std::string_view version, Output workspace) {
   ForwardParams params{};
   JAX_BSK_RETURN_IF_ERROR(ReadForward(query, key, value, {row_offsets, kv_blocks, tiles}, bit_tiles, lengths, sinks,
                                       out, lse, {block_q, block_kv, scale, soft_cap, version}, &params));
   if (std::string reason = cuda::ForwardRefusal(params, device); !reason.empty()) return Refusal(reason);
-  return LaunchResult("the forward", cuda::LaunchForward(params, device, stream));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", *workspace, {{1}}));
+  return LaunchResult("the forward",
+                      cuda::LaunchForward(params, workspace->typed_data<int32_t>(), device, stream));
 }
 
 ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Operand query, Operand key, Operand value,
@@ -43,7 +46,9 @@ ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Op
 
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }
 
-XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler, BindForwardOperands(Bind()), {ffi::Traits::kCmdBufferCompatible});
+// The forward has one result of its own, after those of every platform: a word that hands out tiles.
+XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler, BindForwardOperands(Bind()).Ret<Operand>(),
+                       {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()), {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace

@@ -3,9 +3,12 @@
 #include <initializer_list>
 #include <limits>
 #include <optional>
+#include <type_traits>
+#include <utility>
 
 #include "attention/launch.h"
 #include "attention/sm80/config.h"
+#include "attention/sm90/config.h"
 
 namespace jax_bsk::attention::cuda {
 namespace {
@@ -38,11 +41,33 @@ class DeviceScope {
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a kernel is chosen by.
+// What the choice of a kernel and the refusals need of a device.
+struct DeviceFacts {
+  int capability = 0;  // major * 10 + minor
+  int multiprocessors = 0;
+  int shared_bytes = 0;  // a CTA may have
+};
+
+cudaError_t ReadDevice(int device, DeviceFacts* facts) {
+  int major = 0, minor = 0;
+  const std::pair<int*, cudaDeviceAttr> wanted[] = {
+      {&major, cudaDevAttrComputeCapabilityMajor},
+      {&minor, cudaDevAttrComputeCapabilityMinor},
+      {&facts->multiprocessors, cudaDevAttrMultiProcessorCount},
+      {&facts->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
+  };
+  for (const auto& [value, attribute] : wanted) {
+    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device); error != cudaSuccess) return error;
+  }
+  facts->capability = major * 10 + minor;
+  return cudaSuccess;
+}
+
+// What a portable kernel is chosen by.
 struct Choice {
   DType dtype;
   int dim;        // of rows in shared memory
-  int row_tiles;  // of the forward, see ForwardConfig
+  int row_tiles;  // of the forward, see sm80::ForwardConfig
 };
 
 Choice Choose(const Shape& shape, DType dtype) {
@@ -52,9 +77,17 @@ Choice Choose(const Shape& shape, DType dtype) {
   return choice;
 }
 
-// Calls visit(Config{}) with the configuration of a choice; what has no kernel gives `otherwise`.
+// Tiles of 128 queries share keys and values between two warpgroups, but too few of them leave multiprocessors idle.
+ForwardKernel ChooseKernel(const ForwardParams& params, const DeviceFacts& facts) {
+  const Shape& shape = params.shape;
+  if (facts.capability != 90 || params.dtype == DType::kF32) return ForwardKernel::kPortable;
+  const int64_t tiles = shape.batch * shape.heads * CeilDiv(shape.q_len, 128);
+  return shape.block_q == 128 && tiles >= facts.multiprocessors ? ForwardKernel::kRows128 : ForwardKernel::kRows64;
+}
+
+// Calls visit(Config{}) with the configuration of a portable kernel; what has no kernel gives `otherwise`.
 template <typename Result, typename Visit>
-Result VisitForward(const Choice& choice, Result otherwise, Visit visit) {
+Result VisitPortable(const Choice& choice, Result otherwise, Visit visit) {
   using sm80::ForwardConfig;
   const auto sixteen_bits = [&](auto zero) -> Result {
     using Element = decltype(zero);
@@ -75,6 +108,36 @@ Result VisitForward(const Choice& choice, Result otherwise, Visit visit) {
       if (choice.dim == 64) return visit(ForwardConfig<float, 64, 1>{});
       if (choice.dim == 128) return visit(ForwardConfig<float, 128, 1>{});
       return visit(ForwardConfig<float, 256, 1>{});
+    default:
+      return otherwise;
+  }
+}
+
+// The same for Hopper's.
+template <typename Result, typename Visit>
+Result VisitHopper(const ForwardParams& params, ForwardKernel kernel, Result otherwise, Visit visit) {
+  using sm90::ForwardConfig;
+  const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
+  const bool plain = params.soft_cap == 0.f && params.scale > kLeastPlainScale;
+  const auto with_dim = [&](auto zero, auto size) -> Result {
+    using Element = decltype(zero);
+    constexpr int kDim = decltype(size)::value;
+    if (kernel == ForwardKernel::kRows128) {
+      return plain ? visit(ForwardConfig<Element, kDim, 2, true>{}) : visit(ForwardConfig<Element, kDim, 2, false>{});
+    }
+    return plain ? visit(ForwardConfig<Element, kDim, 1, true>{}) : visit(ForwardConfig<Element, kDim, 1, false>{});
+  };
+  const auto with_type = [&](auto zero) -> Result {
+    if (dim <= 64) return with_dim(zero, std::integral_constant<int, 64>{});
+    if (dim <= 96) return with_dim(zero, std::integral_constant<int, 96>{});
+    if (dim <= 128) return with_dim(zero, std::integral_constant<int, 128>{});
+    return with_dim(zero, std::integral_constant<int, 256>{});
+  };
+  switch (params.dtype) {
+    case DType::kBF16:
+      return with_type(__nv_bfloat16{});
+    case DType::kF16:
+      return with_type(__half{});
     default:
       return otherwise;
   }
@@ -135,27 +198,25 @@ std::string ListRefusal(const BitTiles& tiles, std::initializer_list<const Block
   return too_large ? "the CUDA kernels take block lists and bit tiles of fewer than 2^31 entries" : "";
 }
 
-// Whether the device can run kernels of this build with so much shared memory.
-std::string DeviceRefusal(int device, std::optional<int> shared_bytes) {
+// Whether the device can run kernels of this build; `shared_bytes(facts)` is what the kernel for it would need.
+template <typename SharedBytes>
+std::string DeviceRefusal(int device, SharedBytes shared_bytes) {
   const DeviceScope scope(device);
-  int major = 0, minor = 0, available = 0;
+  DeviceFacts facts;
   cudaError_t error = scope.error();
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&available, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-  }
+  if (error == cudaSuccess) error = ReadDevice(device, &facts);
   if (error != cudaSuccess) {
     return "CUDA device " + std::to_string(device) + " is not usable: " + cudaGetErrorString(error);
   }
-  const std::string capability = std::to_string(major) + "." + std::to_string(minor);
-  if (major * 10 + minor < Limits::kMinComputeCapability) {
+  const std::string capability = std::to_string(facts.capability / 10) + "." + std::to_string(facts.capability % 10);
+  if (facts.capability < Limits::kMinComputeCapability) {
     return "the CUDA kernels need compute capability 8.0 or newer, and the device has " + capability;
   }
-  if (!shared_bytes) return "there is no CUDA kernel for this combination of dtype and head size";
-  if (*shared_bytes > available) {
-    return "the CUDA kernel for this head size needs " + std::to_string(*shared_bytes) +
-           " bytes of shared memory per block, and the device has " + std::to_string(available);
+  const std::optional<int> needed = shared_bytes(facts);
+  if (!needed) return "there is no CUDA kernel for this combination of dtype and head size";
+  if (*needed > facts.shared_bytes) {
+    return "the CUDA kernel for this head size needs " + std::to_string(*needed) +
+           " bytes of shared memory per block, and the device has " + std::to_string(facts.shared_bytes);
   }
   cudaFuncAttributes attributes;
   if (cudaFuncGetAttributes(&attributes, ProbeKernel) != cudaSuccess) {
@@ -168,13 +229,22 @@ std::string DeviceRefusal(int device, std::optional<int> shared_bytes) {
 }  // namespace
 
 std::string ForwardRefusal(const ForwardParams& params, int device) {
-  std::string reason = ShapeRefusal(params.shape, params.dtype, {params.query, params.key, params.value, params.out});
+  const void* bits = params.tiles.count > 0 ? params.tiles.words : nullptr;
+  std::string reason =
+      ShapeRefusal(params.shape, params.dtype, {params.query, params.key, params.value, params.out, bits});
   if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows});
   if (!reason.empty()) return reason;
-  const auto bytes =
-      VisitForward(Choose(params.shape, params.dtype), std::optional<int>(),
-                   [](auto config) -> std::optional<int> { return sm80::ForwardSharedBytes<decltype(config)>(); });
-  return DeviceRefusal(device, bytes);
+  return DeviceRefusal(device, [&](const DeviceFacts& facts) {
+    const ForwardKernel kernel = ChooseKernel(params, facts);
+    if (kernel == ForwardKernel::kPortable) {
+      return VisitPortable(
+          Choose(params.shape, params.dtype), std::optional<int>(),
+          [](auto config) -> std::optional<int> { return sm80::ForwardSharedBytes<decltype(config)>(); });
+    }
+    return VisitHopper(params, kernel, std::optional<int>(), [](auto config) -> std::optional<int> {
+      return sm90::ForwardSharedBytes<decltype(config)>();
+    });
+  });
 }
 
 std::string BackwardRefusal(const BackwardParams& params, int device) {
@@ -183,19 +253,29 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
                    {params.dout, params.query, params.key, params.value, params.dquery, params.dkey, params.dvalue});
   if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows, &params.cols});
   if (!reason.empty()) return reason;
-  const auto bytes =
-      VisitBackward(Choose(params.shape, params.dtype), std::optional<int>(),
-                    [](auto config) -> std::optional<int> { return sm80::BackwardSharedBytes<decltype(config)>(); });
-  return DeviceRefusal(device, bytes);
+  return DeviceRefusal(device, [&](const DeviceFacts&) {
+    return VisitBackward(
+        Choose(params.shape, params.dtype), std::optional<int>(),
+        [](auto config) -> std::optional<int> { return sm80::BackwardSharedBytes<decltype(config)>(); });
+  });
 }
 
-cudaError_t LaunchForward(const ForwardParams& params, int device, cudaStream_t stream) {
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int device, cudaStream_t stream,
+                          ForwardKernel kernel) {
   const Shape& shape = params.shape;
   if (shape.batch * shape.heads * shape.q_len == 0) return cudaSuccess;
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return scope.error();
-  return VisitForward(Choose(shape, params.dtype), cudaErrorNotSupported,
-                      [&](auto config) { return sm80::LaunchForward<decltype(config)>(params, stream); });
+  DeviceFacts facts;
+  if (const cudaError_t error = ReadDevice(device, &facts); error != cudaSuccess) return error;
+  if (kernel == ForwardKernel::kAutomatic) kernel = ChooseKernel(params, facts);
+  if (kernel == ForwardKernel::kPortable) {
+    return VisitPortable(Choose(shape, params.dtype), cudaErrorNotSupported,
+                         [&](auto config) { return sm80::LaunchForward<decltype(config)>(params, stream); });
+  }
+  return VisitHopper(params, kernel, cudaErrorNotSupported, [&](auto config) {
+    return sm90::LaunchForward<decltype(config)>(params, tile_counter, facts.multiprocessors, stream);
+  });
 }
 
 cudaError_t LaunchBackward(const BackwardParams& params, int device, cudaStream_t stream) {

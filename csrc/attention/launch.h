@@ -19,14 +19,20 @@ struct Limits {
   static constexpr int kBlocks[] = {64, 128};
 };
 
+// Which forward kernel. The choice is a matter of speed alone: each takes every problem that is not refused, kRows128
+// only blocks of 128 queries, the Hopper kernels only 16-bit types on compute capability 9.0. Checks name them.
+enum class ForwardKernel { kAutomatic, kPortable, kRows64, kRows128 };
+
 // Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
 std::string ForwardRefusal(const ForwardParams& params, int device);
 std::string BackwardRefusal(const BackwardParams& params, int device);
 
 // Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
 // grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing; those
-// with results but nothing to attend to get zeros (-inf in lse) from the kernels.
-cudaError_t LaunchForward(const ForwardParams& params, int device, cudaStream_t stream);
+// with results but nothing to attend to get zeros (-inf in lse) from the kernels. `tile_counter` is one word of device
+// memory for the launch to use, written before it is read.
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int device, cudaStream_t stream,
+                          ForwardKernel kernel = ForwardKernel::kAutomatic);
 cudaError_t LaunchBackward(const BackwardParams& params, int device, cudaStream_t stream);
 
 }  // namespace jax_bsk::attention::cuda

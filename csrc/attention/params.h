@@ -76,6 +76,10 @@ struct ForwardParams {
   void* lse;       // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink
 };
 
+// Below this scale (and for negative ones) a row's largest product need not be its largest logit, or the product of
+// scale and log2(e) is denormal: kernels then scale first.
+constexpr float kLeastPlainScale = 1e-30f;
+
 struct BackwardParams {
   Shape shape;
   DType dtype;

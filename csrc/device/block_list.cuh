@@ -45,12 +45,28 @@ __device__ __forceinline__ uint64_t RowBits(const uint32_t* words) {
   return bits;
 }
 
+constexpr int kLargestBlock = 128;
+
 // One kernel tile to visit.
 struct Step {
   int start;   // its first query or key
   int offset;  // the same, counted from the start of its list block
   int tile;    // bit tile of the list block, -1 = every pair attends
 };
+
+// Where a row's entries lie.
+struct ListRow {
+  int64_t begin;
+  int length;  // -1: the offsets cannot be true
+};
+
+__device__ __forceinline__ ListRow FindRow(const BlockList& list, int batch, int head, int row) {
+  const int64_t table = TableIndex(list.batch, list.heads, batch, head);
+  const int32_t* offsets = list.offsets + table * (list.rows + 1) + row;
+  const int begin = __ldg(offsets), end = __ldg(offsets + 1);
+  const bool poisoned = begin < 0 || end < begin || end > list.capacity;
+  return {table * list.capacity + begin, poisoned ? -1 : end - begin};
+}
 
 // Walks one row of a block list in steps of kTile queries or keys, leaving out steps that begin at or past `limit`.
 // Stops at the first thing that cannot be true and calls the row poisoned. The next entry is always loaded one entry
@@ -66,14 +82,18 @@ class BlockWalker {
     Restart(batch, head, row);
   }
 
+  // At the beginning of a row found before.
+  __device__ BlockWalker(const BlockList& list, const BitTiles& tiles, const ListRow& row, int block, int limit)
+      : list_(list), tiles_(tiles), block_(block), limit_(limit), offset_(block) {
+    Restart(row);
+  }
+
   // Goes to the beginning of another row.
-  __device__ void Restart(int batch, int head, int row) {
-    const int64_t table = TableIndex(list_.batch, list_.heads, batch, head);
-    const int32_t* offsets = list_.offsets + table * (list_.rows + 1) + row;
-    const int begin = __ldg(offsets), end = __ldg(offsets + 1);
-    poisoned_ = begin < 0 || end < begin || end > list_.capacity;
-    left_ = poisoned_ ? 0 : end - begin;
-    position_ = table * list_.capacity + begin;
+  __device__ void Restart(int batch, int head, int row) { Restart(FindRow(list_, batch, head, row)); }
+  __device__ void Restart(const ListRow& row) {
+    poisoned_ = row.length < 0;
+    left_ = max(row.length, 0);
+    position_ = row.begin;
     offset_ = block_;
     LoadEntry();
   }
@@ -93,6 +113,12 @@ class BlockWalker {
         offset_ = 0;
         --left_;
         LoadEntry();
+        if constexpr (kTile >= kLargestBlock) {  // an entry is one step: there is no place in it to remember
+          step = {start_, 0, tile_};
+          offset_ = kLargestBlock;
+          if (step.start < limit_) return true;
+          continue;
+        }
       }
       step = {start_ + offset_, offset_, tile_};
       offset_ += kTile;

@@ -1,10 +1,13 @@
-// The only home of inline PTX: one thin wrapper per instruction, named after what it does. sm_80 and newer.
+// The only home of inline PTX: one thin wrapper per instruction, named after what it does. First what sm_80 and newer
+// have; at the end, in namespace sm90, what needs sm_90a (Hopper): barriers, bulk copies, warpgroup matrix products.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <cstdio>
 #include <type_traits>
 
 namespace jax_bsk::device {
@@ -12,6 +15,13 @@ namespace jax_bsk::device {
 // A pointer into shared memory as the 32-bit address that the instructions below take.
 __device__ __forceinline__ uint32_t SharedAddress(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// threadIdx.x, read at this place: what is derived from it is not hoisted out of a loop, where it would hold registers.
+__device__ __forceinline__ int ThreadHere() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
 }
 
 // cp.async: copies 16 bytes from global to shared memory without passing registers; writes zeros and reads nothing when
@@ -69,4 +79,254 @@ __device__ __forceinline__ float Exp2(float x) {
   return y;
 }
 
+// ---- Hopper (sm_90a)
+namespace sm90 {
+
+// ---- mbarriers in shared memory. A barrier completes a phase when its count of arrivals and its announced bytes are in;
+// phases alternate in parity, and a fresh barrier counts as having completed one of parity 1.
+using Barrier = uint64_t;
+
+__device__ __forceinline__ void InitBarrier(Barrier& barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)), "r"(arrivals));
+}
+// Makes initialised barriers visible to the copy engine.
+__device__ __forceinline__ void FenceBarrierInit() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void Arrive(Barrier& barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(&barrier)) : "memory");
+}
+// Lets the phase wait for `bytes` of bulk copies more, without arriving.
+__device__ __forceinline__ void Expect(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)), "r"(bytes)
+               : "memory");
+}
+// Arrives, and lets the phase wait for `bytes` of bulk copies as well.
+__device__ __forceinline__ void ArriveExpecting(Barrier& barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(SharedAddress(&barrier)), "r"(bytes)
+               : "memory");
+}
+
+// Waits until the phase of this parity is complete. Built with JAX_BSK_DEBUG_BARRIERS, a wait of about a second names
+// itself and stops the kernel: it finds a deadlock in minutes.
+__device__ __forceinline__ void Wait(Barrier& barrier, uint32_t parity) {
+#ifdef JAX_BSK_DEBUG_BARRIERS
+  const long long start = clock64();
+  while (true) {
+    uint32_t done;
+    asm volatile(
+        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(SharedAddress(&barrier)), "r"(parity)
+        : "memory");
+    if (done) return;
+    if (clock64() - start > 2000000000ll) {
+      if (threadIdx.x % 32 == 0) {
+        printf("stuck: cta %d thread %d, barrier at shared %u, parity %u\n", blockIdx.x, threadIdx.x,
+               SharedAddress(&barrier) & 0xFFFFFFu, parity);
+      }
+      __nanosleep(100000000);
+      asm volatile("trap;");
+    }
+  }
+#else
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "wait%=: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n"
+      "@p bra done%=;\n"
+      "bra wait%=;\n"
+      "done%=:\n}" ::"r"(SharedAddress(&barrier)),
+      "r"(parity)
+      : "memory");
+#endif
+}
+
+// True for one lane of a converged warp, always the same one. Takes no register between uses, as a stored lane would.
+__device__ __forceinline__ bool ElectLane() {
+  uint32_t elected;
+  asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xFFFFFFFF;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(elected));
+  return elected != 0;
+}
+
+// Named barriers 1..15 among `threads` threads, for groups smaller than the CTA.
+__device__ __forceinline__ void SyncNamed(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void ArriveNamed(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// Orders this thread's ordinary writes to shared memory before what the copy engine and wgmma do with it later.
+__device__ __forceinline__ void FenceAsyncProxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Bulk copies
+__device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap& map) {
+  asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+// A box of a tensor of rank 4, first element at (c0, c1, c2, c3), innermost first; elements outside become zero.
+__device__ __forceinline__ void LoadBox(void* shared, const CUtensorMap& map, Barrier& barrier, int c0, int c1, int c2,
+                                        int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
+      ::"r"(SharedAddress(shared)),
+      "l"(&map), "r"(SharedAddress(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+      : "memory");
+}
+// The reverse; elements outside are not written. Completion is waited for with WaitForStores.
+__device__ __forceinline__ void StoreBox(const CUtensorMap& map, const void* shared, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(SharedAddress(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
+// Contiguous bytes; addresses and count are multiples of 16.
+__device__ __forceinline__ void LoadBytes(void* shared, const void* global, Barrier& barrier, int bytes) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          SharedAddress(shared)),
+      "l"(global), "r"(bytes), "r"(SharedAddress(&barrier))
+      : "memory");
+}
+__device__ __forceinline__ void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's stores have read shared memory, or have been written.
+__device__ __forceinline__ void WaitForStoresRead() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void WaitForStores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// ---- Registers of a warpgroup's threads
+template <int kRegisters>
+__device__ __forceinline__ void RaiseRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void LowerRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// stmatrix, the reverse of LoadMatrices.
+__device__ __forceinline__ void StoreMatrices(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
+  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r0), "r"(r1),
+               "r"(r2), "r"(r3)
+               : "memory");
+}
+
+// ---- Warpgroup matrix products: asynchronous, in order, in groups.
+__device__ __forceinline__ void FenceProducts() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void CommitProducts() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// Until at most kPending groups are unfinished.
+template <int kPending>
+__device__ __forceinline__ void WaitForProducts() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// Pins values to registers at this point: arithmetic on them is not moved across it.
+template <int kCount>
+__device__ __forceinline__ void Pin(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(x[i])::"memory");
+}
+template <int kCount>
+__device__ __forceinline__ void Pin(uint32_t (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
+}
+
+// Matrix descriptor of a tile with 128-byte swizzle: chunks of 64 columns, each row of a chunk 128 bytes, chunks aligned
+// to 1024 bytes. It is kept as its low word, address / 16 | chunk stride / 16 << 16, to which byte offsets / 16 are
+// added (shared memory ends below 2^18, so nothing carries): two instructions a product, not a dozen.
+//   K-major (queries; keys): 32 bytes further for each 16 of k inside a chunk; the chunk stride is not used.
+//   N-major (values, k = rows): 2048 bytes further for each 16 rows; the chunk stride is that between 64 columns.
+// In a cluster the address carries the CTA's rank above bit 24, hence the mask.
+__device__ __forceinline__ uint32_t TileDescriptor(const void* tile, int chunk_stride = 0) {
+  return ((SharedAddress(tile) & 0x3FFFF) >> 4) | static_cast<uint32_t>(chunk_stride >> 4) << 16;
+}
+__device__ __forceinline__ uint64_t FullDescriptor(uint32_t low) {
+  uint64_t descriptor;  // 1024 bytes between groups of eight rows; swizzle mode 1 = 128 bytes
+  asm("mov.b64 %0, {%1, %2};" : "=l"(descriptor) : "r"(low), "r"((1024u >> 4) | (1u << 30)));
+  return descriptor;
+}
+
+// d[64 x N] = a b or d += a b, float32 accumulators. A thread of warp w (of the four) holds, for each eight
+// columns n, d[4n .. 4n+3] = (row 16w + g, column 8n + 2t), (.., + 1), (row + 8, ..), (row + 8, .. + 1) with
+// g = lane / 4, t = lane % 4; four words of `a` in registers are its share of rows x 16 of k, as for MultiplyAccumulate.
+//   Overwrite: a and b in shared memory, b K-major; what d held does not matter, also to the compiler.
+//   OverwriteRegisters: the same with a in registers.      Shared / Registers: the same, accumulating.
+//   RegistersTransposed: a in registers, b N-major, accumulating.
+template <typename Element, int kN>
+struct Multiply;
+
+#define JAX_BSK_TEN(t) \
+  "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9, "
+#define JAX_BSK_D8(c, i) \
+  c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3]), c(d[i + 4]), c(d[i + 5]), c(d[i + 6]), c(d[i + 7])
+#define JAX_BSK_D16(c, i) JAX_BSK_D8(c, i), JAX_BSK_D8(c, i + 8)
+#define JAX_BSK_D32(c, i) JAX_BSK_D16(c, i), JAX_BSK_D16(c, i + 16)
+#define JAX_BSK_D48(c, i) JAX_BSK_D32(c, i), JAX_BSK_D16(c, i + 32)
+#define JAX_BSK_D64(c, i) JAX_BSK_D32(c, i), JAX_BSK_D32(c, i + 32)
+#define JAX_BSK_D128(c, i) JAX_BSK_D64(c, i), JAX_BSK_D64(c, i + 64)
+#define JAX_BSK_R32 JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) "%30, %31"
+#define JAX_BSK_R48 JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) JAX_BSK_TEN(3) "%40, %41, %42, %43, %44, %45, %46, %47"
+#define JAX_BSK_R64 \
+  JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) JAX_BSK_TEN(3) JAX_BSK_TEN(4) JAX_BSK_TEN(5) "%60, %61, %62, %63"
+#define JAX_BSK_R128                                                                                              \
+  JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) JAX_BSK_TEN(3) JAX_BSK_TEN(4) JAX_BSK_TEN(5) JAX_BSK_TEN(6)         \
+  JAX_BSK_TEN(7) JAX_BSK_TEN(8) JAX_BSK_TEN(9) JAX_BSK_TEN(10) JAX_BSK_TEN(11) "%120, %121, %122, %123, %124, "   \
+                                                                               "%125, %126, %127"
+// o0 .. o4: the numbers of the operands after the accumulators.
+#define JAX_BSK_WGMMA(N, TYPE, D, R, o0, o1, o2, o3, o4)                                                           \
+  static __device__ __forceinline__ void Overwrite(float(&d)[N / 2], uint64_t a, uint64_t b) {                         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
+                 " {" R "}, %" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                     \
+                 : D("=f", 0)                                                                                          \
+                 : "l"(a), "l"(b));                                                                                    \
+  }                                                                                                                    \
+  static __device__ __forceinline__ void Shared(float(&d)[N / 2], uint64_t a, uint64_t b) {                            \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
+                 " {" R "}, %" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                     \
+                 : D("+f", 0)                                                                                          \
+                 : "l"(a), "l"(b));                                                                                    \
+  }                                                                                                                    \
+  static __device__ __forceinline__ void OverwriteRegisters(float(&d)[N / 2], const uint32_t* a, uint64_t b) {         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
+                 " {" R "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}"                        \
+                 : D("=f", 0)                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
+  }                                                                                                                    \
+  static __device__ __forceinline__ void Registers(float(&d)[N / 2], const uint32_t* a, uint64_t b) {                  \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
+                 " {" R "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}"                        \
+                 : D("+f", 0)                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
+  }                                                                                                                    \
+  static __device__ __forceinline__ void RegistersTransposed(float(&d)[N / 2], const uint32_t* a, uint64_t b) {         \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
+                 " {" R "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}"                        \
+                 : D("+f", 0)                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
+  }
+#define JAX_BSK_MULTIPLY(N, D, R, ...)                           \
+  template <>                                                    \
+  struct Multiply<__nv_bfloat16, N> {                            \
+    JAX_BSK_WGMMA(N, "bf16.bf16", D, R, __VA_ARGS__)             \
+  };                                                             \
+  template <>                                                    \
+  struct Multiply<__half, N> {                                   \
+    JAX_BSK_WGMMA(N, "f16.f16", D, R, __VA_ARGS__)               \
+  };
+JAX_BSK_MULTIPLY(64, JAX_BSK_D32, JAX_BSK_R32, 32, 33, 34, 35, 36)
+JAX_BSK_MULTIPLY(96, JAX_BSK_D48, JAX_BSK_R48, 48, 49, 50, 51, 52)
+JAX_BSK_MULTIPLY(128, JAX_BSK_D64, JAX_BSK_R64, 64, 65, 66, 67, 68)
+JAX_BSK_MULTIPLY(256, JAX_BSK_D128, JAX_BSK_R128, 128, 129, 130, 131, 132)
+
+#undef JAX_BSK_TEN
+#undef JAX_BSK_D8
+#undef JAX_BSK_D16
+#undef JAX_BSK_D32
+#undef JAX_BSK_D48
+#undef JAX_BSK_D64
+#undef JAX_BSK_D128
+#undef JAX_BSK_R32
+#undef JAX_BSK_R48
+#undef JAX_BSK_R64
+#undef JAX_BSK_R128
+#undef JAX_BSK_WGMMA
+#undef JAX_BSK_MULTIPLY
+
+}  // namespace sm90
 }  // namespace jax_bsk::device

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "attention/params.h"
 #include "device/ptx.cuh"
 
 namespace jax_bsk::device {
@@ -24,9 +25,10 @@ struct LogitMap {
   bool plain;
   bool capped;
 
-  __device__ LogitMap(float scale, float soft_cap) {
+  LogitMap() = default;
+  __host__ __device__ LogitMap(float scale, float soft_cap) {
     capped = soft_cap != 0.f;
-    plain = !capped && scale > 1e-30f;
+    plain = !capped && scale > attention::kLeastPlainScale;
     before = capped ? scale / fabsf(soft_cap) : scale;
     multiplier = kLog2E * (capped ? fabsf(soft_cap) : plain ? scale : 1.f);
   }

@@ -58,6 +58,7 @@ struct Case {
   float scale = 0.f, soft_cap = 0.f;  // scale 0: 1 / sqrt(head_dim)
   Fault fault = Fault::kNone;
   float amplitude = 1.f;  // of the queries
+  float jump = 0.f;       // added to the logits of two keys in the middle and near the end, see RunCase
 };
 
 // A device array between guard bytes.
@@ -314,13 +315,13 @@ struct Problem {
     backward = {shape, c.dtype, dout.data(), query.data(), key.data(), value.data(),  lse.data(),  delta.data(), rows,
                 cols,  bits,    limit,       scale,        c.soft_cap, dquery.data(), dkey.data(), dvalue.data()};
   }
-  std::vector<std::vector<uint8_t>> Results() const {
-    return {out.Bytes(), lse.Bytes(), dquery.Bytes(), dkey.Bytes(), dvalue.Bytes()};
-  }
-  void FillResults(int byte) {
-    for (Device* d : {&out, &lse, &dquery, &dkey, &dvalue}) d->Fill(byte);
+  // Of the forward, or of the forward and the backward after it.
+  std::vector<Device*> Results(bool backward) {
+    if (!backward) return {&out, &lse};
+    return {&out, &lse, &dquery, &dkey, &dvalue};
   }
 
+  Device counter{4, 0x7F};  // garbage, as XLA hands it out
   Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink;
   Device out, lse, delta, dquery, dkey, dvalue;
   ForwardParams forward;
@@ -328,15 +329,31 @@ struct Problem {
 };
 
 // Launches after asking for refusals.
-void Forward(const Problem& p, cudaStream_t stream) {
+void Forward(const Problem& p, cudaStream_t stream, cuda::ForwardKernel kernel = cuda::ForwardKernel::kAutomatic) {
   const std::string refusal = cuda::ForwardRefusal(p.forward, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
-  CUDA_OK(cuda::LaunchForward(p.forward, 0, stream));
+  CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(p.counter.data()), 0, stream, kernel));
 }
 void Backward(const Problem& p, cudaStream_t stream) {
   const std::string refusal = cuda::BackwardRefusal(p.backward, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
   CUDA_OK(cuda::LaunchBackward(p.backward, 0, stream));
+}
+
+// Every forward kernel that can run a case here.
+struct NamedKernel {
+  const char* name;
+  cuda::ForwardKernel kernel;
+};
+std::vector<NamedKernel> Kernels(const Case& c) {
+  std::vector<NamedKernel> kernels = {{"portable", cuda::ForwardKernel::kPortable}};
+  int major = 0;
+  CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
+  if (major == 9 && c.dtype != DType::kF32) {
+    kernels.push_back({"rows64", cuda::ForwardKernel::kRows64});
+    if (c.block_q == 128) kernels.push_back({"rows128", cuda::ForwardKernel::kRows128});
+  }
+  return kernels;
 }
 
 std::vector<float> Normal(size_t count, std::mt19937& rng, float amplitude = 1.f) {
@@ -353,6 +370,16 @@ bool RunCase(const Case& c) {
   auto query = Normal(size_t(B) * T * N * D, rng, c.amplitude), key = Normal(size_t(B) * S * K * D, rng);
   auto value = Normal(size_t(B) * S * K * V, rng), dout = Normal(size_t(B) * T * N * V, rng);
   const float scale = c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(D));
+  if (c.jump != 0.f) {
+    // The first dimension of every query is 1, of every key 0 but for two, which so get a larger logit.
+    for (size_t i = 0; i < query.size(); i += D) query[i] = 1.f;
+    for (size_t i = 0; i < key.size(); i += D) key[i] = 0.f;
+    for (int b = 0; b < B; ++b)
+      for (int k = 0; k < K; ++k) {
+        key[((size_t(b) * S + S / 2) * K + k) * D] = c.jump / scale;
+        key[((size_t(b) * S + S - 3) * K + k) * D] = 2 * c.jump / scale;
+      }
+  }
   std::vector<int32_t> lengths = {T + 5, S + 7};
   if (c.lengths) {
     lengths.clear();
@@ -475,10 +502,64 @@ bool RunCase(const Case& c) {
           bad_key[(size_t(b) * S + s) * K + n / (N / K)] = 1;
   }
 
-  // On the device. delta as a caller computes it, from the rounded output.
+  // On the device: every forward kernel.
   Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale);
   cudaStream_t stream;
   CUDA_OK(cudaStreamCreate(&stream));
+  Comparison compare;
+  // Logits of 100 are rounded to 2^-18 in float32, and so are then their exponentials.
+  const double epsilon = Epsilon(c.dtype), spread = std::max({1.f, c.amplitude, c.jump});
+  const auto guards = [&] {
+    for (const Device* d :
+         {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue, &problem.counter})
+      if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
+  };
+  // The same bits again, then from a graph.
+  const auto repeats = [&](const std::vector<Device*>& arrays, const std::function<void()>& launch) {
+    const auto fill = [&](int byte) {
+      for (Device* array : arrays) array->Fill(byte);
+    };
+    const auto read = [&] {
+      std::vector<std::vector<uint8_t>> bytes;
+      for (Device* array : arrays) bytes.push_back(array->Bytes());
+      return bytes;
+    };
+    const auto results = read();
+    for (int repeat = 0; repeat < 20; ++repeat) {
+      fill(repeat);
+      launch();
+      CUDA_OK(cudaStreamSynchronize(stream));
+      if (read() != results) {
+        compare.passed = false, std::printf("  repeat %d differs   <-- FAILED\n", repeat);
+        break;
+      }
+    }
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    launch();
+    CUDA_OK(cudaStreamEndCapture(stream, &graph));
+    CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+    fill(0x11);
+    for (int i = 0; i < 2; ++i) CUDA_OK(cudaGraphLaunch(executable, stream));
+    CUDA_OK(cudaStreamSynchronize(stream));
+    if (read() != results) compare.passed = false, std::printf("  graph replay differs   <-- FAILED\n");
+  };
+  for (const auto& [name, kernel] : Kernels(c)) {
+    std::printf(" %s\n", name);
+    const auto launch = [&, kernel = kernel] { Forward(problem, stream, kernel); };
+    for (Device* array : problem.Results(false)) array->Fill(0xFF);
+    launch();
+    CUDA_OK(cudaStreamSynchronize(stream));
+    compare.Check("out", Decode(problem.out.Bytes(), c.dtype), out, bad_out, V, epsilon,
+                  c.dtype == DType::kF32 ? spread : 1);
+    compare.Check("lse", Decode(problem.lse.Bytes(), DType::kF32), lse, bad_lse, 1, std::ldexp(1., -21), spread);
+    guards();
+    repeats(problem.Results(false), launch);
+  }
+
+  // The backward, with delta as a caller computes it, from the rounded output.
+  for (Device* array : problem.Results(true)) array->Fill(0xFF);
   Forward(problem, stream);
   CUDA_OK(cudaStreamSynchronize(stream));
   const auto got_out = Decode(problem.out.Bytes(), c.dtype);
@@ -493,40 +574,18 @@ bool RunCase(const Case& c) {
         delta[stat] = float(sum);
       }
   CUDA_OK(cudaMemcpy(problem.delta.data(), delta.data(), delta.size() * 4, cudaMemcpyHostToDevice));
-  Backward(problem, stream);
-  CUDA_OK(cudaStreamSynchronize(stream));
-  const auto results = problem.Results();
-
-  Comparison compare;
-  // Logits of 100 are rounded to 2^-18 in float32, and so are then their exponentials.
-  const double epsilon = Epsilon(c.dtype), spread = std::max(1.f, c.amplitude);
-  compare.Check("out", Decode(results[0], c.dtype), out, bad_out, V, epsilon, c.dtype == DType::kF32 ? spread : 1);
-  compare.Check("lse", Decode(results[1], DType::kF32), lse, bad_lse, 1, std::ldexp(1., -21), spread);
-  compare.Check("dq", Decode(results[2], c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
-  compare.Check("dk", Decode(results[3], c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
-  compare.Check("dv", Decode(results[4], c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
-
-  for (const Device* d : {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue})
-    if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
-  // The same bits again, then from a graph. (Backward reads lse, which the forward just wrote again.)
-  for (int repeat = 0; repeat < 20; ++repeat) {
-    problem.FillResults(repeat);
+  const auto launch = [&] {  // the backward reads lse, which the forward writes again
     Forward(problem, stream);
     Backward(problem, stream);
-    CUDA_OK(cudaStreamSynchronize(stream));
-    if (problem.Results() != results) compare.passed = false, std::printf("  repeat %d differs   <-- FAILED\n", repeat);
-  }
-  cudaGraph_t graph;
-  cudaGraphExec_t executable;
-  CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  Forward(problem, stream);
-  Backward(problem, stream);
-  CUDA_OK(cudaStreamEndCapture(stream, &graph));
-  CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
-  problem.FillResults(0x11);
-  CUDA_OK(cudaGraphLaunch(executable, stream));
+  };
+  launch();
   CUDA_OK(cudaStreamSynchronize(stream));
-  if (problem.Results() != results) compare.passed = false, std::printf("  graph replay differs   <-- FAILED\n");
+  std::printf(" backward\n");
+  compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
+  compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
+  compare.Check("dv", Decode(problem.dvalue.Bytes(), c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
+  guards();
+  repeats(problem.Results(true), launch);
   return compare.passed;
 }
 
@@ -689,6 +748,35 @@ std::vector<Case> Cases() {
   add("one-query", [](Case& c) { c.q_len = 1, c.pattern = P::kFull; });
   add("one-one", [](Case& c) { c.q_len = 1, c.kv_len = 1, c.pattern = P::kFull; });
   add("tail-64", [](Case& c) { c.q_len = c.kv_len = 320, c.block_q = c.block_kv = 128; });
+  // Enough tiles for persistent CTAs to take several.
+  const auto many = [](Case& c) { c.batch = 3, c.heads = 16, c.kv_heads = 8, c.q_len = 300, c.kv_len = 350; };
+  add("many-b128", [&](Case& c) { many(c), c.block_q = c.block_kv = 128; });
+  add("many-b128-d128", [&](Case& c) {
+    many(c), c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 128, c.lengths = c.sinks = true;
+  });
+  add("many-kv64", [&](Case& c) { many(c), c.block_q = 128, c.per_head = c.per_batch = true; });
+  add("many-kv64-d128", [&](Case& c) { many(c), c.block_q = 128, c.head_dim = c.value_dim = 128, c.lengths = true; });
+  add("many-d256", [&](Case& c) { many(c), c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 256; });
+  add("many-empty", [&](Case& c) { many(c), c.block_q = c.block_kv = 128, c.pattern = P::kEmpty, c.sinks = true; });
+  add("d96", [](Case& c) { c.head_dim = c.value_dim = 96; });
+  add("d96-b128-f16", [](Case& c) {
+    c.head_dim = c.value_dim = 96, c.block_q = c.block_kv = 128, c.dtype = DType::kF16, c.q_len = c.kv_len = 600;
+  });
+  add("d80-v88-b128", [](Case& c) { c.head_dim = 80, c.value_dim = 88, c.block_q = c.block_kv = 128; });
+  add("cap-d96-b128", [](Case& c) { c.soft_cap = 30.f, c.head_dim = c.value_dim = 96, c.block_q = c.block_kv = 128; });
+  add("tiny-scale", [](Case& c) { c.scale = 1e-35f, c.block_q = c.block_kv = 128; });
+  // Logits that jump by 8, 200 and 2,000 within a row: exponentials relative to an earlier maximum would overflow.
+  for (const auto& [name, jump] : {std::pair{"jump-8", 8.f}, {"jump-200", 200.f}, {"jump-2000", 2000.f}})
+    for (const bool large : {false, true}) {
+      static std::vector<std::string> names;
+      names.reserve(16);
+      names.push_back(std::string(name) + (large ? "-d128-b128" : ""));
+      add(names.back().c_str(), [&, jump = jump](Case& c) {
+        c.jump = jump, c.pattern = P::kFull, c.q_len = 400, c.kv_len = 900;
+        if (large) c.head_dim = c.value_dim = 128, c.block_q = c.block_kv = 128;
+        if (large && jump < 100.f) c.dtype = DType::kF16;
+      });
+    }
   for (const int dim : {64, 128, 256}) {
     static std::vector<std::string> names;
     names.reserve(64);

@@ -1,0 +1,116 @@
+"""The check before any timing: some rows of some heads against float64, and every element finite.
+
+Whole outputs would take S^2 work on the host; a few rows cost nothing at any length and meet every block column. The
+tolerance is made row by row from what the type costs: twice the error of the same row computed with probabilities and
+output rounded to the type, and one rounding of the row's largest number (64 in float32, where sums of thousands of
+terms scatter by tens of roundings).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from .cases import Case, Pattern
+from .inputs import Inputs
+
+HEADS, ROWS = 3, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Spots:
+    """Where to look.
+
+    Attributes:
+      examples, heads: int [n].
+      rows: int [n, r].
+    """
+
+    examples: np.ndarray
+    heads: np.ndarray
+    rows: np.ndarray
+
+
+def choose_spots(case: Case, seed: int) -> Spots:
+    """The first and last head and one between; first and last row of each, and others at random."""
+    rng = np.random.default_rng([seed, *case.shape])
+    flat = np.array([0, case.batch * case.heads - 1, rng.integers(case.batch * case.heads)][:HEADS])
+    rows = rng.integers(case.length, size=(HEADS, ROWS))
+    rows[:, :2] = 0, case.length - 1
+    return Spots(flat // case.heads, flat % case.heads, rows)
+
+
+@jax.jit
+def _pick(x: jax.Array, examples: Any, heads: Any, rows: Any) -> tuple[jax.Array, jax.Array]:
+    return x[examples[:, None], rows, heads[:, None]], jnp.isfinite(x).all()
+
+
+@jax.jit
+def _whole_heads(x: jax.Array, examples: Any, heads: Any) -> jax.Array:
+    return x[examples, :, heads]
+
+
+def pick(x: jax.Array, spots: Spots) -> tuple[np.ndarray, bool]:
+    """The spots' rows of [B, S, H, D] as float64 [n, r, D], and whether all of x is finite."""
+    rows, finite = _pick(x, spots.examples, spots.heads, spots.rows)
+    return np.asarray(rows).astype(np.float64), bool(finite)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """What the rows must be; float64 [n, r, D] and the tolerance [n, r]."""
+
+    out: np.ndarray
+    tolerance: np.ndarray
+
+    def check(self, rows: np.ndarray, finite: bool) -> dict[str, Any]:
+        """The largest error, as a share of what is allowed and by itself; NaN anywhere fails."""
+        error = np.abs(rows - self.out).max(-1)
+        share = float(np.max(error / self.tolerance))
+        ok = finite and share <= 1  # NaN compares false
+        largest = float(np.max(error))
+        return {
+            "ok": bool(ok),
+            "finite": finite,
+            "largest_error": largest if math.isfinite(largest) else None,
+            "share_of_tolerance": share if math.isfinite(share) else None,
+        }
+
+
+class References:
+    """References of one case, one a pattern (a peer may be measured without the mask)."""
+
+    def __init__(self, case: Case, inputs: Inputs, spots: Spots):
+        self._length, self._spots = case.length, spots
+        query, key, value = inputs.arrays
+        self._dtype = np.dtype(query.dtype)  # bfloat16 too: JAX's is numpy's
+        self._query = pick(query, spots)[0]
+        self._key, self._value = (
+            np.asarray(_whole_heads(x, spots.examples, spots.heads)).astype(np.float64) for x in (key, value)
+        )
+        self._made: dict[int, Reference] = {}
+
+    def of(self, pattern: Pattern) -> Reference:
+        if id(pattern) not in self._made:
+            self._made[id(pattern)] = self._make(pattern)
+        return self._made[id(pattern)]
+
+    def _make(self, pattern: Pattern) -> Reference:
+        allowed = pattern.attends(self._spots.rows[..., None], np.arange(self._length), self._length)
+        logits = self._query @ self._key.swapaxes(1, 2) / math.sqrt(self._query.shape[-1])
+        logits = np.where(allowed, logits, -np.inf)
+        weights = np.exp(logits - logits.max(-1, keepdims=True))
+        total = weights.sum(-1, keepdims=True)
+        out = weights @ self._value / total
+        rounded = (self._round(weights) @ self._value) / total
+        error = np.abs(self._round(rounded) - out).max(-1)
+        eps = float(jnp.finfo(self._dtype).eps) * (64 if self._dtype == np.float32 else 1)
+        return Reference(out, 2 * error + eps * np.abs(out).max(-1))
+
+    def _round(self, x: np.ndarray) -> np.ndarray:
+        return x.astype(np.float32).astype(self._dtype).astype(np.float64)

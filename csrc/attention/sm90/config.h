@@ -1,0 +1,68 @@
+// Tile shapes of the Hopper kernels (TMA + wgmma, sm_90a), and the launchers that instances/sm90/*.cu define. No kernel
+// code here, so that launch.cu compiles in a moment.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "attention/params.h"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+constexpr int kWarpgroup = 128;      // threads
+constexpr int kWarpgroupRows = 64;   // queries of a consumer warpgroup: m of wgmma
+constexpr int kChunk = 64;           // columns that share a 128-byte swizzled row of shared memory
+constexpr int kMaxPieces = 2;        // pieces of a key/value tile that come from different blocks
+
+// kDim: columns of the products (64, 96, 128 or 256); head_dim and value_dim are padded to it with zeros by the copy
+// engine. kConsumers: warpgroups that share a tile of 64 * kConsumers queries, keys and values:
+//   2  one persistent CTA a multiprocessor; the warpgroups take turns at the tensor cores. For blocks of 128 queries.
+//   1  two CTAs a multiprocessor, one tile each: for blocks of 64 queries, and where 128-query tiles are too few to fill
+//      the chip.
+// kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product.
+template <typename Element_, int kDim_, int kConsumers_, bool kPlain_>
+struct ForwardConfig {
+  using Element = Element_;
+  static constexpr int kDim = kDim_;
+  static constexpr int kConsumers = kConsumers_;
+  static constexpr bool kPlain = kPlain_;
+
+  static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
+  static constexpr int kTileQ = kWarpgroupRows * kConsumers;
+  // At 256 dimensions 128 keys do not fit beside the output in registers; for two CTAs of 128 not in shared memory.
+  static constexpr int kTileKv = kDim > 128 || (kConsumers == 1 && kDim > 64) ? 64 : 128;
+  // Buffers of keys and of values. The keys' latency is what a step waits for, so they get the shared memory that is
+  // left (three at 128 dimensions, where random blocks come from L2).
+  static constexpr int kKeyStages = kDim == 64 && kConsumers == 2 ? 4 : kDim > 128 ? 2 : 3;
+  static constexpr int kValueStages = kDim == 64 && kConsumers == 2 ? 4 : 2;
+  // Queries as register operands: a quarter less shared memory traffic, +3 to 4.5 % (H200).
+  static constexpr bool kQueryInRegisters = kDim <= 128;
+  // With queries in registers their buffer is free for the next tile's, whose first product then runs during this one's
+  // epilogue.
+  static constexpr bool kOverlapTiles = kQueryInRegisters;
+  static constexpr int kCtas = kConsumers == 2 || kDim > 128 ? 1 : 2;  // a multiprocessor
+  static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
+  // The producer is two warps, in a warpgroup of their own because registers move between warpgroups.
+  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
+  // A lone consumer of one CTA has registers enough from the start.
+  static constexpr bool kMoveRegisters = kConsumers == 2 || kCtas == 2;
+  static constexpr int kConsumerRegisters = kConsumers == 1 ? 200 : kDim > 96 ? 232 : 216;
+  // What is left of the 168 (two consumers) or 128 a thread that the CTA starts with.
+  static constexpr int kProducerRegisters = kConsumers == 1 ? 56 : 504 - 2 * kConsumerRegisters;
+};
+
+// Bytes of dynamic shared memory, for refusals; the kernel asserts that its struct is no larger.
+template <typename Config>
+constexpr int ForwardSharedBytes() {
+  constexpr int kRow = Config::kChunks * kChunk * 2;
+  return Config::kTileQ * kRow + (Config::kKeyStages + Config::kValueStages) * Config::kTileKv * kRow +
+         Config::kKeyStages * Config::kTileQ * 16 + 1024;
+}
+
+// On the current device, which has `multiprocessors`. `tile_counter` is one word of device memory that the launch may
+// overwrite. Defined in fwd.cuh, instantiated in instances/sm90/*.cu.
+template <typename Config>
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors, cudaStream_t stream);
+
+}  // namespace jax_bsk::attention::cuda::sm90

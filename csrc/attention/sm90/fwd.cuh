@@ -1,0 +1,75 @@
+// Forward attention over a block list on Hopper (sm_90a): copy engine, mbarrier pipelines, warpgroup products, two
+// producer warps and one or two consumer warpgroups.
+#pragma once
+
+#include "attention/sm90/fwd_consumer.cuh"
+#include "attention/sm90/fwd_producer.cuh"
+#include "attention/sm90/tensor_map.h"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    ForwardKernel(const __grid_constant__ ForwardParams params, const __grid_constant__ ForwardPlan plan) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<ForwardShared<Config>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroup, 0);  // uniform, and known to be
+
+  if (threadIdx.x == 0) shared.InitBarriers();
+  if (threadIdx.x == Config::kConsumerThreads) {
+    for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) {
+      device::sm90::PrefetchTensorMap(*map);
+    }
+  }
+  __syncthreads();
+
+  if (warpgroup == Config::kConsumers) {
+    if constexpr (Config::kMoveRegisters) device::sm90::LowerRegisters<Config::kProducerRegisters>();
+    const int warp = threadIdx.x / 32 - Config::kConsumerThreads / 32;
+    if (warp == 0) {
+      ForwardScheduler<Config>(shared, params, plan).Run();
+    } else if (warp == 1) {
+      ForwardLoader<Config>(shared, params, plan).Run();
+    }
+  } else {
+    if constexpr (Config::kMoveRegisters) device::sm90::RaiseRegisters<Config::kConsumerRegisters>();
+    ForwardConsumer<Config>(shared, params, plan, warpgroup).Run();
+  }
+}
+
+template <typename Config>
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors,
+                          cudaStream_t stream) {
+  constexpr int kBytes = static_cast<int>(sizeof(ForwardShared<Config>));
+  static_assert(kBytes <= ForwardSharedBytes<Config>());
+  const Shape& shape = params.shape;
+  const int kv_rows = static_cast<int>(std::min<int64_t>(shape.block_kv, Config::kTileKv));
+  // No key is read where there is none, but a map needs an address.
+  const void* key = shape.kv_len > 0 ? params.key : params.query;
+  const void* value = shape.kv_len > 0 ? params.value : params.query;
+  ForwardPlan plan{};
+  plan.logits = device::LogitMap(params.scale, params.soft_cap);
+  const bool encoded =
+      MakeTensorMap(params.dtype, params.query, shape.batch, shape.q_len, shape.heads, shape.head_dim, Config::kTileQ,
+                    &plan.query) &&
+      MakeTensorMap(params.dtype, key, shape.batch, shape.kv_len, shape.kv_heads, shape.head_dim, kv_rows, &plan.key) &&
+      MakeTensorMap(params.dtype, value, shape.batch, shape.kv_len, shape.kv_heads, shape.value_dim, kv_rows,
+                    &plan.value);
+  if (!encoded) return cudaErrorInvalidValue;
+
+  cudaError_t error = cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  const auto tiles = static_cast<unsigned>(QueryTiles<Config>(shape) * shape.heads * shape.batch);
+  unsigned grid = tiles;
+  if (Config::kConsumers == 2 && tiles > static_cast<unsigned>(multiprocessors)) {
+    // Persistent CTAs that take the next tile when they are done: +5 % to +22 % over one tile a CTA for random lists.
+    grid = static_cast<unsigned>(multiprocessors);
+    plan.tile_counter = tile_counter;
+    error = cudaMemsetAsync(tile_counter, 0, sizeof(*tile_counter), stream);
+    if (error != cudaSuccess) return error;
+  }
+  ForwardKernel<Config><<<grid, Config::kThreads, kBytes, stream>>>(params, plan);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_bsk::attention::cuda::sm90

@@ -1,0 +1,506 @@
+// A consumer warpgroup of the Hopper forward: 64 queries of the CTA's tile, from products to stored rows.
+#pragma once
+
+#include "attention/sm90/fwd_exact_rows.cuh"
+#include "attention/sm90/fwd_shared.cuh"
+#include "attention/sm90/fwd_softmax.cuh"
+#include "device/block_list.cuh"
+#include "device/tile.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+template <typename Config>
+class ForwardConsumer {
+ public:
+  using Shared = ForwardShared<Config>;
+  using Element = typename Config::Element;
+  static constexpr int kDim = Config::kDim, kTileQ = Config::kTileQ, kTileKv = Config::kTileKv;
+  static constexpr int kLogits = kTileKv / 2, kProbs = kTileKv / 4, kOut = kDim / 2;  // registers
+
+  __device__ ForwardConsumer(Shared& shared, const ForwardParams& params, const ForwardPlan& plan, int group)
+      : shared_(shared),
+        params_(params),
+        plan_(plan),
+        group_(group) {}
+
+  __device__ __forceinline__ void Run() {
+    if (kTakeTurns && group_ == 1) device::sm90::ArriveNamed(kTurn, 2 * kWarpgroup);  // group 0 goes first
+    Headers tile;
+    if (!SkipEmptyTiles(tile)) return;
+    FirstStep(tile);
+    do {
+      while (!(flags_ & StepInfo::kLast)) Step();
+    } while (FinishTile());
+  }
+
+ private:
+  static constexpr int kTurn = 1;  // named barriers, one a warpgroup, for its turn at the tensor cores
+  static constexpr bool kTakeTurns = Config::kConsumers == 2;
+  // Whether references may lag (fwd_softmax.cuh).
+  static constexpr bool kLazy = Config::kPlain;
+
+  using Headers = Ring<Shared::kHeaders>;
+
+  // ---- Stages of a tile
+
+  // The first product of a tile with nothing else in flight, and its softmax.
+  __device__ __forceinline__ void FirstStep(Headers tile) {
+    float logits[kLogits];
+    WaitForFirstOperands(tile);
+    device::sm90::FenceProducts();
+    MultiplySharedQueries(logits);
+    device::sm90::CommitProducts();
+    device::sm90::WaitForProducts<0>();
+    device::sm90::Pin(logits);
+    StartTile(logits);
+  }
+
+  // One step in the middle: Q K^T of this step and P V of the step before are in flight together, and this step's
+  // softmax runs during the latter.
+  __device__ __forceinline__ void Step() {
+    float logits[kLogits];
+    device::sm90::Wait(shared_.full_key[Keys().Stage()], Keys().Full());
+    TakeTurn();
+    device::sm90::Pin(out_);
+    device::sm90::Pin(probs_);
+    device::sm90::FenceProducts();
+    if constexpr (Config::kQueryInRegisters) {
+      MultiplyRegisterQueries(logits);
+    } else {
+      MultiplySharedQueries(logits);
+    }
+    device::sm90::CommitProducts();
+    device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
+    device::sm90::FenceProducts();
+    MultiplyValues();
+    device::sm90::CommitProducts();
+    PassTurn();
+    flags_ = Uniform(shared_.Step(step_).flags);
+    const bool fresh = softmax_.Fresh();
+
+    device::sm90::WaitForProducts<1>();
+    device::sm90::Pin(logits);
+    float rescale[2];
+    bool lags = false;
+    const bool raised = Softmax(logits, fresh, rescale, lags);
+    device::sm90::Pin(logits);
+    device::sm90::Pin(softmax_.sum);
+    // Never blocks: a branch that keeps ptxas from moving the next wait up above the exponentials, which would undo the
+    // overlap. (Not a second wait on a ring's barrier: another warp may have let the producer refill that stage.)
+    device::sm90::Wait(shared_.open, 1);
+
+    device::sm90::WaitForProducts<0>();
+    device::sm90::Pin(out_);
+    Release(shared_.empty_value[Values().Stage()]);
+    if (raised) Rescale(rescale);
+    if (lags) CatchUp(logits);
+    KeepProbabilities(logits);
+    ++step_;
+  }
+
+  // The last P V of a tile, its output, and the beginning of the next tile, whose first product runs meanwhile. False
+  // when there is no next tile.
+  __device__ __forceinline__ bool FinishTile() {
+    const Headers tile = TileOfStep();
+    const bool poisoned = flags_ & StepInfo::kRowPoisoned;
+    Headers next = tile;
+    next.Advance();
+    const bool more = SkipEmptyTiles(next);
+    if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);  // its products are done
+    if (Config::kOverlapTiles && more) WaitForFirstOperands(next);
+    device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
+    TakeTurn();
+    device::sm90::Pin(out_);
+    device::sm90::Pin(probs_);
+    device::sm90::FenceProducts();
+    MultiplyValues();
+    device::sm90::CommitProducts();
+    float logits[kLogits];
+    // After the last tile this multiplies what happens to be there, and nobody looks: products under a condition would
+    // be serialised, and a second copy of StoreTile would spill.
+    if constexpr (Config::kOverlapTiles) MultiplySharedQueries(logits);
+    device::sm90::CommitProducts();
+    PassTurn();
+    device::sm90::WaitForProducts<1>();
+    device::sm90::Pin(out_);
+    Release(shared_.empty_value[Values().Stage()]);
+    StoreTile(tile, poisoned);
+    device::sm90::WaitForProducts<0>();
+    if (more) {
+      if constexpr (Config::kOverlapTiles) {
+        device::sm90::Pin(logits);
+        StartTile(logits);
+      } else {
+        FirstStep(next);
+      }
+    }
+    return more;
+  }
+
+  // ---- Parts of them
+
+  // Where this step's keys are, and the values of the step before.
+  __device__ __forceinline__ Ring<Config::kKeyStages> Keys() const { return {step_}; }
+  __device__ __forceinline__ Ring<Config::kValueStages> Values() const { return {step_ - 1}; }
+
+  // Goes on from `tile` to the first with something to attend to, writing the results of those without; false at the end.
+  // Headers stay where they are until StoreTile has used them: in registers they would be spilled.
+  __device__ __forceinline__ bool SkipEmptyTiles(Headers& tile) {
+    while (true) {
+      device::sm90::Wait(shared_.full_header[tile.Stage()], tile.Full());
+      const int kind = Uniform(shared_.headers[tile.Stage()].kind);
+      if (kind == TileHeader::kLive) return true;
+      if (kind == TileHeader::kEnd) return false;
+      StoreNothing(shared_.headers[tile.Stage()]);
+      ReleaseHeader(tile);
+      tile.Advance();
+    }
+  }
+  // The header of the tile that the current step belongs to.
+  __device__ __forceinline__ Headers TileOfStep() const { return Headers{static_cast<uint32_t>(flags_) >> StepInfo::kHeader}; }
+  __device__ __forceinline__ void ReleaseHeader(Headers tile) {
+    __syncwarp();
+    Release(shared_.empty_header[tile.Stage()]);
+  }
+
+  __device__ __forceinline__ void WaitForFirstOperands(Headers tile) {
+    device::sm90::Wait(shared_.full_key[Keys().Stage()], Keys().Full());
+    device::sm90::Wait(shared_.full_query, shared_.headers[tile.Stage()].query_parity);
+  }
+
+  // After the first product of a tile.
+  __device__ __forceinline__ void StartTile(float (&logits)[kLogits]) {
+    if constexpr (Config::kQueryInRegisters) LoadQueries();
+    flags_ = Uniform(shared_.Step(step_).flags);
+#pragma unroll
+    for (int i = 0; i < kOut; ++i) out_[i] = 0.f;
+    softmax_.Clear();
+    float rescale[2];
+    bool lags;
+    Softmax(logits, true, rescale, lags);
+    KeepProbabilities(logits);
+    ++step_;
+  }
+
+  // This warpgroup's queries as operands of wgmma and mma.sync.
+  __device__ __forceinline__ void LoadQueries() {
+    const int thread = Thread(), row = thread / 32 * 16 + thread % 16, vector = thread % 32 / 16;
+    const uint32_t base = device::SharedAddress(shared_.query) + group_ * kWarpgroupRows * 128;
+#pragma unroll
+    for (int k = 0; k < kDim / 16; ++k) {
+      uint32_t words[4];
+      device::LoadMatrices(words, base + SwizzledOffset(row, 2 * k + vector));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) query_[4 * k + i] = words[i];
+    }
+    device::sm90::Pin(query_);
+    Release(shared_.empty_query);
+  }
+
+  // Of 16 bytes in a [chunk][kTileQ][64] tile.
+  __device__ __forceinline__ static uint32_t SwizzledOffset(int row, int vector) {
+    return vector / 8 * kTileQ * 128 + row * 128 + (vector % 8 ^ row % 8) * 16;
+  }
+
+  using Logits = device::sm90::Multiply<Element, kTileKv>;
+  using Outputs = device::sm90::Multiply<Element, kDim>;
+
+  // Offset of k = 16 step in a K-major tile of `rows`, / 16.
+  __device__ __forceinline__ static constexpr uint32_t KeyStep(int step, int rows) {
+    return (step / 4 * rows * 128 + step % 4 * 32) / 16;
+  }
+  __device__ __forceinline__ void MultiplySharedQueries(float (&logits)[kLogits]) {
+    using device::sm90::FullDescriptor;
+    const uint32_t query = device::sm90::TileDescriptor(shared_.query) + group_ * kWarpgroupRows * 128 / 16;
+    const uint32_t key = device::sm90::TileDescriptor(shared_.key[Keys().Stage()]);
+    Logits::Overwrite(logits, FullDescriptor(query), FullDescriptor(key));
+#pragma unroll
+    for (int k = 1; k < kDim / 16; ++k) {
+      Logits::Shared(logits, FullDescriptor(query + KeyStep(k, kTileQ)), FullDescriptor(key + KeyStep(k, kTileKv)));
+    }
+  }
+  __device__ __forceinline__ void MultiplyRegisterQueries(float (&logits)[kLogits]) {
+    using device::sm90::FullDescriptor;
+    const uint32_t key = device::sm90::TileDescriptor(shared_.key[Keys().Stage()]);
+    Logits::OverwriteRegisters(logits, query_, FullDescriptor(key));
+#pragma unroll
+    for (int k = 1; k < kDim / 16; ++k) {
+      Logits::Registers(logits, query_ + 4 * k, FullDescriptor(key + KeyStep(k, kTileKv)));
+    }
+  }
+  __device__ __forceinline__ void MultiplyValues() {
+    const uint32_t value = device::sm90::TileDescriptor(shared_.value[Values().Stage()], kTileKv * 128);
+#pragma unroll
+    for (int k = 0; k < kTileKv / 16; ++k) {
+      Outputs::RegistersTransposed(out_, probs_ + 4 * k, device::sm90::FullDescriptor(value + k * 128));
+    }
+  }
+
+  // Products to probabilities relative to the reference, in place, and their sums; releases the keys. Returns whether the
+  // references moved, and so the outputs so far must be rescaled. `lags`: the references lag too far; the sums are
+  // left to CatchUp. `fresh`: some reference is -inf.
+  __device__ __forceinline__ bool Softmax(float (&x)[kLogits], bool fresh, float (&rescale)[2], bool& lags) {
+    if constexpr (!Config::kPlain) {
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
+    }
+    bool raised = !kLazy || fresh;
+    if (flags_ & StepInfo::kMasked) {
+      ApplyMask(x);
+      raised = true;
+    }
+    Release(shared_.empty_key[Keys().Stage()]);
+    if (raised) softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
+    float total[2];
+    softmax_.Exponentials(x, plan_.logits.multiplier, total);
+    lags = !raised && RowSoftmax::Lags(total);
+    if (!lags) softmax_.Add(total);
+    return raised;
+  }
+
+  // Brings references that lag too far up to date, after the products: the probabilities' registers are free.
+  __device__ __forceinline__ void CatchUp(float (&x)[kLogits]) {
+    float rescale[2], total[2];
+    if (!softmax_.Raise(x, total, rescale)) {
+      RecomputeProducts(x);
+      softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
+      softmax_.Exponentials(x, plan_.logits.multiplier, total);
+    }
+    softmax_.Add(total);
+    Rescale(rescale);
+  }
+
+  __device__ __forceinline__ void Rescale(const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < kOut; ++i) out_[i] *= factor[i % 4 / 2];
+  }
+
+  // -inf for pairs that do not attend.
+  __device__ __forceinline__ void ApplyMask(float (&x)[kLogits]) {
+    const StepInfo info = shared_.Step(step_);
+    const int block_kv = static_cast<int>(params_.shape.block_kv);
+    const int thread = Thread();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
+#pragma unroll
+      for (int piece = 0; piece < kTileKv / 64; ++piece) {
+        uint64_t bits = device::FirstBits(info.limit - info.start[piece]);
+        if (info.flags & StepInfo::kBits << piece) {
+          const int offset = BitRowOffset<Config>(block_kv, info.start[piece], piece);
+          bits &= *reinterpret_cast<const uint64_t*>(shared_.bits[Keys().Stage()] + offset + row * (block_kv / 8));
+        }
+        bits >>= 2 * (thread % 4);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (!(bits >> (8 * n + e) & 1)) x[32 * piece + 4 * n + 2 * half + e] = -device::Infinity();
+      }
+    }
+    __syncwarp();
+  }
+
+  // This warp's products of an unmasked step once more, by itself and from global memory, since the keys' buffer has been
+  // released: with mma.sync, whose operands lie in registers as those of wgmma do. Rare, and so written for registers
+  // and not for speed: all loops, and addresses computed where they are used. Anything else would spill.
+  __device__ __forceinline__ void RecomputeProducts(float (&x)[kLogits]) {
+#pragma unroll 1
+    for (int n = 0; n < kTileKv / 8; ++n) {
+      float sums[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll 1
+      for (int k = 0; k < kDim; k += 16) {
+        uint32_t a[4], b[2];
+        LoadOperands(n, k, a, b);
+        device::MultiplyAccumulate<Element>(sums, a, b[0], b[1]);
+      }
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i)
+        if (i / 4 == n) x[i] = sums[i % 4];
+    }
+  }
+
+  // This thread's part of this warp's queries, and of keys 8 n .. 8 n + 7 of the step: dimensions k .. k + 15.
+  __device__ __forceinline__ void LoadOperands(int n, int k, uint32_t (&a)[4], uint32_t (&b)[2]) {
+    const Shape& shape = params_.shape;
+    const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
+    const int thread = Thread(), heads = static_cast<int>(shape.heads), kv_heads = static_cast<int>(shape.kv_heads);
+    const int column = k + thread % 4 * 2, key_position = shared_.Step(step_).start[n / 8] + n % 8 * 8 + thread % 32 / 4;
+    const auto pair = [&](const void* data, int64_t row, int position_heads, int head, int at, bool inside) -> uint32_t {
+      const auto* element = static_cast<const Element*>(data) + (row * position_heads + head) * shape.head_dim + at;
+      return inside ? __ldg(reinterpret_cast<const uint32_t*>(element)) : 0;
+    };
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int position = tile.q_start + group_ * kWarpgroupRows + RowOf(thread) + i % 2 * 8, at = column + i / 2 * 8;
+      a[i] = pair(params_.query, tile.batch * shape.q_len + position, heads, tile.head, at,
+                  position < shape.q_len && at < shape.head_dim);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int at = column + i * 8;
+      b[i] = pair(params_.key, tile.batch * shape.kv_len + key_position, kv_heads, tile.head / (heads / kv_heads), at,
+                  at < shape.head_dim);
+    }
+  }
+
+  // Probabilities as the next product's operand. Written while no product is in flight.
+  __device__ __forceinline__ void KeepProbabilities(const float (&x)[kLogits]) {
+#pragma unroll
+    for (int i = 0; i < kProbs; ++i) probs_[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
+  }
+
+  // Epilogue: the sink joins the denominator, then out = accumulated / sum, lse = max + log(sum).
+  __device__ __forceinline__ void StoreTile(Headers place, bool poisoned) {
+    const TileHeader& tile = shared_.headers[place.Stage()];
+    const int thread = Thread();
+    const float sink_logit = SinkLogit(tile);
+    const float sink = device::kLog2E * sink_logit;
+    device::RowFinish finish[2];
+    float* lse = LogSumExp(tile);
+    bool suspect[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
+      const float reference = softmax_.reference[half], max = fmaxf(reference, sink);
+      const float shift = RowSoftmax::Shift(max), rescale = device::Exp2(reference - shift);
+      const float key_sum = device::QuadSum(softmax_.sum[half]);
+      const float sum = fmaf(key_sum, rescale, device::Exp2(sink - shift));
+      const bool valid = row < tile.q_rows;
+      finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum), valid && poisoned ? device::QuietNan() : 0.f};
+      if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
+        lse[row] = !valid           ? -device::Infinity()
+                   : poisoned       ? device::QuietNan()
+                   : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
+                                    : fmaf(max, device::kLn2, logf(sum));
+      }
+      float probe = 0.f;  // NaN if any output is not finite
+#pragma unroll
+      for (int n = 0; n < kDim / 8; ++n) probe += 0.f * out_[4 * n + 2 * half] + 0.f * out_[4 * n + 2 * half + 1];
+      const bool bad = finish[half].keep && probe != 0.f && sum - sum == 0.f;
+      suspect[half] = __ballot_sync(0xFFFFFFFFu, bad) >> thread % 32 / 4 * 4 & 0xF;  // any of the row's four lanes
+    }
+    if (__any_sync(0xFFFFFFFFu, suspect[0] || suspect[1])) StoreExactRows(tile, suspect, finish);
+
+    // Each row's lanes swap words so that they store 32 contiguous bytes, four columns a lane.
+    const int lane = thread % 4, column = lane % 2 * 8 + lane / 2 * 4, value_dim = static_cast<int>(params_.shape.value_dim);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
+      Element* target = OutRow(tile, row) + column;
+      const bool stored = !suspect[half] && tile.q_start + row < params_.shape.q_len;
+#pragma unroll
+      for (int n = 0; n < kDim / 8; n += 2) {
+        uint32_t words[2];
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float* pair = out_ + 4 * (n + i) + 2 * half;
+          words[i] = device::PackPair<Element>(finish[half](pair[0]), finish[half](pair[1]));
+        }
+        const bool odd = lane % 2;
+        const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[0] : words[1], 1);
+        if (stored && n * 8 + column < value_dim) {
+          *reinterpret_cast<uint2*>(target + n * 8) =
+              odd ? make_uint2(received, words[1]) : make_uint2(words[0], received);
+        }
+      }
+    }
+    ReleaseHeader(place);
+  }
+
+  // This warp's suspect rows.
+  __device__ __forceinline__ void StoreExactRows(const TileHeader& tile, const bool (&suspect)[2],
+                                                 const device::RowFinish (&finish)[2]) {
+    device::sm90::WaitForProducts<0>();  // no product may be in flight across what follows
+    const int thread = Thread(), lane = thread % 32, value_dim = static_cast<int>(params_.shape.value_dim);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+#pragma unroll 1
+      for (uint32_t left = __ballot_sync(0xFFFFFFFFu, suspect[half]); left != 0;) {
+        const int source = __ffs(left) - 1;
+        left &= ~(0xFu << source);  // the row's four lanes
+        const int row = group_ * kWarpgroupRows + thread / 32 * 16 + source / 4 + 8 * half;
+        float exact[Config::kChunks][2];
+        ExactRow<Config>(params_, tile, row, plan_.logits, __shfl_sync(0xFFFFFFFFu, softmax_.reference[half], source),
+                         __shfl_sync(0xFFFFFFFFu, finish[half].scale, source), exact);
+#pragma unroll
+        for (int c = 0; c < Config::kChunks; ++c) {
+          const int column = c * kChunk + 2 * lane;
+          if (column >= value_dim) continue;
+          *reinterpret_cast<uint32_t*>(OutRow(tile, row) + column) =
+              device::PackPair<Element>(exact[c][0], exact[c][1]);
+        }
+      }
+    }
+  }
+
+  // Rows with nothing to attend to: 0 and the sink; NaN where the list cannot be read.
+  __device__ __forceinline__ void StoreNothing(const TileHeader& tile) {
+    const Shape& shape = params_.shape;
+    const bool poisoned = tile.kind == TileHeader::kPoisoned;
+    const int first = group_ * kWarpgroupRows, value_dim = static_cast<int>(shape.value_dim);
+    const int rows = min(kWarpgroupRows, static_cast<int>(shape.q_len) - tile.q_start - first);
+    const float sink = SinkLogit(tile);
+    for (int r = Thread(); r < rows; r += kWarpgroup) {
+      const bool valid = first + r < tile.q_rows;
+      LogSumExp(tile)[first + r] = !valid ? -device::Infinity() : poisoned ? device::QuietNan() : sink;
+    }
+    const uint32_t nan = device::PackPair<Element>(device::QuietNan(), device::QuietNan());
+    const int vectors = value_dim / 8;
+    for (int i = Thread(); i < rows * vectors; i += kWarpgroup) {
+      const int row = first + i / vectors;
+      const uint32_t fill = poisoned && row < tile.q_rows ? nan : 0;
+      *reinterpret_cast<uint4*>(OutRow(tile, row) + i % vectors * 8) = make_uint4(fill, fill, fill, fill);
+    }
+  }
+
+  __device__ __forceinline__ Element* OutRow(const TileHeader& tile, int row) const {
+    const Shape& shape = params_.shape;
+    return static_cast<Element*>(params_.out) +
+           ((tile.batch * shape.q_len + tile.q_start + row) * shape.heads + tile.head) * shape.value_dim;
+  }
+  __device__ __forceinline__ float SinkLogit(const TileHeader& tile) const {
+    const auto* sinks = static_cast<const float*>(params_.sinks);
+    if (sinks == nullptr) return -device::Infinity();
+    return __ldg(sinks + device::TableIndex(params_.sinks_batch, params_.sinks_heads, tile.batch, tile.head));
+  }
+  __device__ __forceinline__ float* LogSumExp(const TileHeader& tile) const {
+    return static_cast<float*>(params_.lse) +
+           (tile.batch * params_.shape.heads + tile.head) * params_.shape.q_len + tile.q_start;
+  }
+
+  // Taking turns: while one warpgroup is at its softmax, the other has the tensor cores.
+  __device__ __forceinline__ void TakeTurn() {
+    if (kTakeTurns) device::sm90::SyncNamed(kTurn + group_, 2 * kWarpgroup);
+  }
+  __device__ __forceinline__ void PassTurn() {
+    if (kTakeTurns) device::sm90::ArriveNamed(kTurn + 1 - group_, 2 * kWarpgroup);
+  }
+
+  // For this warp, whose lanes have all read the buffer.
+  __device__ __forceinline__ void Release(Barrier& barrier) {
+    if (device::sm90::ElectLane()) device::sm90::Arrive(barrier);
+  }
+
+  // A value that all lanes have, as one the compiler knows to be the same: products are not issued under divergence.
+  __device__ __forceinline__ static int Uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
+  // First of the two rows of a thread's accumulators.
+  __device__ __forceinline__ static int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+  // Of the warpgroup.
+  __device__ __forceinline__ static int Thread() { return device::ThreadHere() % kWarpgroup; }
+
+  Shared& shared_;
+  const ForwardParams& params_;
+  const ForwardPlan& plan_;
+  const int group_;
+
+  float out_[kOut];
+  uint32_t probs_[kProbs];
+  uint32_t query_[Config::kQueryInRegisters ? kDim / 4 : 4];
+  RowSoftmax softmax_;
+  int flags_ = 0;
+  uint32_t step_ = 0;  // of the CTA: the next to start
+};
+
+}  // namespace jax_bsk::attention::cuda::sm90

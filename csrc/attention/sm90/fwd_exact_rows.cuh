@@ -1,0 +1,90 @@
+// Rows that share a block with a value that is not finite, but may not attend to it: a masked pair has probability 0,
+// and 0 * NaN is NaN in a matrix product. Such outputs are recognised when they are stored, and computed again here, pair
+// by pair, by one warp; the probabilities' reference and sum are right already. Slow and rare.
+#pragma once
+
+#include "attention/params.h"
+#include "attention/sm90/fwd_shared.cuh"
+#include "device/block_list.cuh"
+#include "device/softmax.cuh"
+#include "device/tile.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+// q.k of two rows of `dim` elements, a multiple of eight.
+template <typename Element>
+__device__ __forceinline__ float DotRows(const Element* a, const Element* b, int dim) {
+  float sum = 0.f;
+#pragma unroll 1
+  for (int i = 0; i < dim; i += 8) {
+    const uint4 x = __ldg(reinterpret_cast<const uint4*>(a + i)), y = __ldg(reinterpret_cast<const uint4*>(b + i));
+    const auto *p = reinterpret_cast<const Element*>(&x), *q = reinterpret_cast<const Element*>(&y);
+#pragma unroll
+    for (int e = 0; e < 8; ++e) sum = fmaf(static_cast<float>(p[e]), static_cast<float>(q[e]), sum);
+  }
+  return sum;
+}
+
+// Columns 64 c + 2 lane and the next of out[c], for query `row` of the tile: the sum over attended keys of
+// 2^(logit - reference) * scale * value.
+template <typename Config>
+__device__ __forceinline__ void ExactRow(const ForwardParams& params, const TileHeader& tile, int row,
+                                         const device::LogitMap& map, float reference, float scale,
+                                         float (&out)[Config::kChunks][2]) {
+  using Element = typename Config::Element;
+  const Shape& shape = params.shape;
+  const int lane = device::ThreadHere() % 32, position = tile.q_start + row;
+  const int block_q = static_cast<int>(shape.block_q), block_kv = static_cast<int>(shape.block_kv);
+  const int64_t kv_head = tile.head / (static_cast<int>(shape.heads) / static_cast<int>(shape.kv_heads));
+  const int value_dim = static_cast<int>(shape.value_dim);
+  const auto* query = static_cast<const Element*>(params.query) +
+                      ((tile.batch * shape.q_len + position) * shape.heads + tile.head) * shape.head_dim;
+  const auto* keys = static_cast<const Element*>(params.key) +
+                     (tile.batch * shape.kv_len * shape.kv_heads + kv_head) * shape.head_dim;
+  const auto* values = static_cast<const Element*>(params.value) +
+                       (tile.batch * shape.kv_len * shape.kv_heads + kv_head) * shape.value_dim;
+#pragma unroll
+  for (int c = 0; c < Config::kChunks; ++c) out[c][0] = out[c][1] = 0.f;
+
+  const int limit =
+      device::ReadLengths(params.lengths, tile.batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len)).key;
+  device::BlockWalker<32> walker(params.rows, params.tiles, tile.batch, tile.head, position / block_q, block_kv, limit);
+  device::Step step;
+#pragma unroll 1
+  while (walker.Next(step)) {
+    // A key a lane.
+    const int key = step.start + lane;
+    bool attends = key < limit;
+    if (attends && step.tile >= 0) {
+      const uint32_t* words = device::BitTileRow(params.tiles, tile.batch, tile.head, step.tile, position % block_q,
+                                                 block_q, block_kv);
+      attends = __ldg(words + step.offset / 32) >> lane & 1;
+    }
+    float prob = 0.f;
+    if (attends) {
+      float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
+      if constexpr (!Config::kPlain) x = map(x);
+      prob = device::Exp2(fmaf(x, map.multiplier, -reference)) * scale;
+    }
+    // A pair of columns a lane.
+    bool finite = false;
+#pragma unroll 1
+    for (uint32_t left = __ballot_sync(0xFFFFFFFFu, attends); left != 0; left &= left - 1) {
+      const int source = __ffs(left) - 1;
+      const float p = __shfl_sync(0xFFFFFFFFu, prob, source);
+      const Element* value = values + (step.start + source) * shape.kv_heads * shape.value_dim;
+      finite = false;
+#pragma unroll
+      for (int c = 0; c < Config::kChunks; ++c) {
+        const int column = c * kChunk + 2 * lane;
+        if (column >= value_dim) continue;
+        out[c][0] = fmaf(p, static_cast<float>(value[column]), out[c][0]);
+        out[c][1] = fmaf(p, static_cast<float>(value[column + 1]), out[c][1]);
+        finite |= out[c][0] - out[c][0] == 0.f || out[c][1] - out[c][1] == 0.f;
+      }
+      if (!__any_sync(0xFFFFFFFFu, finite)) return;  // nothing can change any more
+    }
+  }
+}
+
+}  // namespace jax_bsk::attention::cuda::sm90

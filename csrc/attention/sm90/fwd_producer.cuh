@@ -1,0 +1,262 @@
+// The producer of the Hopper forward: a warp that schedules and a warp that loads.
+#pragma once
+
+#include "attention/sm90/fwd_shared.cuh"
+#include "device/block_list.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+// The number of tiles, and where one lies. Tiles of one head are neighbours, so that CTAs at work at the same time share
+// keys and values in L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because
+// under a causal mask it has the most to do.
+template <typename Config>
+__host__ __device__ inline int64_t QueryTiles(const Shape& shape) {
+  return (shape.q_len + Config::kTileQ - 1) / Config::kTileQ;
+}
+template <typename Config>
+__device__ __forceinline__ auto WalkRow(const ForwardParams& params, const TileHeader& header) {
+  return device::BlockWalker<Config::kTileKv>(params.rows, params.tiles, header.row,
+                                              static_cast<int>(params.shape.block_kv), header.key_limit);
+}
+template <typename Config>
+__device__ __forceinline__ TileHeader PlaceOf(int tile, const Shape& shape) {
+  const int q_tiles = static_cast<int>(QueryTiles<Config>(shape)), heads = static_cast<int>(shape.heads);
+  TileHeader header;
+  header.q_start = (q_tiles - 1 - tile % q_tiles) * Config::kTileQ;
+  header.head = tile / q_tiles % heads;
+  header.batch = tile / q_tiles / heads;
+  return header;
+}
+
+// The scheduler: one warp that takes tiles, looks at the beginning of their lists, announces them and fetches their
+// queries, well before anyone needs them: what it waits for in global memory, nobody else does.
+template <typename Config>
+class ForwardScheduler {
+ public:
+  using Shared = ForwardShared<Config>;
+
+  __device__ ForwardScheduler(Shared& shared, const ForwardParams& params, const ForwardPlan& plan)
+      : shared_(shared), params_(params), plan_(plan) {}
+
+  // Tiles blockIdx.x, then whatever the tile counter hands out next; just the one without a counter.
+  __device__ __forceinline__ void Run() {
+    int32_t* const counter = plan_.tile_counter;
+    const int tiles = static_cast<int>(QueryTiles<Config>(params_.shape) * params_.shape.heads * params_.shape.batch);
+    int tile = blockIdx.x;
+    while (tile < tiles) {
+      int ticket = tiles;  // asked for now, used when this tile has been announced
+      if (counter != nullptr && device::ThreadHere() % 32 == 0) ticket = atomicAdd(counter, 1) + static_cast<int>(gridDim.x);
+      const TileHeader header = Look(tile);
+      Announce(header);
+      if (header.kind == TileHeader::kLive) LoadQueries(header);
+      tile = __shfl_sync(0xFFFFFFFFu, ticket, 0);
+    }
+    TileHeader end{};
+    end.kind = TileHeader::kEnd;
+    Announce(end);
+  }
+
+ private:
+  __device__ __forceinline__ TileHeader Look(int tile) {
+    const Shape& shape = params_.shape;
+    TileHeader header = PlaceOf<Config>(tile, shape);
+    const auto limit = device::ReadLengths(params_.lengths, header.batch, static_cast<int>(shape.q_len),
+                                           static_cast<int>(shape.kv_len));
+    header.q_rows = max(0, min(limit.query - header.q_start, Config::kTileQ));
+    header.key_limit = limit.key;
+    header.kv_head = header.head / (static_cast<int>(shape.heads) / static_cast<int>(shape.kv_heads));
+    header.row = device::FindRow(params_.rows, header.batch, header.head,
+                                 header.q_start / static_cast<int>(shape.block_q));
+    header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0,
+                                     header.q_start % static_cast<int>(shape.block_q), static_cast<int>(shape.block_q),
+                                     static_cast<int>(shape.block_kv));
+    auto walker = WalkRow<Config>(params_, header);
+    device::Step first;
+    const bool some = walker.Next(first);
+    header.kind = some && header.q_rows > 0 ? TileHeader::kLive
+                  : walker.poisoned()       ? TileHeader::kPoisoned
+                                            : TileHeader::kEmpty;
+    header.query_parity = live_ & 1;
+    if (header.kind == TileHeader::kLive) ++live_;
+    return header;
+  }
+
+  __device__ __forceinline__ void Announce(const TileHeader& header) {
+    device::sm90::Wait(shared_.empty_header[headers_.Stage()], headers_.Empty());
+    if (device::sm90::ElectLane()) {
+      shared_.headers[headers_.Stage()] = header;
+      device::sm90::Arrive(shared_.full_header[headers_.Stage()]);
+    }
+    headers_.Advance();
+  }
+
+  __device__ __forceinline__ void LoadQueries(const TileHeader& header) {
+    device::sm90::Wait(shared_.empty_query, header.query_parity ^ 1);
+    if (device::sm90::ElectLane()) {
+      device::sm90::ArriveExpecting(shared_.full_query, sizeof(shared_.query));
+#pragma unroll
+      for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+        device::sm90::LoadBox(shared_.query + chunk * Config::kTileQ * kChunk, plan_.query, shared_.full_query,
+                              chunk * kChunk, header.q_start, header.head, header.batch);
+      }
+    }
+  }
+
+  Shared& shared_;
+  const ForwardParams& params_;
+  const ForwardPlan& plan_;
+  Ring<Shared::kHeaders> headers_;
+  uint32_t live_ = 0;  // tiles so far
+};
+
+// The loader: one warp that walks the lists of live tiles and fetches keys and values.
+template <typename Config>
+class ForwardLoader {
+ public:
+  using Shared = ForwardShared<Config>;
+  using Element = typename Config::Element;
+
+  __device__ ForwardLoader(Shared& shared, const ForwardParams& params, const ForwardPlan& plan)
+      : shared_(shared), params_(params), plan_(plan) {}
+
+  __device__ __forceinline__ void Run() {
+    while (true) {
+      device::sm90::Wait(shared_.full_header[headers_.Stage()], headers_.Full());
+      // Read where it lies: in registers it would be spilled.
+      const TileHeader& header = shared_.headers[headers_.Stage()];
+      if (header.kind == TileHeader::kEnd) return;
+      if (header.kind == TileHeader::kLive) Load(header);
+      __syncwarp();
+      if (device::sm90::ElectLane()) device::sm90::Arrive(shared_.empty_header[headers_.Stage()]);
+      headers_.Advance();
+    }
+  }
+
+ private:
+  // Where a step's keys begin, and their bit tiles or -1: of one block, or of two of 64.
+  struct Blocks {
+    int start[kMaxPieces];
+    int tile[kMaxPieces];
+  };
+
+  __device__ __forceinline__ void Load(const TileHeader& header) {
+    auto walker = WalkRow<Config>(params_, header);
+    device::Step next;
+    bool more = walker.Next(next);
+
+    // K0 K1 V0 K2 V1 ..: the keys of a step are needed one product before the values of the one before.
+    for (bool first = true; more; first = false) {
+      Blocks now{{next.start, next.start + 64}, {next.tile, next.tile}};
+      more = walker.Next(next);
+      if (TwoPieces()) {
+        // Past the end of the keys, where the copy engine fills in zeros and no key is attended to.
+        now.start[1] = static_cast<int>(params_.shape.kv_blocks * params_.shape.block_kv);
+        now.tile[1] = -1;
+        if (more) {
+          now.start[1] = next.start;
+          now.tile[1] = next.tile;
+          more = walker.Next(next);
+        }
+      }
+      int flags = headers_.count % headers_.kPeriod << StepInfo::kHeader;
+      if (!more) flags |= walker.poisoned() ? StepInfo::kLast | StepInfo::kRowPoisoned : StepInfo::kLast;
+      LoadKeys(now, header, flags);
+      if (!first) LoadValues(step_ - 1, header);
+      ++step_;
+    }
+    LoadValues(step_ - 1, header);
+  }
+
+  // Whether a tile's keys come from two blocks.
+  __device__ __forceinline__ bool TwoPieces() const {
+    return Config::kTileKv == 128 && params_.shape.block_kv < Config::kTileKv;
+  }
+
+  // Whether a tile reaches past a length.
+  __device__ __forceinline__ static bool ReachesPast(const int (&start)[kMaxPieces], int limit) {
+    return start[0] + 64 > limit || (Config::kTileKv == 128 && start[1] + 64 > limit);
+  }
+
+  // A tile of keys or values, in boxes of one piece and one chunk.
+  __device__ __forceinline__ void LoadTile(Element* tile, const CUtensorMap& map, Barrier& barrier,
+                                           const int (&start)[kMaxPieces], const TileHeader& header) {
+    device::sm90::ArriveExpecting(barrier, kTileBytes);
+    const int kv_head = header.kv_head, batch = header.batch;
+#pragma unroll
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+      Element* target = tile + chunk * Config::kTileKv * kChunk;
+      device::sm90::LoadBox(target, map, barrier, chunk * kChunk, start[0], kv_head, batch);
+      if (TwoPieces()) {
+        device::sm90::LoadBox(target + 64 * kChunk, map, barrier, chunk * kChunk, start[1], kv_head, batch);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void LoadKeys(const Blocks& blocks, const TileHeader& header, int flags) {
+    const Ring<Config::kKeyStages> place{step_};
+    const int stage = place.Stage(), limit = header.key_limit;
+    if (ReachesPast(blocks.start, limit)) flags |= StepInfo::kMasked;
+    if (blocks.tile[0] >= 0) flags |= StepInfo::kMasked | StepInfo::kBits;
+    if (blocks.tile[1] >= 0) flags |= StepInfo::kMasked | StepInfo::kBits << 1;
+    device::sm90::Wait(shared_.empty_key[stage], place.Empty());
+    if (device::sm90::ElectLane()) {
+      Barrier& full = shared_.full_key[stage];
+      shared_.Step(step_) = StepInfo{{blocks.start[0], blocks.start[1]}, limit, flags};
+      if (flags & StepInfo::kBits) LoadBits(stage, 0, blocks.tile[0], header, full);
+      if (flags & StepInfo::kBits << 1 && TwoPieces()) LoadBits(stage, 1, blocks.tile[1], header, full);
+      LoadTile(shared_.key[stage], plan_.key, full, blocks.start, header);
+    }
+    __syncwarp();
+  }
+
+  // The bit tile of a piece, before the keys' arrival: its bytes count towards the same phase.
+  __device__ __forceinline__ void LoadBits(int stage, int piece, int tile, const TileHeader& header, Barrier& full) {
+    const int bytes = Config::kTileQ * static_cast<int>(params_.shape.block_kv) / 8;
+    const uint32_t* words = header.bits + tile * (params_.shape.block_q * params_.shape.block_kv / 32);
+    device::sm90::Expect(full, bytes);
+    device::sm90::LoadBytes(shared_.bits[stage] + piece * bytes, words, full, bytes);
+  }
+
+  __device__ __forceinline__ void LoadValues(uint32_t step, const TileHeader& header) {
+    const Ring<Config::kValueStages> place{step};
+    const int stage = place.Stage();
+    const auto& start = shared_.Step(step).start;
+    // Values past the example's length are not attended to, but 0 * NaN is NaN: they become zero. Past the end of the
+    // array the copy engine does that.
+    const int limit = header.key_limit;
+    const bool cut = limit < static_cast<int>(params_.shape.kv_len) && ReachesPast(start, limit);
+    device::sm90::Wait(shared_.empty_value[stage], place.Empty());
+    if (device::sm90::ElectLane()) {
+      LoadTile(shared_.value[stage], plan_.value, cut ? shared_.tail_value : shared_.full_value[stage], start, header);
+    }
+    if (cut) {
+      device::sm90::Wait(shared_.tail_value, tail_parity_);
+      tail_parity_ ^= 1;
+      ZeroRows(shared_.value[stage], start, limit);
+      device::sm90::FenceAsyncProxy();
+      __syncwarp();
+      if (device::sm90::ElectLane()) device::sm90::Arrive(shared_.full_value[stage]);
+    }
+  }
+
+  __device__ __forceinline__ void ZeroRows(Element* tile, const int (&start)[kMaxPieces], int limit) {
+    constexpr int kVectors = kChunk * 2 / 16;  // 16-byte vectors a row of a chunk
+#pragma unroll 1
+    for (int i = device::ThreadHere() % 32; i < Config::kChunks * Config::kTileKv * kVectors; i += 32) {
+      const int row = i / kVectors % Config::kTileKv;
+      const int key = row < 64 ? start[0] + row : start[1] + row - 64;
+      if (key >= limit) reinterpret_cast<uint4*>(tile)[i] = make_uint4(0, 0, 0, 0);
+    }
+  }
+
+  static constexpr int kTileBytes = Shared::kKeyElements * static_cast<int>(sizeof(Element));
+
+  Shared& shared_;
+  const ForwardParams& params_;
+  const ForwardPlan& plan_;
+  uint32_t step_ = 0;  // of the CTA
+  Ring<Shared::kHeaders> headers_;
+  uint32_t tail_parity_ = 0;
+};
+
+}  // namespace jax_bsk::attention::cuda::sm90

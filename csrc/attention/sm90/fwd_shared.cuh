@@ -1,0 +1,116 @@
+// What the producer and the consumers of the Hopper forward share: the layout of shared memory, and the messages that
+// travel with the pipeline's stages.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/sm90/config.h"
+#include "device/block_list.cuh"
+#include "device/ptx.cuh"
+#include "device/softmax.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+using device::sm90::Barrier;
+
+// What a CTA works on next, from the scheduler to the loader and the consumers.
+struct TileHeader {
+  enum Kind : int { kLive, kEmpty, kPoisoned, kEnd };  // kEmpty, kPoisoned: no step follows
+  int kind;
+  int q_start;
+  int head;
+  int batch;
+  int kv_head;
+  int q_rows;     // rows within the example's query length, 0 .. kTileQ
+  int key_limit;  // the example's key/value length
+  device::ListRow row;
+  const uint32_t* bits;  // bit tile 0 from the tile's first row on
+  uint32_t query_parity;  // of the phase in which a live tile's queries arrive
+};
+
+// One step: a tile of keys and values of at most kMaxPieces blocks.
+struct alignas(16) StepInfo {
+  static constexpr int kLast = 1, kRowPoisoned = 2, kMasked = 4, kBits = 8;  // kBits << piece: it has a bit tile
+  static constexpr int kHeader = 8;  // shift: the place of the tile's header in its ring, as far as a ring needs it
+  int start[kMaxPieces];  // first key of each 64 keys of the tile
+  int limit;              // the example's key/value length
+  int flags;
+};
+
+// A place in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count the
+// same way; Full() is the parity of the phase a reader waits for, Empty() that of the phase a writer waits for.
+template <int kSize>
+struct Ring {
+  static constexpr uint32_t kPeriod = 2 * kSize;  // count % kPeriod tells as much as count
+  uint32_t count = 0;
+  __device__ __forceinline__ int Stage() const { return count % kSize; }
+  __device__ __forceinline__ uint32_t Full() const { return count / kSize & 1; }
+  __device__ __forceinline__ uint32_t Empty() const { return Full() ^ 1; }
+  __device__ __forceinline__ void Advance() { ++count; }
+};
+
+template <typename Config>
+struct ForwardShared {
+  using Element = typename Config::Element;
+  static constexpr int kKeyStages = Config::kKeyStages, kValueStages = Config::kValueStages;
+  static constexpr int kQueryElements = Config::kChunks * Config::kTileQ * kChunk;
+  static constexpr int kKeyElements = Config::kChunks * Config::kTileKv * kChunk;
+  static constexpr int kHeaders = 4;  // the consumers' tile, the loader's, and two that are known beforehand
+
+  // Tiles are [chunk][row][64 columns], swizzled.
+  alignas(1024) Element query[kQueryElements];
+  alignas(1024) Element key[kKeyStages][kKeyElements];
+  alignas(1024) Element value[kValueStages][kKeyElements];
+  alignas(16) uint8_t bits[kKeyStages][Config::kTileQ * 16];  // bit tiles of a step; see BitRow
+  // Twice the stages: a consumer may read a step's entry until it has finished the step, though the keys' buffer has
+  // gone back to the producer.
+  StepInfo steps[2 * kKeyStages];
+  TileHeader headers[kHeaders];
+  Barrier full_query, empty_query;
+  Barrier full_key[kKeyStages], empty_key[kKeyStages], full_value[kValueStages], empty_value[kValueStages];
+  Barrier full_header[kHeaders], empty_header[kHeaders];
+  Barrier tail_value;  // values of a step that the key/value length cuts, before they are clean
+  Barrier open;        // never completes a phase: see ForwardConsumer::Step
+
+  // Of the step'th step of the CTA.
+  __device__ __forceinline__ StepInfo& Step(uint32_t step) { return steps[step % (2 * kKeyStages)]; }
+
+  __device__ __forceinline__ void InitBarriers() {
+    using device::sm90::InitBarrier;
+    constexpr int kWarps = 4 * Config::kConsumers;  // every consumer warp releases a buffer for itself
+    InitBarrier(full_query, 1);
+    InitBarrier(empty_query, kWarps);
+    for (int i = 0; i < kKeyStages; ++i) {
+      InitBarrier(full_key[i], 1);
+      InitBarrier(empty_key[i], kWarps);
+    }
+    for (int i = 0; i < kValueStages; ++i) {
+      InitBarrier(full_value[i], 1);
+      InitBarrier(empty_value[i], kWarps);
+    }
+    for (int i = 0; i < kHeaders; ++i) {
+      InitBarrier(full_header[i], 1);
+      InitBarrier(empty_header[i], kWarps + 1);
+    }
+    InitBarrier(tail_value, 1);
+    InitBarrier(open, 1);
+    device::sm90::FenceBarrierInit();
+  }
+};
+
+// What the host computes for a launch, beside the parameters.
+struct ForwardPlan {
+  CUtensorMap query, key, value;
+  device::LogitMap logits;
+  int32_t* tile_counter;  // null: one tile a CTA
+};
+
+// The bits of 64 keys of a step: for row r of the CTA's tile at BitRow(...) + r * (block_kv / 8). With blocks of 128
+// keys a row's sixteen bytes lie together; two blocks of 64 lie one after the other.
+template <typename Config>
+__device__ __forceinline__ int BitRowOffset(int block_kv, int start, int piece) {
+  if (block_kv == 128) return Config::kTileKv == 128 ? 8 * piece : (start & 64) / 8;
+  return piece * Config::kTileQ * 8;
+}
+
+}  // namespace jax_bsk::attention::cuda::sm90

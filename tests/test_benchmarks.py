@@ -1,0 +1,167 @@
+"""`benchmarks/attention.py` on a CPU: what it writes, that its figures agree with each other, that its check checks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_bsk import _dispatch
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """Imports a module of the suite, which lies beside the script and not in a package that is installed."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield lambda name: importlib.import_module(f"suite.{name}")
+    for name in [name for name in sys.modules if name == "attention" or name.split(".")[0] == "suite"]:
+        del sys.modules[name]
+
+
+def test_a_run_on_a_cpu(tmp_path):
+    path = tmp_path / "new" / "forward.json"
+    command = [sys.executable, str(BENCHMARKS / "attention.py"), "--quick", "--implementation", NATIVE]
+    command += ["--output", str(path), "--quiet"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "WRONG" not in result.stdout
+    assert "GFLOP/s" in result.stdout
+    report = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert {"jax", "jax_bsk", "torch", "driver", "platform"} <= set(report["versions"])
+    assert report["options"]["rounds"] == 2
+    cases = {case["name"]: case for case in report["cases"]}
+    assert {case["pattern"] for case in cases.values()} == {"random", "causal", "dense", "window", "documents"}
+    for case in cases.values():
+        assert case["name"] in result.stdout
+        mine, peer = case["jax_bsk"], case["peers"]["xla"]
+        sizes = case["batch"] * case["heads"] * case["length"] ** 2 * case["head_dim"]
+        assert case["useful_flops"] == pytest.approx(4 * sizes * case["density"])
+        assert mine["useful_flops_per_second"] == pytest.approx(case["useful_flops"] / mine["seconds"])
+        assert peer["ratio"] == pytest.approx(peer["seconds"] / mine["seconds"])
+        assert len(mine["samples"]) == 2
+        assert mine["check"]["ok"]
+        assert peer["check"]["ok"]
+        assert 0 < mine["check"]["share_of_tolerance"] <= 1
+        assert case["peers"]["flex"]["refused"]
+        assert case["goal"] is None  # a CPU has none
+    assert cases["B1 H2 S512 D32 causal"]["density"] == pytest.approx(513 / 1024)
+    chained = cases["B1 H2 S256 D32 half of 64-blocks"]
+    assert chained["chained_calls"] == 3
+    assert chained["density"] == 0.5
+
+
+def test_densities_are_those_of_the_predicates(suite):
+    cases = suite("cases")
+    for case in cases.cpu_cases(1):
+        positions = np.arange(case.length)
+        dense = case.pattern.attends(positions[:, None], positions, case.length)
+        assert case.density == pytest.approx(dense.mean()), case.name
+        np.testing.assert_array_equal(case.mask.to_dense()[0, 0], dense)
+
+
+def test_the_gpu_table(suite):
+    cases = suite("cases")
+    table = {case.name: case for case in cases.gpu_cases(0)}
+    assert set(cases.GOALS) <= set(table)
+    for name, density in {
+        "B4 H32 S8192 D128 random .22": 0.237,
+        "B4 H32 S8192 D128 random .10": 0.118,
+        "B4 H32 S8192 D128 random .03": 0.047,
+        "B1 H16 S32768 D128 random .22": 0.221,
+        "B16 H96 S4096 D128 random .23": 0.257,
+        "B16 H96 S4096 D128 random .10": 0.129,
+        "B4 H32 S8192 D64 random .22": 0.237,
+        "B1 H8 S512 D64 half of 64-blocks": 0.5,
+        "B4 H32 S8192 D128 documents, mask in jit": 0.0625,
+    }.items():
+        assert table[name].density == pytest.approx(density, abs=1e-3), name
+    blocks = table["B4 H32 S8192 D128 random .03"].pattern.blocks
+    assert blocks.diagonal().all()
+    again = next(case for case in cases.gpu_cases(0) if case.name == "B4 H32 S8192 D128 random .03")
+    np.testing.assert_array_equal(again.pattern.blocks, blocks)
+
+
+@pytest.mark.parametrize("wrong", ["nan", "mask", "a head", "raises"])
+def test_wrong_results_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
+    ours = suite("ours")
+    right = ours.sparse_attention
+
+    def sparse_attention(query, key, value, *, mask, implementation):
+        if wrong == "raises":
+            raise RuntimeError("no such kernel")
+        out = right(query, key, value, mask=None if wrong == "mask" else mask, implementation=implementation)
+        if wrong == "nan":
+            return out.at[0, 77, 1, 3].set(jnp.nan)  # no row that the check looks at: it must be found all the same
+        return out.at[:, :, 1].add(1e-3) if wrong == "a head" else out
+
+    monkeypatch.setattr(ours, "sparse_attention", sparse_attention)
+    script = importlib.import_module("attention")
+    path = tmp_path / "forward.json"
+    options = ["--only", "causal", "--no-peers", "--quick", "--quiet", "--implementation", NATIVE]
+    with jax.numpy_dtype_promotion("standard"):
+        assert script.run([*options, "--output", str(path)]) == 1
+    text = capsys.readouterr().out
+    assert "WRONG" in text
+    assert ("no such kernel" in text) == (wrong == "raises")
+    report = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert all(not case["ok"] and "seconds" not in case["jax_bsk"] for case in report["cases"])
+
+
+def test_a_wrong_peer_is_told(suite, monkeypatch, capsys):
+    jax_nn = suite("peers.jax_nn")
+    monkeypatch.setattr(jax_nn, "native", lambda case: {})  # computes everything, whatever the mask
+    script = importlib.import_module("attention")
+    assert script.run(["--only", "S512 D32 causal", "--quick", "--quiet", "--implementation", NATIVE]) == 1
+    assert "WRONG: xla, B1 H2 S512 D32 causal" in capsys.readouterr().out
+
+
+def test_goals_are_judged_on_an_h200_only(suite):
+    measure = suite("measure")
+    name = "B4 H32 S8192 D128 random .22"
+
+    def verdict(rate: float, ratio: float | None, device: str = "NVIDIA H200") -> str | None:
+        flex = {"refused": "torch is not installed"} if ratio is None else {"ratio": ratio}
+        record = {"name": name, "jax_bsk": {"seconds": 1.0, "useful_flops_per_second": rate}, "peers": {"flex": flex}}
+        measure.judge(record, device)
+        return record["verdict"]
+
+    assert verdict(621e12, 1.6) == "met"
+    assert verdict(619e12, 1.6) == "missed"
+    assert verdict(621e12, 1.5) == "missed"
+    assert verdict(621e12, None) == "open"
+    assert verdict(619e12, None) == "missed"
+    assert verdict(621e12, 1.6, "NVIDIA A100") is None
+
+
+def test_pictures(suite, tmp_path):
+    pytest.importorskip("matplotlib")
+    plots = suite("plots")
+    record = {"seconds": 1.0, "useful_flops_per_second": 4e14, "variant": "block mask"}
+    common = {"jax_bsk": record, "peers": {"flex": record}, "pattern": "random", "length": 8192}
+    report = {
+        "devices": [{"platform": "cuda", "name": "NVIDIA H200"}],
+        "options": {"dtype": "bfloat16"},
+        "matrix_product_flops_per_second": 7e14,
+        "cases": [common | {"panel": "P", "series": "random blocks", "density": d} for d in (0.05, 0.2)],
+    }
+    written = plots.plot(report, tmp_path / "new")
+    assert [path.name for path in written] == ["forward-density.png", "forward-length.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_a_filter_that_matches_nothing(suite, capsys):
+    script = importlib.import_module("attention")
+    assert script.run(["--only", "no such case"]) == 2
+    assert "no such case" in capsys.readouterr().err
