@@ -91,8 +91,7 @@ class BlockWalker {
   // Goes to the beginning of another row.
   __device__ void Restart(int batch, int head, int row) { Restart(FindRow(list_, batch, head, row)); }
   __device__ void Restart(const ListRow& row) {
-    poisoned_ = row.length < 0;
-    left_ = max(row.length, 0);
+    left_ = row.length;
     position_ = row.begin;
     offset_ = block_;
     LoadEntry();
@@ -102,10 +101,9 @@ class BlockWalker {
   __device__ __forceinline__ bool Next(Step& step) {
     while (true) {
       if (offset_ >= block_) {
-        if (left_ == 0) return false;
+        if (left_ <= 0) return false;
         if (next_id_ < 0 || next_id_ >= list_.ids_end || next_tile_ < -1 || next_tile_ >= tiles_.count) {
-          poisoned_ = true;
-          left_ = 0;
+          left_ = -1;
           return false;
         }
         start_ = next_id_ * block_;
@@ -126,7 +124,7 @@ class BlockWalker {
     }
   }
 
-  __device__ bool poisoned() const { return poisoned_; }
+  __device__ bool poisoned() const { return left_ < 0; }
 
  private:
   __device__ __forceinline__ void LoadEntry() {
@@ -141,10 +139,9 @@ class BlockWalker {
   const BitTiles& tiles_;
   int block_, limit_;
   int64_t position_;  // of the entry after the next
-  int left_;          // entries not yet taken
+  int left_;          // entries not yet taken; -1 = poisoned
   int next_id_ = 0, next_tile_ = 0;
   int start_ = 0, offset_, tile_ = -1;
-  bool poisoned_;
 };
 
 }  // namespace jax_bsk::device

@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   auto& shared = *reinterpret_cast<ForwardShared<Config>*>(shared_bytes);
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroup, 0);  // uniform, and known to be
 
-  if (threadIdx.x == 0) shared.InitBarriers();
+  if (threadIdx.x == 0) shared.Init();
   if (threadIdx.x == Config::kConsumerThreads) {
     for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) {
       device::sm90::PrefetchTensorMap(*map);
@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 }
 
 template <typename Config>
-cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors,
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int multiprocessors,
                           cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(sizeof(ForwardShared<Config>));
   static_assert(kBytes <= ForwardSharedBytes<Config>());
@@ -48,6 +48,7 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, in
   const void* key = shape.kv_len > 0 ? params.key : params.query;
   const void* value = shape.kv_len > 0 ? params.value : params.query;
   ForwardPlan plan{};
+  plan.suspects = workspace + 1;
   plan.logits = device::LogitMap(params.scale, params.soft_cap);
   const bool encoded =
       MakeTensorMap(params.dtype, params.query, shape.batch, shape.q_len, shape.heads, shape.head_dim, Config::kTileQ,
@@ -64,8 +65,8 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, in
   if (Config::kConsumers == 2 && tiles > static_cast<unsigned>(multiprocessors)) {
     // Persistent CTAs that take the next tile when they are done: +5 % to +22 % over one tile a CTA for random lists.
     grid = static_cast<unsigned>(multiprocessors);
-    plan.tile_counter = tile_counter;
-    error = cudaMemsetAsync(tile_counter, 0, sizeof(*tile_counter), stream);
+    plan.tile_counter = workspace;
+    error = cudaMemsetAsync(workspace, 0, sizeof(*workspace), stream);
     if (error != cudaSuccess) return error;
   }
   ForwardKernel<Config><<<grid, Config::kThreads, kBytes, stream>>>(params, plan);

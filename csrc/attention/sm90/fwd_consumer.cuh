@@ -31,10 +31,16 @@ class ForwardConsumer {
     do {
       while (!(flags_ & StepInfo::kLast)) Step();
     } while (FinishTile());
+
+    device::sm90::SyncNamed(kMeeting, Config::kConsumerThreads);
+    for (int suspect = shared_.last_suspect; suspect >= 0; suspect = plan_.suspects[suspect]) {
+      FixRows<Config>(params_, plan_.logits, suspect, group_ * kWarpgroupRows + Thread() / 32 * 16);
+    }
   }
 
  private:
-  static constexpr int kTurn = 1;  // named barriers, one a warpgroup, for its turn at the tensor cores
+  // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
+  static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
   // Whether references may lag (fwd_softmax.cuh).
   static constexpr bool kLazy = Config::kPlain;
@@ -93,8 +99,11 @@ class ForwardConsumer {
     device::sm90::Pin(out_);
     Release(shared_.empty_value[Values().Stage()]);
     if (raised) Rescale(rescale);
-    if (lags) CatchUp(logits);
-    KeepProbabilities(logits);
+    if (lags) {
+      CatchUp(logits);
+    } else {
+      KeepProbabilities(logits);
+    }
     ++step_;
   }
 
@@ -107,7 +116,13 @@ class ForwardConsumer {
     next.Advance();
     const bool more = SkipEmptyTiles(next);
     if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);  // its products are done
-    if (Config::kOverlapTiles && more) WaitForFirstOperands(next);
+    if (!Config::kOverlapTiles || !more) {
+      LastProduct();
+      StoreTile(tile, poisoned);
+      if (more) FirstStep(next);
+      return more;
+    }
+    WaitForFirstOperands(next);
     device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
     TakeTurn();
     device::sm90::Pin(out_);
@@ -116,9 +131,7 @@ class ForwardConsumer {
     MultiplyValues();
     device::sm90::CommitProducts();
     float logits[kLogits];
-    // After the last tile this multiplies what happens to be there, and nobody looks: products under a condition would
-    // be serialised, and a second copy of StoreTile would spill.
-    if constexpr (Config::kOverlapTiles) MultiplySharedQueries(logits);
+    MultiplySharedQueries(logits);
     device::sm90::CommitProducts();
     PassTurn();
     device::sm90::WaitForProducts<1>();
@@ -126,15 +139,24 @@ class ForwardConsumer {
     Release(shared_.empty_value[Values().Stage()]);
     StoreTile(tile, poisoned);
     device::sm90::WaitForProducts<0>();
-    if (more) {
-      if constexpr (Config::kOverlapTiles) {
-        device::sm90::Pin(logits);
-        StartTile(logits);
-      } else {
-        FirstStep(next);
-      }
-    }
-    return more;
+    device::sm90::Pin(logits);
+    StartTile(logits);
+    return true;
+  }
+
+  // The last P V of a tile by itself.
+  __device__ __forceinline__ void LastProduct() {
+    device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
+    TakeTurn();
+    device::sm90::Pin(out_);
+    device::sm90::Pin(probs_);
+    device::sm90::FenceProducts();
+    MultiplyValues();
+    device::sm90::CommitProducts();
+    PassTurn();
+    device::sm90::WaitForProducts<0>();
+    device::sm90::Pin(out_);
+    Release(shared_.empty_value[Values().Stage()]);
   }
 
   // ---- Parts of them
@@ -261,10 +283,14 @@ class ForwardConsumer {
   // Brings references that lag too far up to date, after the products: the probabilities' registers are free.
   __device__ __forceinline__ void CatchUp(float (&x)[kLogits]) {
     float rescale[2], total[2];
-    if (!softmax_.Raise(x, total, rescale)) {
-      RecomputeProducts(x);
-      softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
-      softmax_.Exponentials(x, plan_.logits.multiplier, total);
+    if (softmax_.Raise(x, total, rescale)) {
+      KeepProbabilities(x);
+    } else {
+      float again[kLogits];
+      RecomputeProducts(again);
+      softmax_.RaiseToLogits(again, plan_.logits.multiplier, rescale);
+      softmax_.Exponentials(again, plan_.logits.multiplier, total);
+      KeepProbabilities(again);
     }
     softmax_.Add(total);
     Rescale(rescale);
@@ -305,6 +331,8 @@ class ForwardConsumer {
   // released: with mma.sync, whose operands lie in registers as those of wgmma do. Rare, and so written for registers
   // and not for speed: all loops, and addresses computed where they are used. Anything else would spill.
   __device__ __forceinline__ void RecomputeProducts(float (&x)[kLogits]) {
+#pragma unroll
+    for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
 #pragma unroll 1
     for (int n = 0; n < kTileKv / 8; ++n) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
@@ -339,7 +367,7 @@ class ForwardConsumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = column + i * 8;
-      b[i] = pair(params_.key, tile.batch * shape.kv_len + key_position, kv_heads, tile.head / (heads / kv_heads), at,
+      b[i] = pair(params_.key, tile.batch * shape.kv_len + key_position, kv_heads, tile.kv_head, at,
                   at < shape.head_dim);
     }
   }
@@ -358,7 +386,7 @@ class ForwardConsumer {
     const float sink = device::kLog2E * sink_logit;
     device::RowFinish finish[2];
     float* lse = LogSumExp(tile);
-    bool suspect[2];
+    bool suspect = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
@@ -377,10 +405,9 @@ class ForwardConsumer {
       float probe = 0.f;  // NaN if any output is not finite
 #pragma unroll
       for (int n = 0; n < kDim / 8; ++n) probe += 0.f * out_[4 * n + 2 * half] + 0.f * out_[4 * n + 2 * half + 1];
-      const bool bad = finish[half].keep && probe != 0.f && sum - sum == 0.f;
-      suspect[half] = __ballot_sync(0xFFFFFFFFu, bad) >> thread % 32 / 4 * 4 & 0xF;  // any of the row's four lanes
+      suspect |= finish[half].keep && probe != 0.f && sum - sum == 0.f;
     }
-    if (__any_sync(0xFFFFFFFFu, suspect[0] || suspect[1])) StoreExactRows(tile, suspect, finish);
+    if (__any_sync(0xFFFFFFFFu, suspect)) NoteSuspect(place);
 
     // Each row's lanes swap words so that they store 32 contiguous bytes, four columns a lane.
     const int lane = thread % 4, column = lane % 2 * 8 + lane / 2 * 4, value_dim = static_cast<int>(params_.shape.value_dim);
@@ -388,7 +415,7 @@ class ForwardConsumer {
     for (int half = 0; half < 2; ++half) {
       const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
       Element* target = OutRow(tile, row) + column;
-      const bool stored = !suspect[half] && tile.q_start + row < params_.shape.q_len;
+      const bool stored = tile.q_start + row < params_.shape.q_len;
 #pragma unroll
       for (int n = 0; n < kDim / 8; n += 2) {
         uint32_t words[2];
@@ -408,30 +435,13 @@ class ForwardConsumer {
     ReleaseHeader(place);
   }
 
-  // This warp's suspect rows.
-  __device__ __forceinline__ void StoreExactRows(const TileHeader& tile, const bool (&suspect)[2],
-                                                 const device::RowFinish (&finish)[2]) {
-    device::sm90::WaitForProducts<0>();  // no product may be in flight across what follows
-    const int thread = Thread(), lane = thread % 32, value_dim = static_cast<int>(params_.shape.value_dim);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-#pragma unroll 1
-      for (uint32_t left = __ballot_sync(0xFFFFFFFFu, suspect[half]); left != 0;) {
-        const int source = __ffs(left) - 1;
-        left &= ~(0xFu << source);  // the row's four lanes
-        const int row = group_ * kWarpgroupRows + thread / 32 * 16 + source / 4 + 8 * half;
-        float exact[Config::kChunks][2];
-        ExactRow<Config>(params_, tile, row, plan_.logits, __shfl_sync(0xFFFFFFFFu, softmax_.reference[half], source),
-                         __shfl_sync(0xFFFFFFFFu, finish[half].scale, source), exact);
-#pragma unroll
-        for (int c = 0; c < Config::kChunks; ++c) {
-          const int column = c * kChunk + 2 * lane;
-          if (column >= value_dim) continue;
-          *reinterpret_cast<uint32_t*>(OutRow(tile, row) + column) =
-              device::PackPair<Element>(exact[c][0], exact[c][1]);
-        }
-      }
-    }
+  // Enters the tile into the CTA's list of those to be put right in the end (fwd_exact_rows.cuh), once: the number of the
+  // last is in shared memory, and that of the one before each, in global memory.
+  __device__ __forceinline__ void NoteSuspect(Headers place) {
+    if (!device::sm90::ElectLane()) return;
+    const int tile = shared_.headers[place.Stage()].tile;
+    if (atomicExch(&shared_.suspect_noted[place.Stage()], tile) == tile) return;
+    plan_.suspects[tile] = atomicExch(&shared_.last_suspect, tile);
   }
 
   // Rows with nothing to attend to: 0 and the sink; NaN where the list cannot be read.

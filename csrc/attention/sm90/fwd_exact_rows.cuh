@@ -1,6 +1,6 @@
 // Rows that share a block with a value that is not finite, but may not attend to it: a masked pair has probability 0,
-// and 0 * NaN is NaN in a matrix product. Such outputs are recognised when they are stored, and computed again here, pair
-// by pair, by one warp; the probabilities' reference and sum are right already. Slow and rare.
+// and 0 * NaN is NaN in a matrix product. Tiles with such outputs are noted when they are stored, and put right when the
+// CTA has nothing else to do and all its registers for it: pair by pair, from the log-sum-exp, which is right already.
 #pragma once
 
 #include "attention/params.h"
@@ -26,28 +26,25 @@ __device__ __forceinline__ float DotRows(const Element* a, const Element* b, int
 }
 
 // Columns 64 c + 2 lane and the next of out[c], for query `row` of the tile: the sum over attended keys of
-// 2^(logit - reference) * scale * value.
+// e^(logit - lse) * value.
 template <typename Config>
 __device__ __forceinline__ void ExactRow(const ForwardParams& params, const TileHeader& tile, int row,
-                                         const device::LogitMap& map, float reference, float scale,
-                                         float (&out)[Config::kChunks][2]) {
+                                         const device::LogitMap& map, float lse, float (&out)[Config::kChunks][2]) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
   const int lane = device::ThreadHere() % 32, position = tile.q_start + row;
   const int block_q = static_cast<int>(shape.block_q), block_kv = static_cast<int>(shape.block_kv);
-  const int64_t kv_head = tile.head / (static_cast<int>(shape.heads) / static_cast<int>(shape.kv_heads));
   const int value_dim = static_cast<int>(shape.value_dim);
   const auto* query = static_cast<const Element*>(params.query) +
                       ((tile.batch * shape.q_len + position) * shape.heads + tile.head) * shape.head_dim;
   const auto* keys = static_cast<const Element*>(params.key) +
-                     (tile.batch * shape.kv_len * shape.kv_heads + kv_head) * shape.head_dim;
+                     (tile.batch * shape.kv_len * shape.kv_heads + tile.kv_head) * shape.head_dim;
   const auto* values = static_cast<const Element*>(params.value) +
-                       (tile.batch * shape.kv_len * shape.kv_heads + kv_head) * shape.value_dim;
+                       (tile.batch * shape.kv_len * shape.kv_heads + tile.kv_head) * shape.value_dim;
 #pragma unroll
   for (int c = 0; c < Config::kChunks; ++c) out[c][0] = out[c][1] = 0.f;
 
-  const int limit =
-      device::ReadLengths(params.lengths, tile.batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len)).key;
+  const int limit = tile.key_limit;
   device::BlockWalker<32> walker(params.rows, params.tiles, tile.batch, tile.head, position / block_q, block_kv, limit);
   device::Step step;
 #pragma unroll 1
@@ -64,7 +61,7 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
     if (attends) {
       float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
       if constexpr (!Config::kPlain) x = map(x);
-      prob = device::Exp2(fmaf(x, map.multiplier, -reference)) * scale;
+      prob = device::Exp2(fmaf(x, map.multiplier, -lse * device::kLog2E));
     }
     // A pair of columns a lane.
     bool finite = false;
@@ -83,6 +80,38 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
         finite |= out[c][0] - out[c][0] == 0.f || out[c][1] - out[c][1] == 0.f;
       }
       if (!__any_sync(0xFFFFFFFFu, finite)) return;  // nothing can change any more
+    }
+  }
+}
+
+// Rows first_row .. first_row + 15 of a tile, by one warp.
+template <typename Config>
+__device__ __forceinline__ void FixRows(const ForwardParams& params, const device::LogitMap& map, int tile_number,
+                                        int first_row) {
+  using Element = typename Config::Element;
+  const Shape& shape = params.shape;
+  const TileHeader tile = PlaceOf<Config>(tile_number, params);
+  const int lane = device::ThreadHere() % 32, value_dim = static_cast<int>(shape.value_dim);
+#pragma unroll 1
+  for (int row = first_row; row < min(first_row + 16, tile.q_rows); ++row) {
+    const int64_t position = tile.batch * shape.q_len + tile.q_start + row;
+    auto* out = static_cast<Element*>(params.out) + (position * shape.heads + tile.head) * value_dim;
+    const float lse = static_cast<const float*>(
+        params.lse)[(tile.batch * shape.heads + tile.head) * shape.q_len + tile.q_start + row];
+    bool finite = true;
+    for (int column = lane; column < value_dim; column += 32) {
+      const float x = static_cast<float>(out[column]);
+      finite &= x - x == 0.f;
+    }
+    // Where lse is NaN so is every output.
+    if (__all_sync(0xFFFFFFFFu, finite) || lse - lse != 0.f) continue;
+    float exact[Config::kChunks][2];
+    ExactRow<Config>(params, tile, row, map, lse, exact);
+#pragma unroll
+    for (int c = 0; c < Config::kChunks; ++c) {
+      const int column = c * kChunk + 2 * lane;
+      if (column >= value_dim) continue;
+      *reinterpret_cast<uint32_t*>(out + column) = device::PackPair<Element>(exact[c][0], exact[c][1]);
     }
   }
 }

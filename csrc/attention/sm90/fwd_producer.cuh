@@ -6,26 +6,10 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-// The number of tiles, and where one lies. Tiles of one head are neighbours, so that CTAs at work at the same time share
-// keys and values in L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because
-// under a causal mask it has the most to do.
-template <typename Config>
-__host__ __device__ inline int64_t QueryTiles(const Shape& shape) {
-  return (shape.q_len + Config::kTileQ - 1) / Config::kTileQ;
-}
 template <typename Config>
 __device__ __forceinline__ auto WalkRow(const ForwardParams& params, const TileHeader& header) {
   return device::BlockWalker<Config::kTileKv>(params.rows, params.tiles, header.row,
                                               static_cast<int>(params.shape.block_kv), header.key_limit);
-}
-template <typename Config>
-__device__ __forceinline__ TileHeader PlaceOf(int tile, const Shape& shape) {
-  const int q_tiles = static_cast<int>(QueryTiles<Config>(shape)), heads = static_cast<int>(shape.heads);
-  TileHeader header;
-  header.q_start = (q_tiles - 1 - tile % q_tiles) * Config::kTileQ;
-  header.head = tile / q_tiles % heads;
-  header.batch = tile / q_tiles / heads;
-  return header;
 }
 
 // The scheduler: one warp that takes tiles, looks at the beginning of their lists, announces them and fetches their
@@ -38,18 +22,16 @@ class ForwardScheduler {
   __device__ ForwardScheduler(Shared& shared, const ForwardParams& params, const ForwardPlan& plan)
       : shared_(shared), params_(params), plan_(plan) {}
 
-  // Tiles blockIdx.x, then whatever the tile counter hands out next; just the one without a counter.
+  // Whatever tiles the counter hands out; just tile blockIdx.x without one.
   __device__ __forceinline__ void Run() {
-    int32_t* const counter = plan_.tile_counter;
     const int tiles = static_cast<int>(QueryTiles<Config>(params_.shape) * params_.shape.heads * params_.shape.batch);
-    int tile = blockIdx.x;
+    int tile = plan_.tile_counter == nullptr ? blockIdx.x : Share(Ticket());
     while (tile < tiles) {
-      int ticket = tiles;  // asked for now, used when this tile has been announced
-      if (counter != nullptr && device::ThreadHere() % 32 == 0) ticket = atomicAdd(counter, 1) + static_cast<int>(gridDim.x);
+      const int next = plan_.tile_counter == nullptr ? tiles : Ticket();  // asked for now, used when this tile is out
       const TileHeader header = Look(tile);
       Announce(header);
       if (header.kind == TileHeader::kLive) LoadQueries(header);
-      tile = __shfl_sync(0xFFFFFFFFu, ticket, 0);
+      tile = Share(next);
     }
     TileHeader end{};
     end.kind = TileHeader::kEnd;
@@ -57,14 +39,15 @@ class ForwardScheduler {
   }
 
  private:
+  // For lane 0.
+  __device__ __forceinline__ int Ticket() {
+    return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.tile_counter, 1) : 0;
+  }
+  __device__ __forceinline__ static int Share(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
   __device__ __forceinline__ TileHeader Look(int tile) {
     const Shape& shape = params_.shape;
-    TileHeader header = PlaceOf<Config>(tile, shape);
-    const auto limit = device::ReadLengths(params_.lengths, header.batch, static_cast<int>(shape.q_len),
-                                           static_cast<int>(shape.kv_len));
-    header.q_rows = max(0, min(limit.query - header.q_start, Config::kTileQ));
-    header.key_limit = limit.key;
-    header.kv_head = header.head / (static_cast<int>(shape.heads) / static_cast<int>(shape.kv_heads));
+    TileHeader header = PlaceOf<Config>(tile, params_);
     header.row = device::FindRow(params_.rows, header.batch, header.head,
                                  header.q_start / static_cast<int>(shape.block_q));
     header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0,
