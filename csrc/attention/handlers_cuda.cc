@@ -26,7 +26,7 @@ ffi::Error ForwardHandler(cudaStream_t stream, int32_t device, Operand query, Op
                                       out, lse, {block_q, block_kv, scale, soft_cap, version}, &params));
   if (std::string reason = cuda::ForwardRefusal(params, device); !reason.empty()) return Refusal(reason);
   JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::S32));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", *workspace, {{1}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", *workspace, {{cuda::ForwardWorkspace(params.shape)}}));
   return LaunchResult("the forward",
                       cuda::LaunchForward(params, workspace->typed_data<int32_t>(), device, stream));
 }
@@ -46,7 +46,7 @@ ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Op
 
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }
 
-// The forward has one result of its own, after those of every platform: a word that hands out tiles.
+// The forward has one result of its own, after those of every platform: its workspace.
 XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler, BindForwardOperands(Bind()).Ret<Operand>(),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()), {ffi::Traits::kCmdBufferCompatible});

@@ -260,7 +260,10 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
   });
 }
 
-cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int device, cudaStream_t stream,
+// A counter that hands out tiles, and a list of tiles to be put right (sm90/fwd_exact_rows.cuh), of 64 queries at least.
+int64_t ForwardWorkspace(const Shape& shape) { return 1 + shape.batch * shape.heads * CeilDiv(shape.q_len, 64); }
+
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int device, cudaStream_t stream,
                           ForwardKernel kernel) {
   const Shape& shape = params.shape;
   if (shape.batch * shape.heads * shape.q_len == 0) return cudaSuccess;
@@ -274,7 +277,7 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, in
                          [&](auto config) { return sm80::LaunchForward<decltype(config)>(params, stream); });
   }
   return VisitHopper(params, kernel, cudaErrorNotSupported, [&](auto config) {
-    return sm90::LaunchForward<decltype(config)>(params, tile_counter, facts.multiprocessors, stream);
+    return sm90::LaunchForward<decltype(config)>(params, workspace, facts.multiprocessors, stream);
   });
 }
 

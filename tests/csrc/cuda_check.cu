@@ -297,6 +297,7 @@ struct Problem {
         words(m.words),
         pairs(lengths),
         sink(sinks),
+        workspace(4 * cuda::ForwardWorkspace(ShapeOf(c)), 0x7F),  // garbage, as XLA hands it out
         out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
         delta(size_t(c.batch) * c.q_len * c.heads * 4),
@@ -321,8 +322,7 @@ struct Problem {
     return {&out, &lse, &dquery, &dkey, &dvalue};
   }
 
-  Device counter{4, 0x7F};  // garbage, as XLA hands it out
-  Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink;
+  Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink, workspace;
   Device out, lse, delta, dquery, dkey, dvalue;
   ForwardParams forward;
   BackwardParams backward;
@@ -332,7 +332,7 @@ struct Problem {
 void Forward(const Problem& p, cudaStream_t stream, cuda::ForwardKernel kernel = cuda::ForwardKernel::kAutomatic) {
   const std::string refusal = cuda::ForwardRefusal(p.forward, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
-  CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(p.counter.data()), 0, stream, kernel));
+  CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(p.workspace.data()), 0, stream, kernel));
 }
 void Backward(const Problem& p, cudaStream_t stream) {
   const std::string refusal = cuda::BackwardRefusal(p.backward, 0);
@@ -511,7 +511,7 @@ bool RunCase(const Case& c) {
   const double epsilon = Epsilon(c.dtype), spread = std::max({1.f, c.amplitude, c.jump});
   const auto guards = [&] {
     for (const Device* d :
-         {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue, &problem.counter})
+         {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue, &problem.workspace})
       if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
   };
   // The same bits again, then from a graph.
@@ -660,7 +660,8 @@ bool RunHuge() {
             {c.q_len, 128}, {-INFINITY}, 0.1f);
   p.forward.shape = ShapeOf(c);
   p.forward.query = query.data(), p.forward.out = out.data(), p.forward.lse = lse.data();
-  Forward(p, nullptr);
+  const Device workspace(4 * cuda::ForwardWorkspace(p.forward.shape), 0x7F);
+  CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(workspace.data()), 0, nullptr));
   CUDA_OK(cudaDeviceSynchronize());
   Comparison compare;
   for (const int t : {0, 65536, c.q_len - 1}) {
