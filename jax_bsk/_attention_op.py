@@ -88,7 +88,7 @@ def _primitive(name: str, shapes, lower):
         def rule(ctx, *operands, call: NativeCall, platform=platform):
             if call.platform not in (None, platform):
                 raise UnsupportedError(call.platform, [f"The computation is being compiled for {platform}."])
-            return lower(ctx, operands, call.attributes)
+            return lower(ctx, operands, call.attributes, platform)
 
         _compat.mlir.register_lowering(primitive, rule, platform=platform)
     return primitive

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -132,18 +133,30 @@ class AttentionAttributes:
         }
 
 
-def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttributes):
+def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
     """Lowers to the forward call.
 
-    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks. Results: out, lse.
+    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks. Results: out, lse; on CUDA
+    also a workspace, which XLA allocates with the program's other buffers and nobody reads.
     """
-    return jax.ffi.ffi_lowering(ATTENTION_FORWARD)(ctx, *operands, **attributes.encode())
+    results = list(ctx.avals_out)
+    if platform == "cuda":
+        results.append(jax.core.ShapedArray((_forward_workspace(ctx.avals_in[0].shape),), np.dtype(np.int32)))
+    lower = jax.ffi.ffi_lowering(ATTENTION_FORWARD)
+    return lower(ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
 
 
-def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttributes):
+def _forward_workspace(query_shape: Sequence[int]) -> int:
+    """Words of `cuda::ForwardWorkspace` in `csrc/attention/launch.cu`, which the handler checks."""
+    *lead, length, heads, _ = query_shape
+    return 1 + math.prod(lead) * heads * -(-length // 64)
+
+
+def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
     """Lowers to the backward call.
 
     Operands: dout, query, key, value, lse, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks, col_tiles,
     bit_tiles, lengths. Results: dquery, dkey, dvalue.
     """
+    del platform
     return jax.ffi.ffi_lowering(ATTENTION_BACKWARD)(ctx, *operands, **attributes.encode())

@@ -60,9 +60,13 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
 
   cudaError_t error = cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  const auto tiles = static_cast<unsigned>(QueryTiles<Config>(shape) * shape.heads * shape.batch);
-  unsigned grid = tiles;
-  if (Config::kConsumers == 2 && tiles > static_cast<unsigned>(multiprocessors)) {
+  const int64_t q_tiles = (shape.q_len + Config::kTileQ - 1) / Config::kTileQ;
+  plan.q_tiles = Divider(q_tiles);
+  plan.heads = Divider(shape.heads);
+  plan.group = Divider(shape.heads / shape.kv_heads);
+  plan.tiles = static_cast<int>(q_tiles * shape.heads * shape.batch);
+  unsigned grid = static_cast<unsigned>(plan.tiles);
+  if (Config::kConsumers == 2 && plan.tiles > multiprocessors) {
     // Persistent CTAs that take the next tile when they are done: +5 % to +22 % over one tile a CTA for random lists.
     grid = static_cast<unsigned>(multiprocessors);
     plan.tile_counter = workspace;

@@ -34,7 +34,7 @@ class ForwardConsumer {
 
     device::sm90::SyncNamed(kMeeting, Config::kConsumerThreads);
     for (int suspect = shared_.last_suspect; suspect >= 0; suspect = plan_.suspects[suspect]) {
-      FixRows<Config>(params_, plan_.logits, suspect, group_ * kWarpgroupRows + Thread() / 32 * 16);
+      FixRows<Config>(params_, plan_, suspect, group_ * kWarpgroupRows + Thread() / 32 * 16);
     }
   }
 
@@ -382,7 +382,7 @@ class ForwardConsumer {
   __device__ __forceinline__ void StoreTile(Headers place, bool poisoned) {
     const TileHeader& tile = shared_.headers[place.Stage()];
     const int thread = Thread();
-    const float sink_logit = SinkLogit(tile);
+    const float sink_logit = tile.sink;
     const float sink = device::kLog2E * sink_logit;
     device::RowFinish finish[2];
     float* lse = LogSumExp(tile);
@@ -450,7 +450,7 @@ class ForwardConsumer {
     const bool poisoned = tile.kind == TileHeader::kPoisoned;
     const int first = group_ * kWarpgroupRows, value_dim = static_cast<int>(shape.value_dim);
     const int rows = min(kWarpgroupRows, static_cast<int>(shape.q_len) - tile.q_start - first);
-    const float sink = SinkLogit(tile);
+    const float sink = tile.sink;
     for (int r = Thread(); r < rows; r += kWarpgroup) {
       const bool valid = first + r < tile.q_rows;
       LogSumExp(tile)[first + r] = !valid ? -device::Infinity() : poisoned ? device::QuietNan() : sink;
@@ -468,11 +468,6 @@ class ForwardConsumer {
     const Shape& shape = params_.shape;
     return static_cast<Element*>(params_.out) +
            ((tile.batch * shape.q_len + tile.q_start + row) * shape.heads + tile.head) * shape.value_dim;
-  }
-  __device__ __forceinline__ float SinkLogit(const TileHeader& tile) const {
-    const auto* sinks = static_cast<const float*>(params_.sinks);
-    if (sinks == nullptr) return -device::Infinity();
-    return __ldg(sinks + device::TableIndex(params_.sinks_batch, params_.sinks_heads, tile.batch, tile.head));
   }
   __device__ __forceinline__ float* LogSumExp(const TileHeader& tile) const {
     return static_cast<float*>(params_.lse) +

@@ -86,11 +86,11 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
 
 // Rows first_row .. first_row + 15 of a tile, by one warp.
 template <typename Config>
-__device__ __forceinline__ void FixRows(const ForwardParams& params, const device::LogitMap& map, int tile_number,
+__device__ __forceinline__ void FixRows(const ForwardParams& params, const ForwardPlan& plan, int tile_number,
                                         int first_row) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
-  const TileHeader tile = PlaceOf<Config>(tile_number, params);
+  const TileHeader tile = PlaceOf<Config>(tile_number, params, plan);
   const int lane = device::ThreadHere() % 32, value_dim = static_cast<int>(shape.value_dim);
 #pragma unroll 1
   for (int row = first_row; row < min(first_row + 16, tile.q_rows); ++row) {
@@ -106,7 +106,7 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const devic
     // Where lse is NaN so is every output.
     if (__all_sync(0xFFFFFFFFu, finite) || lse - lse != 0.f) continue;
     float exact[Config::kChunks][2];
-    ExactRow<Config>(params, tile, row, map, lse, exact);
+    ExactRow<Config>(params, tile, row, plan.logits, lse, exact);
 #pragma unroll
     for (int c = 0; c < Config::kChunks; ++c) {
       const int column = c * kChunk + 2 * lane;

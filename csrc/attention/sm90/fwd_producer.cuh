@@ -24,7 +24,7 @@ class ForwardScheduler {
 
   // Whatever tiles the counter hands out; just tile blockIdx.x without one.
   __device__ __forceinline__ void Run() {
-    const int tiles = static_cast<int>(QueryTiles<Config>(params_.shape) * params_.shape.heads * params_.shape.batch);
+    const int tiles = plan_.tiles;
     int tile = plan_.tile_counter == nullptr ? blockIdx.x : Share(Ticket());
     while (tile < tiles) {
       const int next = plan_.tile_counter == nullptr ? tiles : Ticket();  // asked for now, used when this tile is out
@@ -46,13 +46,17 @@ class ForwardScheduler {
   __device__ __forceinline__ static int Share(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
   __device__ __forceinline__ TileHeader Look(int tile) {
-    const Shape& shape = params_.shape;
-    TileHeader header = PlaceOf<Config>(tile, params_);
-    header.row = device::FindRow(params_.rows, header.batch, header.head,
-                                 header.q_start / static_cast<int>(shape.block_q));
-    header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0,
-                                     header.q_start % static_cast<int>(shape.block_q), static_cast<int>(shape.block_q),
-                                     static_cast<int>(shape.block_kv));
+    TileHeader header = PlaceOf<Config>(tile, params_, plan_);
+    const bool large = params_.shape.block_q == 128;
+    const int block_kv = static_cast<int>(params_.shape.block_kv), row = header.q_start >> (large ? 7 : 6);
+    header.row = device::FindRow(params_.rows, header.batch, header.head, row);
+    header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0, header.q_start & (large ? 127 : 63),
+                                     large ? 128 : 64, block_kv);
+    header.sink = -device::Infinity();
+    if (const auto* sinks = static_cast<const float*>(params_.sinks)) {
+      header.sink =
+          __ldg(sinks + device::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head));
+    }
     auto walker = WalkRow<Config>(params_, header);
     device::Step first;
     const bool some = walker.Next(first);
