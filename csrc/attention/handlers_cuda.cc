@@ -27,8 +27,7 @@ ffi::Error ForwardHandler(cudaStream_t stream, int32_t device, Operand query, Op
   if (std::string reason = cuda::ForwardRefusal(params, device); !reason.empty()) return Refusal(reason);
   JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::S32));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", *workspace, {{cuda::ForwardWorkspace(params.shape)}}));
-  return LaunchResult("the forward",
-                      cuda::LaunchForward(params, workspace->typed_data<int32_t>(), device, stream));
+  return LaunchResult("the forward", cuda::LaunchForward(params, workspace->typed_data<int32_t>(), device, stream));
 }
 
 ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Operand query, Operand key, Operand value,

@@ -29,8 +29,8 @@ std::string BackwardRefusal(const BackwardParams& params, int device);
 
 // Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
 // grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing; those
-// with results but nothing to attend to get zeros (-inf in lse) from the kernels. `workspace` is ForwardWorkspace(shape)
-// words of device memory for the launch to use, written before they are read.
+// with results but nothing to attend to get zeros (-inf in lse) from the kernels. `workspace` is
+// ForwardWorkspace(shape) words of device memory for the launch to use, written before they are read.
 int64_t ForwardWorkspace(const Shape& shape);
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int device, cudaStream_t stream,
                           ForwardKernel kernel = ForwardKernel::kAutomatic);

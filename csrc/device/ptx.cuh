@@ -82,15 +82,17 @@ __device__ __forceinline__ float Exp2(float x) {
 // ---- Hopper (sm_90a)
 namespace sm90 {
 
-// ---- mbarriers in shared memory. A barrier completes a phase when its count of arrivals and its announced bytes are in;
-// phases alternate in parity, and a fresh barrier counts as having completed one of parity 1.
+// ---- mbarriers in shared memory. A barrier completes a phase when its count of arrivals and its announced bytes are
+// in; phases alternate in parity, and a fresh barrier counts as having completed one of parity 1.
 using Barrier = uint64_t;
 
 __device__ __forceinline__ void InitBarrier(Barrier& barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(SharedAddress(&barrier)), "r"(arrivals));
 }
 // Makes initialised barriers visible to the copy engine.
-__device__ __forceinline__ void FenceBarrierInit() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void FenceBarrierInit() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 
 __device__ __forceinline__ void Arrive(Barrier& barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(&barrier)) : "memory");
@@ -113,11 +115,10 @@ __device__ __forceinline__ void Wait(Barrier& barrier, uint32_t parity) {
   const long long start = clock64();
   while (true) {
     uint32_t done;
-    asm volatile(
-        "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-        : "=r"(done)
-        : "r"(SharedAddress(&barrier)), "r"(parity)
-        : "memory");
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(done)
+                 : "r"(SharedAddress(&barrier)), "r"(parity)
+                 : "memory");
     if (done) return;
     if (clock64() - start > 2000000000ll) {
       if (threadIdx.x % 32 == 0) {
@@ -166,30 +167,18 @@ __device__ __forceinline__ void PrefetchTensorMap(const CUtensorMap& map) {
 __device__ __forceinline__ void LoadBox(void* shared, const CUtensorMap& map, Barrier& barrier, int c0, int c1, int c2,
                                         int c3) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], [%2];"
-      ::"r"(SharedAddress(shared)),
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
+      "[%2];" ::"r"(SharedAddress(shared)),
       "l"(&map), "r"(SharedAddress(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
-// The reverse; elements outside are not written. Completion is waited for with WaitForStores.
-__device__ __forceinline__ void StoreBox(const CUtensorMap& map, const void* shared, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
-               "r"(SharedAddress(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
-}
 // Contiguous bytes; addresses and count are multiples of 16.
 __device__ __forceinline__ void LoadBytes(void* shared, const void* global, Barrier& barrier, int bytes) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          SharedAddress(shared)),
-      "l"(global), "r"(bytes), "r"(SharedAddress(&barrier))
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   SharedAddress(shared)),
+               "l"(global), "r"(bytes), "r"(SharedAddress(&barrier))
+               : "memory");
 }
-__device__ __forceinline__ void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until this thread's stores have read shared memory, or have been written.
-__device__ __forceinline__ void WaitForStoresRead() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void WaitForStores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
-
 // ---- Registers of a warpgroup's threads
 template <int kRegisters>
 __device__ __forceinline__ void RaiseRegisters() {
@@ -198,13 +187,6 @@ __device__ __forceinline__ void RaiseRegisters() {
 template <int kRegisters>
 __device__ __forceinline__ void LowerRegisters() {
   asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-
-// stmatrix, the reverse of LoadMatrices.
-__device__ __forceinline__ void StoreMatrices(uint32_t shared, uint32_t r0, uint32_t r1, uint32_t r2, uint32_t r3) {
-  asm volatile("stmatrix.sync.aligned.x4.m8n8.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(r0), "r"(r1),
-               "r"(r2), "r"(r3)
-               : "memory");
 }
 
 // ---- Warpgroup matrix products: asynchronous, in order, in groups.
@@ -227,9 +209,9 @@ __device__ __forceinline__ void Pin(uint32_t (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+r"(x[i])::"memory");
 }
 
-// Matrix descriptor of a tile with 128-byte swizzle: chunks of 64 columns, each row of a chunk 128 bytes, chunks aligned
-// to 1024 bytes. It is kept as its low word, address / 16 | chunk stride / 16 << 16, to which byte offsets / 16 are
-// added (shared memory ends below 2^18, so nothing carries): two instructions a product, not a dozen.
+// Matrix descriptor of a tile with 128-byte swizzle: chunks of 64 columns, each row of a chunk 128 bytes, chunks
+// aligned to 1024 bytes. It is kept as its low word, address / 16 | chunk stride / 16 << 16, to which byte offsets / 16
+// are added (shared memory ends below 2^18, so nothing carries): two instructions a product, not a dozen.
 //   K-major (queries; keys): 32 bytes further for each 16 of k inside a chunk; the chunk stride is not used.
 //   N-major (values, k = rows): 2048 bytes further for each 16 rows; the chunk stride is that between 64 columns.
 // In a cluster the address carries the CTA's rank above bit 24, hence the mask.
@@ -244,7 +226,8 @@ __device__ __forceinline__ uint64_t FullDescriptor(uint32_t low) {
 
 // d[64 x N] = a b or d += a b, float32 accumulators. A thread of warp w (of the four) holds, for each eight
 // columns n, d[4n .. 4n+3] = (row 16w + g, column 8n + 2t), (.., + 1), (row + 8, ..), (row + 8, .. + 1) with
-// g = lane / 4, t = lane % 4; four words of `a` in registers are its share of rows x 16 of k, as for MultiplyAccumulate.
+// g = lane / 4, t = lane % 4; four words of `a` in registers are its share of rows x 16 of k, as for
+// MultiplyAccumulate.
 //   Overwrite: a and b in shared memory, b K-major; what d held does not matter, also to the compiler.
 //   OverwriteRegisters: the same with a in registers.      Shared / Registers: the same, accumulating.
 //   RegistersTransposed: a in registers, b N-major, accumulating.
@@ -264,50 +247,50 @@ struct Multiply;
 #define JAX_BSK_R48 JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) JAX_BSK_TEN(3) "%40, %41, %42, %43, %44, %45, %46, %47"
 #define JAX_BSK_R64 \
   JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) JAX_BSK_TEN(3) JAX_BSK_TEN(4) JAX_BSK_TEN(5) "%60, %61, %62, %63"
-#define JAX_BSK_R128                                                                                              \
+#define JAX_BSK_R128 \
   JAX_BSK_TEN() JAX_BSK_TEN(1) JAX_BSK_TEN(2) JAX_BSK_TEN(3) JAX_BSK_TEN(4) JAX_BSK_TEN(5) JAX_BSK_TEN(6)         \
   JAX_BSK_TEN(7) JAX_BSK_TEN(8) JAX_BSK_TEN(9) JAX_BSK_TEN(10) JAX_BSK_TEN(11) "%120, %121, %122, %123, %124, "   \
                                                                                "%125, %126, %127"
 // o0 .. o4: the numbers of the operands after the accumulators.
-#define JAX_BSK_WGMMA(N, TYPE, D, R, o0, o1, o2, o3, o4)                                                           \
-  static __device__ __forceinline__ void Overwrite(float(&d)[N / 2], uint64_t a, uint64_t b) {                         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
-                 " {" R "}, %" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                     \
+#define JAX_BSK_WGMMA(N, TYPE, D, R, o0, o1, o2, o3, o4)                                                               \
+  static __device__ __forceinline__ void Overwrite(float (&d)[N / 2], uint64_t a, uint64_t b) {                        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE " {" R \
+                 "}, %" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                            \
                  : D("=f", 0)                                                                                          \
                  : "l"(a), "l"(b));                                                                                    \
   }                                                                                                                    \
-  static __device__ __forceinline__ void Shared(float(&d)[N / 2], uint64_t a, uint64_t b) {                            \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
-                 " {" R "}, %" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                     \
+  static __device__ __forceinline__ void Shared(float (&d)[N / 2], uint64_t a, uint64_t b) {                           \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE " {" R \
+                 "}, %" #o0 ", %" #o1 ", p, 1, 1, 0, 0;\n}"                                                            \
                  : D("+f", 0)                                                                                          \
                  : "l"(a), "l"(b));                                                                                    \
   }                                                                                                                    \
-  static __device__ __forceinline__ void OverwriteRegisters(float(&d)[N / 2], const uint32_t* a, uint64_t b) {         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
-                 " {" R "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}"                        \
+  static __device__ __forceinline__ void OverwriteRegisters(float (&d)[N / 2], const uint32_t* a, uint64_t b) {        \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE " {" R \
+                 "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}"                               \
                  : D("=f", 0)                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
   }                                                                                                                    \
-  static __device__ __forceinline__ void Registers(float(&d)[N / 2], const uint32_t* a, uint64_t b) {                  \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
-                 " {" R "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}"                        \
+  static __device__ __forceinline__ void Registers(float (&d)[N / 2], const uint32_t* a, uint64_t b) {                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE " {" R \
+                 "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 0;\n}"                               \
                  : D("+f", 0)                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
   }                                                                                                                    \
-  static __device__ __forceinline__ void RegistersTransposed(float(&d)[N / 2], const uint32_t* a, uint64_t b) {         \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE        \
-                 " {" R "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}"                        \
+  static __device__ __forceinline__ void RegistersTransposed(float (&d)[N / 2], const uint32_t* a, uint64_t b) {       \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE " {" R \
+                 "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}"                               \
                  : D("+f", 0)                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
   }
-#define JAX_BSK_MULTIPLY(N, D, R, ...)                           \
-  template <>                                                    \
-  struct Multiply<__nv_bfloat16, N> {                            \
-    JAX_BSK_WGMMA(N, "bf16.bf16", D, R, __VA_ARGS__)             \
-  };                                                             \
-  template <>                                                    \
-  struct Multiply<__half, N> {                                   \
-    JAX_BSK_WGMMA(N, "f16.f16", D, R, __VA_ARGS__)               \
+#define JAX_BSK_MULTIPLY(N, D, R, ...)               \
+  template <>                                        \
+  struct Multiply<__nv_bfloat16, N> {                \
+    JAX_BSK_WGMMA(N, "bf16.bf16", D, R, __VA_ARGS__) \
+  };                                                 \
+  template <>                                        \
+  struct Multiply<__half, N> {                       \
+    JAX_BSK_WGMMA(N, "f16.f16", D, R, __VA_ARGS__)   \
   };
 JAX_BSK_MULTIPLY(64, JAX_BSK_D32, JAX_BSK_R32, 32, 33, 34, 35, 36)
 JAX_BSK_MULTIPLY(96, JAX_BSK_D48, JAX_BSK_R48, 48, 49, 50, 51, 52)

@@ -1,7 +1,8 @@
 // Checks the CUDA attention kernels without XLA or Python: `cuda_check list` names the cases, `cuda_check NAME` runs
-// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one. Results are compared
-// with a plain float64 computation on the host; outputs start as NaN between guard bytes; every launch is repeated and
-// must give the same bits, also from a captured CUDA graph. `time-*` cases print times. Exit status: 0 = passed.
+// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one. Each forward case
+// runs on every kernel that can take it. Results are compared with a plain float64 computation on the host; outputs
+// start as NaN between guard bytes; every launch is repeated and must give the same bits, also from a captured CUDA
+// graph. `time-*` cases print times. Exit status: 0 = passed.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -778,6 +779,26 @@ std::vector<Case> Cases() {
         if (large && jump < 100.f) c.dtype = DType::kF16;
       });
     }
+  // One small case an instantiation of the Hopper forward (each runs both tile sizes), for compute-sanitizer.
+  for (const DType dtype : {DType::kBF16, DType::kF16})
+    for (const int dim : {64, 96, 128, 256})
+      for (const bool capped : {false, true}) {
+        static std::vector<std::string> names;
+        names.reserve(32);
+        names.push_back(std::string("instance-") + (dtype == DType::kF16 ? "f16" : "bf16") + "-d" +
+                        std::to_string(dim) + (capped ? "-cap" : ""));
+        add(names.back().c_str(), [&](Case& c) {
+          c.dtype = dtype, c.head_dim = c.value_dim = dim, c.block_q = c.block_kv = 128, c.q_len = 200, c.kv_len = 300;
+          c.soft_cap = capped ? 20.f : 0.f, c.heads = 4, c.lengths = c.sinks = true;
+        });
+      }
+  for (const F f : {F::kValue, F::kKey, F::kInfValue})
+    add(f == F::kValue ? "many-nan-value"
+        : f == F::kKey ? "many-nan-key"
+                       : "many-inf-value",
+        [&](Case& c) {
+          many(c), c.block_q = c.block_kv = 128, c.fault = f, c.kv_heads = 1, c.batch = 2, c.heads = 32, c.q_len = 384;
+        });
   for (const int dim : {64, 128, 256}) {
     static std::vector<std::string> names;
     names.reserve(64);

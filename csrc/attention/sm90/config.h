@@ -10,15 +10,16 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-constexpr int kWarpgroup = 128;      // threads
-constexpr int kWarpgroupRows = 64;   // queries of a consumer warpgroup: m of wgmma
-constexpr int kChunk = 64;           // columns that share a 128-byte swizzled row of shared memory
-constexpr int kMaxPieces = 2;        // pieces of a key/value tile that come from different blocks
+constexpr int kWarpgroup = 128;     // threads
+constexpr int kWarpgroupRows = 64;  // queries of a consumer warpgroup: m of wgmma
+constexpr int kChunk = 64;          // columns that share a 128-byte swizzled row of shared memory
+constexpr int kMaxPieces = 2;       // pieces of a key/value tile that come from different blocks
 
 // kDim: columns of the products (64, 96, 128 or 256); head_dim and value_dim are padded to it with zeros by the copy
 // engine. kConsumers: warpgroups that share a tile of 64 * kConsumers queries, keys and values:
 //   2  one persistent CTA a multiprocessor; the warpgroups take turns at the tensor cores. For blocks of 128 queries.
-//   1  two CTAs a multiprocessor, one tile each: for blocks of 64 queries, and where 128-query tiles are too few to fill
+//   1  two CTAs a multiprocessor, one tile each: for blocks of 64 queries, and where 128-query tiles are too few to
+//   fill
 //      the chip.
 // kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product.
 template <typename Element_, int kDim_, int kConsumers_, bool kPlain_>

@@ -38,8 +38,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 }
 
 template <typename Config>
-cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int multiprocessors,
-                          cudaStream_t stream) {
+cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int multiprocessors, cudaStream_t stream) {
   constexpr int kBytes = static_cast<int>(sizeof(ForwardShared<Config>));
   static_assert(kBytes <= ForwardSharedBytes<Config>());
   const Shape& shape = params.shape;

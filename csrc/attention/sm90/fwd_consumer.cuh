@@ -18,10 +18,7 @@ class ForwardConsumer {
   static constexpr int kLogits = kTileKv / 2, kProbs = kTileKv / 4, kOut = kDim / 2;  // registers
 
   __device__ ForwardConsumer(Shared& shared, const ForwardParams& params, const ForwardPlan& plan, int group)
-      : shared_(shared),
-        params_(params),
-        plan_(plan),
-        group_(group) {}
+      : shared_(shared), params_(params), plan_(plan), group_(group) {}
 
   __device__ __forceinline__ void Run() {
     if (kTakeTurns && group_ == 1) device::sm90::ArriveNamed(kTurn, 2 * kWarpgroup);  // group 0 goes first
@@ -165,8 +162,8 @@ class ForwardConsumer {
   __device__ __forceinline__ Ring<Config::kKeyStages> Keys() const { return {step_}; }
   __device__ __forceinline__ Ring<Config::kValueStages> Values() const { return {step_ - 1}; }
 
-  // Goes on from `tile` to the first with something to attend to, writing the results of those without; false at the end.
-  // Headers stay where they are until StoreTile has used them: in registers they would be spilled.
+  // Goes on from `tile` to the first with something to attend to, writing the results of those without; false at the
+  // end. Headers stay where they are until StoreTile has used them: in registers they would be spilled.
   __device__ __forceinline__ bool SkipEmptyTiles(Headers& tile) {
     while (true) {
       device::sm90::Wait(shared_.full_header[tile.Stage()], tile.Full());
@@ -179,7 +176,9 @@ class ForwardConsumer {
     }
   }
   // The header of the tile that the current step belongs to.
-  __device__ __forceinline__ Headers TileOfStep() const { return Headers{static_cast<uint32_t>(flags_) >> StepInfo::kHeader}; }
+  __device__ __forceinline__ Headers TileOfStep() const {
+    return Headers{static_cast<uint32_t>(flags_) >> StepInfo::kHeader};
+  }
   __device__ __forceinline__ void ReleaseHeader(Headers tile) {
     __syncwarp();
     Release(shared_.empty_header[tile.Stage()]);
@@ -258,8 +257,8 @@ class ForwardConsumer {
     }
   }
 
-  // Products to probabilities relative to the reference, in place, and their sums; releases the keys. Returns whether the
-  // references moved, and so the outputs so far must be rescaled. `lags`: the references lag too far; the sums are
+  // Products to probabilities relative to the reference, in place, and their sums; releases the keys. Returns whether
+  // the references moved, and so the outputs so far must be rescaled. `lags`: the references lag too far; the sums are
   // left to CatchUp. `fresh`: some reference is -inf.
   __device__ __forceinline__ bool Softmax(float (&x)[kLogits], bool fresh, float (&rescale)[2], bool& lags) {
     if constexpr (!Config::kPlain) {
@@ -327,9 +326,9 @@ class ForwardConsumer {
     __syncwarp();
   }
 
-  // This warp's products of an unmasked step once more, by itself and from global memory, since the keys' buffer has been
-  // released: with mma.sync, whose operands lie in registers as those of wgmma do. Rare, and so written for registers
-  // and not for speed: all loops, and addresses computed where they are used. Anything else would spill.
+  // This warp's products of an unmasked step once more, by itself and from global memory, since the keys' buffer has
+  // been released: with mma.sync, whose operands lie in registers as those of wgmma do. Rare, and so written for
+  // registers and not for speed: all loops, and addresses computed where they are used. Anything else would spill.
   __device__ __forceinline__ void RecomputeProducts(float (&x)[kLogits]) {
 #pragma unroll
     for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
@@ -353,8 +352,10 @@ class ForwardConsumer {
     const Shape& shape = params_.shape;
     const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
     const int thread = Thread(), heads = static_cast<int>(shape.heads), kv_heads = static_cast<int>(shape.kv_heads);
-    const int column = k + thread % 4 * 2, key_position = shared_.Step(step_).start[n / 8] + n % 8 * 8 + thread % 32 / 4;
-    const auto pair = [&](const void* data, int64_t row, int position_heads, int head, int at, bool inside) -> uint32_t {
+    const int column = k + thread % 4 * 2,
+              key_position = shared_.Step(step_).start[n / 8] + n % 8 * 8 + thread % 32 / 4;
+    const auto pair = [&](const void* data, int64_t row, int position_heads, int head, int at,
+                          bool inside) -> uint32_t {
       const auto* element = static_cast<const Element*>(data) + (row * position_heads + head) * shape.head_dim + at;
       return inside ? __ldg(reinterpret_cast<const uint32_t*>(element)) : 0;
     };
@@ -367,8 +368,8 @@ class ForwardConsumer {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const int at = column + i * 8;
-      b[i] = pair(params_.key, tile.batch * shape.kv_len + key_position, kv_heads, tile.kv_head, at,
-                  at < shape.head_dim);
+      b[i] =
+          pair(params_.key, tile.batch * shape.kv_len + key_position, kv_heads, tile.kv_head, at, at < shape.head_dim);
     }
   }
 
@@ -395,7 +396,8 @@ class ForwardConsumer {
       const float key_sum = device::QuadSum(softmax_.sum[half]);
       const float sum = fmaf(key_sum, rescale, device::Exp2(sink - shift));
       const bool valid = row < tile.q_rows;
-      finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum), valid && poisoned ? device::QuietNan() : 0.f};
+      finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum),
+                      valid && poisoned ? device::QuietNan() : 0.f};
       if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
         lse[row] = !valid           ? -device::Infinity()
                    : poisoned       ? device::QuietNan()
@@ -410,7 +412,8 @@ class ForwardConsumer {
     if (__any_sync(0xFFFFFFFFu, suspect)) NoteSuspect(place);
 
     // Each row's lanes swap words so that they store 32 contiguous bytes, four columns a lane.
-    const int lane = thread % 4, column = lane % 2 * 8 + lane / 2 * 4, value_dim = static_cast<int>(params_.shape.value_dim);
+    const int lane = thread % 4, column = lane % 2 * 8 + lane / 2 * 4,
+              value_dim = static_cast<int>(params_.shape.value_dim);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
@@ -435,8 +438,8 @@ class ForwardConsumer {
     ReleaseHeader(place);
   }
 
-  // Enters the tile into the CTA's list of those to be put right in the end (fwd_exact_rows.cuh), once: the number of the
-  // last is in shared memory, and that of the one before each, in global memory.
+  // Enters the tile into the CTA's list of those to be put right in the end (fwd_exact_rows.cuh), once: the number of
+  // the last is in shared memory, and that of the one before each, in global memory.
   __device__ __forceinline__ void NoteSuspect(Headers place) {
     if (!device::sm90::ElectLane()) return;
     const int tile = shared_.headers[place.Stage()].tile;
@@ -470,8 +473,8 @@ class ForwardConsumer {
            ((tile.batch * shape.q_len + tile.q_start + row) * shape.heads + tile.head) * shape.value_dim;
   }
   __device__ __forceinline__ float* LogSumExp(const TileHeader& tile) const {
-    return static_cast<float*>(params_.lse) +
-           (tile.batch * params_.shape.heads + tile.head) * params_.shape.q_len + tile.q_start;
+    return static_cast<float*>(params_.lse) + (tile.batch * params_.shape.heads + tile.head) * params_.shape.q_len +
+           tile.q_start;
   }
 
   // Taking turns: while one warpgroup is at its softmax, the other has the tensor cores.

@@ -1,6 +1,7 @@
 // Rows that share a block with a value that is not finite, but may not attend to it: a masked pair has probability 0,
-// and 0 * NaN is NaN in a matrix product. Tiles with such outputs are noted when they are stored, and put right when the
-// CTA has nothing else to do and all its registers for it: pair by pair, from the log-sum-exp, which is right already.
+// and 0 * NaN is NaN in a matrix product. Tiles with such outputs are noted when they are stored, and put right when
+// the CTA has nothing else to do and all its registers for it: pair by pair, from the log-sum-exp, which is right
+// already.
 #pragma once
 
 #include "attention/params.h"
@@ -53,8 +54,8 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
     const int key = step.start + lane;
     bool attends = key < limit;
     if (attends && step.tile >= 0) {
-      const uint32_t* words = device::BitTileRow(params.tiles, tile.batch, tile.head, step.tile, position % block_q,
-                                                 block_q, block_kv);
+      const uint32_t* words =
+          device::BitTileRow(params.tiles, tile.batch, tile.head, step.tile, position % block_q, block_q, block_kv);
       attends = __ldg(words + step.offset / 32) >> lane & 1;
     }
     float prob = 0.f;

@@ -26,7 +26,7 @@ struct TileHeader {
   int key_limit;  // the example's key/value length
   float sink;     // the head's logit, -inf without one
   device::ListRow row;
-  const uint32_t* bits;  // bit tile 0 from the tile's first row on
+  const uint32_t* bits;   // bit tile 0 from the tile's first row on
   uint32_t query_parity;  // of the phase in which a live tile's queries arrive
 };
 
@@ -34,13 +34,13 @@ struct TileHeader {
 struct alignas(16) StepInfo {
   static constexpr int kLast = 1, kRowPoisoned = 2, kMasked = 4, kBits = 8;  // kBits << piece: it has a bit tile
   static constexpr int kHeader = 8;  // shift: the place of the tile's header in its ring, as far as a ring needs it
-  int start[kMaxPieces];  // first key of each 64 keys of the tile
-  int limit;              // the example's key/value length
+  int start[kMaxPieces];             // first key of each 64 keys of the tile
+  int limit;                         // the example's key/value length
   int flags;
 };
 
-// A place in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count the
-// same way; Full() is the parity of the phase a reader waits for, Empty() that of the phase a writer waits for.
+// A place in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count
+// the same way; Full() is the parity of the phase a reader waits for, Empty() that of the phase a writer waits for.
 template <int kSize>
 struct Ring {
   static constexpr uint32_t kPeriod = 2 * kSize;  // count % kPeriod tells as much as count
@@ -68,7 +68,7 @@ struct ForwardShared {
   // gone back to the producer.
   StepInfo steps[2 * kKeyStages];
   TileHeader headers[kHeaders];
-  int last_suspect;            // see ForwardConsumer::NoteSuspect
+  int last_suspect;             // see ForwardConsumer::NoteSuspect
   int suspect_noted[kHeaders];  // number of the tile that a header's place last noted
   Barrier full_query, empty_query;
   Barrier full_key[kKeyStages], empty_key[kKeyStages], full_value[kValueStages], empty_value[kValueStages];
@@ -104,8 +104,9 @@ struct ForwardShared {
   }
 };
 
-// Division of 0 <= n < 2^31 by a number known to the host: a multiplication (Granlund and Montgomery 1994, Theorem 4.2).
-// A tile's place takes three; by the hardware's route they were a fifth of the time before the first load.
+// Division of 0 <= n < 2^31 by a number known to the host: a multiplication (Granlund and Montgomery 1994,
+// Theorem 4.2). A tile's place takes three; by the hardware's route they were a fifth of the time before the first
+// load.
 struct Divider {
   uint32_t divisor;
   uint32_t multiplier;
@@ -118,16 +119,18 @@ struct Divider {
   __device__ __forceinline__ int Quotient(int n) const {
     return static_cast<int>((__umulhi(n, multiplier) + static_cast<uint32_t>(n)) >> shift);
   }
-  __device__ __forceinline__ int Remainder(int n, int quotient) const { return n - quotient * static_cast<int>(divisor); }
+  __device__ __forceinline__ int Remainder(int n, int quotient) const {
+    return n - quotient * static_cast<int>(divisor);
+  }
 };
 
 // What the host computes for a launch, beside the parameters.
 struct ForwardPlan {
   CUtensorMap query, key, value;
   device::LogitMap logits;
-  int tiles;          // of queries, over all heads and examples
-  Divider q_tiles;    // of one head
-  Divider heads, group;  // query heads; query heads a key/value head
+  int tiles;              // of queries, over all heads and examples
+  Divider q_tiles;        // of one head
+  Divider heads, group;   // query heads; query heads a key/value head
   int32_t* tile_counter;  // null: one tile a CTA
   int32_t* suspects;      // [tiles]: see ForwardConsumer::NoteSuspect
 };
@@ -140,9 +143,9 @@ __device__ __forceinline__ int BitRowOffset(int block_kv, int start, int piece) 
   return piece * Config::kTileQ * 8;
 }
 
-// Where a tile lies. Tiles of one head are neighbours, so that CTAs at work at the same time share keys and values in L2
-// (longest first over all heads lost 11 %, H200); within a head the last comes first, because under a causal mask it has
-// the most to do.
+// Where a tile lies. Tiles of one head are neighbours, so that CTAs at work at the same time share keys and values in
+// L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because under a causal mask it
+// has the most to do.
 template <typename Config>
 __device__ __forceinline__ TileHeader PlaceOf(int tile, const ForwardParams& params, const ForwardPlan& plan) {
   const int row = plan.q_tiles.Quotient(tile);  // batch * heads + head

@@ -1,5 +1,5 @@
-// Online softmax of the Hopper forward, on the accumulators of one 64-row product: this thread's rows g and g + 8 of its
-// warp's sixteen.
+// Online softmax of the Hopper forward, on the accumulators of one 64-row product: this thread's rows g and g + 8 of
+// its warp's sixteen.
 //
 // The row maximum is taken off the critical path. Exponentials are formed relative to a *reference* that need not be
 // the maximum: it is exact after the first tile and after every masked one, and between them it only has to stay within
@@ -17,7 +17,7 @@
 namespace jax_bsk::attention::cuda::sm90 {
 
 struct RowSoftmax {
-  static constexpr float kSlack = 1024.f;              // 2^10
+  static constexpr float kSlack = 1024.f;                  // 2^10
   static constexpr float kTrust = 1.2676506002282294e30f;  // 2^100: less has not overflowed
 
   float reference[2];  // in units of log2; -inf while a row has attended to nothing

@@ -27,7 +27,8 @@ inline EncodeTiled FindEncoder() {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
 #endif
-  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function) : nullptr;
+  return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<EncodeTiled>(function)
+                                                                      : nullptr;
 }
 
 // A [batch, length, heads, dim] array of 16-bit elements, read or written in boxes of `rows` positions x 64 columns of

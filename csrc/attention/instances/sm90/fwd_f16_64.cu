@@ -3,12 +3,12 @@
 namespace jax_bsk::attention::cuda::sm90 {
 
 template cudaError_t LaunchForward<ForwardConfig<__half, 64, 1, true>>(const ForwardParams&, int32_t*, int,
-                                                                           cudaStream_t);
+                                                                       cudaStream_t);
 template cudaError_t LaunchForward<ForwardConfig<__half, 64, 1, false>>(const ForwardParams&, int32_t*, int,
-                                                                           cudaStream_t);
+                                                                        cudaStream_t);
 template cudaError_t LaunchForward<ForwardConfig<__half, 64, 2, true>>(const ForwardParams&, int32_t*, int,
-                                                                           cudaStream_t);
+                                                                       cudaStream_t);
 template cudaError_t LaunchForward<ForwardConfig<__half, 64, 2, false>>(const ForwardParams&, int32_t*, int,
-                                                                           cudaStream_t);
+                                                                        cudaStream_t);
 
 }  // namespace jax_bsk::attention::cuda::sm90
