@@ -60,12 +60,16 @@ struct ListRow {
   int length;  // -1: the offsets cannot be true
 };
 
+// From a row's offsets, as they came.
+__device__ __forceinline__ ListRow MakeRow(const BlockList& list, int64_t table, int begin, int end) {
+  const bool poisoned = begin < 0 || end < begin || end > list.capacity;
+  return {table * list.capacity + begin, poisoned ? -1 : end - begin};
+}
+
 __device__ __forceinline__ ListRow FindRow(const BlockList& list, int batch, int head, int row) {
   const int64_t table = TableIndex(list.batch, list.heads, batch, head);
   const int32_t* offsets = list.offsets + table * (list.rows + 1) + row;
-  const int begin = __ldg(offsets), end = __ldg(offsets + 1);
-  const bool poisoned = begin < 0 || end < begin || end > list.capacity;
-  return {table * list.capacity + begin, poisoned ? -1 : end - begin};
+  return MakeRow(list, table, __ldg(offsets), __ldg(offsets + 1));
 }
 
 // Walks one row of a block list in steps of kTile queries or keys, leaving out steps that begin at or past `limit`.

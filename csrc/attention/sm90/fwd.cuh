@@ -59,6 +59,9 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
 
   cudaError_t error = cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  plan.past_end = static_cast<int>(shape.kv_blocks * shape.block_kv);
+  plan.bit_bytes = Config::kTileQ * static_cast<int>(shape.block_kv) / 8;
+  plan.bit_words = shape.block_q * shape.block_kv / 32;
   const int64_t q_tiles = (shape.q_len + Config::kTileQ - 1) / Config::kTileQ;
   plan.q_tiles = Divider(q_tiles);
   plan.heads = Divider(shape.heads);

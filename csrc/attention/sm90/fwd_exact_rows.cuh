@@ -91,7 +91,10 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
                                         int first_row) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
-  const TileHeader tile = PlaceOf<Config>(tile_number, params, plan);
+  TileHeader tile = PlaceOf<Config>(tile_number, plan);
+  const auto limit =
+      device::ReadLengths(params.lengths, tile.batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
+  SetLimits<Config>(tile, shape, limit.query, limit.key);
   const int lane = device::ThreadHere() % 32, value_dim = static_cast<int>(shape.value_dim);
 #pragma unroll 1
   for (int row = first_row; row < min(first_row + 16, tile.q_rows); ++row) {

@@ -43,26 +43,32 @@ class ForwardScheduler {
   __device__ __forceinline__ int Ticket() {
     return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.tile_counter, 1) : 0;
   }
-  __device__ __forceinline__ static int Share(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+  __device__ __forceinline__ static int Share(int x, int lane = 0) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 
   __device__ __forceinline__ TileHeader Look(int tile) {
-    TileHeader header = PlaceOf<Config>(tile, params_, plan_);
+    TileHeader header = PlaceOf<Config>(tile, plan_);
     const bool large = params_.shape.block_q == 128;
     const int block_kv = static_cast<int>(params_.shape.block_kv), row = header.q_start >> (large ? 7 : 6);
-    header.row = device::FindRow(params_.rows, header.batch, header.head, row);
+
+    // What must be read for the tile, a word a lane: one round trip to memory and not one after the other.
+    const int64_t table = device::TableIndex(params_.rows.batch, params_.rows.heads, header.batch, header.head);
+    const int lane = device::ThreadHere() % 32;
+    const int32_t* source = params_.rows.offsets + table * (params_.rows.rows + 1) + row + (lane & 1);
+    if (lane / 2 == 1) {
+      source = params_.lengths.pairs + (params_.lengths.batch == 1 ? 0 : 2 * int64_t{header.batch}) + (lane & 1);
+    } else if (lane / 2 == 2) {
+      source = static_cast<const int32_t*>(params_.sinks) +
+               device::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head);
+    }
+    const int word = __ldg(source);
+    header.row = device::MakeRow(params_.rows, table, Share(word), Share(word, 1));
+    SetLimits<Config>(header, params_.shape, Share(word, 2), Share(word, 3));
+    header.sink = __int_as_float(Share(word, 4));
+    header.kind = header.row.length < 0                                                   ? TileHeader::kPoisoned
+                  : header.row.length == 0 || header.q_rows == 0 || header.key_limit == 0 ? TileHeader::kEmpty
+                                                                                          : TileHeader::kLive;
     header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0, header.q_start & (large ? 127 : 63),
                                      large ? 128 : 64, block_kv);
-    header.sink = -device::Infinity();
-    if (const auto* sinks = static_cast<const float*>(params_.sinks)) {
-      header.sink =
-          __ldg(sinks + device::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head));
-    }
-    auto walker = WalkRow<Config>(params_, header);
-    device::Step first;
-    const bool some = walker.Next(first);
-    header.kind = some && header.q_rows > 0 ? TileHeader::kLive
-                  : walker.poisoned()       ? TileHeader::kPoisoned
-                                            : TileHeader::kEmpty;
     header.query_parity = live_ & 1;
     if (header.kind == TileHeader::kLive) ++live_;
     return header;
@@ -129,15 +135,17 @@ class ForwardLoader {
   __device__ __forceinline__ void Load(const TileHeader& header) {
     auto walker = WalkRow<Config>(params_, header);
     device::Step next;
-    bool more = walker.Next(next);
+    // A list may still have nothing within the length, or nothing sound: then one step of keys past the end, where the
+    // copy engine fills in zeros and no key is attended to.
+    if (!walker.Next(next)) next = {plan_.past_end, 0, -1};
 
     // K0 K1 V0 K2 V1 ..: the keys of a step are needed one product before the values of the one before.
+    bool more = true;
     for (bool first = true; more; first = false) {
       Blocks now{{next.start, next.start + 64}, {next.tile, next.tile}};
       more = walker.Next(next);
       if (TwoPieces()) {
-        // Past the end of the keys, where the copy engine fills in zeros and no key is attended to.
-        now.start[1] = static_cast<int>(params_.shape.kv_blocks * params_.shape.block_kv);
+        now.start[1] = plan_.past_end;
         now.tile[1] = -1;
         if (more) {
           now.start[1] = next.start;
@@ -198,8 +206,8 @@ class ForwardLoader {
 
   // The bit tile of a piece, before the keys' arrival: its bytes count towards the same phase.
   __device__ __forceinline__ void LoadBits(int stage, int piece, int tile, const TileHeader& header, Barrier& full) {
-    const int bytes = Config::kTileQ * static_cast<int>(params_.shape.block_kv) / 8;
-    const uint32_t* words = header.bits + tile * (params_.shape.block_q * params_.shape.block_kv / 32);
+    const int bytes = plan_.bit_bytes;
+    const uint32_t* words = header.bits + tile * plan_.bit_words;
     device::sm90::Expect(full, bytes);
     device::sm90::LoadBytes(shared_.bits[stage] + piece * bytes, words, full, bytes);
   }

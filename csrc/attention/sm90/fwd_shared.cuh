@@ -129,6 +129,9 @@ struct ForwardPlan {
   CUtensorMap query, key, value;
   device::LogitMap logits;
   int tiles;              // of queries, over all heads and examples
+  int past_end;           // first key position past every block
+  int bit_bytes;          // of a bit tile's rows that belong to one CTA's tile
+  int64_t bit_words;      // of a bit tile
   Divider q_tiles;        // of one head
   Divider heads, group;   // query heads; query heads a key/value head
   int32_t* tile_counter;  // null: one tile a CTA
@@ -147,7 +150,7 @@ __device__ __forceinline__ int BitRowOffset(int block_kv, int start, int piece) 
 // L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because under a causal mask it
 // has the most to do.
 template <typename Config>
-__device__ __forceinline__ TileHeader PlaceOf(int tile, const ForwardParams& params, const ForwardPlan& plan) {
+__device__ __forceinline__ TileHeader PlaceOf(int tile, const ForwardPlan& plan) {
   const int row = plan.q_tiles.Quotient(tile);  // batch * heads + head
   TileHeader header;
   header.tile = tile;
@@ -155,11 +158,15 @@ __device__ __forceinline__ TileHeader PlaceOf(int tile, const ForwardParams& par
   header.batch = plan.heads.Quotient(row);
   header.head = plan.heads.Remainder(row, header.batch);
   header.kv_head = plan.group.Quotient(header.head);
-  const auto limit = device::ReadLengths(params.lengths, header.batch, static_cast<int>(params.shape.q_len),
-                                         static_cast<int>(params.shape.kv_len));
-  header.q_rows = max(0, min(limit.query - header.q_start, Config::kTileQ));
-  header.key_limit = limit.key;
   return header;
+}
+
+// What the example's lengths, as they came, make of a tile.
+template <typename Config>
+__device__ __forceinline__ void SetLimits(TileHeader& header, const Shape& shape, int q_length, int kv_length) {
+  const int q_end = min(max(q_length, 0), static_cast<int>(shape.q_len));
+  header.q_rows = max(0, min(q_end - header.q_start, Config::kTileQ));
+  header.key_limit = min(max(kv_length, 0), static_cast<int>(shape.kv_len));
 }
 
 }  // namespace jax_bsk::attention::cuda::sm90
