@@ -78,7 +78,7 @@ class ForwardConsumer {
     MultiplyValues();
     device::sm90::CommitProducts();
     PassTurn();
-    flags_ = Uniform(shared_.Step(step_).flags);
+    flags_ = ReadShared(shared_.Step(step_).flags);
     const bool fresh = softmax_.Fresh();
 
     device::sm90::WaitForProducts<1>();
@@ -179,10 +179,7 @@ class ForwardConsumer {
   __device__ __forceinline__ Headers TileOfStep() const {
     return Headers{static_cast<uint32_t>(flags_) >> StepInfo::kHeader};
   }
-  __device__ __forceinline__ void ReleaseHeader(Headers tile) {
-    __syncwarp();
-    Release(shared_.empty_header[tile.Stage()]);
-  }
+  __device__ __forceinline__ void ReleaseHeader(Headers tile) { Release(shared_.empty_header[tile.Stage()]); }
 
   __device__ __forceinline__ void WaitForFirstOperands(Headers tile) {
     device::sm90::Wait(shared_.full_key[Keys().Stage()], Keys().Full());
@@ -192,7 +189,7 @@ class ForwardConsumer {
   // After the first product of a tile.
   __device__ __forceinline__ void StartTile(float (&logits)[kLogits]) {
     if constexpr (Config::kQueryInRegisters) LoadQueries();
-    flags_ = Uniform(shared_.Step(step_).flags);
+    flags_ = ReadShared(shared_.Step(step_).flags);
 #pragma unroll
     for (int i = 0; i < kOut; ++i) out_[i] = 0.f;
     softmax_.Clear();
@@ -302,7 +299,9 @@ class ForwardConsumer {
 
   // -inf for pairs that do not attend.
   __device__ __forceinline__ void ApplyMask(float (&x)[kLogits]) {
-    const StepInfo info = shared_.Step(step_);
+    const StepInfo& info = shared_.Step(step_);
+    const int limit = ReadShared(info.limit);
+    const int start[kMaxPieces] = {ReadShared(info.start[0]), ReadShared(info.start[1])};
     const int block_kv = static_cast<int>(params_.shape.block_kv);
     const int thread = Thread();
 #pragma unroll
@@ -310,9 +309,9 @@ class ForwardConsumer {
       const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
 #pragma unroll
       for (int piece = 0; piece < kTileKv / 64; ++piece) {
-        uint64_t bits = device::FirstBits(info.limit - info.start[piece]);
-        if (info.flags & StepInfo::kBits << piece) {
-          const int offset = BitRowOffset<Config>(block_kv, info.start[piece], piece);
+        uint64_t bits = device::FirstBits(limit - start[piece]);
+        if (flags_ & StepInfo::kBits << piece) {
+          const int offset = BitRowOffset<Config>(block_kv, start[piece], piece);
           bits &= *reinterpret_cast<const uint64_t*>(shared_.bits[Keys().Stage()] + offset + row * (block_kv / 8));
         }
         bits >>= 2 * (thread % 4);
@@ -323,7 +322,6 @@ class ForwardConsumer {
             if (!(bits >> (8 * n + e) & 1)) x[32 * piece + 4 * n + 2 * half + e] = -device::Infinity();
       }
     }
-    __syncwarp();
   }
 
   // This warp's products of an unmasked step once more, by itself and from global memory, since the keys' buffer has
@@ -485,14 +483,22 @@ class ForwardConsumer {
     if (kTakeTurns) device::sm90::ArriveNamed(kTurn + 1 - group_, 2 * kWarpgroup);
   }
 
-  // For this warp, whose lanes have all read the buffer.
+  // For this warp, once all its lanes have read the buffer.
   __device__ __forceinline__ void Release(Barrier& barrier) {
+    __syncwarp();
     if (device::sm90::ElectLane()) device::sm90::Arrive(barrier);
   }
 
   // A value that all lanes have, as one the compiler knows to be the same: products are not issued under divergence.
   __device__ __forceinline__ static int Uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
+  // A word that one lane reads for all: what the lane releases afterwards it has then read itself, also as far as
+  // compute-sanitizer can tell (it does not see that a converged warp reads together).
+  __device__ __forceinline__ static int ReadShared(const int& word) {
+    int x = 0;
+    if (device::ThreadHere() % 32 == 0) x = word;
+    return Uniform(x);
+  }
   // First of the two rows of a thread's accumulators.
   __device__ __forceinline__ static int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
   // Of the warpgroup.
