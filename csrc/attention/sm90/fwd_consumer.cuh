@@ -351,7 +351,7 @@ class ForwardConsumer {
     const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
     const int thread = Thread(), heads = static_cast<int>(shape.heads), kv_heads = static_cast<int>(shape.kv_heads);
     const int column = k + thread % 4 * 2,
-              key_position = shared_.Step(step_).start[n / 8] + n % 8 * 8 + thread % 32 / 4;
+              key_position = ReadShared(shared_.Step(step_).start[n / 8]) + n % 8 * 8 + thread % 32 / 4;
     const auto pair = [&](const void* data, int64_t row, int position_heads, int head, int at,
                           bool inside) -> uint32_t {
       const auto* element = static_cast<const Element*>(data) + (row * position_heads + head) * shape.head_dim + at;
