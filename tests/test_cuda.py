@@ -5,6 +5,8 @@ CI has no GPU: these run where there is one, `pytest -m gpu --cases 200`.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,3 +62,32 @@ def test_the_automatic_choice_is_the_kernel_and_matches_xla():
     assert "@jax_bsk_attention_forward(" in f.lower(*inputs).as_text()
     expected = sparse_attention(*inputs, is_causal=True, implementation="xla").astype(jnp.float32)
     np.testing.assert_allclose(np.asarray(f(*inputs), np.float32), expected, atol=2e-2)
+
+
+def test_more_tiles_than_multiprocessors_match_xla():
+    # Persistent CTAs take several tiles each: 2 * 24 * 5 of 128 queries.
+    inputs = random_inputs(2, 2, 600, 600, heads=24, kv_heads=8, head_dim=128, value_dim=128)
+    inputs = [x.astype(jnp.bfloat16) for x in inputs]
+    mask = BlockMask.from_dense(random_mask(2, 600, 600), block_size=128)
+    out = jax.jit(lambda *a: sparse_attention(*a, mask=mask, implementation="cuda"))(*inputs)
+    expected = sparse_attention(*(x.astype(jnp.float32) for x in inputs), mask=mask, implementation="xla")
+    np.testing.assert_allclose(np.asarray(out, np.float32), np.asarray(expected), atol=2e-2)
+
+
+def test_every_device_and_several_threads_at_once_give_the_same_bits():
+    mask = BlockMask.from_dense(random_mask(3, 512, 512), block_size=128)
+    step = jax.jit(jax.grad(loss_of(lambda *a: sparse_attention(*a, mask=mask, implementation="cuda")), (0, 1, 2)))
+    sets = [
+        [x.astype(jnp.bfloat16) for x in random_inputs(seed, 2, 512, 512, heads=16, kv_heads=16)] for seed in range(4)
+    ]
+    expected = [jax.device_get(step(*inputs)) for inputs in sets]
+
+    def work(number: int) -> bool:
+        device = jax.devices("cuda")[number % len(jax.devices("cuda"))]
+        got = step(*jax.device_put(sets[number % 4], device))
+        assert got[0].devices() == {device}
+        pairs = zip(jax.device_get(got), expected[number % 4], strict=True)
+        return all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(64)))

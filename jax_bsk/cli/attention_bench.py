@@ -1,6 +1,6 @@
 """Measures `jax_bsk.sparse_attention` beside `jax.nn.dot_product_attention`: cases, peers, checks, numbers.
 
-Used by `python -m jax_bsk bench`, which has the options and prints, and by `benchmarks/attention.py`.
+Used by `python -m jax_bsk bench`, which has the options and prints. `benchmarks/attention.py` has more peers.
 
 Everything of one length and pass (forward, or forward and backward) is timed in one interleaved group. A peer that
 takes the dense boolean mask does the same work whatever the mask holds, so it is sampled once a round, with the group's

@@ -1,0 +1,67 @@
+"""Every case of `tests/csrc/cuda_check.cu` on a GPU, each in a process of its own with a time limit.
+
+The program knows nothing of XLA or Python: outputs poisoned with NaN between guard bytes, values and gradients against
+a float64 loop, every forward kernel that can take a case, bit-equal repeats and a CUDA graph. Where compute-sanitizer
+is installed, one case an instantiation of the Hopper forward runs under its tools as well. Set JAX_BSK_CUDA_CHECK to a
+built program to skip the build (about a minute and a half on two cores).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.gpu
+
+SOURCE = Path(__file__).parent / "csrc"
+TEXT = (SOURCE / "cuda_check.cu").read_text()
+NAMES = re.findall(r'add\("([a-z0-9-]+)"', TEXT)
+# Made in loops of the program, over dtypes and sizes.
+NAMES += [
+    f"instance-{dtype}-d{dim}{cap}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256) for cap in ("", "-cap")
+]
+NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000) for size in ("", "-d128-b128")]
+FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)
+NAMES += [f"{fault}-d{dim}" for fault in FAULTS for dim in (64, 128, 256)]
+NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
+NAMES = [name for name in NAMES if not name.startswith("time-")]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory) -> Path:
+    if given := os.environ.get("JAX_BSK_CUDA_CHECK"):
+        return Path(given)
+    build = tmp_path_factory.mktemp("cuda_check")
+    options = ["-DJAX_BSK_CUDA=ON", "-DSANITIZE=", "-DCMAKE_BUILD_TYPE=Release"]
+    subprocess.run(["cmake", "-S", SOURCE, "-B", build, *options], check=True, capture_output=True)
+    subprocess.run(["cmake", "--build", build, "--target", "cuda_check", "--parallel"], check=True, capture_output=True)
+    return build / "cuda_check"
+
+
+def run(command: list[str | Path], seconds: int) -> None:
+    result = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
+
+
+def test_these_are_all_the_cases(program):
+    listed = subprocess.run([program, "list"], capture_output=True, text=True, check=True).stdout.split()
+    assert {name for name in listed if not name.startswith("time-")} == set(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_case(program, name):
+    run([program, name], 120)
+
+
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("instance-", "jump-200", "many-nan"))])
+def test_sanitizer(program, tool, name):
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer is None:
+        pytest.skip("compute-sanitizer is not installed")
+    run([sanitizer, "--tool", tool, "--error-exitcode", "9", program, name, "1"], 300)
