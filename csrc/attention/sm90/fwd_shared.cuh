@@ -105,8 +105,7 @@ struct ForwardShared {
 };
 
 // Division of 0 <= n < 2^31 by a number known to the host: a multiplication (Granlund and Montgomery 1994,
-// Theorem 4.2). A tile's place takes three; by the hardware's route they were a fifth of the time before the first
-// load.
+// Theorem 4.2). A tile's place takes three, before anything of it can be read.
 struct Divider {
   uint32_t divisor;
   uint32_t multiplier;

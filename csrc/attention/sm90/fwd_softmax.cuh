@@ -8,8 +8,8 @@
 // from logits that are computed once more). A reference below the maximum loses nothing: float32, and the 16-bit
 // probabilities, have the same relative precision there, and 2^kSlack is far from float16's largest number.
 //
-// FlashAttention-4 skips rescaling below a threshold, but still forms the maximum; the reference kernel of
-// this design formed it beside the exponentials. Leaving it out is worth 2 to 3 % more.
+// FlashAttention-4 skips rescaling below a threshold, but still forms the maximum, and so did the kernel that this one
+// started from, beside the exponentials.
 #pragma once
 
 #include "device/softmax.cuh"
