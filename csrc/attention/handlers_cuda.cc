@@ -34,21 +34,24 @@ ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Op
                            Operand lse, Operand delta, Operand row_offsets, Operand kv_blocks, Operand tiles,
                            Operand col_offsets, Operand q_blocks, Operand col_tiles, Operand bit_tiles, Operand lengths,
                            Output dquery, Output dkey, Output dvalue, int64_t block_q, int64_t block_kv, float scale,
-                           float soft_cap, std::string_view version) {
+                           float soft_cap, std::string_view version, Output workspace) {
   BackwardParams params{};
   JAX_BSK_RETURN_IF_ERROR(ReadBackward(dout, query, key, value, lse, delta, {row_offsets, kv_blocks, tiles},
                                        {col_offsets, q_blocks, col_tiles}, bit_tiles, lengths, dquery, dkey, dvalue,
                                        {block_q, block_kv, scale, soft_cap, version}, &params));
   if (std::string reason = cuda::BackwardRefusal(params, device); !reason.empty()) return Refusal(reason);
-  return LaunchResult("the backward", cuda::LaunchBackward(params, device, stream));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::U8));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", *workspace, {{cuda::BackwardWorkspace(params)}}));
+  return LaunchResult("the backward", cuda::LaunchBackward(params, workspace->untyped_data(), device, stream));
 }
 
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }
 
-// The forward has one result of its own, after those of every platform: its workspace.
+// Both have one result of their own, after those of every platform: their workspace.
 XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler, BindForwardOperands(Bind()).Ret<Operand>(),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()), {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()).Ret<Operand>(),
+                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 }  // namespace jax_bsk::attention

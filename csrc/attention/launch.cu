@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "attention/launch.h"
+#include "attention/prepare.h"
 #include "attention/sm80/config.h"
 #include "attention/sm90/config.h"
 
@@ -85,6 +86,15 @@ ForwardKernel ChooseKernel(const ForwardParams& params, const DeviceFacts& facts
   return shape.block_q == 128 && tiles >= facts.multiprocessors ? ForwardKernel::kRows128 : ForwardKernel::kRows64;
 }
 
+// Tiles of 128 keys need half the copies, but too few of them leave multiprocessors idle.
+BackwardKernel ChooseKernel(const BackwardParams& params, const DeviceFacts& facts) {
+  const Shape& shape = params.shape;
+  if (facts.capability != 90 || params.dtype == DType::kF32) return BackwardKernel::kPortable;
+  const int64_t tiles = shape.batch * shape.kv_heads * CeilDiv(shape.kv_len, 128);
+  const bool large = shape.block_kv == 128 && std::max(shape.head_dim, shape.value_dim) <= 128;
+  return large && tiles >= facts.multiprocessors ? BackwardKernel::kKeys128 : BackwardKernel::kKeys64;
+}
+
 // Calls visit(Config{}) with the configuration of a portable kernel; what has no kernel gives `otherwise`.
 template <typename Result, typename Visit>
 Result VisitPortable(const Choice& choice, Result otherwise, Visit visit) {
@@ -113,27 +123,17 @@ Result VisitPortable(const Choice& choice, Result otherwise, Visit visit) {
   }
 }
 
-// The same for Hopper's.
+// Calls visit(zero of the type, integral constant of the columns) for a kernel of Hopper's.
 template <typename Result, typename Visit>
-Result VisitHopper(const ForwardParams& params, ForwardKernel kernel, Result otherwise, Visit visit) {
-  using sm90::ForwardConfig;
-  const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
-  const bool plain = params.soft_cap == 0.f && params.scale > kLeastPlainScale;
-  const auto with_dim = [&](auto zero, auto size) -> Result {
-    using Element = decltype(zero);
-    constexpr int kDim = decltype(size)::value;
-    if (kernel == ForwardKernel::kRows128) {
-      return plain ? visit(ForwardConfig<Element, kDim, 2, true>{}) : visit(ForwardConfig<Element, kDim, 2, false>{});
-    }
-    return plain ? visit(ForwardConfig<Element, kDim, 1, true>{}) : visit(ForwardConfig<Element, kDim, 1, false>{});
-  };
+Result VisitHopper(const Shape& shape, DType dtype, Result otherwise, Visit visit) {
+  const int64_t dim = std::max(shape.head_dim, shape.value_dim);
   const auto with_type = [&](auto zero) -> Result {
-    if (dim <= 64) return with_dim(zero, std::integral_constant<int, 64>{});
-    if (dim <= 96) return with_dim(zero, std::integral_constant<int, 96>{});
-    if (dim <= 128) return with_dim(zero, std::integral_constant<int, 128>{});
-    return with_dim(zero, std::integral_constant<int, 256>{});
+    if (dim <= 64) return visit(zero, std::integral_constant<int, 64>{});
+    if (dim <= 96) return visit(zero, std::integral_constant<int, 96>{});
+    if (dim <= 128) return visit(zero, std::integral_constant<int, 128>{});
+    return visit(zero, std::integral_constant<int, 256>{});
   };
-  switch (params.dtype) {
+  switch (dtype) {
     case DType::kBF16:
       return with_type(__nv_bfloat16{});
     case DType::kF16:
@@ -143,8 +143,45 @@ Result VisitHopper(const ForwardParams& params, ForwardKernel kernel, Result oth
   }
 }
 
+template <typename Params>
+bool Plain(const Params& params) {
+  return params.soft_cap == 0.f && params.scale > kLeastPlainScale;
+}
+
 template <typename Result, typename Visit>
-Result VisitBackward(const Choice& choice, Result otherwise, Visit visit) {
+Result VisitHopperForward(const ForwardParams& params, ForwardKernel kernel, Result otherwise, Visit visit) {
+  return VisitHopper(params.shape, params.dtype, otherwise, [&](auto zero, auto dim) -> Result {
+    using Element = decltype(zero);
+    using sm90::ForwardConfig;
+    constexpr int kDim = decltype(dim)::value;
+    if (kernel == ForwardKernel::kRows128) {
+      return Plain(params) ? visit(ForwardConfig<Element, kDim, 2, true>{})
+                           : visit(ForwardConfig<Element, kDim, 2, false>{});
+    }
+    return Plain(params) ? visit(ForwardConfig<Element, kDim, 1, true>{})
+                         : visit(ForwardConfig<Element, kDim, 1, false>{});
+  });
+}
+
+template <typename Result, typename Visit>
+Result VisitHopperBackward(const BackwardParams& params, BackwardKernel kernel, Result otherwise, Visit visit) {
+  return VisitHopper(params.shape, params.dtype, otherwise, [&](auto zero, auto dim) -> Result {
+    using Element = decltype(zero);
+    using sm90::BackwardConfig;
+    constexpr int kDim = decltype(dim)::value;
+    if constexpr (kDim <= 128) {
+      if (kernel == BackwardKernel::kKeys128) {
+        return Plain(params) ? visit(BackwardConfig<Element, kDim, false, true>{})
+                             : visit(BackwardConfig<Element, kDim, false, false>{});
+      }
+    }
+    return Plain(params) ? visit(BackwardConfig<Element, kDim, true, true>{})
+                         : visit(BackwardConfig<Element, kDim, true, false>{});
+  });
+}
+
+template <typename Result, typename Visit>
+Result VisitPortableBackward(const Choice& choice, Result otherwise, Visit visit) {
   using sm80::BackwardConfig;
   const auto with_dtype = [&](auto zero) -> Result {
     using Element = decltype(zero);
@@ -162,6 +199,10 @@ Result VisitBackward(const Choice& choice, Result otherwise, Visit visit) {
     default:
       return otherwise;
   }
+}
+
+sm90::BackwardLayout Layout(const BackwardParams& params, int tile_kv) {
+  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv);
 }
 
 // What forward and backward refuse alike.
@@ -241,7 +282,7 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
           Choose(params.shape, params.dtype), std::optional<int>(),
           [](auto config) -> std::optional<int> { return sm80::ForwardSharedBytes<decltype(config)>(); });
     }
-    return VisitHopper(params, kernel, std::optional<int>(),
+    return VisitHopperForward(params, kernel, std::optional<int>(),
                        [](auto config) -> std::optional<int> { return sm90::ForwardSharedBytes<decltype(config)>(); });
   });
 }
@@ -252,10 +293,21 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
                    {params.dout, params.query, params.key, params.value, params.dquery, params.dkey, params.dvalue});
   if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows, &params.cols});
   if (!reason.empty()) return reason;
-  return DeviceRefusal(device, [&](const DeviceFacts&) {
-    return VisitBackward(
-        Choose(params.shape, params.dtype), std::optional<int>(),
-        [](auto config) -> std::optional<int> { return sm80::BackwardSharedBytes<decltype(config)>(); });
+  // Pieces of dS are counted in 32 bits.
+  if (Layout(params, 64).slots * Layout(params, 64).slot_pieces > kMaxInt) {
+    return "the CUDA backward takes block lists of less capacity (query heads of a key/value head * capacity * block "
+           "size below 2^43)";
+  }
+  return DeviceRefusal(device, [&](const DeviceFacts& facts) -> std::optional<int> {
+    const BackwardKernel kernel = ChooseKernel(params, facts);
+    if (kernel == BackwardKernel::kPortable) {
+      return VisitPortableBackward(
+          Choose(params.shape, params.dtype), std::optional<int>(),
+          [](auto config) -> std::optional<int> { return sm80::BackwardSharedBytes<decltype(config)>(); });
+    }
+    return VisitHopperBackward(params, kernel, std::optional<int>(), [](auto config) -> std::optional<int> {
+      return sm90::BackwardSharedBytes<decltype(config)>();
+    });
   });
 }
 
@@ -276,18 +328,41 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
     return VisitPortable(Choose(shape, params.dtype), cudaErrorNotSupported,
                          [&](auto config) { return sm80::LaunchForward<decltype(config)>(params, stream); });
   }
-  return VisitHopper(params, kernel, cudaErrorNotSupported, [&](auto config) {
+  return VisitHopperForward(params, kernel, cudaErrorNotSupported, [&](auto config) {
     return sm90::LaunchForward<decltype(config)>(params, workspace, facts.multiprocessors, stream);
   });
 }
 
-cudaError_t LaunchBackward(const BackwardParams& params, int device, cudaStream_t stream) {
+int64_t BackwardWorkspace(const BackwardParams& params) { return Layout(params, 64).bytes; }
+
+cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int device, cudaStream_t stream,
+                           BackwardKernel kernel) {
   const Shape& shape = params.shape;
   if (shape.batch * shape.heads == 0) return cudaSuccess;
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return scope.error();
-  return VisitBackward(Choose(shape, params.dtype), cudaErrorNotSupported,
-                       [&](auto config) { return sm80::LaunchBackward<decltype(config)>(params, stream); });
+  DeviceFacts facts;
+  if (cudaError_t error = ReadDevice(device, &facts); error != cudaSuccess) return error;
+  if (kernel == BackwardKernel::kAutomatic) kernel = ChooseKernel(params, facts);
+  const auto portable = [&](const sm80::BackwardMarks& marks) {
+    return VisitPortableBackward(Choose(shape, params.dtype), cudaErrorNotSupported, [&](auto config) {
+      return sm80::LaunchBackward<decltype(config)>(params, marks, stream);
+    });
+  };
+  if (kernel == BackwardKernel::kPortable || shape.q_len == 0 || shape.kv_len == 0) return portable({});
+
+  // Preparation; the gradients; and what could not be exact there once more by the portable kernels.
+  const sm90::BackwardLayout layout = Layout(params, kernel == BackwardKernel::kKeys128 ? 128 : 64);
+  int32_t* words = static_cast<int32_t*>(workspace);
+  const Preparation preparation{words, layout.matches_offset, words + layout.matches_offset,
+                                reinterpret_cast<float*>(words + layout.statistics_offset)};
+  cudaError_t error = LaunchPrepare(params, preparation, stream);
+  if (error != cudaSuccess) return error;
+  error = VisitHopperBackward(params, kernel, cudaErrorNotSupported, [&](auto config) {
+    return sm90::LaunchBackward<decltype(config)>(params, layout, workspace, facts.multiprocessors, stream);
+  });
+  if (error != cudaSuccess) return error;
+  return portable({words + layout.suspect_queries_offset, words + layout.suspect_keys_offset, facts.multiprocessors});
 }
 
 }  // namespace jax_bsk::attention::cuda

@@ -179,6 +179,41 @@ __device__ __forceinline__ void LoadBytes(void* shared, const void* global, Barr
                "l"(global), "r"(bytes), "r"(SharedAddress(&barrier))
                : "memory");
 }
+// From shared to global memory, as part of this thread's current group of stores; addresses and count are multiples of
+// 16. What was written with ordinary stores needs FenceAsyncProxy before.
+__device__ __forceinline__ void StoreBytes(void* global, const void* shared, int bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(SharedAddress(shared)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until shared memory of all this thread's groups of stores but the last kPending has been read and may be written again.
+template <int kPending>
+__device__ __forceinline__ void WaitForStoresRead() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// Until all this thread's stores are in global memory.
+__device__ __forceinline__ void WaitForStores() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+// Orders ordinary and asynchronous accesses to global memory as well.
+__device__ __forceinline__ void FenceAsyncProxyGlobal() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// stmatrix: four 8x8 matrices of 16-bit elements, the opposite of LoadMatrices.
+__device__ __forceinline__ void StoreMatrices(uint32_t shared, const uint32_t* words) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// ---- Words of global memory that CTAs signal with
+__device__ __forceinline__ int LoadAcquire(const int32_t* word) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(word) : "memory");
+  return value;
+}
+__device__ __forceinline__ void AddRelease(int32_t* word, int value) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(word), "r"(value) : "memory");
+}
+
 // ---- Registers of a warpgroup's threads
 template <int kRegisters>
 __device__ __forceinline__ void RaiseRegisters() {
@@ -231,6 +266,7 @@ __device__ __forceinline__ uint64_t FullDescriptor(uint32_t low) {
 //   Overwrite: a and b in shared memory, b K-major; what d held does not matter, also to the compiler.
 //   OverwriteRegisters: the same with a in registers.      Shared / Registers: the same, accumulating.
 //   RegistersTransposed: a in registers, b N-major, accumulating.
+//   SharedTransposed: a M-major and b N-major, both in shared memory, accumulating.
 template <typename Element, int kN>
 struct Multiply;
 
@@ -282,6 +318,12 @@ struct Multiply;
                  "}, {%" #o0 ", %" #o1 ", %" #o2 ", %" #o3 "}, %" #o4 ", p, 1, 1, 1;\n}"                               \
                  : D("+f", 0)                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                                \
+  }                                                                                                                    \
+  static __device__ __forceinline__ void SharedTransposed(float (&d)[N / 2], uint64_t a, uint64_t b) {                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, 1, 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE " {" R \
+                 "}, %" #o0 ", %" #o1 ", p, 1, 1, 1, 1;\n}"                                                            \
+                 : D("+f", 0)                                                                                          \
+                 : "l"(a), "l"(b));                                                                                    \
   }
 #define JAX_BSK_MULTIPLY(N, D, R, ...)               \
   template <>                                        \

@@ -43,6 +43,18 @@ struct LogitMap {
   __device__ float Slope(float x) const { return capped ? 1.f - x * x : 1.f; }
 };
 
+// Statistics of a query row, such that P = Exp2(logit - lse) in units of log2 needs no special case.
+struct RowStatistics {
+  float lse;  // +inf for a row that attends to nothing (P = 0); NaN when the row is poisoned or delta is not finite
+  float delta;
+
+  __device__ static RowStatistics None() { return {Infinity(), 0.f}; }
+  __device__ static RowStatistics Of(float lse, float delta) {
+    if (lse == -Infinity()) return None();
+    return {isfinite(delta) ? lse * kLog2E : QuietNan(), delta};
+  }
+};
+
 // Bits of the columns below `count` of a 64-column tile.
 __device__ __forceinline__ uint64_t FirstBits(int count) {
   return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;

@@ -1,6 +1,6 @@
 // Checks the CUDA attention kernels without XLA or Python: `cuda_check list` names the cases, `cuda_check NAME` runs
-// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one. Each forward case
-// runs on every kernel that can take it. Results are compared with a plain float64 computation on the host; outputs
+// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one. Each case runs on
+// every forward and every backward kernel that can take it. Results are compared with a plain float64 computation on the host; outputs
 // start as NaN between guard bytes; every launch is repeated and must give the same bits, also from a captured CUDA
 // graph. `time-*` cases print times. Exit status: 0 = passed.
 
@@ -302,6 +302,7 @@ struct Problem {
         out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
         delta(size_t(c.batch) * c.q_len * c.heads * 4),
+        gradient_workspace(BackwardBytes(c, m), 0x7F),
         dquery(q.size(), 0xFF),
         dkey(k.size(), 0xFF),
         dvalue(v.size(), 0xFF) {
@@ -317,6 +318,14 @@ struct Problem {
     backward = {shape, c.dtype, dout.data(), query.data(), key.data(), value.data(),  lse.data(),  delta.data(), rows,
                 cols,  bits,    limit,       scale,        c.soft_cap, dquery.data(), dkey.data(), dvalue.data()};
   }
+  static int64_t BackwardBytes(const Case& c, const Mask& m) {
+    BackwardParams params{};
+    params.shape = ShapeOf(c);
+    params.rows.batch = params.cols.batch = m.batch;
+    params.rows.heads = params.cols.heads = m.heads;
+    params.rows.capacity = params.cols.capacity = m.capacity;
+    return cuda::BackwardWorkspace(params);
+  }
   // Of the forward, or of the forward and the backward after it.
   std::vector<Device*> Results(bool backward) {
     if (!backward) return {&out, &lse};
@@ -324,7 +333,7 @@ struct Problem {
   }
 
   Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink, workspace;
-  Device out, lse, delta, dquery, dkey, dvalue;
+  Device out, lse, delta, gradient_workspace, dquery, dkey, dvalue;
   ForwardParams forward;
   BackwardParams backward;
 };
@@ -335,24 +344,38 @@ void Forward(const Problem& p, cudaStream_t stream, cuda::ForwardKernel kernel =
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
   CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(p.workspace.data()), 0, stream, kernel));
 }
-void Backward(const Problem& p, cudaStream_t stream) {
+void Backward(const Problem& p, cudaStream_t stream, cuda::BackwardKernel kernel = cuda::BackwardKernel::kAutomatic) {
   const std::string refusal = cuda::BackwardRefusal(p.backward, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
-  CUDA_OK(cuda::LaunchBackward(p.backward, 0, stream));
+  CUDA_OK(cuda::LaunchBackward(p.backward, p.gradient_workspace.data(), 0, stream, kernel));
 }
 
-// Every forward kernel that can run a case here.
-struct NamedKernel {
+// Every kernel that can run a case here.
+template <typename Kernel>
+struct Named {
   const char* name;
-  cuda::ForwardKernel kernel;
+  Kernel kernel;
 };
-std::vector<NamedKernel> Kernels(const Case& c) {
-  std::vector<NamedKernel> kernels = {{"portable", cuda::ForwardKernel::kPortable}};
+bool HasHopperKernels(const Case& c) {
   int major = 0;
   CUDA_OK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0));
-  if (major == 9 && c.dtype != DType::kF32) {
+  return major == 9 && c.dtype != DType::kF32;
+}
+std::vector<Named<cuda::ForwardKernel>> ForwardKernels(const Case& c) {
+  std::vector<Named<cuda::ForwardKernel>> kernels = {{"portable", cuda::ForwardKernel::kPortable}};
+  if (HasHopperKernels(c)) {
     kernels.push_back({"rows64", cuda::ForwardKernel::kRows64});
     if (c.block_q == 128) kernels.push_back({"rows128", cuda::ForwardKernel::kRows128});
+  }
+  return kernels;
+}
+std::vector<Named<cuda::BackwardKernel>> BackwardKernels(const Case& c) {
+  std::vector<Named<cuda::BackwardKernel>> kernels = {{"portable backward", cuda::BackwardKernel::kPortable}};
+  if (HasHopperKernels(c)) {
+    kernels.push_back({"keys64 backward", cuda::BackwardKernel::kKeys64});
+    if (c.block_kv == 128 && std::max(c.head_dim, c.value_dim) <= 128) {
+      kernels.push_back({"keys128 backward", cuda::BackwardKernel::kKeys128});
+    }
   }
   return kernels;
 }
@@ -514,7 +537,8 @@ bool RunCase(const Case& c) {
   const double epsilon = Epsilon(c.dtype), spread = std::max({1.f, c.amplitude, c.jump});
   const auto guards = [&] {
     for (const Device* d :
-         {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue, &problem.workspace})
+         {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue, &problem.workspace,
+          &problem.gradient_workspace})
       if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
   };
   // The same bits again, then from a graph.
@@ -548,7 +572,7 @@ bool RunCase(const Case& c) {
     CUDA_OK(cudaStreamSynchronize(stream));
     if (read() != results) compare.passed = false, std::printf("  graph replay differs   <-- FAILED\n");
   };
-  for (const auto& [name, kernel] : Kernels(c)) {
+  for (const auto& [name, kernel] : ForwardKernels(c)) {
     std::printf(" %s\n", name);
     const auto launch = [&, kernel = kernel] { Forward(problem, stream, kernel); };
     for (Device* array : problem.Results(false)) array->Fill(0xFF);
@@ -577,18 +601,21 @@ bool RunCase(const Case& c) {
         delta[stat] = float(sum);
       }
   CUDA_OK(cudaMemcpy(problem.delta.data(), delta.data(), delta.size() * 4, cudaMemcpyHostToDevice));
-  const auto launch = [&] {  // the backward reads lse, which the forward writes again
-    Forward(problem, stream);
-    Backward(problem, stream);
-  };
-  launch();
-  CUDA_OK(cudaStreamSynchronize(stream));
-  std::printf(" backward\n");
-  compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
-  compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
-  compare.Check("dv", Decode(problem.dvalue.Bytes(), c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
-  guards();
-  repeats(problem.Results(true), launch);
+  for (const auto& [name, kernel] : BackwardKernels(c)) {
+    std::printf(" %s\n", name);
+    const auto launch = [&, kernel = kernel] {  // the backward reads lse, which the forward writes again
+      Forward(problem, stream);
+      Backward(problem, stream, kernel);
+    };
+    for (Device* array : problem.Results(true)) array->Fill(0xFF);
+    launch();
+    CUDA_OK(cudaStreamSynchronize(stream));
+    compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
+    compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
+    compare.Check("dv", Decode(problem.dvalue.Bytes(), c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
+    guards();
+    repeats(problem.Results(true), launch);
+  }
   return compare.passed;
 }
 

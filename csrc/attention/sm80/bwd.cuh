@@ -12,21 +12,9 @@
 
 namespace jax_bsk::attention::cuda::sm80 {
 
-// Statistics of a query row, such that P = Exp2(logit - lse) in units of log2 needs no special case.
-struct RowStatistics {
-  float lse;  // +inf for a row that attends to nothing (P = 0); NaN when the row is poisoned or delta is not finite
-  float delta;
-
-  __device__ static RowStatistics None() { return {device::Infinity(), 0.f}; }
-  __device__ static RowStatistics Of(float lse, float delta) {
-    if (lse == -device::Infinity()) return None();
-    return {isfinite(delta) ? lse * device::kLog2E : device::QuietNan(), delta};
-  }
-};
-
 // From x = q.k and dP of one pair to P and dS, in place.
 template <typename Map>
-__device__ __forceinline__ void PairGradient(float& product, float& dprob, const RowStatistics& row, const Map& map) {
+__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, const Map& map) {
   float slope = 1.f;
   if (!map.plain) {
     product = map(product);
@@ -44,25 +32,24 @@ struct QueryShared {
   device::Tile<Element, Config::kQueryTileKv, Config::kDim> key;
   device::Tile<Element, Config::kQueryTileKv, Config::kDim> value;
   uint32_t bad_keys[2];  // see device::CleanRows
+  int next_tile;         // see ForSelected
 };
 
-// dQ: one CTA for each 64 queries of one head.
+// dQ of 64 queries of one head.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kQueryThreads, 2)
-    QueryGradientKernel(const __grid_constant__ BackwardParams params) {
+__device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, const BackwardParams& params,
+                                                  const int tile) {
   using Element = typename Config::Element;
   constexpr int kThreads = Config::kQueryThreads, kDim = Config::kDim, kTileKv = Config::kQueryTileKv;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<QueryShared<Config>*>(shared_bytes);
 
   // Which tile.
   const Shape& shape = params.shape;
   const int q_len = static_cast<int>(shape.q_len), heads = static_cast<int>(shape.heads);
   const int block_q = static_cast<int>(shape.block_q), block_kv = static_cast<int>(shape.block_kv);
   const int q_tiles = (q_len + kTile - 1) / kTile;
-  const int q_start = static_cast<int>(blockIdx.x % q_tiles) * kTile;
-  const int head = static_cast<int>(blockIdx.x / q_tiles) % heads;
-  const int batch = static_cast<int>(blockIdx.x / q_tiles) / heads;
+  const int q_start = static_cast<int>(tile % q_tiles) * kTile;
+  const int head = static_cast<int>(tile / q_tiles) % heads;
+  const int batch = static_cast<int>(tile / q_tiles) / heads;
   const int kv_heads = static_cast<int>(shape.kv_heads), kv_head = head / (heads / kv_heads);
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -90,13 +77,13 @@ __global__ void __launch_bounds__(Config::kQueryThreads, 2)
                                     limit.key - step.start, value_dim, thread);
   }
   const int64_t statistics = (int64_t{batch} * heads + head) * shape.q_len + q_start;
-  RowStatistics rows[2];
+  device::RowStatistics rows[2];
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp_row + 8 * half + g;
-    rows[half] = RowStatistics::None();
+    rows[half] = device::RowStatistics::None();
     if (row < q_rows) {
-      rows[half] = RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + statistics + row),
+      rows[half] = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + statistics + row),
                                      __ldg(static_cast<const float*>(params.delta) + statistics + row));
     }
   }
@@ -182,10 +169,11 @@ struct KeyShared {
   device::Tile<Element, kTile, Config::kDim> value;  // later the staging area of dV
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> query;
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> dout;
-  RowStatistics rows[Config::kKeyTileQ];    // of the queries
+  device::RowStatistics rows[Config::kKeyTileQ];    // of the queries
   uint32_t attended[Config::kKeyTileQ][2];  // [query][key / 32], when the step has a bit tile
   uint32_t bad_queries[2];                  // see device::CleanRows
   uint32_t bad_douts[2];
+  int next_tile;  // see ForSelected
 };
 
 // The steps of every query head of a group, one head after the other.
@@ -218,24 +206,22 @@ class GroupWalker {
   device::BlockWalker<kTileQ> walker_;
 };
 
-// dK and dV: one CTA for each 64 keys of one key/value head; it visits the query heads of the group in turn. Scores are
-// transposed here: rows are keys, columns queries.
+// dK and dV of 64 keys of one key/value head; the query heads of the group are visited in turn. Scores are transposed
+// here: rows are keys, columns queries.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads)
-    KeyGradientKernel(const __grid_constant__ BackwardParams params) {
+__device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const BackwardParams& params,
+                                                const int tile) {
   using Element = typename Config::Element;
   constexpr int kThreads = Config::kKeyThreads, kTileQ = Config::kKeyTileQ, kDim = Config::kDim;
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
-  auto& shared = *reinterpret_cast<KeyShared<Config>*>(shared_bytes);
 
   // Which tile, and what this warp makes of it.
   const Shape& shape = params.shape;
   const int kv_len = static_cast<int>(shape.kv_len), kv_heads = static_cast<int>(shape.kv_heads);
   const int block_q = static_cast<int>(shape.block_q), block_kv = static_cast<int>(shape.block_kv);
   const int kv_tiles = (kv_len + kTile - 1) / kTile;
-  const int kv_start = static_cast<int>(blockIdx.x % kv_tiles) * kTile;
-  const int kv_head = static_cast<int>(blockIdx.x / kv_tiles) % kv_heads;
-  const int batch = static_cast<int>(blockIdx.x / kv_tiles) / kv_heads;
+  const int kv_start = static_cast<int>(tile % kv_tiles) * kTile;
+  const int kv_head = static_cast<int>(tile / kv_tiles) % kv_heads;
+  const int batch = static_cast<int>(tile / kv_tiles) / kv_heads;
   const int heads = static_cast<int>(shape.heads), group = heads / kv_heads;
   const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
@@ -294,11 +280,11 @@ __global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads
     device::WaitForCopies();
     __syncthreads();
     load_query(now, now_head);
-    RowStatistics row = RowStatistics::None();
+    device::RowStatistics row = device::RowStatistics::None();
     uint32_t word = 0;
     if (thread < kTileQ && now.start + thread < limit.query) {
       const int64_t index = (int64_t{batch} * heads + now_head) * shape.q_len + now.start + thread;
-      row = RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + index),
+      row = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + index),
                               __ldg(static_cast<const float*>(params.delta) + index));
     }
     if (now.tile >= 0 && thread < 2 * kTileQ) {
@@ -368,29 +354,78 @@ __global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads
   }
 }
 
+// The tiles of a launch: all of them, one a CTA; or those of a list of marks, of which each CTA looks at `span`.
+struct Selection {
+  const int32_t* marks;  // null: all; else [tiles], not 0 = to be done
+  int tiles;
+  int span;  // 1 without marks
+};
+
+// Calls work(tile) for the selected tiles of this CTA. `next` is a word of shared memory: the loop's state, which would
+// cost the work registers that it does not have.
+template <typename Work>
+__device__ __forceinline__ void ForSelected(const Selection& selection, int threads, int& next, Work work) {
+  const int first = static_cast<int>(blockIdx.x) * selection.span;
+  if (selection.marks != nullptr) {
+    const int last = min(first + selection.span, selection.tiles);
+    bool any = false;
+    for (int tile = first + static_cast<int>(threadIdx.x); tile < last; tile += threads) {
+      any |= selection.marks[tile] != 0;
+    }
+    if (!__syncthreads_or(any)) return;
+  }
+  if (device::ThreadHere() == 0) next = first - 1;
+  while (true) {
+    if (device::ThreadHere() == 0) {
+      const int end = min(static_cast<int>(blockIdx.x + 1) * selection.span, selection.tiles);
+      do ++next;
+      while (next < end && selection.marks != nullptr && selection.marks[next] == 0);
+      if (next == end) next = -1;
+    }
+    __syncthreads();
+    const int tile = next;
+    if (tile < 0) return;
+    work(tile);
+    __syncthreads();
+  }
+}
+
 template <typename Config>
-cudaError_t LaunchBackward(const BackwardParams& params, cudaStream_t stream) {
+__global__ void __launch_bounds__(Config::kQueryThreads, 2)
+    QueryGradientKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Selection selection) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<QueryShared<Config>*>(shared_bytes);
+  ForSelected(selection, Config::kQueryThreads, shared.next_tile, [&](int tile) { QueryGradientTile<Config>(shared, params, tile); });
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads)
+    KeyGradientKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Selection selection) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<KeyShared<Config>*>(shared_bytes);
+  ForSelected(selection, Config::kKeyThreads, shared.next_tile, [&](int tile) { KeyGradientTile<Config>(shared, params, tile); });
+}
+
+template <typename Config>
+cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& marks, cudaStream_t stream) {
   constexpr int kQueryBytes = static_cast<int>(sizeof(QueryShared<Config>));
   constexpr int kKeyBytes = static_cast<int>(sizeof(KeyShared<Config>));
   static_assert(kQueryBytes <= BackwardSharedBytes<Config>() && kKeyBytes <= BackwardSharedBytes<Config>());
   const Shape& shape = params.shape;
-  const int64_t examples_q = shape.batch * shape.heads, examples_kv = shape.batch * shape.kv_heads;
-
-  if (shape.q_len > 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(QueryGradientKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kQueryBytes);
+  const auto launch = [&](auto kernel, int threads, int bytes, int64_t length, int64_t heads,
+                          const int32_t* marked) -> cudaError_t {
+    const int tiles = static_cast<int>((length + kTile - 1) / kTile * heads * shape.batch);
+    if (tiles == 0) return cudaSuccess;
+    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
-    const auto grid = static_cast<unsigned>((shape.q_len + kTile - 1) / kTile * examples_q);
-    QueryGradientKernel<Config><<<grid, Config::kQueryThreads, kQueryBytes, stream>>>(params);
-  }
-  if (shape.kv_len > 0) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(KeyGradientKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kKeyBytes);
-    if (error != cudaSuccess) return error;
-    const auto grid = static_cast<unsigned>((shape.kv_len + kTile - 1) / kTile * examples_kv);
-    KeyGradientKernel<Config><<<grid, Config::kKeyThreads, kKeyBytes, stream>>>(params);
-  }
-  return cudaGetLastError();
+    const int span = marked == nullptr ? 1 : (tiles + marks.ctas - 1) / marks.ctas;
+    kernel<<<(tiles + span - 1) / span, threads, bytes, stream>>>(params, Selection{marked, tiles, span});
+    return cudaGetLastError();
+  };
+  const cudaError_t error = launch(QueryGradientKernel<Config>, Config::kQueryThreads, kQueryBytes, shape.q_len,
+                                   shape.heads, marks.queries);
+  if (error != cudaSuccess) return error;
+  return launch(KeyGradientKernel<Config>, Config::kKeyThreads, kKeyBytes, shape.kv_len, shape.kv_heads, marks.keys);
 }
 
 }  // namespace jax_bsk::attention::cuda::sm80

@@ -63,7 +63,14 @@ constexpr int BackwardSharedBytes() {
 // On the current device. Defined in fwd.cuh and bwd.cuh, instantiated in instances/*.cu.
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, cudaStream_t stream);
+
+// Which tiles of 64 the backward is to do: all, or those that another kernel marked because it could not be exact.
+struct BackwardMarks {
+  const int32_t* queries = nullptr;  // [batch, heads, tiles], not 0 = to be done; null: all
+  const int32_t* keys = nullptr;     // [batch, kv_heads, tiles]
+  int ctas = 1;                      // that look at marks
+};
 template <typename Config>
-cudaError_t LaunchBackward(const BackwardParams& params, cudaStream_t stream);
+cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& marks, cudaStream_t stream);
 
 }  // namespace jax_bsk::attention::cuda::sm80

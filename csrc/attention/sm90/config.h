@@ -7,6 +7,7 @@
 #include <cuda_runtime_api.h>
 
 #include "attention/params.h"
+#include "attention/sm90/bwd_plan.h"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -61,9 +62,51 @@ constexpr int ForwardSharedBytes() {
          Config::kKeyStages * Config::kTileQ * 16 + 1024;
 }
 
+// The backward. One persistent CTA a multiprocessor; two consumer warpgroups, and one of four producer warps. A CTA makes
+// dK and dV of kTileKv keys, or dQ of one block of queries.
+//   kSplit false  each consumer warpgroup has 64 of 128 keys and makes both gradients.
+//          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, for 256
+//                 dimensions (whose two gradients do not fit in one warpgroup's registers), and for few tiles.
+// kPlain as above.
+template <typename Element_, int kDim_, bool kSplit_, bool kPlain_>
+struct BackwardConfig {
+  using Element = Element_;
+  static constexpr int kDim = kDim_;
+  static constexpr bool kSplit = kSplit_;
+  static constexpr bool kPlain = kPlain_;
+
+  static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
+  static constexpr int kConsumers = 2;
+  static constexpr int kKeyGroups = kSplit ? 1 : 2;  // of 64 keys
+  static constexpr int kTileKv = kWarpgroupRows * kKeyGroups;
+  static constexpr int kStages = kDim == 64 ? 4 : kDim > 128 ? 2 : 3;
+  static constexpr int kScoreStages = kDim > 128 ? 1 : kDim == 128 && !kSplit ? 3 : 2;  // buffers of dS a group of 64 keys, on their way out
+  static constexpr int kProbStages = !kSplit ? 0 : kDim > 128 ? 1 : 2;  // buffers of P, from warpgroup to warpgroup
+  static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
+  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
+  static constexpr int kConsumerRegisters = 224;
+  static constexpr int kProducerRegisters = 56;
+  // Bytes of the two tiles of a stage, of 64 rows: queries and output gradients; or keys and up to two pieces of dS.
+  static constexpr int kFirstBytes = kChunks * kChunk * 64 * 2;
+  static constexpr int kSecondBytes = kFirstBytes < 2 * 8192 ? 2 * 8192 : kFirstBytes;
+};
+
+template <typename Config>
+constexpr int BackwardSharedBytes() {
+  return 2 * Config::kTileKv * Config::kChunks * kChunk * 2 +
+         Config::kStages * (Config::kFirstBytes + Config::kSecondBytes + 1536) +
+         Config::kScoreStages * Config::kKeyGroups * 8192 + Config::kProbStages * 16384 + 1536;
+}
+
 // On the current device, which has `multiprocessors`. `tile_counter` is one word of device memory that the launch may
 // overwrite. Defined in fwd.cuh, instantiated in instances/sm90/*.cu.
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors, cudaStream_t stream);
+
+// The same for the backward, in bwd.cuh: everything but the matches (prepare.h), which must be in the workspace, and what
+// the suspects it leaves there call for.
+template <typename Config>
+cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& layout, void* workspace,
+                           int multiprocessors, cudaStream_t stream);
 
 }  // namespace jax_bsk::attention::cuda::sm90

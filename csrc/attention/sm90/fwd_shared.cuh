@@ -5,13 +5,12 @@
 #include <cstdint>
 
 #include "attention/sm90/config.h"
+#include "attention/sm90/ring.cuh"
 #include "device/block_list.cuh"
 #include "device/ptx.cuh"
 #include "device/softmax.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
-
-using device::sm90::Barrier;
 
 // What a CTA works on next, from the scheduler to the loader and the consumers.
 struct TileHeader {
@@ -37,18 +36,6 @@ struct alignas(16) StepInfo {
   int start[kMaxPieces];             // first key of each 64 keys of the tile
   int limit;                         // the example's key/value length
   int flags;
-};
-
-// A place in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count
-// the same way; Full() is the parity of the phase a reader waits for, Empty() that of the phase a writer waits for.
-template <int kSize>
-struct Ring {
-  static constexpr uint32_t kPeriod = 2 * kSize;  // count % kPeriod tells as much as count
-  uint32_t count = 0;
-  __device__ __forceinline__ int Stage() const { return count % kSize; }
-  __device__ __forceinline__ uint32_t Full() const { return count / kSize & 1; }
-  __device__ __forceinline__ uint32_t Empty() const { return Full() ^ 1; }
-  __device__ __forceinline__ void Advance() { ++count; }
 };
 
 template <typename Config>
@@ -101,25 +88,6 @@ struct ForwardShared {
     last_suspect = -1;
     for (int i = 0; i < kHeaders; ++i) suspect_noted[i] = -1;
     device::sm90::FenceBarrierInit();
-  }
-};
-
-// Division of 0 <= n < 2^31 by a number known to the host: a multiplication (Granlund and Montgomery 1994,
-// Theorem 4.2). A tile's place takes three, before anything of it can be read.
-struct Divider {
-  uint32_t divisor;
-  uint32_t multiplier;
-  uint32_t shift;
-  Divider() = default;
-  __host__ explicit Divider(int64_t by) : divisor(static_cast<uint32_t>(by)), shift(0) {
-    while ((int64_t{1} << shift) < by) ++shift;
-    multiplier = static_cast<uint32_t>(((uint64_t{1} << 32) * ((uint64_t{1} << shift) - by)) / by + 1);
-  }
-  __device__ __forceinline__ int Quotient(int n) const {
-    return static_cast<int>((__umulhi(n, multiplier) + static_cast<uint32_t>(n)) >> shift);
-  }
-  __device__ __forceinline__ int Remainder(int n, int quotient) const {
-    return n - quotient * static_cast<int>(divisor);
   }
 };
 

@@ -1,0 +1,88 @@
+#include "attention/prepare.h"
+
+#include <algorithm>
+
+#include "device/block_list.cuh"
+#include "device/softmax.cuh"
+
+namespace jax_bsk::attention::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+
+__device__ __forceinline__ void ConvertStatistics(const BackwardParams& params, float* statistics) {
+  const Shape& shape = params.shape;
+  const int64_t padded = (shape.q_len + 63) / 64 * 64, count = shape.batch * shape.heads * padded;
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < count; i += gridDim.x * int64_t{kThreads}) {
+    const int64_t row = i / padded;
+    const int position = static_cast<int>(i % padded);
+    const auto limit = device::ReadLengths(params.lengths, static_cast<int>(row / shape.heads),
+                                           static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
+    auto result = device::RowStatistics::None();
+    if (position < limit.query) {
+      const int64_t at = row * shape.q_len + position;
+      result = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
+                                         __ldg(static_cast<const float*>(params.delta) + at));
+    }
+    float* tile = statistics + (i / 64) * 128 + i % 64;
+    tile[0] = result.lse;
+    tile[64] = result.delta;
+  }
+}
+
+// Matches: one CTA a row, one warp an entry at a time.
+__device__ __forceinline__ void MatchRow(const BackwardParams& params, int32_t* matches) {
+  const BlockList &rows = params.rows, &cols = params.cols;
+  const int table = static_cast<int>(blockIdx.x / rows.rows), row_id = static_cast<int>(blockIdx.x % rows.rows);
+  if (table >= rows.batch * rows.heads) return;
+  const int batch = table / static_cast<int>(rows.heads), head = table % static_cast<int>(rows.heads);
+  const device::ListRow row = device::FindRow(rows, batch, head, row_id);
+  const int lane = threadIdx.x % 32;
+  for (int entry = threadIdx.x / 32; entry < row.length; entry += kThreads / 32) {
+    const int64_t at = row.begin + entry;
+    const int id = __ldg(rows.ids + at), tile = __ldg(rows.tiles + at);
+    int match = -1;
+    if (id >= 0 && id < rows.ids_end && tile >= -1 && tile < params.tiles.count) {
+      const device::ListRow col = device::FindRow(cols, batch, head, id);
+      bool sound = true;
+      for (int i = 0; i < col.length; i += 32) {
+        const bool inside = i + lane < col.length;
+        const int col_id = inside ? __ldg(cols.ids + col.begin + i + lane) : -1;
+        const int col_tile = inside ? __ldg(cols.tiles + col.begin + i + lane) : -1;
+        const bool bad = inside && (col_id < 0 || col_id >= cols.ids_end || col_tile < -1 ||
+                                    col_tile >= params.tiles.count);
+        sound = sound && !__any_sync(0xFFFFFFFFu, bad);
+        const unsigned found = __ballot_sync(0xFFFFFFFFu, inside && col_id == row_id && col_tile == tile);
+        if (found != 0 && match < 0) {
+          const int64_t first = device::TableIndex(cols.batch, cols.heads, batch, head) * cols.capacity;
+          match = static_cast<int>(col.begin - first) + i + __ffs(found) - 1;
+        }
+      }
+      if (!sound) match = -1;
+    }
+    if (lane == 0) matches[at] = match;
+  }
+}
+
+__global__ void __launch_bounds__(kThreads)
+    PrepareKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Preparation preparation) {
+  for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < preparation.zero_count;
+       i += gridDim.x * int64_t{kThreads}) {
+    preparation.zeros[i] = 0;
+  }
+  ConvertStatistics(params, preparation.statistics);
+  MatchRow(params, preparation.matches);
+}
+
+}  // namespace
+
+cudaError_t LaunchPrepare(const BackwardParams& params, const Preparation& preparation, cudaStream_t stream) {
+  const Shape& shape = params.shape;
+  const int64_t match_ctas = params.rows.batch * params.rows.heads * params.rows.rows;
+  const int64_t statistics_ctas = shape.batch * shape.heads * ((shape.q_len + 63) / 64) * 64 / kThreads;
+  const auto grid = static_cast<unsigned>(std::max<int64_t>({1, match_ctas, std::min<int64_t>(statistics_ctas, 2048)}));
+  PrepareKernel<<<grid, kThreads, 0, stream>>>(params, preparation);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_bsk::attention::cuda

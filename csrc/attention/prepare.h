@@ -1,0 +1,27 @@
+// What the Hopper backward wants to find before it begins.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "attention/params.h"
+
+namespace jax_bsk::attention::cuda {
+
+struct Preparation {
+  // Words to be zeroed.
+  int32_t* zeros;
+  int64_t zero_count;
+  // [entries of the query-major lists]: place of the same block, with the same bit tile, in the key-major list of the
+  // same head, counted from that list's beginning; -1 where there is none or a list cannot be read. Entries that belong
+  // to no row are left alone. Both lists are per batch and per head alike.
+  int32_t* matches;
+  // [batch, heads, ceil(q_len / 64), 2, 64]: RowStatistics of each 64 queries, first lse, then delta, as the copy engine
+  // can take them whatever the length.
+  float* statistics;
+};
+
+cudaError_t LaunchPrepare(const BackwardParams& params, const Preparation& preparation, cudaStream_t stream);
+
+}  // namespace jax_bsk::attention::cuda

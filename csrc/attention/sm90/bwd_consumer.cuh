@@ -1,0 +1,484 @@
+// A consumer warpgroup of the Hopper backward. With x = q.k, P = exp(cap(scale x) - lse), dP = dO V^T and
+// dS = P (dP - delta) cap'(scale x), all of them transposed here (rows are keys, columns queries):
+//   an item of keys    dV += P^T dO, dK += dS^T Q for each step, and dS to the workspace;
+//   an item of queries dQ += dS K.
+#pragma once
+
+#include "attention/sm90/bwd_shared.cuh"
+#include "attention/sm90/store_rows.cuh"
+#include "device/tile.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+template <typename Config>
+class BackwardConsumer {
+ public:
+  using Shared = BackwardShared<Config>;
+  using Element = typename Config::Element;
+  static constexpr int kDim = Config::kDim, kTileKv = Config::kTileKv;
+  static constexpr int kScores = 32, kPacked = 16, kGradient = kDim / 2;  // registers
+  static constexpr bool kMakesScores = !Config::kSplit;       // every warpgroup, or number 1 alone
+  static constexpr int kOwnRows = Config::kSplit ? 0 : 64;    // between the keys of the warpgroups
+  static constexpr int kProbStages = Config::kSplit ? Config::kProbStages : 1;
+
+  __device__ BackwardConsumer(Shared& shared, const BackwardParams& params, const BackwardPlan& plan, int group)
+      : shared_(shared), params_(params), plan_(plan), group_(group) {}
+
+  __device__ __forceinline__ void Run() {
+    Ring<Shared::kItems> items;
+    while (true) {
+      device::sm90::Wait(shared_.full_item[items.Stage()], items.Full());
+      const BackwardItem& item = shared_.items[items.Stage()];
+      const int kind = ReadShared(item.kind);
+      if (kind == BackwardItem::kEnd) return;
+      if (kind == BackwardItem::kKeys) {
+        Keys(item);
+      } else {
+        Queries(item);
+      }
+      Release(shared_.empty_item[items.Stage()]);
+      items.Advance();
+    }
+  }
+
+ private:
+  // ---- Items
+
+  __device__ __forceinline__ void Keys(const BackwardItem& item) {
+    device::sm90::Wait(shared_.full_key[group_], keys_.Full());
+    if constexpr (Config::kSplit) {
+      float gradient[kGradient] = {};  // of values or keys
+      if (SkipVoid()) {
+      } else if (group_ == 0) {
+        ForSteps(gradient, [&] { SplitProbabilities(item, gradient); });
+      } else {
+        ForSteps(gradient, [&] { SplitScores(gradient); });
+      }
+      EndSteps();
+      if (group_ == 0) {
+        StoreValueGradient(item, gradient);
+      } else {
+        StoreKeyGradient(item, gradient);
+      }
+    } else {
+      float dkey[kGradient] = {}, dvalue[kGradient] = {};
+      if (!SkipVoid()) {
+        device::sm90::Pin(dvalue);
+        ForSteps(dkey, [&] { KeyStep(item, dkey, dvalue); });
+        device::sm90::Pin(dvalue);
+      }
+      EndSteps();
+      StoreValueGradient(item, dvalue);
+      StoreKeyGradient(item, dkey);
+    }
+  }
+
+  // Whether the item has nothing to do.
+  __device__ __forceinline__ bool SkipVoid() {
+    if (!(WaitForStep() & StepFlag::kVoid)) return false;
+    Release(shared_.empty_key[group_]);
+    if (kMakesScores || group_ == 1) ArriveScores();
+    return true;
+  }
+
+  // All steps of an item of keys, `gradient` among what they add to.
+  template <typename Step>
+  __device__ __forceinline__ void ForSteps(float (&gradient)[kGradient], Step step) {
+    device::sm90::Pin(gradient);
+    first_ = true;
+#pragma unroll 1
+    while (true) {
+      step();
+      if (flags_ & StepFlag::kLast) break;
+      first_ = false;
+      ++step_;
+    }
+    device::sm90::WaitForProducts<0>();
+    device::sm90::Pin(gradient);
+  }
+  __device__ __forceinline__ void EndSteps() {
+    Release(shared_.empty[Stages().Stage()]);
+    ++step_;
+    keys_.Advance();
+  }
+
+  __device__ __forceinline__ void Queries(const BackwardItem& item) {
+    const Shape& shape = params_.shape;
+    const bool active = 64 * group_ < shape.block_q;
+    float dquery[kGradient];
+#pragma unroll
+    for (int i = 0; i < kGradient; ++i) dquery[i] = 0.f;
+    WaitForStep();
+    if (flags_ & StepFlag::kVoid) {
+      Release(shared_.empty[Stages().Stage()]);
+    } else if (!active) {
+      while (true) {
+        Release(shared_.empty[Stages().Stage()]);
+        if (flags_ & StepFlag::kLast) break;
+        ++step_;
+        WaitForStep();
+      }
+    } else {
+      device::sm90::Pin(dquery);
+      bool first = true;
+#pragma unroll 1
+      while (true) {
+        const int stage = Stages().Stage();
+        const uint32_t scores = device::sm90::TileDescriptor(shared_.second[stage] + group_ * kPieceElements);
+        const uint32_t key = device::sm90::TileDescriptor(shared_.first[stage], 64 * 128);
+        device::sm90::FenceProducts();
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          Gradients::SharedTransposed(dquery, device::sm90::FullDescriptor(scores + k * 128),
+                                      device::sm90::FullDescriptor(key + k * 128));
+        }
+        device::sm90::CommitProducts();
+        device::sm90::WaitForProducts<1>();
+        if (!first) ReleasePrevious();
+        first = false;
+        if (flags_ & StepFlag::kLast) break;
+        ++step_;
+        WaitForStep();
+      }
+      device::sm90::WaitForProducts<0>();
+      device::sm90::Pin(dquery);
+      Release(shared_.empty[Stages().Stage()]);
+    }
+    ++step_;
+    // All of the item's dS has arrived.
+    if (group_ == 0 && Thread() == 0) device::sm90::AddRelease(plan_.done_queries + item.unit, 1);
+    if (!active) return;
+
+    StoreTile(dquery, params_.scale, item, item.start + 64 * group_, item.query_limit, shape.q_len, shape.heads,
+              params_.dquery, static_cast<int>(shape.head_dim), plan_.suspect_queries);
+  }
+
+  // ---- Steps of keys: 64 keys of this warpgroup, 64 queries. The gradients of the step before are still in flight.
+
+  // Both gradients.
+  __device__ __forceinline__ void KeyStep(const BackwardItem& item, float (&dkey)[kGradient],
+                                          float (&dvalue)[kGradient]) {
+    float scores[kScores], dscores[kScores], rows[kPacked];
+    const int stage = Stages().Stage();
+    device::sm90::Wait(shared_.full[stage], Stages().Full());
+    device::sm90::FenceProducts();
+    MultiplyRows(scores, shared_.key, shared_.first[stage]);
+    device::sm90::CommitProducts();
+    device::sm90::WaitForProducts<1>();
+    if (!first_) ReleasePrevious();
+    device::sm90::FenceProducts();
+    MultiplyRows(dscores, shared_.value, shared_.second[stage]);
+    device::sm90::CommitProducts();
+    flags_ = ReadShared(shared_.flags[stage]);
+
+    LoadStatistics(rows, shared_.statistics[stage][0]);
+    device::sm90::Pin(rows);
+    if constexpr (Config::kPlain) {
+      device::sm90::WaitForProducts<1>();
+      device::sm90::Pin(scores);
+      Probabilities(scores, rows);
+      if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
+      LoadStatistics(rows, shared_.statistics[stage][1]);
+      device::sm90::Pin(scores);
+      device::sm90::Pin(rows);
+      // Never blocks: a branch that keeps ptxas from moving the next wait up above the exponentials.
+      device::sm90::Wait(shared_.open, 1);
+      device::sm90::WaitForProducts<0>();
+      device::sm90::Pin(dscores);
+      SubtractDelta(dscores, rows);
+    } else {
+      // Nothing overlaps here: there are no registers for the slopes as well.
+      device::sm90::WaitForProducts<0>();
+      device::sm90::Pin(scores);
+      device::sm90::Pin(dscores);
+      float deltas[kPacked];
+      LoadStatistics(deltas, shared_.statistics[stage][1]);
+      SubtractDelta(dscores, deltas);
+      MapLogits(scores);
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) dscores[i] *= plan_.logits.Slope(scores[i]);
+      Probabilities(scores, rows);
+      if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
+    }
+    if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
+    uint32_t packed_probs[kPacked], packed_scores[kPacked];
+    Pack(packed_probs, scores);
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) dscores[i] *= scores[i];
+    Pack(packed_scores, dscores);
+    device::sm90::Pin(packed_probs);
+    device::sm90::Pin(packed_scores);
+    device::sm90::Pin(dkey);
+    device::sm90::Pin(dvalue);
+    device::sm90::FenceProducts();
+    MultiplyColumns(dvalue, packed_probs, shared_.second[stage]);
+    MultiplyColumns(dkey, packed_scores, shared_.first[stage]);
+    device::sm90::CommitProducts();
+    StoreScores(packed_scores);
+  }
+
+  // Split, warpgroup 0: P, for itself and for warpgroup 1, and dV.
+  __device__ __forceinline__ void SplitProbabilities(const BackwardItem& item, float (&dvalue)[kGradient]) {
+    float scores[kScores];
+    const int stage = Stages().Stage();
+    device::sm90::Wait(shared_.full[stage], Stages().Full());
+    device::sm90::FenceProducts();
+    MultiplyRows(scores, shared_.key, shared_.first[stage]);
+    device::sm90::CommitProducts();
+    device::sm90::WaitForProducts<1>();
+    if (!first_) ReleasePrevious();
+    flags_ = ReadShared(shared_.flags[stage]);
+    device::sm90::WaitForProducts<0>();
+    device::sm90::Pin(scores);
+    if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
+    const Ring<kProbStages> place{prob_step_};
+    device::sm90::Wait(shared_.empty_probs[place.Stage()], place.Empty());
+    auto* slots = reinterpret_cast<float4*>(shared_.probs[place.Stage()]) + Thread();
+    if constexpr (!Config::kPlain) {
+      MapLogits(scores);
+      ForQuads(scores, [&](int i, const float4& x) {  // the slopes wait here for want of registers
+        const auto& map = plan_.logits;
+        slots[i * kWarpgroup] = make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));
+      });
+    }
+    float rows[kPacked];
+    LoadStatistics(rows, shared_.statistics[stage][0]);
+    Probabilities(scores, rows);
+    if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
+    uint32_t packed[kPacked];
+    Pack(packed, scores);
+    device::sm90::Pin(packed);
+    device::sm90::Pin(dvalue);
+    device::sm90::FenceProducts();
+    MultiplyColumns(dvalue, packed, shared_.second[stage]);
+    device::sm90::CommitProducts();
+    ForQuads(scores, [&](int i, float4 four) {
+      if constexpr (!Config::kPlain) {
+        const float4 slope = slots[i * kWarpgroup];
+        four = make_float4(four.x * slope.x, four.y * slope.y, four.z * slope.z, four.w * slope.w);
+      }
+      slots[i * kWarpgroup] = four;
+    });
+    Release(shared_.full_probs[place.Stage()]);
+    ++prob_step_;
+  }
+
+  // Split, warpgroup 1: dP, dS and dK. A thread has the pairs of the thread of the same number in warpgroup 0.
+  __device__ __forceinline__ void SplitScores(float (&dkey)[kGradient]) {
+    float dscores[kScores];
+    const int stage = Stages().Stage();
+    device::sm90::Wait(shared_.full[stage], Stages().Full());
+    device::sm90::FenceProducts();
+    MultiplyRows(dscores, shared_.value, shared_.second[stage]);
+    device::sm90::CommitProducts();
+    device::sm90::WaitForProducts<1>();
+    if (!first_) ReleasePrevious();
+    flags_ = ReadShared(shared_.flags[stage]);
+    const Ring<kProbStages> place{prob_step_};
+    device::sm90::Wait(shared_.full_probs[place.Stage()], place.Full());
+    device::sm90::WaitForProducts<0>();
+    device::sm90::Pin(dscores);
+    if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
+    float rows[kPacked];
+    LoadStatistics(rows, shared_.statistics[stage][1]);
+    SubtractDelta(dscores, rows);
+    const auto* slots = reinterpret_cast<const float4*>(shared_.probs[place.Stage()]) + Thread();
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) {
+      const float4 probs = slots[i * kWarpgroup];
+      dscores[4 * i] *= probs.x, dscores[4 * i + 1] *= probs.y;
+      dscores[4 * i + 2] *= probs.z, dscores[4 * i + 3] *= probs.w;
+    }
+    Release(shared_.empty_probs[place.Stage()]);
+    ++prob_step_;
+    uint32_t packed[kPacked];
+    Pack(packed, dscores);
+    device::sm90::Pin(packed);
+    device::sm90::Pin(dkey);
+    device::sm90::FenceProducts();
+    MultiplyColumns(dkey, packed, shared_.first[stage]);
+    device::sm90::CommitProducts();
+    StoreScores(packed);
+  }
+
+  // ---- Parts of a step
+
+  // Statistics of this thread's columns.
+  __device__ __forceinline__ void LoadStatistics(float (&rows)[kPacked], const float* statistics) {
+    const int column = Thread() % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float2 pair = *reinterpret_cast<const float2*>(statistics + 8 * n + column);
+      rows[2 * n] = pair.x;
+      rows[2 * n + 1] = pair.y;
+    }
+  }
+
+  // Logits to probabilities.
+  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked]) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      x[i] = device::Exp2(fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]));
+    }
+  }
+
+  // With a soft cap, or a scale that is not positive.
+  __device__ __forceinline__ void MapLogits(float (&scores)[kScores]) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) {
+      scores[i] = plan_.logits(scores[i]);
+      if (i % 2 == 1) device::sm90::Pin(scores);  // two at a time: more would spill
+    }
+  }
+
+  __device__ __forceinline__ void SubtractDelta(float (&dscores)[kScores], const float (&delta)[kPacked]) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) dscores[i] -= delta[i / 4 * 2 + i % 2];
+  }
+
+  template <typename Visit>
+  __device__ __forceinline__ static void ForQuads(const float (&x)[kScores], Visit visit) {
+#pragma unroll
+    for (int i = 0; i < kScores / 4; ++i) visit(i, make_float4(x[4 * i], x[4 * i + 1], x[4 * i + 2], x[4 * i + 3]));
+  }
+
+  // As operands of the next products. Written while no product is in flight.
+  __device__ __forceinline__ void Pack(uint32_t (&packed)[kPacked], const float (&x)[kScores]) {
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) packed[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
+  }
+  // 0 for pairs that do not attend: dP of such a pair then gives 0 or, not being finite, a suspect.
+  __device__ __forceinline__ void ApplyMask(const BackwardItem& item, float (&probs)[kScores], int stage) {
+    const int thread = Thread(), row = thread / 32 * 16 + thread % 32 / 4;
+    const int block_kv = static_cast<int>(params_.shape.block_kv);
+    const int first = item.start + kOwnRows * group_, left = item.key_limit - first;
+    const uint8_t* bits = shared_.bits[stage] + ((first & (block_kv - 1)) + thread / 32 * 16) / 8;
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int query = 8 * n + thread % 4 * 2 + e;
+        uint32_t attended = 0xFFFF;
+        if (flags_ & StepFlag::kBits) attended = *reinterpret_cast<const uint16_t*>(bits + query * (block_kv / 8));
+        attended >>= thread % 32 / 4;
+        if (!(attended & 1) || row >= left) probs[4 * n + e] = 0.f;
+        if (!(attended >> 8 & 1) || row + 8 >= left) probs[4 * n + 2 + e] = 0.f;
+      }
+  }
+
+  // dS on its way to the workspace, [key][query].
+  __device__ __forceinline__ void StoreScores(const uint32_t (&packed)[kPacked]) {
+    const Ring<Config::kScoreStages> place{key_step_};
+    const int thread = Thread(), row = thread / 32 * 16 + thread % 16, vector = thread % 32 / 16;
+    const int group = kMakesScores ? group_ : 0;
+    device::sm90::Wait(shared_.empty_scores[place.Stage()][group], place.Empty());
+    const uint32_t base = device::SharedAddress(shared_.scores[place.Stage()][group]) + row * 128;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      device::sm90::StoreMatrices(base + ((2 * k + vector) ^ row % 8) * 16, packed + 4 * k);
+    }
+    device::sm90::FenceAsyncProxy();
+    ArriveScores();
+  }
+  __device__ __forceinline__ void ArriveScores() {
+    const Ring<Config::kScoreStages> place{key_step_};
+    Release(shared_.full_scores[place.Stage()][kMakesScores ? group_ : 0]);
+    ++key_step_;
+  }
+
+  // ---- Results
+
+  __device__ __forceinline__ void StoreValueGradient(const BackwardItem& item, const float (&dvalue)[kGradient]) {
+    StoreKeyRows(item, dvalue, 1.f, params_.dvalue, static_cast<int>(params_.shape.value_dim));
+  }
+  __device__ __forceinline__ void StoreKeyGradient(const BackwardItem& item, const float (&dkey)[kGradient]) {
+    StoreKeyRows(item, dkey, params_.scale, params_.dkey, static_cast<int>(params_.shape.head_dim));
+  }
+  __device__ __forceinline__ void StoreKeyRows(const BackwardItem& item, const float (&sums)[kGradient], float scale,
+                                               void* result, int dim) {
+    const Shape& shape = params_.shape;
+    StoreTile(sums, scale, item, item.start + kOwnRows * group_, item.key_limit, shape.kv_len, shape.kv_heads, result,
+              dim, plan_.suspect_keys);
+  }
+
+  // 64 rows from `start` on of [batch, length, heads, dim]; not finite, or poisoned: a suspect.
+  __device__ __forceinline__ void StoreTile(const float (&sums)[kGradient], float scale, const BackwardItem& item,
+                                            int start, int limit, int64_t length, int64_t heads, void* result, int dim,
+                                            int32_t* suspects) {
+    const int stored = static_cast<int>(length) - start;
+    const int64_t row = (item.batch * length + start) * heads + item.head;
+    const bool finite =
+        StoreRows<Element, kDim>(sums, scale, limit - start, stored, static_cast<Element*>(result) + row * dim,
+                                 static_cast<int>(heads) * dim, dim, Thread());
+    const bool suspect = !finite || (flags_ & StepFlag::kSuspect);
+    if (__any_sync(0xFFFFFFFFu, suspect) && stored > 0 && device::sm90::ElectLane()) {
+      const int tiles = (static_cast<int>(length) + 63) / 64;
+      suspects[(item.batch * heads + item.head) * tiles + start / 64] = 1;
+    }
+  }
+
+  // ---- Products
+  using Scores = device::sm90::Multiply<Element, 64>;
+  using Gradients = device::sm90::Multiply<Element, kDim>;
+
+  // Offset of k = 16 step in a K-major tile of `rows`, / 16.
+  __device__ __forceinline__ static constexpr uint32_t Step16(int step, int rows) {
+    return (step / 4 * rows * 128 + step % 4 * 32) / 16;
+  }
+  // keys x queries: 64 rows of the CTA's keys (or values) by the 64 of a step.
+  __device__ __forceinline__ void MultiplyRows(float (&d)[kScores], const Element* resident, const Element* stage) {
+    using device::sm90::FullDescriptor;
+    const uint32_t a = device::sm90::TileDescriptor(resident) + kOwnRows * group_ * 128 / 16;
+    const uint32_t b = device::sm90::TileDescriptor(stage);
+    Scores::Overwrite(d, FullDescriptor(a), FullDescriptor(b));
+#pragma unroll
+    for (int k = 1; k < kDim / 16; ++k) {
+      Scores::Shared(d, FullDescriptor(a + Step16(k, kTileKv)), FullDescriptor(b + Step16(k, 64)));
+    }
+  }
+  __device__ __forceinline__ void MultiplyColumns(float (&d)[kGradient], const uint32_t (&a)[kPacked],
+                                                  const Element* stage) {
+    const uint32_t b = device::sm90::TileDescriptor(stage, 64 * 128);
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      Gradients::RegistersTransposed(d, a + 4 * k, device::sm90::FullDescriptor(b + k * 128));
+    }
+  }
+
+  // ---- Pipeline
+  __device__ __forceinline__ Ring<Config::kStages> Stages() const { return {step_}; }
+
+  // Waits for the step; its flags.
+  __device__ __forceinline__ int WaitForStep() {
+    device::sm90::Wait(shared_.full[Stages().Stage()], Stages().Full());
+    flags_ = ReadShared(shared_.flags[Stages().Stage()]);
+    return flags_;
+  }
+  __device__ __forceinline__ void ReleasePrevious() {
+    Release(shared_.empty[Ring<Config::kStages>{step_ - 1}.Stage()]);
+  }
+  __device__ __forceinline__ void Release(Barrier& barrier) {
+    __syncwarp();
+    if (device::sm90::ElectLane()) device::sm90::Arrive(barrier);
+  }
+  __device__ __forceinline__ static int ReadShared(const int& word) {
+    int x = 0;
+    if (device::ThreadHere() % 32 == 0) x = word;
+    return __shfl_sync(0xFFFFFFFFu, x, 0);
+  }
+  __device__ __forceinline__ static int Thread() { return device::ThreadHere() % kWarpgroup; }
+
+  Shared& shared_;
+  const BackwardParams& params_;
+  const BackwardPlan& plan_;
+  const int group_;
+
+  int flags_ = 0;
+  bool first_ = false;  // step of the item
+  uint32_t step_ = 0;      // of the CTA
+  uint32_t key_step_ = 0;  // of the CTA's steps of keys, void ones too
+  uint32_t prob_step_ = 0;
+  Ring<1> keys_;
+};
+
+}  // namespace jax_bsk::attention::cuda::sm90

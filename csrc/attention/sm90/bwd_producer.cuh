@@ -1,0 +1,376 @@
+// The producer warps of the Hopper backward: one schedules, one loads steps, one loads keys and values, one stores dS.
+#pragma once
+
+#include "attention/sm90/bwd_shared.cuh"
+#include "device/block_list.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+// The scheduler: hands out the tickets' items, each as soon as what it reads is there and what it overwrites is read.
+template <typename Config>
+class BackwardScheduler {
+ public:
+  using Shared = BackwardShared<Config>;
+
+  __device__ BackwardScheduler(Shared& shared, const BackwardParams& params, const BackwardPlan& plan)
+      : shared_(shared), params_(params), plan_(plan) {}
+
+  __device__ __forceinline__ void Run() {
+    int ticket = Share(Ticket());
+    while (ticket < plan_.tickets) {
+      const int next = Ticket();  // asked for now, used when this item is out
+      BackwardItem item;
+      if (Find(ticket, item)) {
+        WaitForOthers(item);
+        Announce(item);
+      }
+      ticket = Share(next);
+    }
+    BackwardItem end{};
+    end.kind = BackwardItem::kEnd;
+    Announce(end);
+  }
+
+ private:
+  // For lane 0.
+  __device__ __forceinline__ int Ticket() {
+    return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.ticket, 1) : 0;
+  }
+  __device__ __forceinline__ static int Share(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
+
+  // The order: keys of the first kLag units; then, alternating, keys of a unit and queries of the unit kLag before;
+  // queries of the last. False for the places that the last unit leaves empty.
+  __device__ __forceinline__ bool Find(int ticket, BackwardItem& item) {
+    const int keys_each = plan_.key_items, queries_each = plan_.query_items;
+    const int lead = min(plan_.units, kLag), both_units = plan_.units - lead;
+    int place = ticket;
+    if (place < lead * keys_each) {
+      item.kind = BackwardItem::kKeys;
+      item.unit = place / keys_each;
+      place %= keys_each;
+    } else {
+      place -= lead * keys_each;
+      const int each = keys_each + queries_each;
+      const int phase = place / each;
+      if (phase < both_units) {
+        place -= phase * each;
+        // Keys are spread evenly: before place x lie x * keys_each / each of them.
+        const int before = static_cast<int>(int64_t{place} * keys_each / each);
+        const bool keys = int64_t{place + 1} * keys_each / each > before;
+        item.kind = keys ? BackwardItem::kKeys : BackwardItem::kQueries;
+        item.unit = keys ? phase + lead : phase;
+        place = keys ? before : place - before;
+      } else {
+        place -= both_units * each;
+        item.kind = BackwardItem::kQueries;
+        item.unit = both_units + place / queries_each;
+        place %= queries_each;
+      }
+    }
+    const bool keys = item.kind == BackwardItem::kKeys;
+    const Divider& tiles = keys ? plan_.key_tiles : plan_.query_blocks;
+    const Divider& heads = keys ? plan_.kv_heads : plan_.heads;
+    const int row_in_unit = tiles.Quotient(place), tile = tiles.Remainder(place, row_in_unit);
+    const int group = keys ? 1 : plan_.group;
+    const int row = item.unit * plan_.unit_heads * group + row_in_unit;
+    if (row >= plan_.kv_rows * group) return false;
+    item.table_row = keys ? row_in_unit * plan_.group : row_in_unit;
+    item.batch = heads.Quotient(row);
+    item.head = heads.Remainder(row, item.batch);
+    // Under a causal mask the first keys and the last queries have the most to do: they come first.
+    item.start = keys ? tile * Config::kTileKv
+                      : (static_cast<int>(tiles.divisor) - 1 - tile) * static_cast<int>(params_.shape.block_q);
+    const auto limit = device::ReadLengths(params_.lengths, item.batch, static_cast<int>(params_.shape.q_len),
+                                           static_cast<int>(params_.shape.kv_len));
+    item.query_limit = limit.query;
+    item.key_limit = limit.key;
+    return true;
+  }
+
+  // Nobody waits for a later ticket, so whoever is waited for is at work or done.
+  __device__ __forceinline__ void WaitForOthers(const BackwardItem& item) {
+    if (item.kind == BackwardItem::kKeys) {
+      const int before = item.unit - plan_.slots;
+      if (before >= 0) WaitFor(plan_.done_queries + before, Items(before, plan_.group * plan_.query_blocks.divisor));
+    } else {
+      WaitFor(plan_.done_keys + item.unit, Items(item.unit, plan_.key_tiles.divisor));
+    }
+  }
+  __device__ __forceinline__ int Items(int unit, int row_items) const {
+    return min(plan_.unit_heads, plan_.kv_rows - unit * plan_.unit_heads) * row_items;
+  }
+  __device__ __forceinline__ void WaitFor(const int32_t* counter, int count) {
+    if (device::ThreadHere() % 32 == 0) {
+      while (device::sm90::LoadAcquire(counter) < count) __nanosleep(100);
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ void Announce(const BackwardItem& item) {
+    device::sm90::Wait(shared_.empty_item[items_.Stage()], items_.Empty());
+    if (device::sm90::ElectLane()) {
+      shared_.items[items_.Stage()] = item;
+      device::sm90::Arrive(shared_.full_item[items_.Stage()]);
+    }
+    items_.Advance();
+  }
+
+  Shared& shared_;
+  const BackwardParams& params_;
+  const BackwardPlan& plan_;
+  Ring<Shared::kItems> items_;
+};
+
+// Calls work(item) for each item, from its announcement to the release of its place.
+template <typename Shared, typename Work>
+__device__ __forceinline__ void ForEachItem(Shared& shared, Work work) {
+  Ring<Shared::kItems> items;
+  while (true) {
+    device::sm90::Wait(shared.full_item[items.Stage()], items.Full());
+    const BackwardItem& item = shared.items[items.Stage()];
+    if (__shfl_sync(0xFFFFFFFFu, item.kind, 0) == BackwardItem::kEnd) return;
+    work(item);
+    __syncwarp();
+    if (device::sm90::ElectLane()) device::sm90::Arrive(shared.empty_item[items.Stage()]);
+    items.Advance();
+  }
+}
+
+// The loader of keys and values, which stay for all steps of an item. Each consumer warpgroup has its own barriers, so
+// that one may begin an item while the other finishes the one before: it has its own rows or, split, its own operand.
+template <typename Config>
+__device__ __forceinline__ void LoadKeysAndValues(BackwardShared<Config>& shared, const BackwardPlan& plan) {
+  Ring<1> place;
+  ForEachItem(shared, [&](const BackwardItem& item) {
+    if (item.kind != BackwardItem::kKeys) return;
+#pragma unroll 1
+    for (int group = 0; group < 2; ++group) {
+      Barrier& full = shared.full_key[group];
+      device::sm90::Wait(shared.empty_key[group], place.Empty());
+      if (device::sm90::ElectLane()) {
+        device::sm90::ArriveExpecting(full, sizeof(shared.key));
+#pragma unroll 1
+        for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+          const int row = Config::kSplit ? 0 : group * 64, target = (chunk * Config::kTileKv + row) * kChunk;
+          if (!Config::kSplit || group == 0) {
+            device::sm90::LoadBox(shared.key + target, plan.key, full, chunk * kChunk, item.start + row, item.head,
+                                  item.batch);
+          }
+          if (!Config::kSplit || group == 1) {
+            device::sm90::LoadBox(shared.value + target, plan.value, full, chunk * kChunk, item.start + row, item.head,
+                                  item.batch);
+          }
+        }
+      }
+      __syncwarp();
+    }
+    place.Advance();
+  });
+}
+
+// The loader of steps: one warp that walks the lists, 32 entries at a time.
+template <typename Config>
+class BackwardLoader {
+ public:
+  using Shared = BackwardShared<Config>;
+  using Element = typename Config::Element;
+
+  __device__ BackwardLoader(Shared& shared, const BackwardParams& params, const BackwardPlan& plan)
+      : shared_(shared), params_(params), plan_(plan) {}
+
+  __device__ __forceinline__ void Run() {
+    ForEachItem(shared_, [&](const BackwardItem& item) {
+      pending_ = false;
+      if (item.kind == BackwardItem::kQueries) device::sm90::FenceAsyncProxyGlobal();  // others wrote dS, and said so
+      const bool sound = Walk(item);
+      Emit(item, sound ? StepFlag::kLast : StepFlag::kLast | StepFlag::kSuspect);
+    });
+  }
+
+ private:
+  __device__ __forceinline__ static int Share(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+
+  // The steps of an item: the queries that visit a tile of keys, one query head of the group after the other; or the
+  // keys that a block of queries visits. Entries are fetched 32 at a time, one a lane. False when a list cannot be
+  // followed to its end.
+  __device__ __forceinline__ bool Walk(const BackwardItem& item) {
+    const bool keys = item.kind == BackwardItem::kKeys;
+    if (item.start >= (keys ? item.key_limit : item.query_limit)) return true;
+    const BlockList& list = keys ? params_.cols : params_.rows;
+    const int32_t* second = keys ? params_.cols.tiles : plan_.matches;
+    const int block = static_cast<int>(keys ? params_.shape.block_q : params_.shape.block_kv);  // that is visited
+    const int heads = keys ? plan_.group : 1;
+#pragma unroll 1
+    for (int i = 0; i < heads; ++i) {
+      const int head = item.head * heads + i;
+      const device::ListRow row = FindRow(list, item, head);
+      if (row.length < 0) return false;
+      // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
+      // place and for queries its match's.
+      int slot = SlotBase(item, i);
+      if (keys) {
+        const int64_t table = device::TableIndex(list.batch, list.heads, item.batch, head);
+        slot += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_pieces +
+                (item.start / 64 & (params_.shape.block_kv / 64 - 1)) * static_cast<int>(params_.shape.block_q / 64);
+      }
+      int ids = 0, seconds = 0;  // of this lane's entry
+#pragma unroll 1
+      for (int entry = 0; entry < row.length; ++entry) {
+        if (entry % 32 == 0) {
+          const int lane = device::ThreadHere() % 32;
+          if (entry + lane < row.length) {
+            ids = __ldg(list.ids + row.begin + entry + lane);
+            seconds = __ldg(second + row.begin + entry + lane);
+          }
+        }
+        const int id = Share(ids, entry % 32), other = Share(seconds, entry % 32);
+        const bool sound = keys ? id >= 0 && id < list.ids_end && other >= -1 && other < params_.tiles.count
+                                : other >= 0;  // a match: then the entry is sound, too
+        if (!sound) return false;
+#pragma unroll 1
+        for (int offset = 0; offset < block; offset += 64) {
+          const int start = id * block + offset;
+          if (start >= (keys ? item.query_limit : item.key_limit)) break;
+          Emit(item, 0);
+          pending_ = true;
+          start_ = start;
+          head_ = head;
+          tile_ = other;
+          const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
+          pieces_ = slot + (keys ? entry : other) * plan_.entry_pieces + offset / 64 * stride;
+        }
+      }
+    }
+    return true;
+  }
+
+  __device__ __forceinline__ device::ListRow FindRow(const BlockList& list, const BackwardItem& item, int head) const {
+    const int block = static_cast<int>(&list == &params_.cols ? params_.shape.block_kv : params_.shape.block_q);
+    return device::FindRow(list, item.batch, head, item.start >> (block == 128 ? 7 : 6));
+  }
+
+  // First piece of a query head of the item's unit.
+  __device__ __forceinline__ int SlotBase(const BackwardItem& item, int head) const {
+    return item.unit % plan_.slots * plan_.slot_pieces +
+           (item.table_row + head) * static_cast<int>(params_.cols.capacity) * plan_.entry_pieces;
+  }
+
+  // The pending step, if any; a void one instead when it is to be the only one.
+  __device__ __forceinline__ void Emit(const BackwardItem& item, int flags) {
+    if (!pending_ && !(flags & StepFlag::kLast)) return;
+    const Ring<Config::kStages> place{step_};
+    const int stage = place.Stage();
+    const bool keys = item.kind == BackwardItem::kKeys;
+    if (!pending_) flags |= StepFlag::kVoid;
+    if (keys && tile_ >= 0) flags |= StepFlag::kMasked | StepFlag::kBits;
+    if (item.start + Config::kTileKv > item.key_limit) flags |= StepFlag::kMasked;
+    device::sm90::Wait(shared_.empty[stage], place.Empty());
+    if (device::sm90::ElectLane()) {
+      if (pending_) Load(item, stage);
+      shared_.flags[stage] = flags;
+      if (keys) shared_.orders[key_step_ % Shared::kOrders] = {flags, pieces_};
+      device::sm90::Arrive(shared_.full[stage]);
+    }
+    __syncwarp();
+    ++step_;
+    if (keys) ++key_step_;
+  }
+
+  // Queries and output gradients, with their bit tile if any; or keys and dS.
+  __device__ __forceinline__ void Load(const BackwardItem& item, int stage) {
+    const bool keys = item.kind == BackwardItem::kKeys;
+    Barrier& full = shared_.full[stage];
+    const int block_q = static_cast<int>(params_.shape.block_q);
+    const int pieces_bytes = block_q / 64 * kPieceElements * 2;
+    device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + 512 : pieces_bytes));
+    const int head = keys ? head_ : head_ / plan_.group;
+#pragma unroll 1
+    for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
+      const int target = chunk * 64 * kChunk;
+      device::sm90::LoadBox(shared_.first[stage] + target, keys ? plan_.query : plan_.key, full, chunk * kChunk, start_,
+                            head, item.batch);
+      if (keys) {
+        device::sm90::LoadBox(shared_.second[stage] + target, plan_.dout, full, chunk * kChunk, start_, head,
+                              item.batch);
+      }
+    }
+    if (keys) {
+      const int row = item.batch * static_cast<int>(params_.shape.heads) + head_;
+      const float* statistics = plan_.statistics + (int64_t{row} * plan_.query_tiles + start_ / 64) * 128;
+      device::sm90::LoadBytes(shared_.statistics[stage], statistics, full, 512);
+    }
+    if (!keys) {
+      const auto* source = static_cast<const Element*>(plan_.pieces) + int64_t{pieces_} * kPieceElements;
+      device::sm90::LoadBytes(shared_.second[stage], source, full, pieces_bytes);
+    } else if (tile_ >= 0) {
+      const int block_kv = static_cast<int>(params_.shape.block_kv);
+      const uint32_t* words =
+          device::BitTileRow(params_.tiles, item.batch, head_, tile_, start_ & (block_q - 1), block_q, block_kv);
+      device::sm90::Expect(full, 64 * block_kv / 8);
+      device::sm90::LoadBytes(shared_.bits[stage], words, full, 64 * block_kv / 8);
+    }
+  }
+
+  Shared& shared_;
+  const BackwardParams& params_;
+  const BackwardPlan& plan_;
+  uint32_t step_ = 0, key_step_ = 0;  // of the CTA: all, and those of keys
+
+  // The pending step.
+  bool pending_ = false;
+  int start_ = 0, tile_ = -1, pieces_ = 0;
+  int head_ = 0;  // query head: of the row that is walked, which the pending step may lie before
+
+  float lse_[2] = {}, delta_[2] = {};
+};
+
+// The storer of dS: one thread that hands the consumers' pieces to the copy engine.
+template <typename Config>
+__device__ __forceinline__ void StoreScores(BackwardShared<Config>& shared, const BackwardParams& params,
+                                            const BackwardPlan& plan) {
+  using Element = typename Config::Element;
+  using Shared = BackwardShared<Config>;
+  uint32_t step = 0;  // of the CTA's steps of keys
+  ForEachItem(shared, [&](const BackwardItem& item) {
+    if (item.kind != BackwardItem::kKeys) return;
+    bool last = false;
+    Barrier* reading = nullptr;  // of the buffer that was handed over last, and may still be read
+    while (!last) {
+      const Ring<Config::kScoreStages> place{step};
+      const int stage = place.Stage();
+#pragma unroll 1
+      for (int group = 0; group < Config::kKeyGroups; ++group) {
+        device::sm90::Wait(shared.full_scores[stage][group], place.Full());
+        const StoreOrder order = shared.orders[step % Shared::kOrders];
+        last = order.flags & StepFlag::kLast;
+        if (device::sm90::ElectLane()) {
+          if (!(order.flags & StepFlag::kVoid)) {
+            const int64_t piece = order.pieces + group * (static_cast<int>(params.shape.block_q) / 64);
+            device::sm90::StoreBytes(static_cast<Element*>(plan.pieces) + piece * kPieceElements,
+                                     shared.scores[stage][group], kPieceElements * 2);
+          }
+          device::sm90::CommitStores();
+          if (Config::kScoreStages > 1) {
+            device::sm90::WaitForStoresRead<1>();
+            if (reading != nullptr) device::sm90::Arrive(*reading);
+          } else {
+            device::sm90::WaitForStoresRead<0>();
+            device::sm90::Arrive(shared.empty_scores[stage][group]);
+          }
+        }
+        reading = &shared.empty_scores[stage][group];
+        __syncwarp();
+      }
+      ++step;
+    }
+    if (device::sm90::ElectLane()) {
+      device::sm90::WaitForStores();
+      if (Config::kScoreStages > 1) device::sm90::Arrive(*reading);
+      device::sm90::FenceAsyncProxyGlobal();
+      device::sm90::AddRelease(plan.done_keys + item.unit, 1);
+    }
+    __syncwarp();
+  });
+}
+
+}  // namespace jax_bsk::attention::cuda::sm90

@@ -1,0 +1,123 @@
+// What the warps of the Hopper backward share: shared memory, the messages that travel with the pipeline, and the plan.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/sm90/bwd_plan.h"
+#include "attention/sm90/config.h"
+#include "attention/sm90/ring.cuh"
+#include "device/block_list.cuh"
+#include "device/ptx.cuh"
+#include "device/softmax.cuh"
+
+namespace jax_bsk::attention::cuda::sm90 {
+
+// What the host computes for a launch, beside the parameters.
+struct BackwardPlan {
+  CUtensorMap query, dout, key, value;  // boxes of 64 positions
+  device::LogitMap logits;
+  int tickets;
+  int units, slots;
+  int unit_heads;         // key/value heads of a unit
+  int kv_rows;            // batch * kv_heads
+  int group;              // query heads a key/value head
+  int entry_pieces;       // of dS, a block
+  int slot_pieces;        // a unit
+  int key_items, query_items;  // of a whole unit
+  Divider key_tiles;      // of one head
+  Divider query_blocks;   // of one head
+  Divider heads, kv_heads;
+  int query_tiles;  // of 64, of one head
+  int32_t* ticket;
+  int32_t* done_keys;     // [units]: items of each kind that are done
+  int32_t* done_queries;
+  int32_t* suspect_keys;     // [batch, kv_heads, 64 keys]: what the exact kernel has to do once more
+  int32_t* suspect_queries;  // [batch, heads, 64 queries]
+  const int32_t* matches;    // see Preparation
+  const float* statistics;
+  void* pieces;              // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
+};
+
+// What a CTA works on next, from the scheduler to everyone else.
+struct BackwardItem {
+  enum Kind : int { kKeys, kQueries, kEnd };  // makes dK and dV; makes dQ
+  int kind;
+  int start;  // first key, or first query
+  int head;   // key/value head, or query head
+  int batch;
+  int query_limit;  // the example's lengths
+  int key_limit;
+  int unit;
+  int table_row;  // its first query head, counted from the first of the unit
+};
+
+// One step: 64 queries for a tile of keys, or 64 keys for a block of queries. kVoid: there is nothing to do, and this is
+// the only step; kSuspect, with kLast: the list cannot be followed, the exact kernel decides.
+struct StepFlag {
+  static constexpr int kLast = 1, kVoid = 2, kMasked = 4, kBits = 8, kSuspect = 16;
+};
+
+// What the storer is told of a step of keys.
+struct StoreOrder {
+  int flags;
+  int pieces;  // of dS, 64 x 64 each: where the first of the step goes
+};
+
+template <typename Config>
+struct BackwardShared {
+  using Element = typename Config::Element;
+  static constexpr int kStages = Config::kStages, kScoreStages = Config::kScoreStages;
+  static constexpr int kKeyElements = Config::kChunks * Config::kTileKv * kChunk;
+  static constexpr int kItems = 4;
+  static constexpr int kOrders = 8;  // the storer may be some steps behind the consumers, the loader kStages ahead
+  static_assert(kStages + kScoreStages + 2 <= kOrders);
+
+  // Tiles are [chunk][row][64 columns], swizzled.
+  alignas(1024) Element key[kKeyElements];
+  alignas(1024) Element value[kKeyElements];
+  alignas(1024) Element first[kStages][Config::kFirstBytes / 2];
+  alignas(1024) Element second[kStages][Config::kSecondBytes / 2];
+  alignas(1024) Element scores[kScoreStages][Config::kKeyGroups][kPieceElements];  // dS, [key][query]
+  alignas(16) float probs[Config::kSplit ? Config::kProbStages : 1][Config::kSplit ? 8 * kWarpgroup * 4 : 4];
+  alignas(16) uint8_t bits[kStages][64 * 16];  // bit tile of a step: [query][keys of the block / 8]
+  alignas(16) float statistics[kStages][2][64];  // of the queries: lse, delta, as RowStatistics has them
+  int flags[kStages];          // of a step
+  StoreOrder orders[kOrders];  // of the CTA's steps of keys
+  BackwardItem items[kItems];
+  Barrier full_item[kItems], empty_item[kItems];
+  Barrier full_key[2], empty_key[2];  // of an item of keys: what each consumer warpgroup reads of keys and values
+  Barrier full[kStages], empty[kStages];
+  Barrier full_scores[kScoreStages][Config::kKeyGroups], empty_scores[kScoreStages][Config::kKeyGroups];
+  Barrier full_probs[2], empty_probs[2];
+  Barrier open;  // never completes a phase
+
+  __device__ __forceinline__ void Init() {
+    using device::sm90::InitBarrier;
+    constexpr int kWarps = 4 * Config::kConsumers;
+    for (int i = 0; i < kItems; ++i) {
+      InitBarrier(full_item[i], 1);
+      InitBarrier(empty_item[i], kWarps + 3);
+    }
+    for (int i = 0; i < 2; ++i) {
+      InitBarrier(full_key[i], 1);
+      InitBarrier(empty_key[i], 4);
+    }
+    for (int i = 0; i < kStages; ++i) {
+      InitBarrier(full[i], 1);
+      InitBarrier(empty[i], kWarps);
+    }
+    for (int i = 0; i < kScoreStages; ++i)
+      for (int group = 0; group < Config::kKeyGroups; ++group) {
+        InitBarrier(full_scores[i][group], 4);
+        InitBarrier(empty_scores[i][group], 1);
+      }
+    for (int i = 0; i < 2; ++i) {
+      InitBarrier(full_probs[i], 4);
+      InitBarrier(empty_probs[i], 4);
+    }
+    InitBarrier(open, 1);
+    device::sm90::FenceBarrierInit();
+  }
+};
+
+}  // namespace jax_bsk::attention::cuda::sm90
