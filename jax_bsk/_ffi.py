@@ -157,7 +157,32 @@ def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttrib
     """Lowers to the backward call.
 
     Operands: dout, query, key, value, lse, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks, col_tiles,
-    bit_tiles, lengths. Results: dquery, dkey, dvalue.
+    bit_tiles, lengths. Results: dquery, dkey, dvalue; on CUDA also a workspace, as for the forward.
     """
-    del platform
-    return jax.ffi.ffi_lowering(ATTENTION_BACKWARD)(ctx, *operands, **attributes.encode())
+    results = list(ctx.avals_out)
+    if platform == "cuda":
+        shapes = [ctx.avals_in[i].shape for i in (1, 2, 7)]  # query, key, kv_blocks
+        size = _backward_workspace(*shapes, block_size=attributes.block_q * attributes.block_kv)
+        results.append(jax.core.ShapedArray((size,), np.dtype(np.uint8)))
+    lower = jax.ffi.ffi_lowering(ATTENTION_BACKWARD)
+    return lower(ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
+
+
+def _backward_workspace(
+    query_shape: Sequence[int], key_shape: Sequence[int], ids_shape: Sequence[int], block_size: int
+) -> int:
+    """Bytes for the CUDA backward: what `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h` needs, and more for speed.
+
+    The kernels keep dS (the gradient of the logits, in query's type) of three key/value heads' visited blocks or more;
+    they are as fast as they can be with 1,056 tiles of 128 keys in each third. More than twice what dQ takes in float32
+    is spent on that only where three heads need it. So the workspace grows as the inputs and the visited blocks do.
+    """
+    *lead, q_len, heads, head_dim = query_shape
+    kv_len, kv_heads = key_shape[-3:-1]
+    query_rows, kv_rows = math.prod(lead) * heads, math.prod(lead) * kv_heads
+    q_tiles, kv_tiles = -(-q_len // 64), -(-kv_len // 64)
+    words = 1 + 2 * kv_rows + kv_rows * kv_tiles + query_rows * q_tiles * 129 + math.prod(ids_shape) + 32
+    head_bytes = 2 * block_size * ids_shape[-1] * (heads // max(kv_heads, 1))
+    enough = -(-1056 // max(-(-kv_len // 128), 1))
+    wanted = min(kv_rows, 3 * enough, max(3, 8 * query_rows * q_len * head_dim // max(head_bytes, 1)))
+    return 4 * words + 1024 + wanted * max(head_bytes, 1)

@@ -41,8 +41,12 @@ ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Op
                                        {block_q, block_kv, scale, soft_cap, version}, &params));
   if (std::string reason = cuda::BackwardRefusal(params, device); !reason.empty()) return Refusal(reason);
   JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::U8));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", *workspace, {{cuda::BackwardWorkspace(params)}}));
-  return LaunchResult("the backward", cuda::LaunchBackward(params, workspace->untyped_data(), device, stream));
+  const auto bytes = static_cast<int64_t>(workspace->size_bytes());
+  if (const int64_t least = cuda::BackwardWorkspace(params); bytes < least) {
+    return ffi::Error::InvalidArgument("jax_bsk: workspace has " + std::to_string(bytes) + " bytes, and at least " +
+                                       std::to_string(least) + " are needed");
+  }
+  return LaunchResult("the backward", cuda::LaunchBackward(params, workspace->untyped_data(), bytes, device, stream));
 }
 
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }

@@ -201,8 +201,8 @@ Result VisitPortableBackward(const Choice& choice, Result otherwise, Visit visit
   }
 }
 
-sm90::BackwardLayout Layout(const BackwardParams& params, int tile_kv) {
-  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv);
+sm90::BackwardLayout Layout(const BackwardParams& params, int tile_kv, int64_t bytes) {
+  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv, bytes);
 }
 
 // What forward and backward refuse alike.
@@ -282,8 +282,9 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
           Choose(params.shape, params.dtype), std::optional<int>(),
           [](auto config) -> std::optional<int> { return sm80::ForwardSharedBytes<decltype(config)>(); });
     }
-    return VisitHopperForward(params, kernel, std::optional<int>(),
-                       [](auto config) -> std::optional<int> { return sm90::ForwardSharedBytes<decltype(config)>(); });
+    return VisitHopperForward(params, kernel, std::optional<int>(), [](auto config) -> std::optional<int> {
+      return sm90::ForwardSharedBytes<decltype(config)>();
+    });
   });
 }
 
@@ -293,11 +294,6 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
                    {params.dout, params.query, params.key, params.value, params.dquery, params.dkey, params.dvalue});
   if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows, &params.cols});
   if (!reason.empty()) return reason;
-  // Pieces of dS are counted in 32 bits.
-  if (Layout(params, 64).slots * Layout(params, 64).slot_pieces > kMaxInt) {
-    return "the CUDA backward takes block lists of less capacity (query heads of a key/value head * capacity * block "
-           "size below 2^43)";
-  }
   return DeviceRefusal(device, [&](const DeviceFacts& facts) -> std::optional<int> {
     const BackwardKernel kernel = ChooseKernel(params, facts);
     if (kernel == BackwardKernel::kPortable) {
@@ -333,10 +329,10 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
   });
 }
 
-int64_t BackwardWorkspace(const BackwardParams& params) { return Layout(params, 64).bytes; }
+int64_t BackwardWorkspace(const BackwardParams& params) { return Layout(params, 64, 0).least_bytes; }
 
-cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int device, cudaStream_t stream,
-                           BackwardKernel kernel) {
+cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_t bytes, int device,
+                           cudaStream_t stream, BackwardKernel kernel) {
   const Shape& shape = params.shape;
   if (shape.batch * shape.heads == 0) return cudaSuccess;
   const DeviceScope scope(device);
@@ -352,7 +348,7 @@ cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int de
   if (kernel == BackwardKernel::kPortable || shape.q_len == 0 || shape.kv_len == 0) return portable({});
 
   // Preparation; the gradients; and what could not be exact there once more by the portable kernels.
-  const sm90::BackwardLayout layout = Layout(params, kernel == BackwardKernel::kKeys128 ? 128 : 64);
+  const sm90::BackwardLayout layout = Layout(params, kernel == BackwardKernel::kKeys128 ? 128 : 64, bytes);
   int32_t* words = static_cast<int32_t*>(workspace);
   const Preparation preparation{words, layout.matches_offset, words + layout.matches_offset,
                                 reinterpret_cast<float*>(words + layout.statistics_offset)};

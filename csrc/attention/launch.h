@@ -23,8 +23,8 @@ struct Limits {
 // only blocks of 128 queries, the Hopper kernels only 16-bit types on compute capability 9.0. Checks name them.
 enum class ForwardKernel { kAutomatic, kPortable, kRows64, kRows128 };
 
-// Which backward kernels, likewise: kKeys64 and kKeys128 are Hopper's with tiles of as many keys; kKeys128 takes key/value
-// blocks of 128 and head sizes up to 128 only.
+// Which backward kernels, likewise: kKeys64 and kKeys128 are Hopper's with tiles of as many keys; kKeys128 takes
+// key/value blocks of 128 and head sizes up to 128 only.
 enum class BackwardKernel { kAutomatic, kPortable, kKeys64, kKeys128 };
 
 // Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
@@ -39,9 +39,10 @@ int64_t ForwardWorkspace(const Shape& shape);
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int device, cudaStream_t stream,
                           ForwardKernel kernel = ForwardKernel::kAutomatic);
 
-// The same; its workspace is BackwardWorkspace(params) bytes, of which only the shapes count, aligned to 1024.
+// The same; its workspace is `bytes` of device memory, at least BackwardWorkspace(params) (of which only the shapes
+// count), aligned to 16. With more it is faster, until dS of all visited blocks fits.
 int64_t BackwardWorkspace(const BackwardParams& params);
-cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int device, cudaStream_t stream,
-                           BackwardKernel kernel = BackwardKernel::kAutomatic);
+cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_t bytes, int device,
+                           cudaStream_t stream, BackwardKernel kernel = BackwardKernel::kAutomatic);
 
 }  // namespace jax_bsk::attention::cuda

@@ -1,7 +1,6 @@
-#include "attention/prepare.h"
-
 #include <algorithm>
 
+#include "attention/prepare.h"
 #include "device/block_list.cuh"
 #include "device/softmax.cuh"
 
@@ -49,8 +48,8 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int32_t* 
         const bool inside = i + lane < col.length;
         const int col_id = inside ? __ldg(cols.ids + col.begin + i + lane) : -1;
         const int col_tile = inside ? __ldg(cols.tiles + col.begin + i + lane) : -1;
-        const bool bad = inside && (col_id < 0 || col_id >= cols.ids_end || col_tile < -1 ||
-                                    col_tile >= params.tiles.count);
+        const bool bad =
+            inside && (col_id < 0 || col_id >= cols.ids_end || col_tile < -1 || col_tile >= params.tiles.count);
         sound = sound && !__any_sync(0xFFFFFFFFu, bad);
         const unsigned found = __ballot_sync(0xFFFFFFFFu, inside && col_id == row_id && col_tile == tile);
         if (found != 0 && match < 0) {

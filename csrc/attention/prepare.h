@@ -17,8 +17,8 @@ struct Preparation {
   // same head, counted from that list's beginning; -1 where there is none or a list cannot be read. Entries that belong
   // to no row are left alone. Both lists are per batch and per head alike.
   int32_t* matches;
-  // [batch, heads, ceil(q_len / 64), 2, 64]: RowStatistics of each 64 queries, first lse, then delta, as the copy engine
-  // can take them whatever the length.
+  // [batch, heads, ceil(q_len / 64), 2, 64]: RowStatistics of each 64 queries, first lse, then delta, as the copy
+  // engine can take them whatever the length.
   float* statistics;
 };
 

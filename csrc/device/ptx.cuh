@@ -187,7 +187,8 @@ __device__ __forceinline__ void StoreBytes(void* global, const void* shared, int
                : "memory");
 }
 __device__ __forceinline__ void CommitStores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until shared memory of all this thread's groups of stores but the last kPending has been read and may be written again.
+// Until shared memory of all this thread's groups of stores but the last kPending has been read and may be written
+// again.
 template <int kPending>
 __device__ __forceinline__ void WaitForStoresRead() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");

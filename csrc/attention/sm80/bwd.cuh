@@ -14,7 +14,8 @@ namespace jax_bsk::attention::cuda::sm80 {
 
 // From x = q.k and dP of one pair to P and dS, in place.
 template <typename Map>
-__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, const Map& map) {
+__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row,
+                                             const Map& map) {
   float slope = 1.f;
   if (!map.plain) {
     product = map(product);
@@ -84,7 +85,7 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
     rows[half] = device::RowStatistics::None();
     if (row < q_rows) {
       rows[half] = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + statistics + row),
-                                     __ldg(static_cast<const float*>(params.delta) + statistics + row));
+                                             __ldg(static_cast<const float*>(params.delta) + statistics + row));
     }
   }
   const device::LogitMap map(params.scale, params.soft_cap);
@@ -169,9 +170,9 @@ struct KeyShared {
   device::Tile<Element, kTile, Config::kDim> value;  // later the staging area of dV
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> query;
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> dout;
-  device::RowStatistics rows[Config::kKeyTileQ];    // of the queries
-  uint32_t attended[Config::kKeyTileQ][2];  // [query][key / 32], when the step has a bit tile
-  uint32_t bad_queries[2];                  // see device::CleanRows
+  device::RowStatistics rows[Config::kKeyTileQ];  // of the queries
+  uint32_t attended[Config::kKeyTileQ][2];        // [query][key / 32], when the step has a bit tile
+  uint32_t bad_queries[2];                        // see device::CleanRows
   uint32_t bad_douts[2];
   int next_tile;  // see ForSelected
 };
@@ -285,7 +286,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     if (thread < kTileQ && now.start + thread < limit.query) {
       const int64_t index = (int64_t{batch} * heads + now_head) * shape.q_len + now.start + thread;
       row = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + index),
-                              __ldg(static_cast<const float*>(params.delta) + index));
+                                      __ldg(static_cast<const float*>(params.delta) + index));
     }
     if (now.tile >= 0 && thread < 2 * kTileQ) {
       word = __ldg(
@@ -395,7 +396,8 @@ __global__ void __launch_bounds__(Config::kQueryThreads, 2)
     QueryGradientKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Selection selection) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<QueryShared<Config>*>(shared_bytes);
-  ForSelected(selection, Config::kQueryThreads, shared.next_tile, [&](int tile) { QueryGradientTile<Config>(shared, params, tile); });
+  ForSelected(selection, Config::kQueryThreads, shared.next_tile,
+              [&](int tile) { QueryGradientTile<Config>(shared, params, tile); });
 }
 
 template <typename Config>
@@ -403,7 +405,8 @@ __global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads
     KeyGradientKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Selection selection) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<KeyShared<Config>*>(shared_bytes);
-  ForSelected(selection, Config::kKeyThreads, shared.next_tile, [&](int tile) { KeyGradientTile<Config>(shared, params, tile); });
+  ForSelected(selection, Config::kKeyThreads, shared.next_tile,
+              [&](int tile) { KeyGradientTile<Config>(shared, params, tile); });
 }
 
 template <typename Config>
@@ -422,8 +425,8 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& ma
     kernel<<<(tiles + span - 1) / span, threads, bytes, stream>>>(params, Selection{marked, tiles, span});
     return cudaGetLastError();
   };
-  const cudaError_t error = launch(QueryGradientKernel<Config>, Config::kQueryThreads, kQueryBytes, shape.q_len,
-                                   shape.heads, marks.queries);
+  const cudaError_t error =
+      launch(QueryGradientKernel<Config>, Config::kQueryThreads, kQueryBytes, shape.q_len, shape.heads, marks.queries);
   if (error != cudaSuccess) return error;
   return launch(KeyGradientKernel<Config>, Config::kKeyThreads, kKeyBytes, shape.kv_len, shape.kv_heads, marks.keys);
 }

@@ -66,11 +66,9 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& l
   plan.entry_pieces = static_cast<int>(shape.block_q / 64 * (shape.block_kv / 64));
   plan.slot_pieces = static_cast<int>(layout.slot_pieces);
   plan.key_items = static_cast<int>(layout.unit_heads * layout.key_tiles);
-  plan.query_items = static_cast<int>(layout.unit_heads * plan.group * shape.q_blocks);
-  plan.tickets = plan.units * (plan.key_items + plan.query_items);
-#ifdef ONLY_KEYS
-  plan.tickets = plan.key_items;
-#endif
+  const int query_items = static_cast<int>(layout.unit_heads * plan.group * shape.q_blocks);
+  plan.unit_items = Divider(plan.key_items + query_items);
+  plan.tickets = plan.units * (plan.key_items + query_items);
   plan.key_tiles = Divider(std::max<int64_t>(layout.key_tiles, 1));
   plan.query_blocks = Divider(std::max<int64_t>(shape.q_blocks, 1));
   plan.heads = Divider(shape.heads);

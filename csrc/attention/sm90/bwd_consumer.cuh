@@ -17,8 +17,8 @@ class BackwardConsumer {
   using Element = typename Config::Element;
   static constexpr int kDim = Config::kDim, kTileKv = Config::kTileKv;
   static constexpr int kScores = 32, kPacked = 16, kGradient = kDim / 2;  // registers
-  static constexpr bool kMakesScores = !Config::kSplit;       // every warpgroup, or number 1 alone
-  static constexpr int kOwnRows = Config::kSplit ? 0 : 64;    // between the keys of the warpgroups
+  static constexpr bool kMakesScores = !Config::kSplit;                   // every warpgroup, or number 1 alone
+  static constexpr int kOwnRows = Config::kSplit ? 0 : 64;                // between the keys of the warpgroups
   static constexpr int kProbStages = Config::kSplit ? Config::kProbStages : 1;
 
   __device__ BackwardConsumer(Shared& shared, const BackwardParams& params, const BackwardPlan& plan, int group)
@@ -474,7 +474,7 @@ class BackwardConsumer {
   const int group_;
 
   int flags_ = 0;
-  bool first_ = false;  // step of the item
+  bool first_ = false;     // step of the item
   uint32_t step_ = 0;      // of the CTA
   uint32_t key_step_ = 0;  // of the CTA's steps of keys, void ones too
   uint32_t prob_step_ = 0;

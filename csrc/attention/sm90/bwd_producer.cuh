@@ -33,38 +33,23 @@ class BackwardScheduler {
 
  private:
   // For lane 0.
-  __device__ __forceinline__ int Ticket() {
-    return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.ticket, 1) : 0;
-  }
+  __device__ __forceinline__ int Ticket() { return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.ticket, 1) : 0; }
   __device__ __forceinline__ static int Share(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
-  // The order: keys of the first kLag units; then, alternating, keys of a unit and queries of the unit kLag before;
-  // queries of the last. False for the places that the last unit leaves empty.
+  // See bwd_plan.h. False for the places that the last unit leaves empty.
   __device__ __forceinline__ bool Find(int ticket, BackwardItem& item) {
-    const int keys_each = plan_.key_items, queries_each = plan_.query_items;
-    const int lead = min(plan_.units, kLag), both_units = plan_.units - lead;
+    item.kind = BackwardItem::kKeys;
+    item.unit = 0;
     int place = ticket;
-    if (place < lead * keys_each) {
-      item.kind = BackwardItem::kKeys;
-      item.unit = place / keys_each;
-      place %= keys_each;
-    } else {
-      place -= lead * keys_each;
-      const int each = keys_each + queries_each;
-      const int phase = place / each;
-      if (phase < both_units) {
-        place -= phase * each;
-        // Keys are spread evenly: before place x lie x * keys_each / each of them.
-        const int before = static_cast<int>(int64_t{place} * keys_each / each);
-        const bool keys = int64_t{place + 1} * keys_each / each > before;
-        item.kind = keys ? BackwardItem::kKeys : BackwardItem::kQueries;
-        item.unit = keys ? phase + lead : phase;
-        place = keys ? before : place - before;
-      } else {
-        place -= both_units * each;
+    if (ticket >= plan_.key_items) {
+      const int after = ticket - plan_.key_items, phase = plan_.unit_items.Quotient(after);
+      const bool keys_left = phase + 1 < plan_.units;  // the last phase has queries only
+      place = plan_.unit_items.Remainder(after, phase);
+      item.unit = phase + 1;
+      if (!keys_left || place >= plan_.key_items) {
+        if (keys_left) place -= plan_.key_items;
         item.kind = BackwardItem::kQueries;
-        item.unit = both_units + place / queries_each;
-        place %= queries_each;
+        item.unit = phase;
       }
     }
     const bool keys = item.kind == BackwardItem::kKeys;

@@ -18,24 +18,25 @@ struct BackwardPlan {
   device::LogitMap logits;
   int tickets;
   int units, slots;
-  int unit_heads;         // key/value heads of a unit
-  int kv_rows;            // batch * kv_heads
-  int group;              // query heads a key/value head
-  int entry_pieces;       // of dS, a block
-  int slot_pieces;        // a unit
-  int key_items, query_items;  // of a whole unit
-  Divider key_tiles;      // of one head
-  Divider query_blocks;   // of one head
+  int unit_heads;        // key/value heads of a unit
+  int kv_rows;           // batch * kv_heads
+  int group;             // query heads a key/value head
+  int entry_pieces;      // of dS, a block
+  int slot_pieces;       // a unit
+  int key_items;         // of a whole unit
+  Divider unit_items;    // of both kinds, of a whole unit
+  Divider key_tiles;     // of one head
+  Divider query_blocks;  // of one head
   Divider heads, kv_heads;
   int query_tiles;  // of 64, of one head
   int32_t* ticket;
-  int32_t* done_keys;     // [units]: items of each kind that are done
+  int32_t* done_keys;  // [units]: items of each kind that are done
   int32_t* done_queries;
   int32_t* suspect_keys;     // [batch, kv_heads, 64 keys]: what the exact kernel has to do once more
   int32_t* suspect_queries;  // [batch, heads, 64 queries]
   const int32_t* matches;    // see Preparation
   const float* statistics;
-  void* pieces;              // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
+  void* pieces;  // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
 };
 
 // What a CTA works on next, from the scheduler to everyone else.
@@ -51,8 +52,8 @@ struct BackwardItem {
   int table_row;  // its first query head, counted from the first of the unit
 };
 
-// One step: 64 queries for a tile of keys, or 64 keys for a block of queries. kVoid: there is nothing to do, and this is
-// the only step; kSuspect, with kLast: the list cannot be followed, the exact kernel decides.
+// One step: 64 queries for a tile of keys, or 64 keys for a block of queries. kVoid: there is nothing to do, and this
+// is the only step; kSuspect, with kLast: the list cannot be followed, the exact kernel decides.
 struct StepFlag {
   static constexpr int kLast = 1, kVoid = 2, kMasked = 4, kBits = 8, kSuspect = 16;
 };
@@ -79,10 +80,10 @@ struct BackwardShared {
   alignas(1024) Element second[kStages][Config::kSecondBytes / 2];
   alignas(1024) Element scores[kScoreStages][Config::kKeyGroups][kPieceElements];  // dS, [key][query]
   alignas(16) float probs[Config::kSplit ? Config::kProbStages : 1][Config::kSplit ? 8 * kWarpgroup * 4 : 4];
-  alignas(16) uint8_t bits[kStages][64 * 16];  // bit tile of a step: [query][keys of the block / 8]
+  alignas(16) uint8_t bits[kStages][64 * 16];    // bit tile of a step: [query][keys of the block / 8]
   alignas(16) float statistics[kStages][2][64];  // of the queries: lse, delta, as RowStatistics has them
-  int flags[kStages];          // of a step
-  StoreOrder orders[kOrders];  // of the CTA's steps of keys
+  int flags[kStages];                            // of a step
+  StoreOrder orders[kOrders];                    // of the CTA's steps of keys
   BackwardItem items[kItems];
   Barrier full_item[kItems], empty_item[kItems];
   Barrier full_key[2], empty_key[2];  // of an item of keys: what each consumer warpgroup reads of keys and values

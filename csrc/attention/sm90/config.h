@@ -62,10 +62,11 @@ constexpr int ForwardSharedBytes() {
          Config::kKeyStages * Config::kTileQ * 16 + 1024;
 }
 
-// The backward. One persistent CTA a multiprocessor; two consumer warpgroups, and one of four producer warps. A CTA makes
-// dK and dV of kTileKv keys, or dQ of one block of queries.
+// The backward. One persistent CTA a multiprocessor; two consumer warpgroups, and one of four producer warps. A CTA
+// makes dK and dV of kTileKv keys, or dQ of one block of queries.
 //   kSplit false  each consumer warpgroup has 64 of 128 keys and makes both gradients.
-//          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, for 256
+//          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, for
+//          256
 //                 dimensions (whose two gradients do not fit in one warpgroup's registers), and for few tiles.
 // kPlain as above.
 template <typename Element_, int kDim_, bool kSplit_, bool kPlain_>
@@ -80,7 +81,10 @@ struct BackwardConfig {
   static constexpr int kKeyGroups = kSplit ? 1 : 2;  // of 64 keys
   static constexpr int kTileKv = kWarpgroupRows * kKeyGroups;
   static constexpr int kStages = kDim == 64 ? 4 : kDim > 128 ? 2 : 3;
-  static constexpr int kScoreStages = kDim > 128 ? 1 : kDim == 128 && !kSplit ? 3 : 2;  // buffers of dS a group of 64 keys, on their way out
+  static constexpr int kScoreStages = kDim > 128 ? 1
+                                      : kDim == 128 && !kSplit
+                                          ? 3
+                                          : 2;  // buffers of dS a group of 64 keys, on their way out
   static constexpr int kProbStages = !kSplit ? 0 : kDim > 128 ? 1 : 2;  // buffers of P, from warpgroup to warpgroup
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
@@ -103,8 +107,8 @@ constexpr int BackwardSharedBytes() {
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors, cudaStream_t stream);
 
-// The same for the backward, in bwd.cuh: everything but the matches (prepare.h), which must be in the workspace, and what
-// the suspects it leaves there call for.
+// The same for the backward, in bwd.cuh: everything but the matches (prepare.h), which must be in the workspace, and
+// what the suspects it leaves there call for.
 template <typename Config>
 cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& layout, void* workspace,
                            int multiprocessors, cudaStream_t stream);

@@ -6,9 +6,9 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-// 64 accumulated rows, scaled, to `rows` + row * stride; rows from `valid` on become 0, rows from `stored` on and columns
-// from `dim` on (a multiple of 8) are not written. Returns whether this thread's part of the valid rows is finite.
-// Each row's four lanes swap words so that they store 32 contiguous bytes, four columns a lane.
+// 64 accumulated rows, scaled, to `rows` + row * stride; rows from `valid` on become 0, rows from `stored` on and
+// columns from `dim` on (a multiple of 8) are not written. Returns whether this thread's part of the valid rows is
+// finite. Each row's four lanes swap words so that they store 32 contiguous bytes, four columns a lane.
 template <typename Element, int kDim>
 __device__ __forceinline__ bool StoreRows(const float (&sums)[kDim / 2], float scale, int valid, int stored,
                                           Element* rows, int stride, int dim, int thread) {
@@ -32,7 +32,8 @@ __device__ __forceinline__ bool StoreRows(const float (&sums)[kDim / 2], float s
       const bool odd = lane % 2;
       const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[0] : words[1], 1);
       if (row < stored && n * 8 + column < dim) {
-        *reinterpret_cast<uint2*>(target + n * 8) = odd ? make_uint2(received, words[1]) : make_uint2(words[0], received);
+        *reinterpret_cast<uint2*>(target + n * 8) =
+            odd ? make_uint2(received, words[1]) : make_uint2(words[0], received);
       }
     }
   }

@@ -2,9 +2,11 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 256, true, true>>(
-    const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t);
-template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 256, true, false>>(
-    const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t);
+template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 256, true, true>>(const BackwardParams&,
+                                                                                    const BackwardLayout&, void*, int,
+                                                                                    cudaStream_t);
+template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 256, true, false>>(const BackwardParams&,
+                                                                                     const BackwardLayout&, void*, int,
+                                                                                     cudaStream_t);
 
 }  // namespace jax_bsk::attention::cuda::sm90

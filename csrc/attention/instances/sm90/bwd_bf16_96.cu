@@ -2,13 +2,17 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, false, true>>(
-    const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t);
-template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, false, false>>(
-    const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t);
-template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, true, true>>(
-    const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t);
-template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, true, false>>(
-    const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t);
+template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, false, true>>(const BackwardParams&,
+                                                                                    const BackwardLayout&, void*, int,
+                                                                                    cudaStream_t);
+template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, false, false>>(const BackwardParams&,
+                                                                                     const BackwardLayout&, void*, int,
+                                                                                     cudaStream_t);
+template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, true, true>>(const BackwardParams&,
+                                                                                   const BackwardLayout&, void*, int,
+                                                                                   cudaStream_t);
+template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 96, true, false>>(const BackwardParams&,
+                                                                                    const BackwardLayout&, void*, int,
+                                                                                    cudaStream_t);
 
 }  // namespace jax_bsk::attention::cuda::sm90
