@@ -105,27 +105,21 @@ class BackwardConsumer {
   __device__ __forceinline__ void Queries(const BackwardItem& item) {
     const Shape& shape = params_.shape;
     const bool active = 64 * group_ < shape.block_q;
-    float dquery[kGradient];
-#pragma unroll
-    for (int i = 0; i < kGradient; ++i) dquery[i] = 0.f;
-    WaitForStep();
-    if (flags_ & StepFlag::kVoid) {
-      Release(shared_.empty[Stages().Stage()]);
+    float dquery[kGradient] = {};
+    if (WaitForQueryStep() & StepFlag::kVoid) {
     } else if (!active) {
-      while (true) {
-        Release(shared_.empty[Stages().Stage()]);
-        if (flags_ & StepFlag::kLast) break;
-        ++step_;
-        WaitForStep();
+      while (!(flags_ & StepFlag::kLast)) {
+        Release(shared_.empty[QueryPlace(query_step_++)]);
+        WaitForQueryStep();
       }
     } else {
       device::sm90::Pin(dquery);
       bool first = true;
 #pragma unroll 1
       while (true) {
-        const int stage = Stages().Stage();
-        const uint32_t scores = device::sm90::TileDescriptor(shared_.second[stage] + group_ * kPieceElements);
-        const uint32_t key = device::sm90::TileDescriptor(shared_.first[stage], 64 * 128);
+        const int place = QueryPlace(query_step_);
+        const uint32_t scores = device::sm90::TileDescriptor(shared_.Second(place) + group_ * kPieceElements);
+        const uint32_t key = device::sm90::TileDescriptor(shared_.First(place), 64 * 128);
         device::sm90::FenceProducts();
 #pragma unroll
         for (int k = 0; k < 4; ++k) {
@@ -134,17 +128,16 @@ class BackwardConsumer {
         }
         device::sm90::CommitProducts();
         device::sm90::WaitForProducts<1>();
-        if (!first) ReleasePrevious();
+        if (!first) Release(shared_.empty[QueryPlace(query_step_ - 1)]);
         first = false;
         if (flags_ & StepFlag::kLast) break;
-        ++step_;
-        WaitForStep();
+        ++query_step_;
+        WaitForQueryStep();
       }
       device::sm90::WaitForProducts<0>();
       device::sm90::Pin(dquery);
-      Release(shared_.empty[Stages().Stage()]);
     }
-    ++step_;
+    Release(shared_.empty[QueryPlace(query_step_++)]);
     // All of the item's dS has arrived.
     if (group_ == 0 && Thread() == 0) device::sm90::AddRelease(plan_.done_queries + item.unit, 1);
     if (!active) return;
@@ -448,7 +441,16 @@ class BackwardConsumer {
   // ---- Pipeline
   __device__ __forceinline__ Ring<Config::kStages> Stages() const { return {step_}; }
 
-  // Waits for the step; its flags.
+  __device__ __forceinline__ static int QueryPlace(uint32_t step) {
+    return Config::kStages + Ring<Config::kQueryStages>{step}.Stage();
+  }
+  // Wait for the step; its flags.
+  __device__ __forceinline__ int WaitForQueryStep() {
+    const int place = QueryPlace(query_step_);
+    device::sm90::Wait(shared_.full[place], Ring<Config::kQueryStages>{query_step_}.Full());
+    flags_ = ReadShared(shared_.flags[place]);
+    return flags_;
+  }
   __device__ __forceinline__ int WaitForStep() {
     device::sm90::Wait(shared_.full[Stages().Stage()], Stages().Full());
     flags_ = ReadShared(shared_.flags[Stages().Stage()]);
@@ -474,8 +476,9 @@ class BackwardConsumer {
   const int group_;
 
   int flags_ = 0;
-  bool first_ = false;     // step of the item
-  uint32_t step_ = 0;      // of the CTA
+  bool first_ = false;  // step of the item
+  uint32_t step_ = 0;   // of keys, of the CTA
+  uint32_t query_step_ = 0;
   uint32_t key_step_ = 0;  // of the CTA's steps of keys, void ones too
   uint32_t prob_step_ = 0;
   Ring<1> keys_;

@@ -106,7 +106,7 @@ class BackwardScheduler {
   Ring<Shared::kItems> items_;
 };
 
-// Calls work(item) for each item, from its announcement to the release of its place.
+// Calls work(item, its place) for each item, from its announcement to the release of its place.
 template <typename Shared, typename Work>
 __device__ __forceinline__ void ForEachItem(Shared& shared, Work work) {
   Ring<Shared::kItems> items;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void ForEachItem(Shared& shared, Work work) {
     device::sm90::Wait(shared.full_item[items.Stage()], items.Full());
     const BackwardItem& item = shared.items[items.Stage()];
     if (__shfl_sync(0xFFFFFFFFu, item.kind, 0) == BackwardItem::kEnd) return;
-    work(item);
+    work(item, items);
     __syncwarp();
     if (device::sm90::ElectLane()) device::sm90::Arrive(shared.empty_item[items.Stage()]);
     items.Advance();
@@ -126,8 +126,9 @@ __device__ __forceinline__ void ForEachItem(Shared& shared, Work work) {
 template <typename Config>
 __device__ __forceinline__ void LoadKeysAndValues(BackwardShared<Config>& shared, const BackwardPlan& plan) {
   Ring<1> place;
-  ForEachItem(shared, [&](const BackwardItem& item) {
+  ForEachItem(shared, [&](const BackwardItem& item, const auto& items) {
     if (item.kind != BackwardItem::kKeys) return;
+    device::sm90::Wait(shared.open_item[items.Stage()], items.Full());
 #pragma unroll 1
     for (int group = 0; group < 2; ++group) {
       Barrier& full = shared.full_key[group];
@@ -164,9 +165,15 @@ class BackwardLoader {
       : shared_(shared), params_(params), plan_(plan) {}
 
   __device__ __forceinline__ void Run() {
-    ForEachItem(shared_, [&](const BackwardItem& item) {
+    ForEachItem(shared_, [&](const BackwardItem& item, const auto& items) {
       pending_ = false;
-      if (item.kind == BackwardItem::kQueries) device::sm90::FenceAsyncProxyGlobal();  // others wrote dS, and said so
+      if (item.kind == BackwardItem::kKeys) {
+        BeginKeys();
+      } else {
+        BeginQueries();
+      }
+      __syncwarp();
+      if (device::sm90::ElectLane()) device::sm90::Arrive(shared_.open_item[items.Stage()]);
       const bool sound = Walk(item);
       Emit(item, sound ? StepFlag::kLast : StepFlag::kLast | StepFlag::kSuspect);
     });
@@ -174,6 +181,29 @@ class BackwardLoader {
 
  private:
   __device__ __forceinline__ static int Share(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
+
+  // Waits until the other kind's steps have left the memory.
+  __device__ __forceinline__ void BeginKeys() {
+#pragma unroll 1
+    for (int i = 0; i < Config::kQueryStages; ++i) {
+      WaitUntilEmpty<Config::kQueryStages>(query_step_ + i, Config::kStages);
+    }
+    ++key_items_;
+  }
+  __device__ __forceinline__ void BeginQueries() {
+#pragma unroll 1
+    for (int i = 0; i < Config::kStages; ++i) WaitUntilEmpty<Config::kStages>(key_step_ + i, 0);
+#pragma unroll 1
+    for (int group = 0; group < 2; ++group) {
+      device::sm90::Wait(shared_.empty_key[group], Ring<1>{key_items_}.Empty());
+    }
+    device::sm90::FenceAsyncProxyGlobal();  // others wrote dS, and said so
+  }
+  template <int kSize>
+  __device__ __forceinline__ void WaitUntilEmpty(uint32_t step, int first_place) {
+    const Ring<kSize> ring{step};
+    device::sm90::Wait(shared_.empty[first_place + ring.Stage()], ring.Empty());
+  }
 
   // The steps of an item: the queries that visit a tile of keys, one query head of the group after the other; or the
   // keys that a block of queries visits. Entries are fetched 32 at a time, one a lane. False when a list cannot be
@@ -243,28 +273,36 @@ class BackwardLoader {
   // The pending step, if any; a void one instead when it is to be the only one.
   __device__ __forceinline__ void Emit(const BackwardItem& item, int flags) {
     if (!pending_ && !(flags & StepFlag::kLast)) return;
-    const Ring<Config::kStages> place{step_};
-    const int stage = place.Stage();
     const bool keys = item.kind == BackwardItem::kKeys;
     if (!pending_) flags |= StepFlag::kVoid;
     if (keys && tile_ >= 0) flags |= StepFlag::kMasked | StepFlag::kBits;
     if (item.start + Config::kTileKv > item.key_limit) flags |= StepFlag::kMasked;
-    device::sm90::Wait(shared_.empty[stage], place.Empty());
+    int place;
+    if (keys) {
+      place = Ring<Config::kStages>{key_step_}.Stage();
+      WaitUntilEmpty<Config::kStages>(key_step_, 0);
+    } else {
+      place = Config::kStages + Ring<Config::kQueryStages>{query_step_}.Stage();
+      WaitUntilEmpty<Config::kQueryStages>(query_step_, Config::kStages);
+    }
     if (device::sm90::ElectLane()) {
-      if (pending_) Load(item, stage);
-      shared_.flags[stage] = flags;
+      if (pending_) Load(item, place);
+      shared_.flags[place] = flags;
       if (keys) shared_.orders[key_step_ % Shared::kOrders] = {flags, pieces_};
-      device::sm90::Arrive(shared_.full[stage]);
+      device::sm90::Arrive(shared_.full[place]);
     }
     __syncwarp();
-    ++step_;
-    if (keys) ++key_step_;
+    if (keys) {
+      ++key_step_;
+    } else {
+      ++query_step_;
+    }
   }
 
   // Queries and output gradients, with their bit tile if any; or keys and dS.
-  __device__ __forceinline__ void Load(const BackwardItem& item, int stage) {
+  __device__ __forceinline__ void Load(const BackwardItem& item, int place) {
     const bool keys = item.kind == BackwardItem::kKeys;
-    Barrier& full = shared_.full[stage];
+    Barrier& full = shared_.full[place];
     const int block_q = static_cast<int>(params_.shape.block_q);
     const int pieces_bytes = block_q / 64 * kPieceElements * 2;
     device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + 512 : pieces_bytes));
@@ -272,41 +310,39 @@ class BackwardLoader {
 #pragma unroll 1
     for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
       const int target = chunk * 64 * kChunk;
-      device::sm90::LoadBox(shared_.first[stage] + target, keys ? plan_.query : plan_.key, full, chunk * kChunk, start_,
+      device::sm90::LoadBox(shared_.First(place) + target, keys ? plan_.query : plan_.key, full, chunk * kChunk, start_,
                             head, item.batch);
       if (keys) {
-        device::sm90::LoadBox(shared_.second[stage] + target, plan_.dout, full, chunk * kChunk, start_, head,
+        device::sm90::LoadBox(shared_.Second(place) + target, plan_.dout, full, chunk * kChunk, start_, head,
                               item.batch);
       }
     }
     if (keys) {
       const int row = item.batch * static_cast<int>(params_.shape.heads) + head_;
       const float* statistics = plan_.statistics + (int64_t{row} * plan_.query_tiles + start_ / 64) * 128;
-      device::sm90::LoadBytes(shared_.statistics[stage], statistics, full, 512);
+      device::sm90::LoadBytes(shared_.statistics[place], statistics, full, 512);
     }
     if (!keys) {
       const auto* source = static_cast<const Element*>(plan_.pieces) + int64_t{pieces_} * kPieceElements;
-      device::sm90::LoadBytes(shared_.second[stage], source, full, pieces_bytes);
+      device::sm90::LoadBytes(shared_.Second(place), source, full, pieces_bytes);
     } else if (tile_ >= 0) {
       const int block_kv = static_cast<int>(params_.shape.block_kv);
       const uint32_t* words =
           device::BitTileRow(params_.tiles, item.batch, head_, tile_, start_ & (block_q - 1), block_q, block_kv);
       device::sm90::Expect(full, 64 * block_kv / 8);
-      device::sm90::LoadBytes(shared_.bits[stage], words, full, 64 * block_kv / 8);
+      device::sm90::LoadBytes(shared_.bits[place], words, full, 64 * block_kv / 8);
     }
   }
 
   Shared& shared_;
   const BackwardParams& params_;
   const BackwardPlan& plan_;
-  uint32_t step_ = 0, key_step_ = 0;  // of the CTA: all, and those of keys
+  uint32_t key_step_ = 0, query_step_ = 0, key_items_ = 0;  // of the CTA
 
   // The pending step.
   bool pending_ = false;
   int start_ = 0, tile_ = -1, pieces_ = 0;
-  int head_ = 0;  // query head: of the row that is walked, which the pending step may lie before
-
-  float lse_[2] = {}, delta_[2] = {};
+  int head_ = 0;  // query head
 };
 
 // The storer of dS: one thread that hands the consumers' pieces to the copy engine.
@@ -316,7 +352,7 @@ __device__ __forceinline__ void StoreScores(BackwardShared<Config>& shared, cons
   using Element = typename Config::Element;
   using Shared = BackwardShared<Config>;
   uint32_t step = 0;  // of the CTA's steps of keys
-  ForEachItem(shared, [&](const BackwardItem& item) {
+  ForEachItem(shared, [&](const BackwardItem& item, const auto&) {
     if (item.kind != BackwardItem::kKeys) return;
     bool last = false;
     Barrier* reading = nullptr;  // of the buffer that was handed over last, and may still be read

@@ -68,6 +68,9 @@ template <typename Config>
 struct BackwardShared {
   using Element = typename Config::Element;
   static constexpr int kStages = Config::kStages, kScoreStages = Config::kScoreStages;
+  // Places of steps: those of keys, then those of queries, which share memory with the former. Whoever loads waits for
+  // all of the other kind to be free.
+  static constexpr int kPlaces = Config::kStages + Config::kQueryStages;
   static constexpr int kKeyElements = Config::kChunks * Config::kTileKv * kChunk;
   static constexpr int kItems = 4;
   static constexpr int kOrders = 8;  // the storer may be some steps behind the consumers, the loader kStages ahead
@@ -82,15 +85,26 @@ struct BackwardShared {
   alignas(16) float probs[Config::kSplit ? Config::kProbStages : 1][Config::kSplit ? 8 * kWarpgroup * 4 : 4];
   alignas(16) uint8_t bits[kStages][64 * 16];    // bit tile of a step: [query][keys of the block / 8]
   alignas(16) float statistics[kStages][2][64];  // of the queries: lse, delta, as RowStatistics has them
-  int flags[kStages];                            // of a step
+  int flags[kPlaces];                            // of a step
   StoreOrder orders[kOrders];                    // of the CTA's steps of keys
   BackwardItem items[kItems];
   Barrier full_item[kItems], empty_item[kItems];
   Barrier full_key[2], empty_key[2];  // of an item of keys: what each consumer warpgroup reads of keys and values
-  Barrier full[kStages], empty[kStages];
+  Barrier open_item[kItems];          // the other kind's steps have left the memory
+  Barrier full[kPlaces], empty[kPlaces];
   Barrier full_scores[kScoreStages][Config::kKeyGroups], empty_scores[kScoreStages][Config::kKeyGroups];
   Barrier full_probs[2], empty_probs[2];
   Barrier open;  // never completes a phase
+
+  // Memory of a place: queries, or keys; output gradients, or dS.
+  __device__ __forceinline__ Element* First(int place) {
+    const int stage = place < kStages ? place : place - kStages, extra = stage - kStages;
+    return extra < 0 ? first[stage] : key + extra * (Config::kFirstBytes / 2);
+  }
+  __device__ __forceinline__ Element* Second(int place) {
+    const int stage = place < kStages ? place : place - kStages, extra = stage - kStages;
+    return extra < 0 ? second[stage] : value + extra * (Config::kSecondBytes / 2);
+  }
 
   __device__ __forceinline__ void Init() {
     using device::sm90::InitBarrier;
@@ -103,7 +117,8 @@ struct BackwardShared {
       InitBarrier(full_key[i], 1);
       InitBarrier(empty_key[i], 4);
     }
-    for (int i = 0; i < kStages; ++i) {
+    for (int i = 0; i < kItems; ++i) InitBarrier(open_item[i], 1);
+    for (int i = 0; i < kPlaces; ++i) {
       InitBarrier(full[i], 1);
       InitBarrier(empty[i], kWarps);
     }
