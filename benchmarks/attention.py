@@ -1,10 +1,11 @@
-"""The forward of `sparse_attention` beside every peer that can be imported, on one device, with the goals of an H200.
+"""`sparse_attention` beside every peer that can be imported, on one device, with the goals of an H200.
 
-Run as `python benchmarks/attention.py`. On a GPU the whole table: block-sparse, causal, dense and window masks, packed
-documents, calls so short that they are chained in one jit, and lengths from 2,048 to 32,768. Peers are
-`jax.nn.dot_product_attention` (cuDNN, XLA), PyTorch (FlexAttention, SDPA), flash-attn3-jax, fa4-jax and tokamax, each
-where it is installed and can compute the case. On a CPU a few small cases against XLA, to see that everything runs.
-`python -m jax_bsk bench` compares any size with `jax.nn`, with the backward too.
+Run as `python benchmarks/attention.py`: the forward, or with `--pass` the backward alone or both. On a GPU the whole
+table: block-sparse, causal, dense and window masks, packed documents and lengths from 2,048 to 32,768 in the forward,
+grouped heads in the others, calls so short that they are chained in one jit. Peers are `jax.nn.dot_product_attention`
+(cuDNN, XLA), PyTorch (FlexAttention, SDPA), flash-attn3-jax, fa4-jax and tokamax, each where it is installed and can
+compute the case. On a CPU a few small cases against XLA, to see that everything runs.
+`python -m jax_bsk bench` compares any size with `jax.nn`.
 
 Exit status 1 where a result of any contender is wrong or jax_bsk has none, 2 where nothing can be measured.
 """
@@ -25,10 +26,11 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-from suite import cases as all_cases
-from suite import measure, report
+from suite import measure, report, tables
+from suite.cases import Case
 from suite.contender import first_line
 from suite.inputs import Inputs
+from suite.passes import Pass
 
 from jax_bsk import _compat, _dispatch
 from jax_bsk.cli import attention_bench
@@ -42,6 +44,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The options."""
     description = __doc__.splitlines()[0] if __doc__ else None
     parser = argparse.ArgumentParser(prog="benchmarks/attention.py", description=description)
+    parser.add_argument(
+        "--pass",
+        dest="measured",
+        type=Pass,
+        choices=list(Pass),
+        default=Pass.FORWARD,
+        metavar="|".join(which.value for which in Pass),
+        help="what to measure: the forward (default), the gradients alone, or both together",
+    )
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
@@ -60,8 +71,8 @@ def run(argv: Sequence[str]) -> int:
     """Measures, prints and writes; the exit status."""
     args = parse(argv)
     platform = _compat.default_platform()
-    make = all_cases.gpu_cases if platform == "cuda" else all_cases.cpu_cases
-    chosen = [case for case in make(args.seed) if args.only in case.name]
+    table = tables.table(args.measured, args.seed, on_gpu=platform == "cuda")
+    chosen = [case for case in table if args.only in case.name]
     if not chosen:
         print(f"attention.py: no case's name contains {args.only!r}; --list prints them", file=sys.stderr)
         return 2
@@ -79,7 +90,7 @@ def run(argv: Sequence[str]) -> int:
     output = args.output
     if output is None and platform == "cuda" and not (args.only or args.quick or args.no_peers or args.implementation):
         device = re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
-        output = RESULTS / f"forward-{device}.json"
+        output = RESULTS / f"{args.measured.value}-{device}.json"
     result = _measure(args, chosen, implementation, output)
     print(report.render(result))
     if output is not None:
@@ -90,18 +101,17 @@ def run(argv: Sequence[str]) -> int:
     return 0 if all(case["ok"] for case in result["cases"]) else 1
 
 
-def _measure(
-    args: argparse.Namespace, chosen: list[all_cases.Case], implementation: str, output: Path | None
-) -> dict[str, Any]:
+def _measure(args: argparse.Namespace, chosen: list[Case], implementation: str, output: Path | None) -> dict[str, Any]:
     """The report of those cases, written after each: a run that is cut short leaves what it measured."""
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     dtype = chosen[0].dtype
     result: dict[str, Any] = {
-        "benchmark": "attention forward",
+        "benchmark": f"attention {args.measured.title}",
+        "pass": args.measured.value,
         **report.surroundings(),
         "implementation": implementation,
         "options": {"dtype": dtype, "rounds": rounds, "seed": args.seed, "only": args.only, "peers": not args.no_peers},
-        "method": report.METHOD,
+        "method": report.method(args.measured),
         "matrix_product_flops_per_second": attention_bench.matrix_product_rate(dtype, args.seed),
         "cases": [],
     }
@@ -110,9 +120,10 @@ def _measure(
         for i, case in enumerate(chosen):
             progress.step(case.name)
             try:
-                if i == 0 or case.shape != chosen[i - 1].shape:
+                sizes = case.shape, case.kv_shape
+                if i == 0 or sizes != (chosen[i - 1].shape, chosen[i - 1].kv_shape):
                     inputs = None  # frees the last shape's before the next are made
-                    inputs = Inputs(case.shape, case.dtype, args.seed)
+                    inputs = Inputs(case, args.seed)
                 assert inputs is not None
                 record = measure.measure(
                     case,
@@ -124,7 +135,7 @@ def _measure(
                 )
             except Exception as error:  # the cases before it took minutes, and those after it may well run
                 record = {"name": case.name, "jax_bsk": {"failed": first_line(error)}, "peers": {}, "ok": False}
-            measure.judge(record, result["devices"][0]["name"])
+            measure.judge(record, result["devices"][0]["name"], args.measured)
             result["cases"].append(record)
             if output is not None:
                 output.parent.mkdir(parents=True, exist_ok=True)

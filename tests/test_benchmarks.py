@@ -1,4 +1,4 @@
-"""`benchmarks/attention.py` on a CPU: what it writes, that its figures agree with each other, that its check checks."""
+"""The benchmarks on a CPU: what they write, that their figures agree with each other, that their checks check."""
 
 from __future__ import annotations
 
@@ -125,6 +125,94 @@ def test_a_wrong_peer_is_told(suite, monkeypatch, capsys):
     script = importlib.import_module("attention")
     assert script.run(["--only", "S512 D32 causal", "--quick", "--quiet", "--implementation", NATIVE]) == 1
     assert "WRONG: xla, B1 H2 S512 D32 causal" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("which", "factor"), [("backward", 10), ("training", 14)])
+def test_the_passes_with_gradients(which, factor, suite, capsys, tmp_path):
+    script = importlib.import_module("attention")
+    path = tmp_path / f"{which}.json"
+    options = ["--pass", which, "--only", "S256", "--quick", "--quiet", "--implementation", NATIVE]
+    assert script.run([*options, "--output", str(path)]) == 0
+    assert "WRONG" not in capsys.readouterr().out
+    report = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert report["pass"] == which
+    assert f"Useful FLOPs: {factor} B H S^2 D" in report["method"]
+    grouped, chained = report["cases"]
+    assert (grouped["heads"], grouped["kv_heads"]) == (4, 2)
+    assert chained["chained_calls"] == 3
+    names = {"dquery", "dkey", "dvalue"} | ({"out"} if which == "training" else set())
+    for case in (grouped, chained):
+        sizes = case["batch"] * case["heads"] * case["length"] ** 2 * case["head_dim"]
+        assert case["useful_flops"] == pytest.approx(factor * sizes * case["density"])
+        for record in (case["jax_bsk"], case["peers"]["xla"]):
+            assert set(record["check"]["results"]) == names
+            assert 0 < record["check"]["share_of_tolerance"] <= 1
+            assert record["seconds"] > 0
+
+
+@pytest.mark.parametrize("wrong", ["dquery", "dkey", "dvalue"])
+def test_wrong_gradients_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
+    ours = suite("ours")
+    right = ours.sparse_attention
+
+    def sparse_attention(query, key, value, *, mask, implementation):
+        def off(x, name):  # x itself, with a gradient that is 1.01 of what it should be
+            return x + jnp.asarray(0.01, x.dtype) * (x - jax.lax.stop_gradient(x)) if wrong == name else x
+
+        inputs = off(query, "dquery"), off(key, "dkey"), off(value, "dvalue")
+        return right(*inputs, mask=mask, implementation=implementation)
+
+    monkeypatch.setattr(ours, "sparse_attention", sparse_attention)
+    script = importlib.import_module("attention")
+    path = tmp_path / "backward.json"
+    options = ["--pass", "backward", "--only", "causal", "--no-peers", "--quick", "--quiet", "--implementation", NATIVE]
+    assert script.run([*options, "--output", str(path)]) == 1
+    assert "WRONG" in capsys.readouterr().out
+    (case,) = json.loads(path.read_text(), parse_constant=pytest.fail)["cases"]
+    told = {name for name, check in case["jax_bsk"]["check"]["results"].items() if not check["ok"]}
+    assert told == {wrong}
+
+
+def test_the_gpu_table_of_the_gradients(suite):
+    tables, which = suite("tables"), suite("passes").Pass
+    table = {case.name: case for case in tables.table(which.BACKWARD, 0, on_gpu=True)}
+    assert set(tables.GOALS[which.BACKWARD]) <= set(table)
+    for name, density in {
+        "B4 H32 S8192 D128 random .50": 0.515,
+        "B4 H32 S8192 D128 random .22": 0.237,
+        "B4 H32 S8192 D128 random .10": 0.118,
+        "B4 H32 S8192 D128 random .03": 0.047,
+        "B4 H32/8 S8192 D128 random .22": 0.237,
+        "B1 H16 S32768 D128 random .03": 0.034,
+        "B2 H16 S8192 D256 random .22": 0.237,
+    }.items():
+        assert table[name].density == pytest.approx(density, abs=1e-3), name
+    forward = {case.name: case for case in tables.table(which.FORWARD, 0, on_gpu=True)}
+    for name in table.keys() & forward.keys():  # the same masks, so that the passes can be compared
+        assert table[name].density == forward[name].density, name
+        assert table[name].useful_flops == pytest.approx(2.5 * forward[name].useful_flops)
+
+
+def test_a_training_step_on_a_cpu(tmp_path):
+    pytest.importorskip("flax")
+    path = tmp_path / "new" / "training.json"
+    command = [sys.executable, str(BENCHMARKS / "training_step.py"), "--output", str(path)]
+    for name, value in {"length": 128, "layers": 1, "width": 32, "heads": 2, "vocabulary": 64, "steps": 2}.items():
+        command += [f"--{name}", str(value)]
+    command += ["--dtype", "float32", "--remat", "--implementation", "jax_bsk", "xla-mask", "cudnn-mask"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout + result.stderr
+    report = json.loads(path.read_text(), parse_constant=pytest.fail)
+    mine, peer = report["contenders"]["jax_bsk"], report["contenders"]["xla-mask"]
+    assert mine["ran"] == ("xla" if NATIVE == "xla" else "kernels")
+    assert peer["agrees"]
+    assert len(mine["losses"]) == len(peer["losses"]) == report["config"]["warm_up"] + 2
+    assert mine["tokens_per_second"] == pytest.approx(128 / mine["seconds"])
+    program = mine["program_bytes"]
+    assert program["total"] == program["argument"] + program["output"] - program["alias"] + program["temp"]
+    assert report["contenders"]["cudnn-mask"]["failed"]
+    assert "Not measured: cudnn-mask" in result.stdout
 
 
 def test_goals_are_judged_on_an_h200_only(suite):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,66 @@ def test_a_library_that_does_not_fit_is_named(changes, targets, message):
     info = {"version": jax_bsk.__version__, "ffi_api": [0, 3], **changes}
     problem = _ffi._mismatch("jax_bsk._cpu", info, set(targets))
     assert problem is None if message is None else message in problem
+
+
+def least_backward_bytes(batch, heads, kv_heads, q_len, kv_len, capacity, lists, block_q, block_kv) -> int:
+    """`least_bytes` of `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h`."""
+    kv_rows, query_rows, q_tiles = batch * kv_heads, batch * heads, -(-q_len // 64)
+    words = 1 + 2 * kv_rows + kv_rows * -(-kv_len // 64) + query_rows * q_tiles + lists * capacity
+    pieces_offset = -(-4 * (-(-words // 32) * 32 + query_rows * q_tiles * 128) // 1024) * 1024
+    head_pieces = heads // max(kv_heads, 1) * capacity * (block_q // 64) * (block_kv // 64)
+    return pieces_offset + min(kv_rows, 3) * max(1, head_pieces * 64 * 64 * 2)
+
+
+def test_backward_workspace_is_what_the_kernels_need():
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        kv_heads, group, head_dim = rng.choice([0, 1, 2, 8, 33]), rng.choice([1, 2, 8]), rng.choice([8, 64, 128, 256])
+        (block_q, block_kv), heads = rng.choice([64, 128], 2), kv_heads * group
+        batch, q_len, kv_len = rng.choice([0, 1, 3, 16]), *rng.integers(0, 20_000, 2)
+        blocks = -(-q_len // block_q) * -(-kv_len // block_kv)
+        capacity, lists = rng.integers(0, blocks + 1), rng.choice([1, max(1, batch * heads)])
+        shape = int(batch), int(heads), int(kv_heads), int(q_len), int(kv_len), int(capacity), int(lists)
+        batch, heads, kv_heads, q_len, kv_len, capacity, lists = shape
+        size = _ffi._backward_workspace(
+            (batch, q_len, heads, int(head_dim)),
+            (batch, kv_len, kv_heads, int(head_dim)),
+            (1, lists, capacity),
+            block_size=int(block_q * block_kv),
+        )
+        assert size >= least_backward_bytes(*shape, int(block_q), int(block_kv)), (shape, block_q, block_kv)
+        lead = _ffi._backward_workspace(
+            (1, batch, q_len, heads, int(head_dim)),
+            (1, batch, kv_len, kv_heads, int(head_dim)),
+            (1, 1, lists, capacity),
+            block_size=int(block_q * block_kv),
+        )
+        assert lead == size  # a mapped axis counts as batch
+
+
+@pytest.mark.parametrize("heads", [1, 4, 16])
+@pytest.mark.parametrize("a_row", [1, 8])
+def test_backward_workspace_grows_as_the_inputs_do(heads, a_row):
+    """Linear in the length for a mask with so many blocks a row, and never less for a larger batch."""
+
+    def size(length, batch=2):
+        query = key = batch, length, heads, 128
+        return _ffi._backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=128 * 128)
+
+    sizes = [size(1024 * 2**n) for n in range(8)]
+    for shorter, longer in itertools.pairwise(sizes):
+        assert shorter < longer < 2.1 * shorter
+    batches = [size(8192, batch) for batch in range(1, 20)]
+    assert batches == sorted(batches)
+
+
+def test_backward_workspace_is_a_result_of_the_lowered_call():
+    x = jnp.ones((2, 256, 4, 64), jnp.bfloat16)
+    step = jax.jit(jax.grad(lambda x: jax_bsk.sparse_attention(x, x, x, is_causal=True).astype(jnp.float32).sum()))
+    text = step.trace(x).lower(lowering_platforms=("cuda",)).as_text()
+    (call,) = (line for line in text.splitlines() if "@jax_bsk_attention_backward(" in line)
+    expected = _ffi._backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=128 * 128)
+    assert f"tensor<{expected}xui8>" in call, call
 
 
 def run_python(code: str, *flags: str) -> subprocess.CompletedProcess[str]:

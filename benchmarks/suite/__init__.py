@@ -1,1 +1,1 @@
-"""The forward benchmark: cases and goals, contenders, check, measurement, report. `benchmarks/attention.py` runs it."""
+"""The attention benchmark: cases, goals, contenders, check, measurement, report; `benchmarks/attention.py` runs it."""

@@ -1,4 +1,4 @@
-"""What the forward benchmark measures: patterns, sizes, and the goal of each case. Data, no measuring.
+"""What the benchmark measures: patterns, sizes, goals, and the cases of the forward. Data, no measuring.
 
 A pattern says twice what may attend to what: as a `BlockMask`, which jax_bsk gets, and as a predicate of positions,
 which the check and every dense mask are made of, so that a wrong block list does not hide in its own reference.
@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, SegmentMask
+
+from .passes import Pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +90,8 @@ class Case:
       traced: whether the mask is built inside the jit from traced segment ids, in every call.
       panel: its picture against density, None for none.
       series: its line in the picture against length, None for none.
+      kv_heads: of key and value; None for as many as heads.
+      measured: the pass.
     """
 
     name: str
@@ -102,11 +106,23 @@ class Case:
     traced: bool = False
     panel: str | None = None
     series: str | None = None
+    kv_heads: int | None = None
+    measured: Pass = Pass.FORWARD
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(batch, length, heads, head size), as JAX lays it out."""
+        """(batch, length, heads, head size) of the query, as JAX lays it out."""
         return self.batch, self.length, self.heads, self.head_dim
+
+    @property
+    def kv_shape(self) -> tuple[int, int, int, int]:
+        """The same of key and value."""
+        return self.batch, self.length, self.kv_heads or self.heads, self.head_dim
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a head of key and value."""
+        return self.heads // (self.kv_heads or self.heads)
 
     @functools.cached_property
     def mask(self) -> BlockMask:
@@ -119,8 +135,9 @@ class Case:
 
     @property
     def useful_flops(self) -> float:
-        """Operations that the attended elements need, two products of 2 D each."""
-        return 4 * self.batch * self.heads * self.length**2 * self.head_dim * self.density
+        """Operations that the attended elements need: two products of 2 D each in the forward, five in the backward."""
+        forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim * self.density
+        return forward * self.measured.flops_per_forward
 
 
 # The goals of the Hopper forward, and the peer's time of 5.9 ms that the documents are held against (10 times faster).
@@ -170,15 +187,17 @@ Sizes = tuple[int, int, int, int]  # batch, heads, length, head size
 RANDOM, CAUSAL = "random blocks", "causal"  # the series of the picture against length
 
 
-class _Maker:
-    """Makes cases of one type; each random mask has a generator of its own, so a filter does not change the others."""
+class Maker:
+    """Makes cases of one type and pass; each random mask has a generator of its own, so a filter changes no other."""
 
-    def __init__(self, dtype: str, seed: int):
-        self._dtype, self._seed = dtype, seed
+    def __init__(self, dtype: str, seed: int, measured: Pass = Pass.FORWARD):
+        self._dtype, self._seed, self._measured = dtype, seed, measured
 
     def case(self, sizes: Sizes, label: str, pattern: Pattern, block: int, **options: Any) -> Case:
         batch, heads, length, head_dim = sizes
-        name = f"B{batch} H{heads} S{length} D{head_dim} {label}"
+        kv_heads = options.get("kv_heads")
+        name = f"B{batch} H{heads}{f'/{kv_heads}' if kv_heads else ''} S{length} D{head_dim} {label}"
+        options["measured"] = self._measured
         return Case(name, batch, heads, length, head_dim, self._dtype, block, pattern, **options)
 
     def _rng(self, sizes: tuple[int, ...], *more: int) -> np.random.Generator:
@@ -190,10 +209,11 @@ class _Maker:
         blocks = drawn_blocks(sizes[2] // block, float(chance), density, rng)
         return self.case(sizes, f"random {chance}", Pattern("random", blocks=blocks), block, **options)
 
-    def half(self, sizes: Sizes, block: int, calls: int) -> Case:
+    def half(self, sizes: Sizes, block: int, calls: int, **options: Any) -> Case:
         """Half of the blocks, in calls chained in one jit."""
         blocks = exact_blocks(sizes[2] // block, 0.5, self._rng(sizes, block))
-        return self.case(sizes, f"half of {block}-blocks", Pattern("random", blocks=blocks), block, calls=calls)
+        pattern = Pattern("random", blocks=blocks)
+        return self.case(sizes, f"half of {block}-blocks", pattern, block, calls=calls, **options)
 
     def documents(self, sizes: Sizes, tokens: int, block: int = 128) -> list[Case]:
         pattern = Pattern("documents", ids=np.arange(sizes[2], dtype=np.int32) // tokens)
@@ -214,14 +234,15 @@ class _Maker:
         return cases
 
 
+def panel(sizes: Sizes) -> str:
+    """Title of the picture of those sizes."""
+    return "B {}, H {}, S {:,}, D {}".format(*sizes)
+
+
 def gpu_cases(seed: int) -> list[Case]:
     """The whole table, cases of one shape beside each other."""
-    make = _Maker("bfloat16", seed)
+    make = Maker("bfloat16", seed)
     middle, long, wide = (4, 32, 8192, 128), (1, 16, 32768, 128), (16, 96, 4096, 128)
-
-    def panel(sizes: tuple[int, ...]) -> str:
-        return "B {}, H {}, S {:,}, D {}".format(*sizes)
-
     cases = [
         make.random(middle, ".22", 0.237, panel=panel(middle), series=RANDOM),
         make.random(middle, ".10", 0.118, panel=panel(middle)),
@@ -245,12 +266,12 @@ def gpu_cases(seed: int) -> list[Case]:
 
 def cpu_cases(seed: int) -> list[Case]:
     """One small case of each sort: shows that everything runs where there is no GPU."""
-    make = _Maker("float32", seed)
-    sizes, panel = (1, 2, 512, 32), "B 1, H 2, S 512, D 32"
+    make = Maker("float32", seed)
+    sizes = (1, 2, 512, 32)
     return [
-        make.random(sizes, ".4", 0.5, 64, panel=panel),
-        make.random(sizes, ".1", 0.2, 64, panel=panel),
-        make.case(sizes, "causal", Pattern("causal"), 64, panel=panel),
+        make.random(sizes, ".4", 0.5, 64, panel=panel(sizes)),
+        make.random(sizes, ".1", 0.2, 64, panel=panel(sizes)),
+        make.case(sizes, "causal", Pattern("causal"), 64, panel=panel(sizes)),
         make.case(sizes, "dense", DENSE, 64),
         make.case(sizes, "window 100", Pattern("window", window=100), 64),
         *make.documents(sizes, 100, 64),

@@ -35,6 +35,15 @@ class Spots:
     heads: np.ndarray
     rows: np.ndarray
 
+    def of_kv(self, group: int) -> Spots:
+        """The same positions of the key/value heads that those query heads share, so many a head."""
+        return dataclasses.replace(self, heads=self.heads // group)
+
+
+def rounding_of(dtype: np.dtype) -> float:
+    """What one result may be off by for its rounding alone, as a share of it."""
+    return float(jnp.finfo(dtype).eps) * (64 if dtype == np.float32 else 1)
+
 
 def choose_spots(case: Case, seed: int) -> Spots:
     """The first and last head and one between; first and last row of each, and others at random."""
@@ -51,7 +60,8 @@ def _pick(x: jax.Array, examples: Any, heads: Any, rows: Any) -> tuple[jax.Array
 
 
 @jax.jit
-def _whole_heads(x: jax.Array, examples: Any, heads: Any) -> jax.Array:
+def whole_heads(x: jax.Array, examples: Any, heads: Any) -> jax.Array:
+    """Those heads of [B, S, H, D], as [n, S, D]."""
     return x[examples, :, heads]
 
 
@@ -63,14 +73,21 @@ def pick(x: jax.Array, spots: Spots) -> tuple[np.ndarray, bool]:
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What the rows must be; float64 [n, r, D] and the tolerance [n, r]."""
+    """What one result must be at some spots.
 
-    out: np.ndarray
+    Attributes:
+      spots: where.
+      rows: float64 [n, r, D].
+      tolerance: [n, r].
+    """
+
+    spots: Spots
+    rows: np.ndarray
     tolerance: np.ndarray
 
     def check(self, rows: np.ndarray, finite: bool) -> dict[str, Any]:
         """The largest error, as a share of what is allowed and by itself; NaN anywhere fails."""
-        error = np.abs(rows - self.out).max(-1)
+        error = np.abs(rows - self.rows).max(-1)
         share = float(np.max(error / self.tolerance))
         ok = finite and share <= 1  # NaN compares false
         largest = float(np.max(error))
@@ -82,16 +99,35 @@ class Reference:
         }
 
 
+def together(checks: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The checks of several results as one, the worst of each part; a single one stays as it is."""
+    if len(checks) == 1:
+        return next(iter(checks.values()))
+
+    def worst(part: str) -> float | None:
+        values = [check[part] for check in checks.values()]
+        return None if None in values else max(values)
+
+    return {
+        "ok": all(check["ok"] for check in checks.values()),
+        "finite": all(check["finite"] for check in checks.values()),
+        "largest_error": worst("largest_error"),
+        "share_of_tolerance": worst("share_of_tolerance"),
+        "results": checks,
+    }
+
+
 class References:
-    """References of one case, one a pattern (a peer may be measured without the mask)."""
+    """References of the output of one case, one a pattern (a peer may be measured without the mask)."""
 
     def __init__(self, case: Case, inputs: Inputs, spots: Spots):
         self._length, self._spots = case.length, spots
         query, key, value = inputs.arrays
+        kv = spots.of_kv(case.group)
         self._dtype = np.dtype(query.dtype)  # bfloat16 too: JAX's is numpy's
         self._query = pick(query, spots)[0]
         self._key, self._value = (
-            np.asarray(_whole_heads(x, spots.examples, spots.heads)).astype(np.float64) for x in (key, value)
+            np.asarray(whole_heads(x, kv.examples, kv.heads)).astype(np.float64) for x in (key, value)
         )
         self._made: dict[int, Reference] = {}
 
@@ -109,8 +145,8 @@ class References:
         out = weights @ self._value / total
         rounded = (self._round(weights) @ self._value) / total
         error = np.abs(self._round(rounded) - out).max(-1)
-        eps = float(jnp.finfo(self._dtype).eps) * (64 if self._dtype == np.float32 else 1)
-        return Reference(out, 2 * error + eps * np.abs(out).max(-1))
+        eps = rounding_of(self._dtype)
+        return Reference(self._spots, out, 2 * error + eps * np.abs(out).max(-1))
 
     def _round(self, x: np.ndarray) -> np.ndarray:
         return x.astype(np.float32).astype(self._dtype).astype(np.float64)

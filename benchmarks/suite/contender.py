@@ -17,6 +17,7 @@ from jax_bsk import _compat
 from .cases import Case, Pattern
 from .check import Spots, pick
 from .inputs import Inputs
+from .passes import program
 
 
 class Refused(Exception):
@@ -28,15 +29,15 @@ class Contender:
     """One implementation with the inputs of a case.
 
     Attributes:
-      once: one call; its output, ready.
-      rows: the spots' rows of such an output as float64 [n, r, D], and whether all of it is finite.
+      once: one call; its results in the order of the pass (`Pass.results`), ready.
+      rows: the spots' rows of one such result as float64 [n, r, D], and whether all of it is finite.
       dispatch: queues dispatch number i and returns something that `jax.block_until_ready` waits for.
       calls: calls in a dispatch.
       pattern: what it computes; the case's, except of a peer that is measured without a mask.
       variant: how it is told of the mask, for the report.
     """
 
-    once: Callable[[], Any]
+    once: Callable[[], tuple[Any, ...]]
     rows: Callable[[Any, Spots], tuple[np.ndarray, bool]]
     dispatch: Callable[[int], Any]
     calls: int
@@ -54,7 +55,7 @@ def of_jax(
     pattern: Pattern | None = None,
     calls: int | None = None,
 ) -> Contender:
-    """A contender of a JAX function.
+    """A contender of a JAX function, in the pass that the case measures.
 
     Args:
       attention: (query, key, value, operand) -> out, all [B, S, H, D].
@@ -64,19 +65,11 @@ def of_jax(
       calls: calls chained in one jit; the case's by default.
     """
     calls = case.calls if calls is None else calls
-    once = jax.jit(attention)
-
-    def chain(query, key, value, operand):
-        # Unrolled: a loop costs 11 us a turn. Each call needs the one before it, so none is dropped and no two overlap.
-        for _ in range(calls):
-            query = attention(query, key, value, operand)
-        return query
-
-    many = once if calls == 1 else jax.jit(chain)
+    run = program(case.measured, attention, inputs.of(case.measured), operand, calls)
     return Contender(
-        once=lambda: jax.block_until_ready(once(*inputs.arrays, operand)),
+        once=lambda: jax.block_until_ready(run.once()),
         rows=pick,
-        dispatch=lambda i: many(*inputs.arrays, operand),
+        dispatch=lambda i: run.dispatch(),
         calls=calls,
         pattern=case.pattern if pattern is None else pattern,
         variant=variant,

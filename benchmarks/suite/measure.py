@@ -12,10 +12,13 @@ from jax_bsk import _compat
 from jax_bsk.cli.timing import Timing, interleaved
 
 from . import ours, peers
-from .cases import GOALS, Case, Goal
-from .check import References, choose_spots
+from .cases import Case, Goal, Pattern
+from .check import Reference, References, Spots, choose_spots, together
 from .contender import Contender, Refused, first_line
+from .gradient_check import GradientReferences
 from .inputs import Inputs
+from .passes import Pass
+from .tables import GOALS
 
 OURS = "jax_bsk"
 
@@ -27,15 +30,13 @@ def measure(case: Case, inputs: Inputs, *, implementation: str, with_peers: bool
     if with_peers:
         makers |= dict(peers.offers(case))
     spots = choose_spots(case, seed)
-    references = References(case, inputs, spots)
+    references = _References(case, inputs, spots)
     contenders: dict[str, Contender] = {}
     records: dict[str, dict[str, Any]] = {}
     for name, make in makers.items():
         try:
             contender = make(case, inputs)
-            out = contender.once()
-            check = references.of(contender.pattern).check(*contender.rows(out, spots))
-            del out
+            check = _check(case, contender, references.of(contender.pattern))
             records[name] = {"variant": contender.variant, "check": check}
             if check["ok"]:  # the time of a wrong result means nothing
                 jax.block_until_ready(contender.dispatch(0))  # compiles the chain
@@ -64,6 +65,7 @@ def measure(case: Case, inputs: Inputs, *, implementation: str, with_peers: bool
         "name": case.name,
         "batch": case.batch,
         "heads": case.heads,
+        "kv_heads": case.kv_heads or case.heads,
         "length": case.length,
         "head_dim": case.head_dim,
         "dtype": case.dtype,
@@ -82,6 +84,27 @@ def measure(case: Case, inputs: Inputs, *, implementation: str, with_peers: bool
     }
 
 
+class _References:
+    """References of everything that a case's pass yields, by name."""
+
+    def __init__(self, case: Case, inputs: Inputs, spots: Spots):
+        self._out = References(case, inputs, spots) if "out" in case.measured.results else None
+        self._gradients = None if case.measured is Pass.FORWARD else GradientReferences(case, inputs, spots)
+
+    def of(self, pattern: Pattern) -> dict[str, Reference]:
+        out = {} if self._out is None else {"out": self._out.of(pattern)}
+        return out if self._gradients is None else out | self._gradients.of(pattern)
+
+
+def _check(case: Case, contender: Contender, references: dict[str, Reference]) -> dict[str, Any]:
+    """Runs it once; the results are gone when this returns."""
+    checks = {}
+    for name, result in zip(case.measured.results, contender.once(), strict=True):
+        reference = references[name]
+        checks[name] = reference.check(*contender.rows(result, reference.spots))
+    return together(checks)
+
+
 def _times(timing: Timing, calls: int, flops: float) -> dict[str, Any]:
     samples = [sample / calls for sample in timing.samples]
     seconds = statistics.median(samples)
@@ -94,12 +117,12 @@ def _times(timing: Timing, calls: int, flops: float) -> dict[str, Any]:
     }
 
 
-def judge(record: dict[str, Any], device: str) -> None:
-    """Adds the case's goal and whether it is "met", "missed", or "open" where a peer it names was not timed.
+def judge(record: dict[str, Any], device: str, measured: Pass = Pass.FORWARD) -> None:
+    """Adds the case's goal in that pass and whether it is "met", "missed", or "open" where a peer was not timed.
 
     Goals are for an H200; other devices get none.
     """
-    goal = GOALS.get(record["name"])
+    goal = GOALS[measured].get(record["name"])
     if goal is None or "H200" not in device:
         record |= {"goal": None, "verdict": None}
         return

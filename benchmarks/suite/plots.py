@@ -10,6 +10,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
+from .passes import Pass
 from .report import unit_of
 
 # One look a peer, in every panel; what is not named here gets grey.
@@ -30,7 +31,8 @@ def plot(report: dict[str, Any], directory: Path) -> list[Path]:
     """Draws what the report has cases for; returns the files written."""
     directory.mkdir(parents=True, exist_ok=True)
     written = []
-    for key, name, draw in (("panel", "forward-density.png", _density), ("series", "forward-length.png", _length)):
+    which = _pass_of(report).value
+    for key, name, draw in (("panel", f"{which}-density.png", _density), ("series", f"{which}-length.png", _length)):
         groups: dict[str, list[dict[str, Any]]] = {}
         for case in report["cases"]:
             if case.get(key) is not None and "seconds" in case["jax_bsk"]:
@@ -39,6 +41,10 @@ def plot(report: dict[str, Any], directory: Path) -> list[Path]:
             draw(report, groups, directory / name)
             written.append(directory / name)
     return written
+
+
+def _pass_of(report: dict[str, Any]) -> Pass:
+    return Pass(report.get("pass", "forward"))  # older reports are of the forward and do not say so
 
 
 def _density(report: dict[str, Any], groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -62,7 +68,7 @@ def _density(report: dict[str, Any], groups: dict[str, list[dict[str, Any]]], pa
         ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
         ax.set_xlabel("attended share of all pairs")
         ax.set_title(title, fontsize=10)
-    _finish(report, figure, axes, path, "forward, useful FLOP/s against density")
+    _finish(report, figure, axes, path, f"{_pass_of(report).title}, useful FLOP/s against density")
 
 
 def _length(report: dict[str, Any], groups: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -77,7 +83,7 @@ def _length(report: dict[str, Any], groups: dict[str, list[dict[str, Any]]], pat
         ax.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
         ax.set_xlabel("tokens (batch x tokens constant)")
         ax.set_title(title, fontsize=10)
-    _finish(report, figure, axes, path, "forward, useful FLOP/s against length")
+    _finish(report, figure, axes, path, f"{_pass_of(report).title}, useful FLOP/s against length")
 
 
 def _panels(report: dict[str, Any], count: int) -> tuple[Figure, list[Axes]]:

@@ -13,20 +13,55 @@ import jax
 from jax_bsk.cli import environment, timing
 from jax_bsk.cli.table import table
 
+from .passes import Pass
+
 PACKAGES = (
     *("torch", "triton", "nvidia-cudnn-cu13", "jax-cuda13-plugin", "flash-attn3-jax", "fa4-jax", "tokamax"),
     "nvidia-cutlass-dsl",
 )
-METHOD = (
+_ALWAYS = (
     "All contenders of a case run in one process on the same random inputs. Each is first checked: some rows of some "
-    "heads against float64 on the host, every element finite; the tolerance of a row is twice the error of the same "
-    "row with probabilities and output rounded to the type, and one rounding. Then all are timed in rounds that visit "
-    f"them in turn; a sample is as many queued calls as fill {timing.SAMPLE_SECONDS * 1e3:.0f} ms, waited for once; a "
-    "time is the median over the rounds. Where chained_calls > 1 those calls are unrolled in one jit (one CUDA graph "
-    "in PyTorch), each output the next query, and the time is a call's. Masks are prebuilt arguments unless the case "
-    "says otherwise. Useful FLOPs: 4 B H S^2 D x attended share of elements. A ratio is the peer's time / jax_bsk's. "
-    "FlexAttention is compiled with its default options; 'unmasked' peers compute everything, without the mask."
+    "heads against float64, every element finite; the tolerance of a row is {tolerance}. Then all are timed in rounds "
+    f"that visit them in turn; a sample is as many queued calls as fill {timing.SAMPLE_SECONDS * 1e3:.0f} ms, waited "
+    "for once; a time is the median over the rounds. Where chained_calls > 1 those calls are unrolled in one jit (one "
+    "CUDA graph in PyTorch), each {fed}, and the time is a call's. Masks are prebuilt arguments unless the case says "
+    "otherwise. {passes}Useful FLOPs: {flops} B H S^2 D x attended share of elements. A ratio is the peer's time / "
+    "jax_bsk's. FlexAttention is compiled with its default options; 'unmasked' peers compute everything, without the "
+    "mask."
 )
+_TOLERANCE = "twice the error of the same row with probabilities and output rounded to the type, and one rounding"
+_GRADIENT_TOLERANCE = (
+    _TOLERANCE + " (gradients: three times the error with probabilities, their gradient, output and result rounded; "
+    "the rounding is of the row's largest number, at least of the median over the rows)"
+)
+_PASSES = {
+    Pass.FORWARD: "",
+    Pass.BACKWARD: (
+        "Timed are the gradients of query, key and value alone: one jit returns what jax.vjp keeps, a second takes it "
+        "and a random cotangent; in PyTorch autograd.grad of a graph that is kept. Peers run with their default "
+        "options, which need not be deterministic; jax_bsk's gradients are bit-equal from run to run. "
+    ),
+    Pass.TRAINING: (
+        "A call yields the output and the gradients of query, key and value for a random cotangent: jax.vjp in one "
+        "jit; in PyTorch a call and autograd.grad. Peers run with their default options, which need not be "
+        "deterministic; jax_bsk's gradients are bit-equal from run to run. "
+    ),
+}
+_FED = {
+    Pass.FORWARD: "output the next query",
+    Pass.BACKWARD: "dquery the next cotangent",
+    Pass.TRAINING: "dquery the next query",
+}
+
+
+def method(measured: Pass) -> str:
+    """How a pass was measured, for the report."""
+    return _ALWAYS.format(
+        tolerance=_TOLERANCE if measured is Pass.FORWARD else _GRADIENT_TOLERANCE,
+        fed=_FED[measured],
+        passes=_PASSES[measured],
+        flops=f"{4 * measured.flops_per_forward:g}",
+    )
 
 
 def surroundings() -> dict[str, Any]:
@@ -64,7 +99,7 @@ def render(report: dict[str, Any]) -> str:
     lines = [
         f"jax_bsk {versions['jax_bsk']} ({report['implementation']}), {environment.describe_device(device)}; {stack}; "
         f"a plain matrix product runs at {ceiling:.0f} {unit}",
-        "ms: median of a call; density: attended share of all pairs",
+        f"{Pass(report.get('pass', 'forward')).title}; ms: median of a call; density: attended share of all pairs",
         "",
         _main_table(cases, unit, factor),
     ]

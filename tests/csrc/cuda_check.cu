@@ -319,7 +319,6 @@ struct Problem {
     backward = {shape, c.dtype, dout.data(), query.data(), key.data(), value.data(),  lse.data(),  delta.data(), rows,
                 cols,  bits,    limit,       scale,        c.soft_cap, dquery.data(), dkey.data(), dvalue.data()};
   }
-  // The least workspace for every other name, a roomy one for the others: both ways of dividing the work are run.
   static int64_t BackwardBytes(const Case& c, const Mask& m) {
     BackwardParams params{};
     params.shape = ShapeOf(c);
@@ -327,7 +326,7 @@ struct Problem {
     params.rows.heads = params.cols.heads = m.heads;
     params.rows.capacity = params.cols.capacity = m.capacity;
     const int64_t roomy = int64_t{64} << 20;
-    return cuda::BackwardWorkspace(params) + (std::strlen(c.name) % 2 ? roomy : 0);
+    return cuda::BackwardWorkspace(params) + roomy;
   }
   // Of the forward, or of the forward and the backward after it.
   std::vector<Device*> Results(bool backward) {
@@ -349,10 +348,12 @@ void Forward(const Problem& p, cudaStream_t stream, cuda::ForwardKernel kernel =
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
   CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(p.workspace.data()), 0, stream, kernel));
 }
-void Backward(const Problem& p, cudaStream_t stream, cuda::BackwardKernel kernel = cuda::BackwardKernel::kAutomatic) {
+void Backward(const Problem& p, cudaStream_t stream, cuda::BackwardKernel kernel = cuda::BackwardKernel::kAutomatic,
+              bool least_workspace = false) {
   const std::string refusal = cuda::BackwardRefusal(p.backward, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
-  CUDA_OK(cuda::LaunchBackward(p.backward, p.gradient_workspace.data(), p.gradient_bytes, 0, stream, kernel));
+  const int64_t bytes = least_workspace ? cuda::BackwardWorkspace(p.backward) : p.gradient_bytes;
+  CUDA_OK(cuda::LaunchBackward(p.backward, p.gradient_workspace.data(), bytes, 0, stream, kernel));
 }
 
 // Every kernel that can run a case here.
@@ -360,6 +361,7 @@ template <typename Kernel>
 struct Named {
   const char* name;
   Kernel kernel;
+  bool least_workspace = false;
 };
 bool HasHopperKernels(const Case& c) {
   int major = 0;
@@ -377,9 +379,12 @@ std::vector<Named<cuda::ForwardKernel>> ForwardKernels(const Case& c) {
 std::vector<Named<cuda::BackwardKernel>> BackwardKernels(const Case& c) {
   std::vector<Named<cuda::BackwardKernel>> kernels = {{"portable backward", cuda::BackwardKernel::kPortable}};
   if (HasHopperKernels(c)) {
+    // The workspace decides how the work is divided.
     kernels.push_back({"keys64 backward", cuda::BackwardKernel::kKeys64});
+    kernels.push_back({"keys64 backward, least workspace", cuda::BackwardKernel::kKeys64, true});
     if (c.block_kv == 128 && std::max(c.head_dim, c.value_dim) <= 128) {
       kernels.push_back({"keys128 backward", cuda::BackwardKernel::kKeys128});
+      kernels.push_back({"keys128 backward, least workspace", cuda::BackwardKernel::kKeys128, true});
     }
   }
   return kernels;
@@ -576,7 +581,7 @@ bool RunCase(const Case& c) {
     CUDA_OK(cudaStreamSynchronize(stream));
     if (read() != results) compare.passed = false, std::printf("  graph replay differs   <-- FAILED\n");
   };
-  for (const auto& [name, kernel] : ForwardKernels(c)) {
+  for (const auto& [name, kernel, unused] : ForwardKernels(c)) {
     std::printf(" %s\n", name);
     const auto launch = [&, kernel = kernel] { Forward(problem, stream, kernel); };
     for (Device* array : problem.Results(false)) array->Fill(0xFF);
@@ -605,11 +610,12 @@ bool RunCase(const Case& c) {
         delta[stat] = float(sum);
       }
   CUDA_OK(cudaMemcpy(problem.delta.data(), delta.data(), delta.size() * 4, cudaMemcpyHostToDevice));
-  for (const auto& [name, kernel] : BackwardKernels(c)) {
+  for (const auto& [name, kernel, least_workspace] : BackwardKernels(c)) {
     std::printf(" %s\n", name);
-    const auto launch = [&, kernel = kernel] {  // the backward reads lse, which the forward writes again
+    const auto launch = [&, kernel = kernel,
+                         least = least_workspace] {  // the backward reads lse, which the forward writes again
       Forward(problem, stream);
-      Backward(problem, stream, kernel);
+      Backward(problem, stream, kernel, least);
     };
     for (Device* array : problem.Results(true)) array->Fill(0xFF);
     launch();

@@ -11,8 +11,11 @@ from ..cases import DENSE, Case
 from ..contender import Contender, Refused, need_gpu, of_jax
 from ..inputs import Inputs
 from ..ours import segment_ids
+from ..passes import Pass
 
 MOST_LOGITS = 20e9  # bytes of float32 logits that XLA may hold
+# A dense mask is S^2 numbers, and a bias of as many in cuDNN: with gradients more time and memory than it tells.
+LONGEST_DENSE_MASK_WITH_GRADIENTS = 16384
 XLA_CALLS = 10  # chained calls: XLA's programs grow with them, and its calls are long enough
 
 
@@ -31,7 +34,13 @@ def native(case: Case) -> dict[str, Any] | None:
 
 
 def dense_mask(case: Case) -> jax.Array:
-    """The boolean mask [1, 1, S, S]."""
+    """The boolean mask [1, 1, S, S].
+
+    Raises:
+      Refused: it is too large for a pass with gradients.
+    """
+    if case.measured is not Pass.FORWARD and case.length > LONGEST_DENSE_MASK_WITH_GRADIENTS:
+        raise Refused("its dense mask is S x S numbers, and so is the bias made of it")
     positions = jnp.arange(case.length)
     return jax.jit(lambda i: case.pattern.attends(i[:, None], i[None, :], case.length, jnp)[None, None])(positions)
 
@@ -40,7 +49,8 @@ def make(name: str, case: Case, inputs: Inputs) -> Contender:
     """The contender of that name."""
     if name != "xla":
         need_gpu()
-    logits = 4 * case.batch * case.heads * case.length**2
+    matrices = 1 if case.measured is Pass.FORWARD else 2  # probabilities, and their gradient
+    logits = matrices * 4 * case.batch * case.heads * case.length**2
     if name == "xla" and logits > MOST_LOGITS:
         raise Refused(f"its logits are more than {MOST_LOGITS / 1e9:.0f} GB")
     implementation: Any = "xla" if name == "xla" else "cudnn"

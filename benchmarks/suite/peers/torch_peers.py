@@ -1,6 +1,7 @@
 """PyTorch: FlexAttention, compiled, with a block mask of the same blocks; and SDPA, causal and dense.
 
 Tensors are the same numbers laid out (B, H, S, D). Short calls are chained in a CUDA graph as JAX's are in a jit.
+The gradients alone are taken again and again of one graph of autograd, which is kept.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from ..cases import DENSE, Case
 from ..check import Spots
 from ..contender import Contender, Refused, need, need_gpu
 from ..inputs import Inputs
+from ..passes import Pass
 
 _SDPA = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION"}
 
@@ -40,30 +42,62 @@ def contender(name: str, case: Case, inputs: Inputs, device: str) -> Contender:
     base = name.removesuffix(" unmasked")
     if base in _SDPA and not unmasked and case.pattern.kind not in ("causal", "dense"):
         raise Refused("SDPA has no such pattern of its own")
-    torch.set_grad_enabled(False)
+    with_gradients = case.measured is not Pass.FORWARD
+    torch.set_grad_enabled(with_gradients)
     if "torch" not in inputs.copies:
-        inputs.copies["torch"] = [_tensor(torch, x, device) for x in inputs.arrays]
-    query, key, value = inputs.copies["torch"]
+        inputs.copies["torch"] = [_tensor(torch, x, device) for x in inputs.of(case.measured)]
+    tensors = inputs.copies["torch"]
+    for tensor in tensors[:3]:
+        tensor.requires_grad_(with_gradients)
 
     if base == "flex":
         attention, variant = _flex(torch, case, device)
     else:
-        attention = _sdpa(torch, _SDPA[base], causal=case.pattern.kind == "causal" and not unmasked)
+        causal = case.pattern.kind == "causal" and not unmasked
+        attention = _sdpa(torch, _SDPA[base], causal=causal, grouped=case.group > 1)
         variant = "unmasked" if unmasked else "native"
     wait = _Wait(torch if device == "cuda" else None)
+    if case.calls == 1:
+        step = _step(torch, case.measured, attention, tensors)
 
-    def once() -> Any:
-        out = attention(query, key, value)
+        def single(i: int) -> _Wait:
+            step()
+            return wait
+
+        dispatch = single
+    else:
+        step, dispatch = _chained(torch, case.measured, attention, tensors, case.calls, device, wait)
+
+    def once() -> tuple[Any, ...]:
+        results = step()
         wait.block_until_ready()
-        return out
+        return results
 
-    def single(i: int) -> _Wait:
-        attention(query, key, value)
-        return wait
-
-    tensors = query, key, value
-    dispatch = single if case.calls == 1 else _chained(torch, attention, tensors, case.calls, device, wait)
     return Contender(once, _rows, dispatch, case.calls, DENSE if unmasked else case.pattern, variant)
+
+
+def _step(
+    torch: Any, measured: Pass, attention: Callable[..., Any], tensors: list[Any]
+) -> Callable[..., tuple[Any, ...]]:
+    """One call of a pass, `Pass.results`; what it is given takes the place of the query (backward: the cotangent)."""
+    inputs, cotangents = tensors[:3], tensors[3:]
+
+    def forward(query: Any = inputs[0]) -> tuple[Any, ...]:
+        return (attention(query, *inputs[1:]),)
+
+    def training(query: Any = inputs[0]) -> tuple[Any, ...]:
+        wanted = query, *inputs[1:]
+        out = attention(*wanted)
+        return out.detach(), *torch.autograd.grad(out, wanted, cotangents[0])
+
+    if measured is not Pass.BACKWARD:
+        return training if measured is Pass.TRAINING else forward
+    out = attention(*inputs)
+
+    def backward(cotangent: Any = cotangents[0]) -> tuple[Any, ...]:
+        return torch.autograd.grad(out, inputs, cotangent, retain_graph=True)
+
+    return backward
 
 
 class _Wait:
@@ -101,52 +135,63 @@ def _rows(out: Any, spots: Spots) -> tuple[np.ndarray, bool]:
 
 
 def _chained(
-    torch: Any, attention: Callable[..., Any], tensors: tuple[Any, ...], calls: int, device: str, wait: _Wait
-) -> Callable[[int], _Wait]:
-    """Replays of a CUDA graph of so many calls, each output the next query."""
-    query, key, value = tensors
+    torch: Any,
+    measured: Pass,
+    attention: Callable[..., Any],
+    tensors: list[Any],
+    calls: int,
+    device: str,
+    wait: _Wait,
+) -> tuple[Callable[..., tuple[Any, ...]], Callable[[int], _Wait]]:
+    """The step, and replays of a CUDA graph of so many, each made of the one before."""
+    fed = measured.results.index("out" if measured is Pass.FORWARD else "dquery")  # what the next is made of
 
-    def chain(count: int) -> Any:
-        out = query
-        for _ in range(count):
-            out = attention(out, key, value)
-        return out
+    def chain(step: Callable[..., tuple[Any, ...]], count: int) -> tuple[Any, ...]:
+        results = step()
+        for _ in range(count - 1):
+            results = step(results[fed].detach().requires_grad_(measured is Pass.TRAINING))
+        return results
 
     if device != "cuda":
+        step = _step(torch, measured, attention, tensors)
 
         def run(i: int) -> _Wait:
-            chain(calls)
+            chain(step, calls)
             return wait
 
-        return run
+        return step, run
 
     # Compiles and picks kernels off the default stream, as a capture asks for; twice chained, since an output may be
-    # strided unlike the query and then compiles once more.
+    # strided unlike the query and then compiles once more. The step is made there too: autograd runs a backward on the
+    # stream of its forward, which must be the one that is captured.
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        chain(3)
+        step = _step(torch, measured, attention, tensors)
+        chain(step, 3)
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     # Only this thread's calls count: JAX has threads of its own in this process.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        out = chain(calls)
+    with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
+        results = chain(step, calls)
 
-    def replay(i: int, out: Any = out) -> _Wait:
+    def replay(i: int, results: Any = results) -> _Wait:
         graph.replay()
         return wait
 
-    return replay
+    return step, replay
 
 
-def _sdpa(torch: Any, backend: str, causal: bool) -> Callable[..., Any]:
+def _sdpa(torch: Any, backend: str, causal: bool, grouped: bool) -> Callable[..., Any]:
     attention = need("torch.nn.attention")
     chosen = getattr(attention.SDPBackend, backend)
 
     def run(query: Any, key: Any, value: Any) -> Any:
         with attention.sdpa_kernel(chosen):  # this one or an error, never another
-            return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=causal)
+            return torch.nn.functional.scaled_dot_product_attention(
+                query, key, value, is_causal=causal, enable_gqa=grouped
+            )
 
     return run
 
@@ -159,6 +204,9 @@ def _compiled_flex() -> Any:
     if hasattr(config, "recompile_limit"):
         # The grid has more shapes than the limit of 8, beyond which it would run uncompiled, with S^2 numbers.
         config.recompile_limit = 256
+    functorch = need("torch._functorch.config")
+    if hasattr(functorch, "donated_buffer"):
+        functorch.donated_buffer = False  # a backward that may reuse what the forward kept runs only once a graph
     flex = need("torch.nn.attention.flex_attention")
     return torch.compile(flex.flex_attention, dynamic=False, fullgraph=True)
 
@@ -189,7 +237,7 @@ def _flex(torch: Any, case: Case, device: str) -> tuple[Callable[..., Any], str]
         variant = "mask function, block mask prebuilt"
 
     def run(query: Any, key: Any, value: Any) -> Any:
-        return compiled(query, key, value, block_mask=mask, kernel_options=options)
+        return compiled(query, key, value, block_mask=mask, kernel_options=options, enable_gqa=case.group > 1)
 
     return run, variant
 

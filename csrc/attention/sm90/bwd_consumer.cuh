@@ -48,12 +48,9 @@ class BackwardConsumer {
     device::sm90::Wait(shared_.full_key[group_], keys_.Full());
     if constexpr (Config::kSplit) {
       float gradient[kGradient] = {};  // of values or keys
-      if (SkipVoid()) {
-      } else if (group_ == 0) {
-        ForSteps(gradient, [&] { SplitProbabilities(item, gradient); });
-      } else {
-        ForSteps(gradient, [&] { SplitScores(gradient); });
-      }
+      const bool live = !SkipVoid();
+      if (live && group_ == 0) ForSteps(gradient, [&] { SplitProbabilities(item, gradient); });
+      if (live && group_ == 1) ForSteps(gradient, [&] { SplitScores(gradient); });
       EndSteps();
       if (group_ == 0) {
         StoreValueGradient(item, gradient);
@@ -77,7 +74,10 @@ class BackwardConsumer {
   __device__ __forceinline__ bool SkipVoid() {
     if (!(WaitForStep() & StepFlag::kVoid)) return false;
     Release(shared_.empty_key[group_]);
-    if (kMakesScores || group_ == 1) ArriveScores();
+    if (kMakesScores || group_ == 1) {
+      WaitForScoresBuffer();
+      ArriveScores();
+    }
     return true;
   }
 
@@ -106,13 +106,12 @@ class BackwardConsumer {
     const Shape& shape = params_.shape;
     const bool active = 64 * group_ < shape.block_q;
     float dquery[kGradient] = {};
-    if (WaitForQueryStep() & StepFlag::kVoid) {
-    } else if (!active) {
-      while (!(flags_ & StepFlag::kLast)) {
-        Release(shared_.empty[QueryPlace(query_step_++)]);
-        WaitForQueryStep();
-      }
-    } else {
+    const bool live = !(WaitForQueryStep() & StepFlag::kVoid);
+    while (!active && !(flags_ & StepFlag::kLast)) {
+      Release(shared_.empty[QueryPlace(query_step_++)]);
+      WaitForQueryStep();
+    }
+    if (active && live) {
       device::sm90::Pin(dquery);
       bool first = true;
 #pragma unroll 1
@@ -224,7 +223,7 @@ class BackwardConsumer {
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(scores);
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
-    const Ring<kProbStages> place{prob_step_};
+    const Ring<kProbStages> place{prob_step_++};
     device::sm90::Wait(shared_.empty_probs[place.Stage()], place.Empty());
     auto* slots = reinterpret_cast<float4*>(shared_.probs[place.Stage()]) + Thread();
     if constexpr (!Config::kPlain) {
@@ -252,8 +251,7 @@ class BackwardConsumer {
       }
       slots[i * kWarpgroup] = four;
     });
-    Release(shared_.full_probs[place.Stage()]);
-    ++prob_step_;
+    device::sm90::Arrive(shared_.full_probs[place.Stage()]);
   }
 
   // Split, warpgroup 1: dP, dS and dK. A thread has the pairs of the thread of the same number in warpgroup 0.
@@ -267,7 +265,7 @@ class BackwardConsumer {
     device::sm90::WaitForProducts<1>();
     if (!first_) ReleasePrevious();
     flags_ = ReadShared(shared_.flags[stage]);
-    const Ring<kProbStages> place{prob_step_};
+    const Ring<kProbStages> place{prob_step_++};
     device::sm90::Wait(shared_.full_probs[place.Stage()], place.Full());
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(dscores);
@@ -282,8 +280,7 @@ class BackwardConsumer {
       dscores[4 * i] *= probs.x, dscores[4 * i + 1] *= probs.y;
       dscores[4 * i + 2] *= probs.z, dscores[4 * i + 3] *= probs.w;
     }
-    Release(shared_.empty_probs[place.Stage()]);
-    ++prob_step_;
+    device::sm90::Arrive(shared_.empty_probs[place.Stage()]);
     uint32_t packed[kPacked];
     Pack(packed, dscores);
     device::sm90::Pin(packed);
@@ -342,7 +339,7 @@ class BackwardConsumer {
   }
   // 0 for pairs that do not attend: dP of such a pair then gives 0 or, not being finite, a suspect.
   __device__ __forceinline__ void ApplyMask(const BackwardItem& item, float (&probs)[kScores], int stage) {
-    const int thread = Thread(), row = thread / 32 * 16 + thread % 32 / 4;
+    const int thread = Thread(), row = RowOf(thread);
     const int block_kv = static_cast<int>(params_.shape.block_kv);
     const int first = item.start + kOwnRows * group_, left = item.key_limit - first;
     const uint8_t* bits = shared_.bits[stage] + ((first & (block_kv - 1)) + thread / 32 * 16) / 8;
@@ -363,9 +360,8 @@ class BackwardConsumer {
   __device__ __forceinline__ void StoreScores(const uint32_t (&packed)[kPacked]) {
     const Ring<Config::kScoreStages> place{key_step_};
     const int thread = Thread(), row = thread / 32 * 16 + thread % 16, vector = thread % 32 / 16;
-    const int group = kMakesScores ? group_ : 0;
-    device::sm90::Wait(shared_.empty_scores[place.Stage()][group], place.Empty());
-    const uint32_t base = device::SharedAddress(shared_.scores[place.Stage()][group]) + row * 128;
+    WaitForScoresBuffer();
+    const uint32_t base = device::SharedAddress(shared_.scores[place.Stage()][ScoresGroup()]) + row * 128;
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       device::sm90::StoreMatrices(base + ((2 * k + vector) ^ row % 8) * 16, packed + 4 * k);
@@ -373,9 +369,14 @@ class BackwardConsumer {
     device::sm90::FenceAsyncProxy();
     ArriveScores();
   }
+  __device__ __forceinline__ int ScoresGroup() const { return kMakesScores ? group_ : 0; }
+  __device__ __forceinline__ void WaitForScoresBuffer() {
+    const Ring<Config::kScoreStages> place{key_step_};
+    device::sm90::Wait(shared_.empty_scores[place.Stage()][ScoresGroup()], place.Empty());
+  }
   __device__ __forceinline__ void ArriveScores() {
     const Ring<Config::kScoreStages> place{key_step_};
-    Release(shared_.full_scores[place.Stage()][kMakesScores ? group_ : 0]);
+    Release(shared_.full_scores[place.Stage()][ScoresGroup()]);
     ++key_step_;
   }
 
@@ -400,10 +401,14 @@ class BackwardConsumer {
                                             int32_t* suspects) {
     const int stored = static_cast<int>(length) - start;
     const int64_t row = (item.batch * length + start) * heads + item.head;
-    const bool finite =
-        StoreRows<Element, kDim>(sums, scale, limit - start, stored, static_cast<Element*>(result) + row * dim,
-                                 static_cast<int>(heads) * dim, dim, Thread());
-    const bool suspect = !finite || (flags_ & StepFlag::kSuspect);
+    device::RowFinish finish[2];
+    bool suspect = flags_ & StepFlag::kSuspect;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      finish[half] = {RowOf(Thread()) + 8 * half < limit - start, scale, 0.f};
+      suspect |= finish[half].keep && !RowIsFinite(sums, half);
+    }
+    StoreRows(sums, finish, stored, static_cast<Element*>(result) + row * dim, heads * dim, dim, Thread());
     if (__any_sync(0xFFFFFFFFu, suspect) && stored > 0 && device::sm90::ElectLane()) {
       const int tiles = (static_cast<int>(length) + 63) / 64;
       suspects[(item.batch * heads + item.head) * tiles + start / 64] = 1;
@@ -459,14 +464,10 @@ class BackwardConsumer {
   __device__ __forceinline__ void ReleasePrevious() {
     Release(shared_.empty[Ring<Config::kStages>{step_ - 1}.Stage()]);
   }
+  // For this warp, once all its lanes have read the buffer.
   __device__ __forceinline__ void Release(Barrier& barrier) {
-    __syncwarp();
+    device::MeetWarp();
     if (device::sm90::ElectLane()) device::sm90::Arrive(barrier);
-  }
-  __device__ __forceinline__ static int ReadShared(const int& word) {
-    int x = 0;
-    if (device::ThreadHere() % 32 == 0) x = word;
-    return __shfl_sync(0xFFFFFFFFu, x, 0);
   }
   __device__ __forceinline__ static int Thread() { return device::ThreadHere() % kWarpgroup; }
 

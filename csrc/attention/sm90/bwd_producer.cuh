@@ -113,7 +113,7 @@ __device__ __forceinline__ void ForEachItem(Shared& shared, Work work) {
   while (true) {
     device::sm90::Wait(shared.full_item[items.Stage()], items.Full());
     const BackwardItem& item = shared.items[items.Stage()];
-    if (__shfl_sync(0xFFFFFFFFu, item.kind, 0) == BackwardItem::kEnd) return;
+    if (ReadShared(item.kind) == BackwardItem::kEnd) return;
     work(item, items);
     __syncwarp();
     if (device::sm90::ElectLane()) device::sm90::Arrive(shared.empty_item[items.Stage()]);
@@ -127,8 +127,8 @@ template <typename Config>
 __device__ __forceinline__ void LoadKeysAndValues(BackwardShared<Config>& shared, const BackwardPlan& plan) {
   Ring<1> place;
   ForEachItem(shared, [&](const BackwardItem& item, const auto& items) {
-    if (item.kind != BackwardItem::kKeys) return;
     device::sm90::Wait(shared.open_item[items.Stage()], items.Full());
+    if (ReadShared(item.kind) != BackwardItem::kKeys) return;
 #pragma unroll 1
     for (int group = 0; group < 2; ++group) {
       Barrier& full = shared.full_key[group];
@@ -362,11 +362,12 @@ __device__ __forceinline__ void StoreScores(BackwardShared<Config>& shared, cons
 #pragma unroll 1
       for (int group = 0; group < Config::kKeyGroups; ++group) {
         device::sm90::Wait(shared.full_scores[stage][group], place.Full());
-        const StoreOrder order = shared.orders[step % Shared::kOrders];
-        last = order.flags & StepFlag::kLast;
+        const StoreOrder& order = shared.orders[step % Shared::kOrders];
+        const int flags = ReadShared(order.flags), pieces = ReadShared(order.pieces);
+        last = flags & StepFlag::kLast;
         if (device::sm90::ElectLane()) {
-          if (!(order.flags & StepFlag::kVoid)) {
-            const int64_t piece = order.pieces + group * (static_cast<int>(params.shape.block_q) / 64);
+          if (!(flags & StepFlag::kVoid)) {
+            const int64_t piece = pieces + group * (static_cast<int>(params.shape.block_q) / 64);
             device::sm90::StoreBytes(static_cast<Element*>(plan.pieces) + piece * kPieceElements,
                                      shared.scores[stage][group], kPieceElements * 2);
           }

@@ -93,8 +93,8 @@ struct BackwardShared {
   Barrier open_item[kItems];          // the other kind's steps have left the memory
   Barrier full[kPlaces], empty[kPlaces];
   Barrier full_scores[kScoreStages][Config::kKeyGroups], empty_scores[kScoreStages][Config::kKeyGroups];
-  Barrier full_probs[2], empty_probs[2];
-  Barrier open;  // never completes a phase
+  Barrier full_probs[2], empty_probs[2];  // of all threads: each hands its words to one of the other warpgroup
+  Barrier open;                           // never completes a phase
 
   // Memory of a place: queries, or keys; output gradients, or dS.
   __device__ __forceinline__ Element* First(int place) {
@@ -128,8 +128,8 @@ struct BackwardShared {
         InitBarrier(empty_scores[i][group], 1);
       }
     for (int i = 0; i < 2; ++i) {
-      InitBarrier(full_probs[i], 4);
-      InitBarrier(empty_probs[i], 4);
+      InitBarrier(full_probs[i], kWarpgroup);
+      InitBarrier(empty_probs[i], kWarpgroup);
     }
     InitBarrier(open, 1);
     device::sm90::FenceBarrierInit();

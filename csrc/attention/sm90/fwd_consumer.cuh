@@ -4,6 +4,7 @@
 #include "attention/sm90/fwd_exact_rows.cuh"
 #include "attention/sm90/fwd_shared.cuh"
 #include "attention/sm90/fwd_softmax.cuh"
+#include "attention/sm90/store_rows.cuh"
 #include "device/block_list.cuh"
 #include "device/tile.cuh"
 
@@ -402,37 +403,14 @@ class ForwardConsumer {
                    : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
                                     : fmaf(max, device::kLn2, logf(sum));
       }
-      float probe = 0.f;  // NaN if any output is not finite
-#pragma unroll
-      for (int n = 0; n < kDim / 8; ++n) probe += 0.f * out_[4 * n + 2 * half] + 0.f * out_[4 * n + 2 * half + 1];
-      suspect |= finish[half].keep && probe != 0.f && sum - sum == 0.f;
+      suspect |= finish[half].keep && !RowIsFinite(out_, half) && sum - sum == 0.f;
     }
     if (__any_sync(0xFFFFFFFFu, suspect)) NoteSuspect(place);
 
-    // Each row's lanes swap words so that they store 32 contiguous bytes, four columns a lane.
-    const int lane = thread % 4, column = lane % 2 * 8 + lane / 2 * 4,
-              value_dim = static_cast<int>(params_.shape.value_dim);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
-      Element* target = OutRow(tile, row) + column;
-      const bool stored = tile.q_start + row < params_.shape.q_len;
-#pragma unroll
-      for (int n = 0; n < kDim / 8; n += 2) {
-        uint32_t words[2];
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          const float* pair = out_ + 4 * (n + i) + 2 * half;
-          words[i] = device::PackPair<Element>(finish[half](pair[0]), finish[half](pair[1]));
-        }
-        const bool odd = lane % 2;
-        const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[0] : words[1], 1);
-        if (stored && n * 8 + column < value_dim) {
-          *reinterpret_cast<uint2*>(target + n * 8) =
-              odd ? make_uint2(received, words[1]) : make_uint2(words[0], received);
-        }
-      }
-    }
+    const Shape& shape = params_.shape;
+    const int first = group_ * kWarpgroupRows;
+    StoreRows(out_, finish, static_cast<int>(shape.q_len) - tile.q_start - first, OutRow(tile, first),
+              shape.heads * shape.value_dim, static_cast<int>(shape.value_dim), thread);
     ReleaseHeader(place);
   }
 
@@ -492,15 +470,6 @@ class ForwardConsumer {
   // A value that all lanes have, as one the compiler knows to be the same: products are not issued under divergence.
   __device__ __forceinline__ static int Uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
-  // A word that one lane reads for all: what the lane releases afterwards it has then read itself, also as far as
-  // compute-sanitizer can tell (it does not see that a converged warp reads together).
-  __device__ __forceinline__ static int ReadShared(const int& word) {
-    int x = 0;
-    if (device::ThreadHere() % 32 == 0) x = word;
-    return Uniform(x);
-  }
-  // First of the two rows of a thread's accumulators.
-  __device__ __forceinline__ static int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
   // Of the warpgroup.
   __device__ __forceinline__ static int Thread() { return device::ThreadHere() % kWarpgroup; }
 

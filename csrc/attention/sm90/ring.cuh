@@ -1,4 +1,5 @@
-// Counting of the Hopper kernels: places in rings of buffers, and divisions by numbers the host knows.
+// Small things that the Hopper kernels share: places in rings of buffers, words read for a warp, divisions by numbers
+// the host knows.
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,15 @@ struct Ring {
   __device__ __forceinline__ uint32_t Empty() const { return Full() ^ 1; }
   __device__ __forceinline__ void Advance() { ++count; }
 };
+
+// A word of shared memory that one lane reads for all: what the lane releases afterwards it has then read itself, also
+// as far as compute-sanitizer can tell (it does not see that a converged warp reads together). And one the compiler
+// knows to be the same in all lanes: products are not issued under divergence.
+__device__ __forceinline__ int ReadShared(const int& word) {
+  int x = 0;
+  if (device::ThreadHere() % 32 == 0) x = word;
+  return __shfl_sync(0xFFFFFFFFu, x, 0);
+}
 
 // Division of 0 <= n < 2^31 by a number known to the host: a multiplication (Granlund and Montgomery 1994,
 // Theorem 4.2). A tile's place takes three, before anything of it can be read.

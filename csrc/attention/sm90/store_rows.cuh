@@ -6,28 +6,36 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-// 64 accumulated rows, scaled, to `rows` + row * stride; rows from `valid` on become 0, rows from `stored` on and
-// columns from `dim` on (a multiple of 8) are not written. Returns whether this thread's part of the valid rows is
-// finite. Each row's four lanes swap words so that they store 32 contiguous bytes, four columns a lane.
-template <typename Element, int kDim>
-__device__ __forceinline__ bool StoreRows(const float (&sums)[kDim / 2], float scale, int valid, int stored,
-                                          Element* rows, int stride, int dim, int thread) {
+// The first of a thread's two rows among the 64 of its warpgroup's accumulators; the second is eight further.
+__device__ __forceinline__ int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+
+// Whether this thread's part of one of its rows is finite.
+template <int kCount>
+__device__ __forceinline__ bool RowIsFinite(const float (&sums)[kCount], int half) {
+  float probe = 0.f;  // NaN if anything is not
+#pragma unroll
+  for (int n = 0; n < kCount / 4; ++n) probe += 0.f * sums[4 * n + 2 * half] + 0.f * sums[4 * n + 2 * half + 1];
+  return probe == 0.f;
+}
+
+// 64 accumulated rows to `rows` + row * stride, each as `finish` has it; rows from `stored` on and columns from `dim`
+// on (a multiple of 8) are not written. A row's four lanes swap words so that they store 32 contiguous bytes, four
+// columns a lane.
+template <typename Element, int kCount>
+__device__ __forceinline__ void StoreRows(const float (&sums)[kCount], const device::RowFinish (&finish)[2], int stored,
+                                          Element* rows, int64_t stride, int dim, int thread) {
   const int lane = thread % 4, column = lane % 2 * 8 + lane / 2 * 4;
-  float probe = 0.f;  // NaN if anything is not finite
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int row = thread / 32 * 16 + thread % 32 / 4 + 8 * half;
-    const bool keep = row < valid;
-    Element* target = rows + int64_t{row} * stride + column;
+    const int row = RowOf(thread) + 8 * half;
+    Element* target = rows + row * stride + column;
 #pragma unroll
-    for (int n = 0; n < kDim / 8; n += 2) {
+    for (int n = 0; n < kCount / 4; n += 2) {
       uint32_t words[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const float* pair = sums + 4 * (n + i) + 2 * half;
-        const float low = keep ? pair[0] * scale : 0.f, high = keep ? pair[1] * scale : 0.f;
-        probe += 0.f * low + 0.f * high;
-        words[i] = device::PackPair<Element>(low, high);
+        words[i] = device::PackPair<Element>(finish[half](pair[0]), finish[half](pair[1]));
       }
       const bool odd = lane % 2;
       const uint32_t received = __shfl_xor_sync(0xFFFFFFFFu, odd ? words[0] : words[1], 1);
@@ -37,7 +45,6 @@ __device__ __forceinline__ bool StoreRows(const float (&sums)[kDim / 2], float s
       }
     }
   }
-  return probe == 0.f;
 }
 
 }  // namespace jax_bsk::attention::cuda::sm90

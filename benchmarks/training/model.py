@@ -1,0 +1,81 @@
+"""A pre-norm decoder of Flax NNX with tied embeddings; all that differs between the runs is `attend`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+import jax_bsk
+
+from .attentions import Attend
+from .config import Config
+
+
+class Layer(nnx.Module):
+    """Attention and a feed-forward network of four times the width, each on a branch."""
+
+    def __init__(self, config: Config, attend: Attend, rngs: nnx.Rngs):
+        width = config.width
+
+        def linear(features: int, out: int) -> nnx.Linear:
+            return nnx.Linear(features, out, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
+
+        self.attend, self.heads = attend, config.heads
+        self.norm_1 = nnx.RMSNorm(width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.query, self.key, self.value, self.out = (linear(width, width) for _ in range(4))
+        self.norm_2 = nnx.RMSNorm(width, dtype=jnp.dtype(config.dtype), rngs=rngs)
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+
+    def __call__(self, x: jax.Array, operand: Any) -> jax.Array:
+        normed = self.norm_1(x)
+        query, key, value = (
+            project(normed).reshape(*x.shape[:2], self.heads, -1) for project in (self.query, self.key, self.value)
+        )
+        x = x + self.out(self.attend(query, key, value, operand).reshape(x.shape))
+        return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+
+
+class Decoder(nnx.Module):
+    """From tokens [B, S] to features [B, S, width], and from those to the loss."""
+
+    def __init__(self, config: Config, attend: Attend, rngs: nnx.Rngs):
+        dtype, init = jnp.dtype(config.dtype), nnx.initializers.normal(0.02)
+        self.config = config
+        self.tokens = nnx.Embed(config.vocabulary, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.positions = nnx.Embed(config.length, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.layers = nnx.List([Layer(config, attend, rngs) for _ in range(config.layers)])
+        self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
+
+    def features(self, tokens: jax.Array, operand: Any) -> jax.Array:
+        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        for layer in self.layers:
+            x = _again(layer, x, operand) if self.config.remat else layer(x, operand)
+        return self.norm(x)
+
+    def loss(self, tokens: jax.Array, targets: jax.Array, operand: Any) -> jax.Array:
+        """Mean cross entropy, float32, from logits of a few tokens at a time."""
+        chunk = min(self.config.loss_chunk, self.config.length)
+        x = self.features(tokens, operand).reshape(-1, chunk, self.config.width)
+        embedding = self.tokens.embedding[...].astype(x.dtype)
+
+        @jax.checkpoint
+        def some(total: jax.Array, both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+            features, wanted = both
+            logits = jnp.matmul(features, embedding.T, preferred_element_type=jnp.float32)
+            log_probabilities = jax.nn.log_softmax(logits)
+            return total - jnp.take_along_axis(log_probabilities, wanted[:, None], 1).sum(), None
+
+        total, _ = jax.lax.scan(some, jnp.float32(0), (x, targets.reshape(-1, chunk)))
+        return total / targets.size
+
+
+def _again(layer: Layer, x: jax.Array, operand: Any) -> jax.Array:
+    """The layer, computed again in the backward."""
+    graph, parameters = nnx.split(layer)
+    # What jax.nn's attention keeps has no names, so of it nothing is kept.
+    policy = jax.checkpoint_policies.save_only_these_names(*jax_bsk.RESIDUAL_NAMES)
+    run = jax.checkpoint(lambda parameters, x, operand: nnx.merge(graph, parameters)(x, operand), policy=policy)
+    return run(parameters, x, operand)
