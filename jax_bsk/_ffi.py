@@ -174,8 +174,9 @@ def _backward_workspace(
     """Bytes for the CUDA backward: what `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h` needs, and more for speed.
 
     The kernels keep dS (the gradient of the logits, in query's type) of three key/value heads' visited blocks or more;
-    they are as fast as they can be with 1,056 tiles of 128 keys in each third. More than twice what dQ takes in float32
-    is spent on that only where three heads need it. So the workspace grows as the inputs and the visited blocks do.
+    they are as fast as they can be with 1,056 tiles of 128 keys in each third. More than twice what dQ takes in
+    float32, or 1 GiB, is spent on that only where three heads need it. So the workspace grows as the inputs and the
+    visited blocks do.
     """
     *lead, q_len, heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[-3:-1]
@@ -184,5 +185,5 @@ def _backward_workspace(
     words = 1 + 2 * kv_rows + kv_rows * kv_tiles + query_rows * q_tiles * 129 + math.prod(ids_shape) + 32
     head_bytes = 2 * block_size * ids_shape[-1] * (heads // max(kv_heads, 1))
     enough = -(-1056 // max(-(-kv_len // 128), 1))
-    wanted = min(kv_rows, 3 * enough, max(3, 8 * query_rows * q_len * head_dim // max(head_bytes, 1)))
+    wanted = min(kv_rows, 3 * enough, max(3, max(8 * query_rows * q_len * head_dim, 1 << 30) // max(head_bytes, 1)))
     return 4 * words + 1024 + wanted * max(head_bytes, 1)

@@ -24,12 +24,6 @@ __device__ __forceinline__ int ThreadHere() {
   return thread;
 }
 
-// __syncwarp() that compute-sanitizer's racecheck can see: the compiler drops that one from a warp it knows to be
-// converged, and what the other lanes did before then seems unordered.
-__device__ __forceinline__ void MeetWarp() {
-  asm volatile("{\n.reg .b32 word;\nshfl.sync.idx.b32 word, 0, 0, 31, 0xFFFFFFFF;\n}" ::: "memory");
-}
-
 // cp.async: copies 16 bytes from global to shared memory without passing registers; writes zeros and reads nothing when
 // `valid` is false. Both addresses are 16-byte aligned.
 __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool valid) {
