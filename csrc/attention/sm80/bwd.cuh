@@ -366,6 +366,9 @@ struct Selection {
 // cost the work registers that it does not have.
 template <typename Work>
 __device__ __forceinline__ void ForSelected(const Selection& selection, int threads, int& next, Work work) {
+#if __CUDA_ARCH__ < 900
+  work(static_cast<int>(blockIdx.x));  // only Hopper's kernels mark tiles, and the loop would spill here
+#else
   const int first = static_cast<int>(blockIdx.x) * selection.span;
   if (selection.marks != nullptr) {
     const int last = min(first + selection.span, selection.tiles);
@@ -389,6 +392,7 @@ __device__ __forceinline__ void ForSelected(const Selection& selection, int thre
     work(tile);
     __syncthreads();
   }
+#endif
 }
 
 template <typename Config>

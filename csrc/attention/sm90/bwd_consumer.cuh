@@ -462,9 +462,14 @@ class BackwardConsumer {
     return flags_;
   }
   __device__ __forceinline__ void ReleasePrevious() { ReleasePlace(Ring<Config::kStages>{step_ - 1}.Stage()); }
-  // A step's place in memory. Every thread arrives for itself: compute-sanitizer's racecheck does not see that a warp's
-  // lanes have read statistics and bits before one of them arrives for all.
-  __device__ __forceinline__ void ReleasePlace(int place) { device::sm90::Arrive(shared_.empty[place]); }
+  // A step's place in memory.
+  __device__ __forceinline__ void ReleasePlace(int place) {
+    if constexpr (Config::kEveryThreadArrives) {
+      device::sm90::Arrive(shared_.empty[place]);
+    } else {
+      Release(shared_.empty[place]);
+    }
+  }
   // For this warp, once all its lanes have read the buffer.
   __device__ __forceinline__ void Release(Barrier& barrier) {
     __syncwarp();

@@ -120,7 +120,7 @@ struct BackwardShared {
     for (int i = 0; i < kItems; ++i) InitBarrier(open_item[i], 1);
     for (int i = 0; i < kPlaces; ++i) {
       InitBarrier(full[i], 1);
-      InitBarrier(empty[i], Config::kConsumerThreads);  // see ReleasePlace
+      InitBarrier(empty[i], Config::kEveryThreadArrives ? Config::kConsumerThreads : kWarps);
     }
     for (int i = 0; i < kScoreStages; ++i)
       for (int group = 0; group < Config::kKeyGroups; ++group) {
