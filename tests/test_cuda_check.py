@@ -1,17 +1,19 @@
 """Every case of `tests/csrc/cuda_check.cu` on a GPU, each in a process of its own with a time limit.
 
 The program knows nothing of XLA or Python: outputs poisoned with NaN between guard bytes, values and gradients against
-a float64 loop, every forward kernel that can take a case, bit-equal repeats and a CUDA graph. Where compute-sanitizer
-is installed, one case an instantiation of the Hopper forward runs under its tools as well. Set JAX_BSK_CUDA_CHECK to a
-built program to skip the build (about a minute and a half on two cores).
+a float64 loop, every kernel that can take a case, bit-equal repeats and a CUDA graph. Where compute-sanitizer
+is installed, one case an instantiation of the Hopper kernels runs under its tools as well. Set JAX_BSK_CUDA_CHECK and
+JAX_BSK_CUDA_RACECHECK to built programs to skip the build (about two minutes each on two cores).
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -33,14 +35,25 @@ NAMES = [name for name in NAMES if not name.startswith("time-")]
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory) -> Path:
-    if given := os.environ.get("JAX_BSK_CUDA_CHECK"):
-        return Path(given)
-    build = tmp_path_factory.mktemp("cuda_check")
-    options = ["-DJAX_BSK_CUDA=ON", "-DSANITIZE=", "-DCMAKE_BUILD_TYPE=Release"]
-    subprocess.run(["cmake", "-S", SOURCE, "-B", build, *options], check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", build, "--target", "cuda_check", "--parallel"], check=True, capture_output=True)
-    return build / "cuda_check"
+def built(tmp_path_factory) -> Callable[[str], Path]:
+    """The path of a target of tests/csrc, built on first need."""
+    folder = tmp_path_factory.mktemp("cuda_check")
+
+    @functools.cache
+    def build(target: str) -> Path:
+        if given := os.environ.get(f"JAX_BSK_{target.upper()}"):
+            return Path(given)
+        options = ["-DJAX_BSK_CUDA=ON", "-DSANITIZE=", "-DCMAKE_BUILD_TYPE=Release"]
+        subprocess.run(["cmake", "-S", SOURCE, "-B", folder, *options], check=True, capture_output=True)
+        subprocess.run(["cmake", "--build", folder, "--target", target, "--parallel"], check=True, capture_output=True)
+        return folder / target
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def program(built) -> Path:
+    return built("cuda_check")
 
 
 def run(command: list[str | Path], seconds: int) -> None:
@@ -60,8 +73,9 @@ def test_case(program, name):
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
 @pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("instance-", "jump-200", "many-nan"))])
-def test_sanitizer(program, tool, name):
+def test_sanitizer(built, tool, name):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
+    program = built("cuda_racecheck" if tool == "racecheck" else "cuda_check")
     run([sanitizer, "--tool", tool, "--error-exitcode", "9", program, name, "1"], 300)
