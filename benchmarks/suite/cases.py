@@ -264,16 +264,23 @@ def gpu_cases(seed: int) -> list[Case]:
     return cases + make.lengths([(32768 // s, 32, s, 128) for s in (2048, 4096, 16384, 32768)], 0.237)
 
 
-def cpu_cases(seed: int) -> list[Case]:
-    """One small case of each sort: shows that everything runs where there is no GPU."""
-    make = Maker("float32", seed)
-    sizes = (1, 2, 512, 32)
+def small_patterns(make: Maker, sizes: Sizes) -> list[Case]:
+    """One of each pattern that takes no array, 64-blocks."""
     return [
         make.random(sizes, ".4", 0.5, 64, panel=panel(sizes)),
         make.random(sizes, ".1", 0.2, 64, panel=panel(sizes)),
         make.case(sizes, "causal", Pattern("causal"), 64, panel=panel(sizes)),
         make.case(sizes, "dense", DENSE, 64),
         make.case(sizes, "window 100", Pattern("window", window=100), 64),
+    ]
+
+
+def cpu_cases(seed: int) -> list[Case]:
+    """One small case of each sort: shows that everything runs where there is no GPU."""
+    make = Maker("float32", seed)
+    sizes = (1, 2, 512, 32)
+    return [
+        *small_patterns(make, sizes),
         *make.documents(sizes, 100, 64),
         make.half((1, 2, 256, 32), 64, calls=3),
         *make.lengths([(2, 2, 256, 32), sizes], 0.4, 64),

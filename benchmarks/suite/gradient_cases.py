@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .cases import DENSE, Case, Goal, Maker, Pattern, panel
+from .cases import DENSE, Case, Goal, Maker, Pattern, panel, small_patterns
 from .passes import Pass
 
 # The goals of the Hopper backward, which is deterministic.
@@ -47,11 +47,7 @@ def cpu_cases(seed: int, measured: Pass) -> list[Case]:
     make = Maker("float32", seed, measured)
     sizes = (1, 2, 512, 32)
     return [
-        make.random(sizes, ".4", 0.5, 64, panel=panel(sizes)),
-        make.random(sizes, ".1", 0.2, 64, panel=panel(sizes)),
-        make.case(sizes, "causal", Pattern("causal"), 64, panel=panel(sizes)),
-        make.case(sizes, "dense", DENSE, 64),
-        make.case(sizes, "window 100", Pattern("window", window=100), 64),
+        *small_patterns(make, sizes),
         make.documents(sizes, 100, 64)[1],
         make.random((2, 4, 256, 32), ".4", 0.5, 64, kv_heads=2),
         make.half((1, 2, 256, 32), 64, calls=3),

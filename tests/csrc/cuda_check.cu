@@ -46,7 +46,8 @@ enum class Fault {
   kNegativeTile,
   kOffsets,
   kOverflow,
-  kBadCol
+  kBadCol,
+  kBadFirstCol  // in the first table, not the last
 };
 
 struct Case {
@@ -303,7 +304,7 @@ struct Problem {
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
         delta(size_t(c.batch) * c.q_len * c.heads * 4),
         gradient_bytes(BackwardBytes(c, m)),
-        gradient_workspace(gradient_bytes, 0x7F),
+        gradient_workspace(gradient_bytes),
         dquery(q.size(), 0xFF),
         dkey(k.size(), 0xFF),
         dvalue(v.size(), 0xFF) {
@@ -460,9 +461,10 @@ bool RunCase(const Case& c) {
     if (c.fault == Fault::kNegativeTile) poison_entry(mask.tiles, -2);
     if (c.fault == Fault::kOffsets) poisoned_row = 0, mask.offsets[base] = -1;
     if (c.fault == Fault::kOverflow) poisoned_row = rows - 1, mask.offsets[base + rows] = mask.capacity + 1;
-    if (c.fault == Fault::kBadCol) {
-      poisoned_col = 0, mask.col_ids[first] = -7;
-      while (mask.col_offsets[table * (mask.kv_blocks + 1) + poisoned_col + 1] == 0) ++poisoned_col;
+    if (c.fault == Fault::kBadCol || c.fault == Fault::kBadFirstCol) {
+      const int spoiled = c.fault == Fault::kBadCol ? table : 0;
+      poisoned_col = 0, mask.col_ids[spoiled * mask.capacity] = -7;
+      while (mask.col_offsets[spoiled * (mask.kv_blocks + 1) + poisoned_col + 1] == 0) ++poisoned_col;
     }
   }
 
@@ -532,8 +534,9 @@ bool RunCase(const Case& c) {
         }
       }
   if (poisoned_col >= 0) {
-    for (int b = mask.batch == 1 ? 0 : B - 1; b < B; ++b)
-      for (int n = mask.heads == 1 ? 0 : N - 1; n < N; ++n)
+    const bool first = c.fault == Fault::kBadFirstCol;
+    for (int b = mask.batch == 1 || first ? 0 : B - 1; b < (mask.batch == 1 || !first ? B : 1); ++b)
+      for (int n = mask.heads == 1 || first ? 0 : N - 1; n < (mask.heads == 1 || !first ? N : 1); ++n)
         for (int s = poisoned_col * c.block_kv; s < std::min((poisoned_col + 1) * c.block_kv, limit(b, 1)); ++s)
           bad_key[(size_t(b) * S + s) * K + n / (N / K)] = 1;
   }
@@ -618,6 +621,7 @@ bool RunCase(const Case& c) {
       Backward(problem, stream, kernel, least);
     };
     for (Device* array : problem.Results(true)) array->Fill(0xFF);
+    problem.gradient_workspace.Fill(0x40);  // 2 to 3: finite, so that reading what nobody wrote is not found as a NaN
     launch();
     CUDA_OK(cudaStreamSynchronize(stream));
     compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
@@ -851,6 +855,12 @@ std::vector<Case> Cases() {
     fault("bad-tile", F::kBadTile), fault("negative-tile", F::kNegativeTile), fault("bad-offsets", F::kOffsets);
     fault("overflow", F::kOverflow), fault("bad-col", F::kBadCol);
   }
+  // A list that cannot be followed, and the other heads of its group, whose lists can.
+  add("bad-first-col", [](Case& c) { c.fault = F::kBadFirstCol, c.per_head = true; });
+  add("bad-first-col-b128", [](Case& c) {
+    c.fault = F::kBadFirstCol, c.per_head = true, c.block_q = c.block_kv = 128, c.kv_heads = 1,
+    c.q_len = c.kv_len = 900;
+  });
   return cases;
 }
 

@@ -152,12 +152,7 @@ class BackwardConsumer {
                                           float (&dvalue)[kGradient]) {
     float scores[kScores], dscores[kScores], rows[kPacked];
     const int stage = Stages().Stage();
-    device::sm90::Wait(shared_.full[stage], Stages().Full());
-    device::sm90::FenceProducts();
-    MultiplyRows(scores, shared_.key, shared_.first[stage]);
-    device::sm90::CommitProducts();
-    device::sm90::WaitForProducts<1>();
-    if (!first_) ReleasePrevious();
+    BeginStep(scores, shared_.key, shared_.first[stage]);
     device::sm90::FenceProducts();
     MultiplyRows(dscores, shared_.value, shared_.second[stage]);
     device::sm90::CommitProducts();
@@ -213,12 +208,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void SplitProbabilities(const BackwardItem& item, float (&dvalue)[kGradient]) {
     float scores[kScores];
     const int stage = Stages().Stage();
-    device::sm90::Wait(shared_.full[stage], Stages().Full());
-    device::sm90::FenceProducts();
-    MultiplyRows(scores, shared_.key, shared_.first[stage]);
-    device::sm90::CommitProducts();
-    device::sm90::WaitForProducts<1>();
-    if (!first_) ReleasePrevious();
+    BeginStep(scores, shared_.key, shared_.first[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(scores);
@@ -258,12 +248,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void SplitScores(float (&dkey)[kGradient]) {
     float dscores[kScores];
     const int stage = Stages().Stage();
-    device::sm90::Wait(shared_.full[stage], Stages().Full());
-    device::sm90::FenceProducts();
-    MultiplyRows(dscores, shared_.value, shared_.second[stage]);
-    device::sm90::CommitProducts();
-    device::sm90::WaitForProducts<1>();
-    if (!first_) ReleasePrevious();
+    BeginStep(dscores, shared_.value, shared_.second[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
     const Ring<kProbStages> place{prob_step_++};
     device::sm90::Wait(shared_.full_probs[place.Stage()], place.Full());
@@ -292,6 +277,16 @@ class BackwardConsumer {
   }
 
   // ---- Parts of a step
+
+  // A step's first product; the gradients of the step before are done then, and their memory is released.
+  __device__ __forceinline__ void BeginStep(float (&d)[kScores], const Element* resident, const Element* tile) {
+    device::sm90::Wait(shared_.full[Stages().Stage()], Stages().Full());
+    device::sm90::FenceProducts();
+    MultiplyRows(d, resident, tile);
+    device::sm90::CommitProducts();
+    device::sm90::WaitForProducts<1>();
+    if (!first_) ReleasePrevious();
+  }
 
   // Statistics of this thread's columns.
   __device__ __forceinline__ void LoadStatistics(float (&rows)[kPacked], const float* statistics) {
@@ -337,6 +332,7 @@ class BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) packed[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
   }
+
   // 0 for pairs that do not attend: dP of such a pair then gives 0 or, not being finite, a suspect.
   __device__ __forceinline__ void ApplyMask(const BackwardItem& item, float (&probs)[kScores], int stage) {
     const int thread = Thread(), row = RowOf(thread);

@@ -206,54 +206,58 @@ class BackwardLoader {
   }
 
   // The steps of an item: the queries that visit a tile of keys, one query head of the group after the other; or the
-  // keys that a block of queries visits. Entries are fetched 32 at a time, one a lane. False when a list cannot be
-  // followed to its end.
+  // keys that a block of queries visits. False when a list cannot be followed to its end; the other heads' lists are
+  // followed all the same, since their queries read the dS that these steps write.
   __device__ __forceinline__ bool Walk(const BackwardItem& item) {
     const bool keys = item.kind == BackwardItem::kKeys;
     if (item.start >= (keys ? item.key_limit : item.query_limit)) return true;
+    const int heads = keys ? plan_.group : 1;
+    bool sound = true;
+#pragma unroll 1
+    for (int i = 0; i < heads; ++i) sound &= WalkList(item, keys, i, item.head * heads + i);
+    return sound;
+  }
+
+  // Of one query head, the given one of the item. Entries are fetched 32 at a time, one a lane.
+  __device__ __forceinline__ bool WalkList(const BackwardItem& item, bool keys, int head_in_item, int head) {
     const BlockList& list = keys ? params_.cols : params_.rows;
     const int32_t* second = keys ? params_.cols.tiles : plan_.matches;
     const int block = static_cast<int>(keys ? params_.shape.block_q : params_.shape.block_kv);  // that is visited
-    const int heads = keys ? plan_.group : 1;
+    const device::ListRow row = FindRow(list, item, head);
+    if (row.length < 0) return false;
+    // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
+    // place and for queries its match's.
+    int slot = SlotBase(item, head_in_item);
+    if (keys) {
+      const int64_t table = device::TableIndex(list.batch, list.heads, item.batch, head);
+      slot += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_pieces +
+              (item.start / 64 & (params_.shape.block_kv / 64 - 1)) * static_cast<int>(params_.shape.block_q / 64);
+    }
+    int ids = 0, seconds = 0;  // of this lane's entry
 #pragma unroll 1
-    for (int i = 0; i < heads; ++i) {
-      const int head = item.head * heads + i;
-      const device::ListRow row = FindRow(list, item, head);
-      if (row.length < 0) return false;
-      // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
-      // place and for queries its match's.
-      int slot = SlotBase(item, i);
-      if (keys) {
-        const int64_t table = device::TableIndex(list.batch, list.heads, item.batch, head);
-        slot += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_pieces +
-                (item.start / 64 & (params_.shape.block_kv / 64 - 1)) * static_cast<int>(params_.shape.block_q / 64);
+    for (int entry = 0; entry < row.length; ++entry) {
+      if (entry % 32 == 0) {
+        const int lane = device::ThreadHere() % 32;
+        if (entry + lane < row.length) {
+          ids = __ldg(list.ids + row.begin + entry + lane);
+          seconds = __ldg(second + row.begin + entry + lane);
+        }
       }
-      int ids = 0, seconds = 0;  // of this lane's entry
+      const int id = Share(ids, entry % 32), other = Share(seconds, entry % 32);
+      const bool sound = keys ? id >= 0 && id < list.ids_end && other >= -1 && other < params_.tiles.count
+                              : other >= 0;  // a match: then the entry is sound, too
+      if (!sound) return false;
 #pragma unroll 1
-      for (int entry = 0; entry < row.length; ++entry) {
-        if (entry % 32 == 0) {
-          const int lane = device::ThreadHere() % 32;
-          if (entry + lane < row.length) {
-            ids = __ldg(list.ids + row.begin + entry + lane);
-            seconds = __ldg(second + row.begin + entry + lane);
-          }
-        }
-        const int id = Share(ids, entry % 32), other = Share(seconds, entry % 32);
-        const bool sound = keys ? id >= 0 && id < list.ids_end && other >= -1 && other < params_.tiles.count
-                                : other >= 0;  // a match: then the entry is sound, too
-        if (!sound) return false;
-#pragma unroll 1
-        for (int offset = 0; offset < block; offset += 64) {
-          const int start = id * block + offset;
-          if (start >= (keys ? item.query_limit : item.key_limit)) break;
-          Emit(item, 0);
-          pending_ = true;
-          start_ = start;
-          head_ = head;
-          tile_ = other;
-          const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
-          pieces_ = slot + (keys ? entry : other) * plan_.entry_pieces + offset / 64 * stride;
-        }
+      for (int offset = 0; offset < block; offset += 64) {
+        const int start = id * block + offset;
+        if (start >= (keys ? item.query_limit : item.key_limit)) break;
+        Emit(item, 0);
+        pending_ = true;
+        start_ = start;
+        head_ = head;
+        tile_ = other;
+        const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
+        pieces_ = slot + (keys ? entry : other) * plan_.entry_pieces + offset / 64 * stride;
       }
     }
     return true;

@@ -65,9 +65,8 @@ constexpr int ForwardSharedBytes() {
 // The backward. One persistent CTA a multiprocessor; two consumer warpgroups, and one of four producer warps. A CTA
 // makes dK and dV of kTileKv keys, or dQ of one block of queries.
 //   kSplit false  each consumer warpgroup has 64 of 128 keys and makes both gradients.
-//          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, for
-//          256
-//                 dimensions (whose two gradients do not fit in one warpgroup's registers), and for few tiles.
+//          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, few
+//                 tiles, and 256 dimensions, whose two gradients do not fit in one warpgroup's registers.
 // kPlain as above.
 template <typename Element_, int kDim_, bool kSplit_, bool kPlain_>
 struct BackwardConfig {
@@ -89,10 +88,8 @@ struct BackwardConfig {
 #else
   static constexpr bool kEveryThreadArrives = kSplit;
 #endif
-  static constexpr int kScoreStages = kDim > 128 ? 1
-                                      : kDim == 128 && !kSplit
-                                          ? 3
-                                          : 2;  // buffers of dS a group of 64 keys, on their way out
+  // Buffers of dS a group of 64 keys, on their way out.
+  static constexpr int kScoreStages = kDim > 128 ? 1 : kDim == 128 && !kSplit ? 3 : 2;
   static constexpr int kProbStages = !kSplit ? 0 : kDim > 128 ? 1 : 2;  // buffers of P, from warpgroup to warpgroup
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
   static constexpr int kThreads = kConsumerThreads + kWarpgroup;
