@@ -26,15 +26,12 @@ from typing import Any
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
-from suite import measure, report, tables
-from suite.cases import Case
-from suite.contender import first_line
-from suite.inputs import Inputs
-from suite.passes import Pass
 
 from jax_bsk import _compat, _dispatch
-from jax_bsk.cli import attention_bench
-from jax_bsk.cli.progress import Progress
+from jax_bsk.benchmarking import ceilings, measure, report, runs, tables
+from jax_bsk.benchmarking.cases import Case
+from jax_bsk.benchmarking.passes import Pass
+from jax_bsk.support.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
@@ -80,7 +77,9 @@ def run(argv: Sequence[str]) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     if args.plot_dir is not None:
-        importlib.import_module("suite.plots")  # matplotlib may be absent: not after minutes of measuring
+        importlib.import_module(
+            "jax_bsk.benchmarking.plots"
+        )  # matplotlib may be absent: not after minutes of measuring
     implementation = args.implementation or ("cuda" if platform == "cuda" else "cpu")
     reasons = _dispatch.unavailable(implementation)
     if reasons:
@@ -96,7 +95,7 @@ def run(argv: Sequence[str]) -> int:
     if output is not None:
         print(f"Wrote {output}")
     if args.plot_dir is not None:
-        for path in importlib.import_module("suite.plots").plot(result, args.plot_dir):
+        for path in importlib.import_module("jax_bsk.benchmarking.plots").plot(result, args.plot_dir):
             print(f"Wrote {path}")
     return 0 if all(case["ok"] for case in result["cases"]) else 1
 
@@ -112,29 +111,15 @@ def _measure(args: argparse.Namespace, chosen: list[Case], implementation: str, 
         "implementation": implementation,
         "options": {"dtype": dtype, "rounds": rounds, "seed": args.seed, "only": args.only, "peers": not args.no_peers},
         "method": report.method(args.measured),
-        "matrix_product_flops_per_second": attention_bench.matrix_product_rate(dtype, args.seed),
+        "matrix_product_flops_per_second": ceilings.matrix_product_rate(dtype, args.seed),
         "cases": [],
     }
-    inputs = None
+    options = {"implementation": implementation, "with_peers": not args.no_peers, "rounds": rounds, "seed": args.seed}
     with Progress(len(chosen), args.quiet) as progress:
-        for i, case in enumerate(chosen):
-            progress.step(case.name)
-            try:
-                sizes = case.shape, case.kv_shape
-                if i == 0 or sizes != (chosen[i - 1].shape, chosen[i - 1].kv_shape):
-                    inputs = None  # frees the last shape's before the next are made
-                    inputs = Inputs(case, args.seed)
-                assert inputs is not None
-                record = measure.measure(
-                    case,
-                    inputs,
-                    implementation=implementation,
-                    with_peers=not args.no_peers,
-                    rounds=rounds,
-                    seed=args.seed,
-                )
-            except Exception as error:  # the cases before it took minutes, and those after it may well run
-                record = {"name": case.name, "jax_bsk": {"failed": first_line(error)}, "peers": {}, "ok": False}
+        progress.step(chosen[0].name)
+        for i, record in enumerate(runs.records(chosen, **options), 1):
+            if i < len(chosen):
+                progress.step(chosen[i].name)
             measure.judge(record, result["devices"][0]["name"], args.measured)
             result["cases"].append(record)
             if output is not None:

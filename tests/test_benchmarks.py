@@ -15,18 +15,19 @@ import numpy as np
 import pytest
 
 from jax_bsk import _dispatch
+from jax_bsk.benchmarking import cases, measure, ours, passes, tables
+from jax_bsk.benchmarking.peers import jax_nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"
 
 
 @pytest.fixture
-def suite(monkeypatch):
-    """Imports a module of the suite, which lies beside the script and not in a package that is installed."""
+def script(monkeypatch):
+    """`benchmarks/attention.py`, which is a script and no part of the package."""
     monkeypatch.syspath_prepend(BENCHMARKS)
-    yield lambda name: importlib.import_module(f"suite.{name}")
-    for name in [name for name in sys.modules if name == "attention" or name.split(".")[0] == "suite"]:
-        del sys.modules[name]
+    yield importlib.import_module("attention")
+    del sys.modules["attention"]
 
 
 def test_a_run_on_a_cpu(tmp_path):
@@ -62,8 +63,7 @@ def test_a_run_on_a_cpu(tmp_path):
     assert chained["density"] == 0.5
 
 
-def test_densities_are_those_of_the_predicates(suite):
-    cases = suite("cases")
+def test_densities_are_those_of_the_predicates():
     for case in cases.cpu_cases(1):
         positions = np.arange(case.length)
         dense = case.pattern.attends(positions[:, None], positions, case.length)
@@ -71,8 +71,7 @@ def test_densities_are_those_of_the_predicates(suite):
         np.testing.assert_array_equal(case.mask.to_dense()[0, 0], dense)
 
 
-def test_the_gpu_table(suite):
-    cases = suite("cases")
+def test_the_gpu_table():
     table = {case.name: case for case in cases.gpu_cases(0)}
     assert set(cases.GOALS) <= set(table)
     for name, density in {
@@ -94,8 +93,7 @@ def test_the_gpu_table(suite):
 
 
 @pytest.mark.parametrize("wrong", ["nan", "mask", "a head", "raises"])
-def test_wrong_results_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
-    ours = suite("ours")
+def test_wrong_results_are_told(wrong, script, monkeypatch, capsys, tmp_path):
     right = ours.sparse_attention
 
     def sparse_attention(query, key, value, *, mask, implementation):
@@ -107,7 +105,6 @@ def test_wrong_results_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
         return out.at[:, :, 1].add(1e-3) if wrong == "a head" else out
 
     monkeypatch.setattr(ours, "sparse_attention", sparse_attention)
-    script = importlib.import_module("attention")
     path = tmp_path / "forward.json"
     options = ["--only", "causal", "--no-peers", "--quick", "--quiet", "--implementation", NATIVE]
     with jax.numpy_dtype_promotion("standard"):
@@ -119,17 +116,14 @@ def test_wrong_results_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
     assert all(not case["ok"] and "seconds" not in case["jax_bsk"] for case in report["cases"])
 
 
-def test_a_wrong_peer_is_told(suite, monkeypatch, capsys):
-    jax_nn = suite("peers.jax_nn")
+def test_a_wrong_peer_is_told(script, monkeypatch, capsys):
     monkeypatch.setattr(jax_nn, "native", lambda case: {})  # computes everything, whatever the mask
-    script = importlib.import_module("attention")
     assert script.run(["--only", "S512 D32 causal", "--quick", "--quiet", "--implementation", NATIVE]) == 1
     assert "WRONG: xla, B1 H2 S512 D32 causal" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("which", "factor"), [("backward", 10), ("training", 14)])
-def test_the_passes_with_gradients(which, factor, suite, capsys, tmp_path):
-    script = importlib.import_module("attention")
+def test_the_passes_with_gradients(which, factor, script, capsys, tmp_path):
     path = tmp_path / f"{which}.json"
     options = ["--pass", which, "--only", "S256", "--quick", "--quiet", "--implementation", NATIVE]
     assert script.run([*options, "--output", str(path)]) == 0
@@ -151,8 +145,7 @@ def test_the_passes_with_gradients(which, factor, suite, capsys, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["dquery", "dkey", "dvalue"])
-def test_wrong_gradients_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
-    ours = suite("ours")
+def test_wrong_gradients_are_told(wrong, script, monkeypatch, capsys, tmp_path):
     right = ours.sparse_attention
 
     def sparse_attention(query, key, value, *, mask, implementation):
@@ -163,7 +156,6 @@ def test_wrong_gradients_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
         return right(*inputs, mask=mask, implementation=implementation)
 
     monkeypatch.setattr(ours, "sparse_attention", sparse_attention)
-    script = importlib.import_module("attention")
     path = tmp_path / "backward.json"
     options = ["--pass", "backward", "--only", "causal", "--no-peers", "--quick", "--quiet", "--implementation", NATIVE]
     assert script.run([*options, "--output", str(path)]) == 1
@@ -173,8 +165,8 @@ def test_wrong_gradients_are_told(wrong, suite, monkeypatch, capsys, tmp_path):
     assert told == {wrong}
 
 
-def test_the_gpu_table_of_the_gradients(suite):
-    tables, which = suite("tables"), suite("passes").Pass
+def test_the_gpu_table_of_the_gradients():
+    which = passes.Pass
     table = {case.name: case for case in tables.table(which.BACKWARD, 0, on_gpu=True)}
     assert set(tables.GOALS[which.BACKWARD]) <= set(table)
     for name, density in {
@@ -215,8 +207,7 @@ def test_a_training_step_on_a_cpu(tmp_path):
     assert "Not measured: cudnn-mask" in result.stdout
 
 
-def test_goals_are_judged_on_an_h200_only(suite):
-    measure = suite("measure")
+def test_goals_are_judged_on_an_h200_only():
     name = "B4 H32 S8192 D128 random .22"
 
     def verdict(rate: float, ratio: float | None, device: str = "NVIDIA H200") -> str | None:
@@ -233,9 +224,10 @@ def test_goals_are_judged_on_an_h200_only(suite):
     assert verdict(621e12, 1.6, "NVIDIA A100") is None
 
 
-def test_pictures(suite, tmp_path):
+def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    plots = suite("plots")
+    from jax_bsk.benchmarking import plots
+
     record = {"seconds": 1.0, "useful_flops_per_second": 4e14, "variant": "block mask"}
     common = {"jax_bsk": record, "peers": {"flex": record}, "pattern": "random", "length": 8192}
     report = {
@@ -249,7 +241,6 @@ def test_pictures(suite, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
-def test_a_filter_that_matches_nothing(suite, capsys):
-    script = importlib.import_module("attention")
+def test_a_filter_that_matches_nothing(script, capsys):
     assert script.run(["--only", "no such case"]) == 2
     assert "no such case" in capsys.readouterr().err

@@ -18,12 +18,13 @@ import pytest
 import jax_bsk
 from jax_bsk import _dispatch, _ffi
 from jax_bsk.__main__ import main
-from jax_bsk.cli import attention_bench, timing
-from jax_bsk.cli.table import table
+from jax_bsk.benchmarking import ceilings, timing
+from jax_bsk.cli import attention_bench
+from jax_bsk.support.table import table
 
 TINY = ["--lengths", "128", "--densities", "1", "--batch", "1", "--heads", "2", "--head-dim", "32"]
 TINY += ["--block-size", "64", "--repeats", "1", "--quiet"]
-MATRIX_PRODUCT_RATE = attention_bench.matrix_product_rate
+MATRIX_PRODUCT_RATE = ceilings.matrix_product_rate
 NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"  # compiles faster than the pure-JAX one
 
 
@@ -31,7 +32,7 @@ NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"  # compiles faster tha
 def short_samples(monkeypatch):
     """Tests look at what is reported, not at how fast it was."""
     monkeypatch.setattr(timing, "SAMPLE_SECONDS", 1e-6)
-    monkeypatch.setattr(attention_bench, "matrix_product_rate", lambda dtype, seed: 1e11)
+    monkeypatch.setattr(ceilings, "matrix_product_rate", lambda dtype, seed: 1e11)
 
 
 def bench(*options: str) -> int:

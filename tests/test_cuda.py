@@ -18,7 +18,7 @@ import pytest
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import CausalMask, GlobalMask, LocalMask
 from jax_bsk.testing import battery, cases
-from tests.gpu_load import concurrent_load
+from jax_bsk.testing.gpu_load import concurrent_load
 from tests.test_faults import FAULTS, check_fault
 from tests.util import loss_of, random_inputs, random_mask
 

@@ -241,11 +241,13 @@ print(time.perf_counter() - start)
 # Layers of the one path of a call, top to bottom: a module imports only from layers below its own.
 LAYERS = [
     ["jax_bsk.__main__"],
-    ["jax_bsk.cli", "jax_bsk.flax", "jax_bsk.testing"],
+    ["jax_bsk.cli"],
+    ["jax_bsk.validation"],
+    ["jax_bsk.benchmarking", "jax_bsk.flax", "jax_bsk.testing"],
     ["jax_bsk"],
     ["jax_bsk.attention"],
     ["jax_bsk._dispatch", "jax_bsk._attention_op", "jax_bsk._reference"],
-    ["jax_bsk._partition", "jax_bsk._ffi", "jax_bsk.masks"],
+    ["jax_bsk._partition", "jax_bsk._ffi", "jax_bsk.masks", "jax_bsk.support"],
     ["jax_bsk._compat", "jax_bsk._errors", "jax_bsk._version"],
 ]
 

@@ -22,9 +22,9 @@ import numpy as np
 
 from jax_bsk import _compat
 from jax_bsk.attention import sparse_attention
-from jax_bsk.cli.progress import Progress
-from jax_bsk.cli.timing import MOST_REPEATS, interleaved
+from jax_bsk.benchmarking.timing import MOST_REPEATS, interleaved
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask
+from jax_bsk.support.progress import Progress
 
 OURS = "jax_bsk"
 PASSES = ("forward", "forward+backward")
@@ -388,13 +388,3 @@ def _input_sets(work: Workload, seed: int) -> list[tuple[jax.Array, ...]]:
     keys = jax.random.split(jax.random.key(seed), (sets, len(shapes)))
     dtype = jnp.dtype(work.dtype)
     return [tuple(jax.random.normal(k, shape, dtype) for k, shape in zip(row, shapes, strict=True)) for row in keys]
-
-
-def matrix_product_rate(dtype: str, seed: int) -> float:
-    """FLOP/s of a plain square matrix product of that type: the ceiling of what any attention may reach here."""
-    size = 8192 if _compat.default_platform() == "cuda" else 2048
-    a, b = (jax.random.normal(k, (size, size), jnp.dtype(dtype)) for k in jax.random.split(jax.random.key(seed)))
-    product = jax.jit(jnp.matmul)
-    jax.block_until_ready(product(a, b))
-    timing = interleaved({"product": lambda n: product(a, b)}, 5, queued=_compat.default_platform() != "cpu")
-    return 2 * size**3 / timing["product"].median

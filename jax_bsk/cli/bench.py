@@ -16,9 +16,11 @@ import numpy as np
 
 from jax_bsk import _compat, _dispatch
 from jax_bsk._errors import UnsupportedError
-from jax_bsk.cli import attention_bench, environment, timing
-from jax_bsk.cli.progress import Progress
-from jax_bsk.cli.table import table
+from jax_bsk.benchmarking import ceilings, timing
+from jax_bsk.cli import attention_bench
+from jax_bsk.support import environment
+from jax_bsk.support.progress import Progress
+from jax_bsk.support.table import table
 
 METHOD = (
     "Each call is jitted, checked against the reference on fresh random inputs, and then timed in rounds that visit "
@@ -158,7 +160,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "options": options | {"kv_heads": kv_heads, "repeats": args.repeats, "passes": passes},
         "seed": seed,
         "method": METHOD,
-        "matrix_product_flops_per_second": attention_bench.matrix_product_rate(options["dtype"], seed),
+        "matrix_product_flops_per_second": ceilings.matrix_product_rate(options["dtype"], seed),
         "cases": [],
     }
     total = attention_bench.steps(masks, len(options["lengths"]), passes, args.repeats)

@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 from jax_bsk import _compat, _dispatch, _ffi
-from jax_bsk.cli import environment
+from jax_bsk.support import environment
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

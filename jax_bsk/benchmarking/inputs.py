@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .cases import Case
-from .passes import Pass
+from jax_bsk.benchmarking.cases import Case
+from jax_bsk.benchmarking.passes import Pass
 
 
 class Inputs:

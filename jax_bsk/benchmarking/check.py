@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .cases import Case, Pattern
-from .inputs import Inputs
+from jax_bsk.benchmarking.cases import Case, Pattern
+from jax_bsk.benchmarking.inputs import Inputs
 
 HEADS, ROWS = 3, 8
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import jax
 
-from jax_bsk.cli import environment, timing
-from jax_bsk.cli.table import table
-
-from .passes import Pass
+from jax_bsk.benchmarking import timing
+from jax_bsk.benchmarking.passes import Pass
+from jax_bsk.support import environment
+from jax_bsk.support.table import table
 
 PACKAGES = (
     *("torch", "triton", "nvidia-cudnn-cu13", "jax-cuda13-plugin", "flash-attn3-jax", "fa4-jax", "tokamax"),

@@ -9,16 +9,15 @@ from typing import Any
 import jax
 
 from jax_bsk import _compat
-from jax_bsk.cli.timing import Timing, interleaved
-
-from . import ours, peers
-from .cases import Case, Goal, Pattern
-from .check import Reference, References, Spots, choose_spots, together
-from .contender import Contender, Refused, first_line
-from .gradient_check import GradientReferences
-from .inputs import Inputs
-from .passes import Pass
-from .tables import GOALS
+from jax_bsk.benchmarking import ours, peers
+from jax_bsk.benchmarking.cases import Case, Goal, Pattern
+from jax_bsk.benchmarking.check import Reference, References, Spots, choose_spots, together
+from jax_bsk.benchmarking.contender import Contender, Refused, first_line
+from jax_bsk.benchmarking.gradient_check import GradientReferences
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.passes import Pass
+from jax_bsk.benchmarking.tables import GOALS
+from jax_bsk.benchmarking.timing import Timing, interleaved
 
 OURS = "jax_bsk"
 

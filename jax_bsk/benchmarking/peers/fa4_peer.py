@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cases import DENSE, Case
-from ..contender import Contender, Refused, need, need_gpu, of_jax
-from ..inputs import Inputs
-from ..ours import segment_ids
+from jax_bsk.benchmarking.cases import DENSE, Case
+from jax_bsk.benchmarking.contender import Contender, Refused, need, need_gpu, of_jax
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.ours import segment_ids
 
 NAME = "fa4-jax"
 

@@ -21,10 +21,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .cases import Case, Pattern
-from .check import Reference, Spots, rounding_of, whole_heads
-from .inputs import Inputs
-from .passes import GRADIENTS
+from jax_bsk.benchmarking.cases import Case, Pattern
+from jax_bsk.benchmarking.check import Reference, Spots, rounding_of, whole_heads
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.passes import GRADIENTS
 
 CHUNK = 1024  # queries at a time: 270 MB of float64 logits at 32,768 keys
 ROUNDINGS = 3

@@ -10,8 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator, PercentFormatter
 
-from .passes import Pass
-from .report import unit_of
+from jax_bsk.benchmarking.passes import Pass
+from jax_bsk.benchmarking.report import unit_of
 
 # One look a peer, in every panel; what is not named here gets grey.
 _STYLES = {

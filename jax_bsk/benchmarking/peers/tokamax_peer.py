@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from ..cases import Case
-from ..contender import Contender, Refused, need, need_gpu, of_jax
-from ..inputs import Inputs
+from jax_bsk.benchmarking.cases import Case
+from jax_bsk.benchmarking.contender import Contender, Refused, need, need_gpu, of_jax
+from jax_bsk.benchmarking.inputs import Inputs
+
 from .jax_nn import dense_mask, native
 
 IMPLEMENTATION = "mosaic"

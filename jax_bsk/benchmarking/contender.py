@@ -13,11 +13,10 @@ import jax
 import numpy as np
 
 from jax_bsk import _compat
-
-from .cases import Case, Pattern
-from .check import Spots, pick
-from .inputs import Inputs
-from .passes import program
+from jax_bsk.benchmarking.cases import Case, Pattern
+from jax_bsk.benchmarking.check import Spots, pick
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.passes import program
 
 
 class Refused(Exception):

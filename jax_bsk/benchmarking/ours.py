@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import sparse_attention
+from jax_bsk.benchmarking.cases import Case
+from jax_bsk.benchmarking.contender import Contender, of_jax
+from jax_bsk.benchmarking.inputs import Inputs
 from jax_bsk.masks import CausalMask, SegmentMask
-
-from .cases import Case
-from .contender import Contender, of_jax
-from .inputs import Inputs
 
 
 def make(case: Case, inputs: Inputs, implementation: str) -> Contender:

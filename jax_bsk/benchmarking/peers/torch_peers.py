@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..cases import DENSE, Case
-from ..check import Spots
-from ..contender import Contender, Refused, need, need_gpu
-from ..inputs import Inputs
-from ..passes import Pass
+from jax_bsk.benchmarking.cases import DENSE, Case
+from jax_bsk.benchmarking.check import Spots
+from jax_bsk.benchmarking.contender import Contender, Refused, need, need_gpu
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.passes import Pass
 
 _SDPA = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION"}
 

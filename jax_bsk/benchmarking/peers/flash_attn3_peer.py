@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..cases import DENSE, Case
-from ..contender import Contender, Refused, need, need_gpu, of_jax
-from ..inputs import Inputs
+from jax_bsk.benchmarking.cases import DENSE, Case
+from jax_bsk.benchmarking.contender import Contender, Refused, need, need_gpu, of_jax
+from jax_bsk.benchmarking.inputs import Inputs
 
 NAME = "fa3-jax"
 

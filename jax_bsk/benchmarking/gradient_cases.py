@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from .cases import DENSE, Case, Goal, Maker, Pattern, panel, small_patterns
-from .passes import Pass
+from jax_bsk.benchmarking.cases import DENSE, Case, Goal, Maker, Pattern, panel, small_patterns
+from jax_bsk.benchmarking.passes import Pass
 
 # The goals of the Hopper backward, which is deterministic.
 GOALS: dict[str, Goal] = {

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..cases import DENSE, Case
-from ..contender import Contender, Refused, need_gpu, of_jax
-from ..inputs import Inputs
-from ..ours import segment_ids
-from ..passes import Pass
+from jax_bsk.benchmarking.cases import DENSE, Case
+from jax_bsk.benchmarking.contender import Contender, Refused, need_gpu, of_jax
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.ours import segment_ids
+from jax_bsk.benchmarking.passes import Pass
 
 MOST_LOGITS = 20e9  # bytes of float32 logits that XLA may hold
 # A dense mask is S^2 numbers, and a bias of as many in cuDNN: with gradients more time and memory than it tells.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from . import cases, gradient_cases
-from .cases import Case, Goal
-from .passes import Pass
+from jax_bsk.benchmarking import cases, gradient_cases
+from jax_bsk.benchmarking.cases import Case, Goal
+from jax_bsk.benchmarking.passes import Pass
 
 # The forward and backward together have none of their own.
 GOALS: dict[Pass, dict[str, Goal]] = {

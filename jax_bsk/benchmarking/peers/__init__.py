@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from ..cases import Case
-from ..contender import Contender
-from ..inputs import Inputs
-from . import fa4_peer, flash_attn3_peer, jax_nn, tokamax_peer, torch_peers
+from jax_bsk.benchmarking.cases import Case
+from jax_bsk.benchmarking.contender import Contender
+from jax_bsk.benchmarking.inputs import Inputs
+from jax_bsk.benchmarking.peers import fa4_peer, flash_attn3_peer, jax_nn, tokamax_peer, torch_peers
 
 _MODULES = (jax_nn, torch_peers, flash_attn3_peer, fa4_peer, tokamax_peer)
 

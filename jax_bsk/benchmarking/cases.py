@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from jax_bsk.benchmarking.passes import Pass
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, SegmentMask
-
-from .passes import Pass
 
 
 @dataclasses.dataclass(frozen=True)
