@@ -6,6 +6,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "registrations.h"
+#include "source_tree.h"
 #include "version.h"
 
 namespace nb = nanobind;
@@ -21,6 +22,7 @@ NB_MODULE(JAX_BSK_MODULE, m) {
   m.def("build_info", [] {
     auto info = jax_bsk::BuildInfo();
     info["version"] = std::string(JAX_BSK_VERSION);
+    info["source_tree"] = std::string(JAX_BSK_SOURCE_TREE);  // git's hash of csrc/
     info["ffi_api"] = std::vector<int64_t>{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
     return info;
   });

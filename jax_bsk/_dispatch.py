@@ -107,7 +107,7 @@ def refusals(implementation: str, facts: AttentionFacts) -> list[str]:
     info = _ffi.library(implementation).info
     if facts.bias:
         reasons.append("The native kernels take no bias; use implementation='xla', or express it as a mask.")
-    if not info:
+    if not info or not _ffi.library(implementation).usable:  # another version's may say other things of itself
         return reasons
     if facts.dtype not in info["dtypes"]:
         reasons.append(f"Its kernels take {', '.join(info['dtypes'])}, got {facts.dtype}; cast the inputs.")

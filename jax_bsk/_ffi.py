@@ -182,7 +182,7 @@ def _backward_workspace(
     kv_len, kv_heads = key_shape[-3:-1]
     query_rows, kv_rows = math.prod(lead) * heads, math.prod(lead) * kv_heads
     q_tiles, kv_tiles = -(-q_len // 64), -(-kv_len // 64)
-    words = 1 + 2 * kv_rows + kv_rows * kv_tiles + query_rows * q_tiles * 129 + math.prod(ids_shape) + 32
+    words = 1 + 2 * kv_rows + kv_rows * kv_tiles + query_rows * q_tiles * 129 + 2 * math.prod(ids_shape) + 33
     head_bytes = 2 * block_size * ids_shape[-1] * (heads // max(kv_heads, 1))
     enough = -(-1056 // max(-(-kv_len // 128), 1))
     wanted = min(kv_rows, 3 * enough, max(3, max(8 * query_rows * q_len * head_dim, 1 << 30) // max(head_bytes, 1)))

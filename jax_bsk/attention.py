@@ -146,6 +146,9 @@ def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         raise ValueError(f"key and value have the same length and heads; got {shapes}")
     if key.shape[3] != query.shape[3]:
         raise ValueError(f"key has query's head size {query.shape[3]}, got {key.shape[3]} ({shapes})")
+    for array, name in ((query, "query"), (value, "value")):
+        if array.shape[3] == 0:
+            raise ValueError(f"{name}'s head size is at least 1, got 0 ({shapes})")
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The native boundary: what the handlers themselves refuse, registration, and the imports that keep it one path."""
+"""The native boundary: libraries and their registration, workspaces, and the imports that keep it one path."""
 
 from __future__ import annotations
 
@@ -17,81 +17,21 @@ import pytest
 
 import jax_bsk
 from jax_bsk import _compat, _ffi
+from jax_bsk.testing.faults import direct
 
 PACKAGE = Path(jax_bsk.__file__).parent
 
 
-def forward_call(**changes):
-    """Calls the forward handler directly, past every Python check, with one thing changed."""
-    b, t, s, n, h = 2, 64, 96, 4, 16
-    arrays = {
-        "query": jnp.ones((b, t, n, h)),
-        "key": jnp.ones((b, s, n, h)),
-        "value": jnp.ones((b, s, n, h)),
-        "row_offsets": jnp.array([[[0, 1, 2]]], jnp.int32),
-        "kv_blocks": jnp.zeros((1, 1, 2), jnp.int32),
-        "tiles": -jnp.ones((1, 1, 2), jnp.int32),
-        "bit_tiles": jnp.zeros((1, 1, 0, 32, 1), jnp.uint32),
-        "lengths": jnp.array([[t, s]], jnp.int32),
-        "sinks": jnp.full((1, 1), -jnp.inf),
-    }
-    results = [jax.ShapeDtypeStruct((b, t, n, h), jnp.float32), jax.ShapeDtypeStruct((b, n, t), jnp.float32)]
-    attributes = _ffi.AttentionAttributes(32, 32, 0.25, 0.0).encode()
-    for name, value in changes.items():
-        if name in arrays:
-            arrays[name] = value
-        elif name in ("out", "lse"):
-            results[name == "lse"] = value
-        else:
-            attributes[name] = value
-    return jax.jit(lambda a: jax.ffi.ffi_call(_ffi.ATTENTION_FORWARD, results)(*a, **attributes))(list(arrays.values()))
-
-
-def test_the_direct_call_is_right_before_anything_is_changed():
-    out, lse = forward_call()
-    np.testing.assert_allclose(out, 1.0)
-    np.testing.assert_allclose(lse, 4.0 + np.log(32), rtol=1e-6)
-
-
-WRONG = {
-    "query rank": {"query": jnp.ones((64, 4, 16))},
-    "query type": {"query": jnp.ones((2, 64, 4, 16), jnp.int32)},
-    "key shape": {"key": jnp.ones((2, 96, 4, 8))},
-    "key type": {"key": jnp.ones((2, 96, 4, 16), jnp.bfloat16)},
-    "value length": {"value": jnp.ones((2, 95, 4, 16))},
-    "heads": {"key": jnp.ones((2, 96, 3, 16)), "value": jnp.ones((2, 96, 3, 16))},
-    "offsets length": {"row_offsets": jnp.zeros((1, 1, 4), jnp.int32)},
-    "offsets type": {"row_offsets": jnp.zeros((1, 1, 3))},
-    "ids batch": {"kv_blocks": jnp.zeros((3, 1, 2), jnp.int32)},
-    "tiles capacity": {"tiles": jnp.zeros((1, 1, 3), jnp.int32)},
-    "bit tile words": {"bit_tiles": jnp.zeros((1, 1, 1, 32, 2), jnp.uint32)},
-    "lengths": {"lengths": jnp.zeros((2,), jnp.int32)},
-    "sinks": {"sinks": jnp.zeros((1, 3))},
-    "sinks type": {"sinks": jnp.zeros((1, 1), jnp.bfloat16)},
-    "out shape": {"out": jax.ShapeDtypeStruct((2, 64, 4, 8), jnp.float32)},
-    "out type": {"out": jax.ShapeDtypeStruct((2, 64, 4, 16), jnp.bfloat16)},
-    "lse shape": {"lse": jax.ShapeDtypeStruct((2, 64, 4), jnp.float32)},
-    "block size": {"block_q": np.int64(33)},
-    "zero block": {"block_kv": np.int64(0)},
-    "version": {"version": "0.0.0"},
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_handlers_refuse_what_does_not_fit_and_the_process_lives(name):
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"INVALID_ARGUMENT.*jax_bsk"):
-        jax.block_until_ready(forward_call(**WRONG[name]))
-    out, _ = forward_call()
-    np.testing.assert_allclose(out, 1.0)
-
-
 def test_leading_dimensions_count_as_batch():
-    out, _ = forward_call(
-        query=jnp.ones((2, 1, 64, 4, 16)),
-        key=jnp.ones((1, 2, 96, 4, 16)),
-        value=2 * jnp.ones((2, 96, 4, 16)),
+    """What the handlers must take; what they must refuse is in `jax_bsk.testing.faults.boundary`."""
+    call = direct.forward_call("cpu")
+    lead = {name: call.operands[name].shape[1:] for name in ("query", "key", "value")}
+    out = call(
+        query=jnp.ones((2, 1, *lead["query"])),
+        key=jnp.ones((1, 2, *lead["key"])),
+        value=2 * jnp.ones((2, *lead["value"])),
         sinks=jnp.full((1, 1, 1, 1), -jnp.inf),
-    )
+    )["out"]
     np.testing.assert_allclose(out, 2.0)
 
 

@@ -7,6 +7,7 @@ import stat
 
 import pytest
 
+from jax_bsk.support import cuda_tools
 from tools import check_sass
 
 # What cuobjdump 13.5 says of a cubin with two small kernels, their code cut to a few lines.
@@ -132,7 +133,7 @@ def test_half_an_answer_is_an_error(text, message):
     ],
 )
 def test_short_names(demangled, short):
-    assert check_sass.shorten(demangled) == short
+    assert cuda_tools.shorten(demangled) == short
 
 
 def program(path, code):
@@ -183,8 +184,8 @@ def test_where_the_disassembler_is_looked_for(tmp_path, monkeypatch):
     monkeypatch.delenv("NVDISASM_PATH", raising=False)
     monkeypatch.setenv("PATH", str(on_path))
     site = type("Spec", (), {"submodule_search_locations": [str(wheels)]})
-    monkeypatch.setattr(check_sass.importlib.util, "find_spec", lambda name: site)
-    monkeypatch.setattr(check_sass, "TOOLKIT", str(toolkit))
+    monkeypatch.setattr(cuda_tools.importlib.util, "find_spec", lambda name: site)
+    monkeypatch.setattr(cuda_tools, "TOOLKIT", str(toolkit))
 
     with pytest.raises(SystemExit, match=r"no cuobjdump.*pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm"):
         check_sass.find_disassembler()

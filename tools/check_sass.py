@@ -29,12 +29,12 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-TOOLKIT = "/usr/local/cuda/bin"
+from jax_bsk.support.cuda_tools import RESOURCES, find_tool, short_names
+
 # Namespaces and types as they stand in a mangled name, which needs no demangler: length, then identifier.
 SM80, SM90 = "4sm80", "4sm90"
 SIXTEEN_BIT = ("6__half", "13__nv_bfloat16")
 
-RESOURCES = re.compile(r"^ Function (\S+):\n +REG:(\d+) STACK:(\d+) .*?\bLOCAL:(\d+)", re.MULTILINE)
 FUNCTION = re.compile(r"^\t\tFunction : (\S+)\n", re.MULTILINE)
 # "  /*00f0*/   @!UP0 UTMALDG.2D [UR4], [UR10] ;   /* encoding */": address, predicate, opcode up to its first modifier.
 OPCODE = re.compile(r"^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+[ \t]+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
@@ -79,22 +79,6 @@ def parse(text: str) -> list[Kernel]:
     ]
 
 
-def shorten(demangled: str) -> str:
-    """`void jax_bsk::attention::cuda::sm80::K<(int)8, A<B> >(P)` as `sm80::K<8, A<B>>`."""
-    name = re.sub(r"\bjax_bsk::(?:attention::)?(?:cuda::)?", "", demangled.removeprefix("void "))
-    name = re.sub(r"\((?:bool|int|unsigned int|long|unsigned long)\)(?=[-\d])", "", name)
-    return re.sub(r"\([^()]*\)$", "", name).replace("> >", ">>")
-
-
-def short_names(mangled: list[str]) -> list[str]:
-    """Demangled and shortened where the machine has a demangler, as they are elsewhere."""
-    demangler = shutil.which("c++filt") or find_tool("cu++filt")
-    if not (demangler and mangled):
-        return mangled
-    result = subprocess.run([demangler], input="\n".join(mangled) + "\n", capture_output=True, text=True, check=True)
-    return [shorten(line) for line in result.stdout.splitlines()]
-
-
 def violations(kernels: Iterable[Kernel], *, require_sm90: bool = False) -> list[str]:
     """One sentence for each rule that a kernel breaks."""
     kernels, found = list(kernels), []
@@ -128,17 +112,6 @@ def table(kernels: Iterable[Kernel]) -> str:
             f"{n['LDL'] + n['STL']:8}  {k.name}"
         )
     return "\n".join(lines)
-
-
-def find_tool(name: str) -> str | None:
-    """A CUDA program on PATH, in the usual toolkit folder, next to nvcc, or in the PyPI wheels."""
-    folders = [os.environ.get("PATH", os.defpath), TOOLKIT]
-    nvcc = shutil.which("nvcc")
-    if nvcc:  # a link on PATH leads to the toolkit
-        folders.append(str(Path(nvcc).resolve().parent))
-    wheels = importlib.util.find_spec("nvidia")
-    folders += [f"{folder}/cu13/bin" for folder in (wheels and wheels.submodule_search_locations) or ()]
-    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def find_disassembler() -> tuple[str, dict[str, str]]:

@@ -350,7 +350,7 @@ cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_
   // Preparation; the gradients; and what could not be exact there once more by the portable kernels.
   const sm90::BackwardLayout layout = Layout(params, kernel == BackwardKernel::kKeys128 ? 128 : 64, bytes);
   int32_t* words = static_cast<int32_t*>(workspace);
-  const Preparation preparation{words, layout.matches_offset, words + layout.matches_offset,
+  const Preparation preparation{words, layout.matches_offset, reinterpret_cast<int2*>(words + layout.matches_offset),
                                 reinterpret_cast<float*>(words + layout.statistics_offset)};
   cudaError_t error = LaunchPrepare(params, preparation, stream);
   if (error != cudaSuccess) return error;

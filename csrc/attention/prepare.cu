@@ -30,7 +30,7 @@ __device__ __forceinline__ void ConvertStatistics(const BackwardParams& params, 
 }
 
 // Matches: one CTA a row, one warp an entry at a time.
-__device__ __forceinline__ void MatchRow(const BackwardParams& params, int32_t* matches) {
+__device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* matches) {
   const BlockList &rows = params.rows, &cols = params.cols;
   const int table = static_cast<int>(blockIdx.x / rows.rows), row_id = static_cast<int>(blockIdx.x % rows.rows);
   if (table >= rows.batch * rows.heads) return;
@@ -59,7 +59,7 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int32_t* 
       }
       if (!sound) match = -1;
     }
-    if (lane == 0) matches[at] = match;
+    if (lane == 0) matches[at] = make_int2(match, row_id);
   }
 }
 

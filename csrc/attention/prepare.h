@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
+#include <vector_types.h>
 
 #include <cstdint>
 
@@ -13,10 +14,11 @@ struct Preparation {
   // Words to be zeroed.
   int32_t* zeros;
   int64_t zero_count;
-  // [entries of the query-major lists]: place of the same block, with the same bit tile, in the key-major list of the
-  // same head, counted from that list's beginning; -1 where there is none or a list cannot be read. Entries that belong
-  // to no row are left alone. Both lists are per batch and per head alike.
-  int32_t* matches;
+  // [entries of the query-major lists]: x is the place of the same block, with the same bit tile, in the key-major list
+  // of the same head, counted from that list's beginning; -1 where there is none or a list cannot be read. y is the row
+  // that this is of: rows of a bad list may overlap, and then either may have written last. Entries that belong to no
+  // row are left alone. Both lists are per batch and per head alike.
+  int2* matches;
   // [batch, heads, ceil(q_len / 64), 2, 64]: RowStatistics of each 64 queries, first lse, then delta, as the copy
   // engine can take them whatever the length.
   float* statistics;

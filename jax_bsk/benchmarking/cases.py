@@ -210,9 +210,7 @@ class Maker:
 
     def half(self, sizes: Sizes, block: int, calls: int, **options: Any) -> Case:
         """Half of the blocks, in calls chained in one jit."""
-        blocks = exact_blocks(sizes[2] // block, 0.5, self._rng(sizes, block))
-        pattern = Pattern("random", blocks=blocks)
-        return self.case(sizes, f"half of {block}-blocks", pattern, block, calls=calls, **options)
+        return self.exact(sizes, 0.5, f"half of {block}-blocks", block, calls=calls, **options)
 
     def documents(self, sizes: Sizes, tokens: int, block: int = 128) -> list[Case]:
         pattern = Pattern("documents", ids=np.arange(sizes[2], dtype=np.int32) // tokens)
@@ -221,13 +219,17 @@ class Maker:
             self.case(sizes, "documents, mask prebuilt", pattern, block),
         ]
 
+    def exact(self, sizes: Sizes, density: float, label: str, block: int = 128, **options: Any) -> Case:
+        """Random blocks of that density, to half a block."""
+        blocks = exact_blocks(sizes[2] // block, density, self._rng(sizes, block))
+        return self.case(sizes, label, Pattern("random", blocks=blocks), block, **options)
+
     def lengths(self, all_sizes: list[Sizes], density: float, block: int = 128) -> list[Case]:
         """Random blocks of that density, and causal, at every length."""
         cases = []
         for sizes in all_sizes:
-            random = Pattern("random", blocks=exact_blocks(sizes[2] // block, density, self._rng(sizes, block)))
             cases += [
-                self.case(sizes, f"length, random {density:g}".replace("0.", "."), random, block, series=RANDOM),
+                self.exact(sizes, density, f"length, random {density:g}".replace("0.", "."), block, series=RANDOM),
                 self.case(sizes, "length, causal", Pattern("causal"), block, series=CAUSAL),
             ]
         return cases

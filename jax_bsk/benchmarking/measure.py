@@ -62,6 +62,7 @@ def measure(case: Case, inputs: Inputs, *, implementation: str, with_peers: bool
     ok = "failed" not in mine and all(r["check"]["ok"] for r in (mine, *records.values()) if "check" in r)
     return {
         "name": case.name,
+        "pass": case.measured.value,
         "batch": case.batch,
         "heads": case.heads,
         "kv_heads": case.kv_heads or case.heads,

@@ -18,35 +18,59 @@ if TYPE_CHECKING:
 
 
 def check(mask: BlockMask) -> None:
-    """Raises ValueError for the first row that kernels would answer with NaN."""
-    batch, heads, capacity = mask.kv_blocks.shape
-    n_tiles = mask.bit_tiles.shape[2]
-    for b in range(batch):
-        for h in range(heads):
-            where = f"batch {b}, head {h}, row {{row}}: "
-            offsets = mask.row_offsets[b, h].astype(np.int64)
-            begin, end = offsets[:-1], offsets[1:]
-            for bad, what in (
-                (end < begin, "its entries end before they begin"),
-                (begin < 0, "its entries begin at a negative offset"),
-            ):
-                _raise_first(bad, where + what)
-            _raise_first(
-                end > capacity,
-                where
-                + f"its entries end at {{value}}, past the lists' capacity of {capacity}; give a larger max_blocks",
-                end,
+    """Raises ValueError for the first row that kernels would answer with NaN, then for the first such column."""
+    columns = [x for x in (mask.col_offsets, mask.q_blocks, mask.col_tiles) if x is not None]
+    for b in range(mask.kv_blocks.shape[0]):
+        for h in range(mask.kv_blocks.shape[1]):
+            where, n_tiles = f"batch {b}, head {h}, ", mask.bit_tiles.shape[2]
+            rows = mask.row_offsets[b, h], mask.kv_blocks[b, h], mask.tiles[b, h]
+            entries = _check_lists(*rows, mask.nk, n_tiles, where + "row {row}: ", "key")
+            if len(columns) == 3:
+                offsets, ids, tiles = (x[b, h] for x in columns)
+                transposed = _check_lists(offsets, ids, tiles, mask.nq, n_tiles, where + "column {row}: ", "query")
+                _check_transposed(entries, transposed, where)
+
+
+def _check_lists(
+    offsets: np.ndarray, ids: np.ndarray, tiles: np.ndarray, blocks: int, n_tiles: int, where: str, visited: str
+) -> np.ndarray:
+    """The listed entries as (row, id, tile), int [n, 3], of lists that are sound."""
+    capacity, offsets = ids.shape[0], offsets.astype(np.int64)
+    begin, end = offsets[:-1], offsets[1:]
+    for bad, what in (
+        (end < begin, "its entries end before they begin"),
+        (begin < 0, "its entries begin at a negative offset"),
+    ):
+        _raise_first(bad, where + what)
+    _raise_first(
+        end > capacity,
+        where + f"its entries end at {{value}}, past the lists' capacity of {capacity}; give a larger max_blocks",
+        end,
+    )
+    rows = rows_of_entries(offsets, capacity)
+    listed = rows >= 0
+    bad = listed & ((ids < 0) | (ids >= blocks))
+    _raise_first(bad, where + f"it visits {visited} block {{value}}, outside [0, {blocks})", ids, rows)
+    bad = listed & (tiles < -1)
+    _raise_first(bad, where + "it refers to bit tile {value}, which is no number of a tile", tiles, rows)
+    remedy = "give a larger max_tiles, or keep the promise of contiguous=True"
+    bad = listed & (tiles >= n_tiles)
+    _raise_first(bad, where + f"it refers to bit tile {{value}} of {n_tiles}; {remedy}", tiles, rows)
+    return np.stack([rows[listed], ids[listed], tiles[listed]], -1)
+
+
+def _check_transposed(entries: np.ndarray, transposed: np.ndarray, where: str) -> None:
+    """The key-major lists must have the row-major ones' entries: gradients of keys are made of them."""
+    columns, turned = entries[:, 1], entries[:, [1, 0, 2]]
+    count = 1 + int(max(columns.max(initial=0), transposed[:, 0].max(initial=0)))
+    for column in range(count):
+        ours, theirs = turned[columns == column], transposed[transposed[:, 0] == column]
+        same = len(ours) == len(theirs) and np.array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
+        if not same:
+            raise ValueError(
+                f"invalid BlockMask: {where}column {column}: its entries are not those of the rows that visit it; "
+                "leave the key-major lists out, or make them with transpose()"
             )
-            rows = rows_of_entries(mask.row_offsets[b, h], capacity)
-            ids, tiles = mask.kv_blocks[b, h], mask.tiles[b, h]
-            listed = rows >= 0
-            bad = listed & ((ids < 0) | (ids >= mask.nk))
-            _raise_first(bad, where + f"it visits key block {{value}}, outside [0, {mask.nk})", ids, rows)
-            bad = listed & (tiles < -1)
-            _raise_first(bad, where + "it refers to bit tile {value}, which is no number of a tile", tiles, rows)
-            remedy = "give a larger max_tiles, or keep the promise of contiguous=True"
-            bad = listed & (tiles >= n_tiles)
-            _raise_first(bad, where + f"it refers to bit tile {{value}} of {n_tiles}; {remedy}", tiles, rows)
 
 
 def _raise_first(

@@ -301,7 +301,8 @@ class BlockMask:
 
         Raises:
           ValueError: naming the first (batch, head, row) whose offsets, ids or tile numbers are out of range: kernels
-            give NaN for such a row.
+            give NaN for such a row. The same of the columns of key-major lists, where there are any: NaN in dk and dv
+            of such a column, and wrong ones where its entries are not those of the rows.
           TypeError: where the mask is traced.
         """
         _lists.check(self._concrete("check()"))

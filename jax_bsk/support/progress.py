@@ -20,6 +20,11 @@ class Progress:
                 return  # the plain lines below serve
             self._bar = tqdm(total=total, leave=False, dynamic_ncols=True)
 
+    @property
+    def done(self) -> int:
+        """Steps begun."""
+        return self._done
+
     def step(self, what: str) -> None:
         if self._bar is not None:
             self._bar.update(self._done - self._bar.n)  # what was begun before is done now

@@ -6,13 +6,14 @@ import argparse
 import sys
 
 from jax_bsk.testing.battery import Mismatch, from_public, run_case
-from jax_bsk.testing.cases import CORNER_CASES, PERFORMANCE_CASES, random_case
+from jax_bsk.testing.cases import CORNER_CASES, PERFORMANCE_CASES, random_case, redraw
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m jax_bsk.testing", description=__doc__)
     parser.add_argument("--seed", type=int, help="first random case")
     parser.add_argument("--count", type=int, default=1, help="random cases, of seeds counted up from --seed")
+    parser.add_argument("--draw", type=int, default=0, help="which of a seed's cases of one shape, default the first")
     parser.add_argument("--case", choices=[*CORNER_CASES, *PERFORMANCE_CASES, "corners"], help="a named case")
     parser.add_argument("--max-len", type=int, default=1024, help="of random cases")
     parser.add_argument("--implementation", default="xla", choices=["xla", "cpu", "cuda"])
@@ -22,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
     if (args.seed is None) == (args.case is None):
         parser.error("give one of --seed and --case")
     if args.seed is not None:
-        cases = [random_case(seed, max_len=args.max_len) for seed in range(args.seed, args.seed + args.count)]
+        seeds = range(args.seed, args.seed + args.count)
+        cases = [redraw(random_case(seed, max_len=args.max_len), args.draw) for seed in seeds]
     elif args.case == "corners":
         cases = list(CORNER_CASES.values())
     else:

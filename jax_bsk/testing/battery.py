@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk.masks import BlockMask
 from jax_bsk.testing import tolerance
 from jax_bsk.testing.cases import Case, Inputs, make_inputs
 from jax_bsk.testing.oracle import attention_oracle
@@ -22,23 +26,33 @@ class Mismatch(AssertionError):
     """A case outside the tolerance rule; the message has every figure, the case, and the command that repeats it."""
 
 
-def run_case(
-    case: Case, attention_fn: AttentionFn, *, gradients: bool = True, traced_mask: bool = False, command: str = ""
-) -> str:
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """What the tolerance rule says of one case: a comparison a result, and what else is wrong (dtypes)."""
+
+    case: Case
+    comparisons: tuple[tolerance.Comparison, ...]
+    problems: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems and all(c.ok for c in self.comparisons)
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.comparisons), *self.problems])
+
+
+def judge_case(
+    case: Case, attention_fn: AttentionFn, *, gradients: bool = True, traced_mask: bool = False
+) -> Judgement:
     """Runs ``case`` through ``attention_fn`` under ``jit`` and judges out, lse and the gradients.
 
     Args:
         case: what to run.
         attention_fn: arguments and results as ``sparse_attention_xla``; ``from_public`` makes one of the public call.
         gradients: whether to judge gradients too (of query, key, value and sinks, for cotangents of out and lse).
-        traced_mask: whether the mask is an argument of the jitted function instead of a constant in it.
-        command: appended to the repro line.
-
-    Returns:
-        The report, a line a result.
-
-    Raises:
-        Mismatch: a result is outside the tolerance rule.
+        traced_mask: whether the mask is an argument of the jitted function instead of a constant in it; its lists and
+            tiles then have room for every block, as traced ones do, and cases that differ in data alone share programs.
     """
     inputs = make_inputs(case)
     extra: dict[str, Any] = {"lengths": inputs.lengths, "scale": inputs.scale, "soft_cap": inputs.soft_cap}
@@ -71,10 +85,19 @@ def run_case(
                 reach=oracle.reach[name],
             )
         )
-    report = "\n".join([str(c) for c in comparisons] + problems)
-    if problems or not all(c.ok for c in comparisons):
-        raise Mismatch(f"outside the tolerance rule\n{report}\n{case}\nrepro: {case.repro} {command}".rstrip())
-    return report
+    return Judgement(case, tuple(comparisons), tuple(problems))
+
+
+def run_case(case: Case, attention_fn: AttentionFn, *, command: str = "", **options: bool) -> str:
+    """The report of `judge_case`, whose options it takes; `command` is appended to the repro line.
+
+    Raises:
+        Mismatch: a result is outside the tolerance rule.
+    """
+    judged = judge_case(case, attention_fn, **options)
+    if not judged.ok:
+        raise Mismatch(f"outside the tolerance rule\n{judged}\n{case}\nrepro: {case.repro} {command}".rstrip())
+    return str(judged)
 
 
 def from_public(implementation: str | None) -> AttentionFn:
@@ -110,24 +133,49 @@ def _cotangents(inputs: Inputs) -> dict[str, Any]:
 def _run(attention_fn, inputs: Inputs, mask, extra, gradients: bool, *, traced_mask: bool) -> dict[str, np.ndarray]:
     """Named results of one jitted call: out, lse and gradients."""
     present = {name: x for name, x in zip(_NAMES, inputs.operands, strict=True) if x is not None}
+    call = _program(attention_fn, extra["scale"], extra["soft_cap"], gradients)
+    arguments = inputs.lengths, inputs.dout, inputs.dlse
+    if traced_mask:
+        room = mask if isinstance(mask, np.ndarray) else with_room(mask.transpose())
+        results = call(present, jax.tree.map(jnp.asarray, room), *arguments)
+    else:
+        results = jax.jit(lambda present, *arguments: call(present, mask, *arguments))(present, *arguments)
+    return {name: np.asarray(x) for name, x in results.items()}
 
-    def forward(present, mask):
+
+@functools.lru_cache(maxsize=8)
+def _program(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradients: bool):
+    """(operands, mask, lengths, dout, dlse) -> named results, jitted; kept, so that its compiled programs are."""
+
+    def forward(present, mask, lengths):
         query, key, value, bias, sinks = (present.get(name) for name in _NAMES)
-        return attention_fn(query, key, value, mask, bias=bias, sinks=sinks, **extra)
+        return attention_fn(
+            query, key, value, mask, bias=bias, lengths=lengths, sinks=sinks, scale=scale, soft_cap=soft_cap
+        )
 
-    def call(present, mask, dout, dlse):
+    def call(present, mask, lengths, dout, dlse):
         if not gradients:
-            out, lse = forward(present, mask)
+            out, lse = forward(present, mask, lengths)
             return {"out": out, "lse": lse}
-        (out, lse), pullback = jax.vjp(lambda present: forward(present, mask), present)
+        (out, lse), pullback = jax.vjp(lambda present: forward(present, mask, lengths), present)
         # lse is the constant -inf for a row without keys: no cotangent belongs to it.
         (grads,) = pullback((dout, jnp.where(jnp.isneginf(lse), 0, dlse)))
         return {"out": out, "lse": lse} | grads
 
-    if traced_mask:
-        results = jax.jit(call)(present, jax.tree.map(jnp.asarray, mask), inputs.dout, inputs.dlse)
-    else:
-        results = jax.jit(lambda present, dout, dlse: call(present, mask, dout, dlse))(
-            present, inputs.dout, inputs.dlse
-        )
-    return {name: np.asarray(x) for name, x in results.items()}
+    return jax.jit(call)
+
+
+def with_room(mask: BlockMask) -> BlockMask:
+    """The same lists in arrays with room for every block of every head, and a tile for each."""
+    lead = mask.row_offsets.shape[:-1]
+    blocks = -(-mask.q_len // mask.block_q) * -(-mask.kv_len // mask.block_kv)
+
+    def padded(x: Any, axis: int, size: int, fill: int) -> np.ndarray:
+        x = np.asarray(x)
+        widths = [(0, size - n if i == axis % x.ndim else 0) for i, n in enumerate(x.shape)]
+        return np.pad(x, widths, constant_values=fill)
+
+    lists = ("kv_blocks", "tiles", "q_blocks", "col_tiles")
+    longer = {name: padded(getattr(mask, name), -1, blocks, -1) for name in lists}
+    tiles = padded(mask.bit_tiles, 2, math.prod(lead) * blocks, 0)
+    return dataclasses.replace(mask, bit_tiles=tiles, **longer)

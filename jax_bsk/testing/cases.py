@@ -49,8 +49,9 @@ class Case:
     @property
     def repro(self) -> str:
         """The command that runs this case alone; append ``--implementation cpu`` and the like."""
-        if self.name == f"seed-{self.seed}":
-            return f"python -m jax_bsk.testing --seed {self.seed}"
+        if self.name.startswith("seed-"):
+            seed, _, draw = self.name.removeprefix("seed-").partition(".")
+            return f"python -m jax_bsk.testing --seed {seed}" + (f" --draw {draw}" if draw else "")
         return f"python -m jax_bsk.testing --case {self.name}"
 
     def __str__(self) -> str:
@@ -311,6 +312,27 @@ def random_case(
         scale=pick(None, None, None, 0.5, 0.05),
         amplitude=pick(1.0, 1.0, 1.0, 4.0),
         seed=seed,
+    )
+
+
+DRAWS = 8  # cases of one shape, see `redraw`
+
+
+def redraw(case: Case, draw: int) -> Case:
+    """Another case of the same shape and options: other numbers and lengths, another pattern, density and amplitude.
+
+    Programs compiled for the one serve the other where the mask is traced. Draw 0 is the case itself.
+    """
+    if draw == 0:
+        return case
+    rng = np.random.default_rng([case.seed, 21, draw])
+    return dataclasses.replace(
+        case,
+        name=f"{case.name}.{draw}",
+        pattern=list(PATTERNS)[int(rng.integers(len(PATTERNS)))],
+        density=float(np.round(rng.uniform(0.05, 0.9), 2)),
+        amplitude=float(rng.choice([1.0, 1.0, 1.0, 4.0])),
+        seed=int(rng.integers(2**31)),
     )
 
 

@@ -80,7 +80,7 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& l
   plan.done_queries = plan.done_keys + layout.units;
   plan.suspect_keys = words + layout.suspect_keys_offset;
   plan.suspect_queries = words + layout.suspect_queries_offset;
-  plan.matches = words + layout.matches_offset;
+  plan.matches = reinterpret_cast<const int2*>(words + layout.matches_offset);
   plan.statistics = static_cast<float*>(workspace) + layout.statistics_offset;
   plan.pieces = static_cast<char*>(workspace) + layout.pieces_offset;
 

@@ -31,7 +31,7 @@ struct BackwardLayout {
   int64_t counters_offset = 0;  // the ticket, and two words for each unit there may be
   int64_t suspect_keys_offset;  // one word for each 64 keys of a head
   int64_t suspect_queries_offset;
-  int64_t matches_offset;     // one word for each entry of the query-major lists
+  int64_t matches_offset;     // two words for each entry of the query-major lists
   int64_t statistics_offset;  // 128 words for each 64 queries of a head
   int64_t pieces_offset;      // in bytes
   int64_t slot_pieces;        // of a unit
@@ -44,8 +44,8 @@ struct BackwardLayout {
     key_tiles = ceil_div(shape.kv_len, tile_kv);
     suspect_keys_offset = counters_offset + 1 + 2 * kv_rows;
     suspect_queries_offset = suspect_keys_offset + kv_rows * ceil_div(shape.kv_len, 64);
-    matches_offset = suspect_queries_offset + query_rows * ceil_div(shape.q_len, 64);
-    statistics_offset = ceil_div(matches_offset + rows.batch * rows.heads * rows.capacity, 32) * 32;
+    matches_offset = ceil_div(suspect_queries_offset + query_rows * ceil_div(shape.q_len, 64), 2) * 2;
+    statistics_offset = ceil_div(matches_offset + 2 * rows.batch * rows.heads * rows.capacity, 32) * 32;
     pieces_offset = ceil_div(4 * (statistics_offset + query_rows * ceil_div(shape.q_len, 64) * 128), 1024) * 1024;
 
     const int64_t group = shape.heads / std::max<int64_t>(shape.kv_heads, 1);

@@ -221,9 +221,8 @@ class BackwardLoader {
   // Of one query head, the given one of the item. Entries are fetched 32 at a time, one a lane.
   __device__ __forceinline__ bool WalkList(const BackwardItem& item, bool keys, int head_in_item, int head) {
     const BlockList& list = keys ? params_.cols : params_.rows;
-    const int32_t* second = keys ? params_.cols.tiles : plan_.matches;
     const int block = static_cast<int>(keys ? params_.shape.block_q : params_.shape.block_kv);  // that is visited
-    const device::ListRow row = FindRow(list, item, head);
+    const device::ListRow row = device::FindRow(list, item.batch, head, BlockOf(list, item));
     if (row.length < 0) return false;
     // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
     // place and for queries its match's.
@@ -240,7 +239,13 @@ class BackwardLoader {
         const int lane = device::ThreadHere() % 32;
         if (entry + lane < row.length) {
           ids = __ldg(list.ids + row.begin + entry + lane);
-          seconds = __ldg(second + row.begin + entry + lane);
+          if (keys) {
+            seconds = __ldg(list.tiles + row.begin + entry + lane);
+          } else {
+            // Of lists whose rows overlap, another row may have written its match here.
+            const int2 match = __ldg(plan_.matches + row.begin + entry + lane);
+            seconds = match.y == BlockOf(list, item) ? match.x : -1;
+          }
         }
       }
       const int id = Share(ids, entry % 32), other = Share(seconds, entry % 32);
@@ -263,9 +268,10 @@ class BackwardLoader {
     return true;
   }
 
-  __device__ __forceinline__ device::ListRow FindRow(const BlockList& list, const BackwardItem& item, int head) const {
+  // The item's row of a list.
+  __device__ __forceinline__ int BlockOf(const BlockList& list, const BackwardItem& item) const {
     const int block = static_cast<int>(&list == &params_.cols ? params_.shape.block_kv : params_.shape.block_q);
-    return device::FindRow(list, item.batch, head, item.start >> (block == 128 ? 7 : 6));
+    return item.start >> (block == 128 ? 7 : 6);
   }
 
   // First piece of a query head of the item's unit.

@@ -34,7 +34,7 @@ struct BackwardPlan {
   int32_t* done_queries;
   int32_t* suspect_keys;     // [batch, kv_heads, 64 keys]: what the exact kernel has to do once more
   int32_t* suspect_queries;  // [batch, heads, 64 queries]
-  const int32_t* matches;    // see Preparation
+  const int2* matches;       // see Preparation
   const float* statistics;
   void* pieces;  // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
 };

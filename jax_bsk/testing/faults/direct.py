@@ -1,0 +1,130 @@
+"""The custom calls themselves, past every Python check: what `boundary` spoils part by part.
+
+Beside `calls`, which goes through the public function.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bsk import _ffi
+from jax_bsk.testing.faults import checks
+from jax_bsk.testing.faults.calls import BLOCK, HEAD_SIZE
+
+B, T, S, N, H = 2, 2 * BLOCK, 3 * BLOCK, 4, HEAD_SIZE
+CAPACITY = 2  # entries of the lists: both query blocks visit all of key block 0
+SCALE = 0.25
+
+
+@dataclasses.dataclass(frozen=True)
+class DirectCall:
+    """A custom call as the lowering makes it.
+
+    Attributes:
+      target: its name.
+      operands: arrays by name, in order.
+      results: what it is said to return, by name, in order.
+      attributes: its numbers.
+    """
+
+    target: str
+    operands: dict[str, Any]
+    results: dict[str, jax.ShapeDtypeStruct]
+    attributes: dict[str, Any]
+
+    def __call__(self, **changes: Any) -> dict[str, jax.Array]:
+        """Makes the call with parts of any kind replaced by name.
+
+        A part of None is left out; an operand that is given by its shape becomes an array of zeros.
+        """
+        unknown = changes.keys() - self.operands.keys() - self.results.keys() - self.attributes.keys()
+        assert not unknown, f"{self.target} has no {unknown}"
+        operands, results, attributes = (
+            {name: changes.get(name, part) for name, part in parts.items() if changes.get(name, part) is not None}
+            for parts in (self.operands, self.results, self.attributes)
+        )
+        arrays = [jnp.zeros(x.shape, x.dtype) if _is_shape(x) else x for x in operands.values()]
+        call = jax.ffi.ffi_call(self.target, list(results.values()))
+        values = jax.jit(lambda arrays: call(*arrays, **attributes))(arrays)
+        return dict(zip(results, jax.block_until_ready(values), strict=True))
+
+
+def _is_shape(x: Any) -> bool:
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
+def shape(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(sizes, jnp.dtype(dtype))
+
+
+def _ones(*sizes: int) -> jax.Array:
+    return jnp.ones(sizes, jnp.float32)
+
+
+def _inputs() -> dict[str, Any]:
+    return {"query": _ones(B, T, N, H), "key": _ones(B, S, N, H), "value": _ones(B, S, N, H)}
+
+
+def _integers(*numbers: int) -> jax.Array:
+    return jnp.array([[numbers]], jnp.int32)
+
+
+def _rows() -> dict[str, Any]:
+    return {"row_offsets": _integers(0, 1, 2), "kv_blocks": _integers(0, 0), "tiles": _integers(-1, -1)}
+
+
+def _columns() -> dict[str, Any]:
+    return {"col_offsets": _integers(0, 2, 2, 2), "q_blocks": _integers(0, 1), "col_tiles": _integers(-1, -1)}
+
+
+def _rest() -> dict[str, Any]:
+    bit_tiles = jnp.zeros((1, 1, 0, BLOCK, BLOCK // 32), jnp.uint32)
+    return {"bit_tiles": bit_tiles, "lengths": jnp.array([[T, S]], jnp.int32)}
+
+
+def _attributes() -> dict[str, Any]:
+    return _ffi.AttentionAttributes(BLOCK, BLOCK, SCALE, 0.0).encode()
+
+
+def forward_call(implementation: str) -> DirectCall:
+    """The forward of ones."""
+    results = {"out": shape("float32", B, T, N, H), "lse": shape("float32", B, N, T)}
+    if implementation == "cuda":
+        results["workspace"] = shape("int32", _ffi._forward_workspace((B, T, N, H)))
+    operands = {**_inputs(), **_rows(), **_rest(), "sinks": jnp.full((1, 1), -jnp.inf, jnp.float32)}
+    return DirectCall(_ffi.ATTENTION_FORWARD, operands, results, _attributes())
+
+
+def backward_call(implementation: str) -> DirectCall:
+    """The backward of ones, for a cotangent of ones."""
+    sizes = {"dquery": (B, T, N, H), "dkey": (B, S, N, H), "dvalue": (B, S, N, H)}
+    results = {name: shape("float32", *size) for name, size in sizes.items()}
+    if implementation == "cuda":
+        lists = (1, 1, CAPACITY)
+        size = _ffi._backward_workspace(sizes["dquery"], sizes["dkey"], lists, block_size=BLOCK * BLOCK)
+        results["workspace"] = shape("uint8", size)
+    # lse is of BLOCK logits of H * SCALE, delta the sum of H products of ones.
+    statistics = {"lse": _ones(B, N, T) * (H * SCALE + math.log(BLOCK)), "delta": _ones(B, N, T) * H}
+    operands = {"dout": _ones(B, T, N, H), **_inputs(), **statistics, **_rows(), **_columns(), **_rest()}
+    return DirectCall(_ffi.ATTENTION_BACKWARD, operands, results, _attributes())
+
+
+def check_unchanged(implementation: str) -> None:
+    """Both calls are right with nothing replaced."""
+    forward, backward = forward_call(implementation)(), backward_call(implementation)()
+    # Each query averages ones; its probabilities are 1 / BLOCK, and dS = P (dP - delta) is 0.
+    attended = np.broadcast_to(np.arange(S)[:, None, None] < BLOCK, (B, S, N, H))
+    for name, actual, expected in (
+        ("out", forward["out"], 1.0),
+        ("lse", forward["lse"], H * SCALE + math.log(BLOCK)),
+        ("dquery", backward["dquery"], 0.0),
+        ("dkey", backward["dkey"], 0.0),
+        ("dvalue", backward["dvalue"], np.where(attended, T / BLOCK, 0.0)),
+    ):
+        checks.check_close(f"{name} of the direct call", actual, expected)

@@ -1,0 +1,247 @@
+"""Stage validate: every corner case and seeded random ones against float64, by the tolerance rule.
+
+Random cases run in worker processes beside each other. A case that kills its worker or hangs fails, with the command
+that repeats it, and a new worker goes on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import itertools
+import json
+import os
+import queue
+import selectors
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from jax_bsk import _compat
+from jax_bsk.support import environment
+from jax_bsk.support.progress import Progress
+from jax_bsk.testing import worker
+from jax_bsk.testing.cases import CORNER_CASES
+from jax_bsk.validation.outcome import Check, StageResult, failed, passed, skipped
+from jax_bsk.validation.settings import CASES, Clock, Settings
+
+CASE_SECONDS = 120  # after which a case counts as hung
+STEPS = 20  # of the progress through random cases
+BINS = 20  # of the histogram of shares of the bound
+
+
+def run(settings: Settings, clock: Clock) -> StageResult:
+    """Corner cases, then random ones, in workers beside each other."""
+    implementation = "cuda" if _compat.default_platform() == "cuda" else "cpu"
+    count = settings.cases or CASES[implementation, settings.level]
+    records = []
+    with Progress(1 + STEPS, settings.quiet) as progress:
+        progress.step("corner cases")
+        for record in _answers(settings, clock, implementation, count):
+            if max(0, len(records) - len(CORNER_CASES)) * STEPS >= progress.done * count:
+                progress.step(f"{count} random cases")
+            records.append(record)
+    _write(settings.out / "numerics.csv", records)
+    corners = [record for record in records if record["task"] in CORNER_CASES]
+    random = [record for record in records if record["task"] not in CORNER_CASES]
+    checks = [
+        _judge("corner cases", corners, implementation, len(CORNER_CASES) - _refused(corners)),
+        _judge(f"random cases from seed {settings.seed}", random, implementation, count),
+    ]
+    accepted = [record for record in random if "refused" not in record]
+    data = {
+        "first_seed": settings.seed,
+        "forward_cases": len(accepted),
+        "backward_cases": sum(record["gradients"] for record in accepted),
+        "shapes": len({record["task"] for record in accepted}),
+        "refused_shapes": _refused(random),
+        "histogram": _histogram(accepted),
+        "by_dtype": _largest(accepted, "dtype"),
+    }
+    return StageResult("validate", tuple(checks), data)
+
+
+# ---- Cases in workers
+
+
+def _answers(settings: Settings, clock: Clock, implementation: str, count: int) -> Iterator[dict[str, Any]]:
+    """Records of the corner cases and of random ones until `count` of those were taken, or time is over.
+
+    Corners have gradients, and every second random shape.
+    """
+    jobs = settings.jobs or max(1, environment.usable_cores() - 2 if implementation == "cuda" else 1)
+    tasks = itertools.chain(CORNER_CASES, map(str, itertools.count(settings.seed)))
+    done: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+    stop, lock = threading.Event(), threading.Lock()
+
+    def work() -> None:
+        process = _Worker(implementation)
+        while not stop.is_set():
+            with lock:
+                task = next(tasks)
+            for record in process.judge(task, gradients=task in CORNER_CASES or int(task) % 2 == 0):
+                done.put(record)
+        process.close()
+        done.put(None)
+
+    threads = [threading.Thread(target=work) for _ in range(jobs)]
+    for thread in threads:
+        thread.start()
+    accepted = ended = 0
+    while ended < jobs:
+        record = done.get()
+        if record is None:
+            ended += 1
+            continue
+        yield record
+        accepted += "refused" not in record and record["task"] not in CORNER_CASES
+        if accepted >= count or clock.left < 0:
+            stop.set()  # what is under way still counts
+
+
+class _Worker:
+    """A process of `jax_bsk.testing.worker`, begun on need and again after it died."""
+
+    def __init__(self, implementation: str):
+        self._implementation = implementation
+        self._process: subprocess.Popen[str] | None = None
+
+    def judge(self, task: str, gradients: bool) -> Iterator[dict[str, Any]]:
+        """The records of a task; the last one is the process's failure where it died or hung."""
+        if self._process is None:
+            self._process = self._start()
+        process = self._process
+        assert process.stdin is not None
+        assert process.stdout is not None
+        draw, line = 0, ""
+        try:
+            process.stdin.write(f"{task} gradients\n" if gradients else f"{task}\n")
+            process.stdin.flush()
+            while line := process.stdout.readline() if self._has_answer(process) else None:
+                record = json.loads(line)
+                if record is None:
+                    return
+                yield record
+                draw += 1
+        except BrokenPipeError:
+            line = ""
+        self.close()
+        what = "no answer" if line is None else f"its process ended with status {process.returncode}"
+        text = f"{what} (limit {CASE_SECONDS} s)"
+        yield {
+            "task": task,
+            "draw": draw,
+            "gradients": gradients,
+            "ok": False,
+            "case": {},
+            "results": [],
+            "text": text,
+        }
+
+    def _start(self) -> subprocess.Popen[str]:
+        # Workers share the GPU: none takes most of its memory; autotuning the reference's products tells nothing here.
+        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags} | threads
+        return subprocess.Popen(
+            [sys.executable, "-m", "jax_bsk.testing.worker", self._implementation],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env=os.environ | more,
+        )
+
+    @staticmethod
+    def _has_answer(process: subprocess.Popen[str]) -> bool:
+        with selectors.DefaultSelector() as selector:
+            assert process.stdout is not None
+            selector.register(process.stdout, selectors.EVENT_READ)
+            return bool(selector.select(CASE_SECONDS))
+
+    def close(self) -> None:
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            for stream in (self._process.stdin, self._process.stdout):
+                with contextlib.suppress(BrokenPipeError):
+                    assert stream is not None
+                    stream.close()
+            self._process = None
+
+
+# ---- What came of them
+
+
+def _refused(records: list[dict[str, Any]]) -> int:
+    return sum("refused" in record for record in records)
+
+
+def _judge(name: str, records: list[dict[str, Any]], implementation: str, count: int) -> Check:
+    accepted = [record for record in records if "refused" not in record]
+    wrong = [record for record in accepted if not record["ok"]]
+    backward = sum(record["gradients"] for record in accepted)
+    shapes = len({record["task"] for record in accepted})
+    detail = f"{len(accepted)} forward, {backward} of them with gradients, of {shapes} shapes; "
+    detail += f"{_refused(records)} shapes were refused with a reason"
+    if wrong:
+        first = wrong[0]
+        command = worker.repro(first["task"], first["draw"], implementation, first["gradients"])
+        return failed(name, f"{len(wrong)} of {detail}. Repro: {command}\n{first['text']}")
+    if len(accepted) < count:
+        return skipped(name, f"the time was over after {detail}, of {count} cases")
+    return passed(name, detail)
+
+
+def _histogram(accepted: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of each result's largest error as a share of its bound, 1 being the bound."""
+    counts: dict[str, list[int]] = {}
+    for record in accepted:
+        for result in record["results"]:
+            place = min(int(result["max_share"] * BINS), BINS - 1)
+            counts.setdefault(result["name"], [0] * BINS)[place] += 1
+    return {"bins": BINS, "counts": counts}
+
+
+def _largest(accepted: list[dict[str, Any]], field: str) -> dict[str, dict[str, float]]:
+    """Largest share of the bounds by a field of the case: of the largest error, and of the mean."""
+    found: dict[str, dict[str, float]] = {}
+    for record in accepted:
+        entry = found.setdefault(str(record["case"].get(field)), {"cases": 0, "max_share": 0.0, "mean_share": 0.0})
+        entry["cases"] += 1
+        for result in record["results"]:
+            for key in ("max_share", "mean_share"):
+                entry[key] = max(entry[key], result[key])
+    return found
+
+
+def _write(path: Path, records: list[dict[str, Any]]) -> None:
+    """A line a case: what it was, and each result's shares of the bounds."""
+    fields = (
+        "batch",
+        "q_len",
+        "kv_len",
+        "heads",
+        "kv_heads",
+        "head_size",
+        "value_size",
+        "dtype",
+        "block_q",
+        "block_kv",
+    )
+    fields += ("pattern", "density", "mask_per_batch", "mask_per_head", "lengths", "soft_cap", "sinks", "scale")
+    names = ("out", "lse", "dq", "dk", "dv", "dsinks")
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(
+            ["seed or name", "draw", "gradients", "verdict", *fields, *(f"{name}_max_share" for name in names)]
+        )
+        for record in sorted(records, key=lambda record: (record["task"].zfill(9), record["draw"])):
+            verdict = "refused" if "refused" in record else "passed" if record["ok"] else "failed"
+            case = record["case"]
+            shares = {result["name"]: f"{result['max_share']:.3f}" for result in record.get("results", ())}
+            row = [case.get(field, "") for field in fields] + [shares.get(name, "") for name in names]
+            writer.writerow([record["task"], record["draw"], int(record["gradients"]), verdict, *row])

@@ -1,0 +1,36 @@
+"""Which code ran, on what: kept with every stage's result, so that stages of different code make no report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax_bsk
+from jax_bsk import _compat, _ffi
+from jax_bsk.support import environment
+from jax_bsk.support.git_tree import tree_hash
+
+PACKAGE = Path(jax_bsk.__file__).parent
+
+
+def checkout() -> Path | None:
+    """The checkout that this package lies in; None for an installed one."""
+    root = PACKAGE.parent
+    return root if (root / "csrc").is_dir() and (root / "tests" / "csrc").is_dir() else None
+
+
+def collect() -> dict[str, Any]:
+    """Git's hashes of `csrc/` and `jax_bsk/` as they lie here, of the sources the library was built from, versions."""
+    root = checkout()
+    platform = _compat.default_platform()
+    implementation = "cuda" if platform == "cuda" else "cpu"
+    library = _ffi.library(implementation)
+    return {
+        "csrc_tree": None if root is None else tree_hash(root / "csrc"),
+        "package_tree": tree_hash(PACKAGE),
+        "library_tree": library.info.get("source_tree"),
+        "implementation": implementation,
+        "platform": platform,
+        "device": environment.devices()[0],
+        "versions": environment.versions(),
+    }

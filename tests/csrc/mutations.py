@@ -1,0 +1,632 @@
+"""The mutation check: bugs seeded into the kernels, each of which `cuda_check` or `cpu_check` has to find.
+
+A mutation replaces one piece of text of one file of csrc. The kernels themselves know nothing of it: a mutant is the
+check program with the few sources that contain the file compiled from a copy, and everything else as it is.
+
+    cmake -S tests/csrc -B build/mutants -DJAX_BSK_MUTANTS=ON -DJAX_BSK_CUDA=ON -DSANITIZE= -DCMAKE_BUILD_TYPE=Release
+    cmake --build build/mutants --target cpu_check cuda_check mutants
+    python tests/csrc/mutations.py run build/mutants --json mutations.json
+
+`run` starts every mutant with its cases until one fails, and the unmutated programs with all of these cases, which must
+pass. It needs no more than this file and a folder with the programs (`cpu_check`, `cuda_check`, `mutant_*`), and for
+those of `cuda_check` a Hopper GPU. Cases of `cuda_check` have the names that `cuda_check list` prints; `seeds-0-19` are
+the random cases 0 to 19 of `cpu_check`.
+
+For another mutation: a gradient that is not finite is computed once more by the portable kernels, which would repair a
+bug that makes NaNs. So the Hopper backward's bugs give finite values, or spoil what finds those that are not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
+
+FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64.cu",)
+FORWARD_128 = ("attention/instances/sm90/fwd_bf16_128.cu",)
+BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64.cu",)
+BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128.cu",)
+PREPARE = ("attention/prepare.cu",)
+PORTABLE_FORWARD = ("attention/instances/sm80/fwd_f32_64.cu",)
+PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64.cu",)
+CPU = ("attention/cpu/isa_baseline.cc",)
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    what: str  # the bug
+    file: str  # that has it, relative to csrc
+    before: str  # occurs once there
+    after: str
+    instances: tuple[str, ...]  # sources that it is compiled into, relative to csrc; as few as show it
+    cases: tuple[str, ...]  # that show it, the likeliest first
+    program: str = "cuda_check"
+
+    def apply(self, text: str) -> str:
+        count = text.count(self.before)
+        if count != 1:
+            raise ValueError(f"{self.name}: its text occurs {count} times in {self.file}, and must occur once")
+        return text.replace(self.before, self.after)
+
+
+FORWARD = (
+    Mutation(
+        name="forward-no-rescale",
+        what="outputs so far are not rescaled when a row's maximum moves",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="if (raised) Rescale(rescale);",
+        after="(void)raised;",
+        instances=FORWARD_64,
+        cases=("full", "jump-8", "basic"),
+    ),
+    Mutation(
+        name="forward-lagging-maximum",
+        what="a reference that lags behind the row's maximum is never raised, and exponentials overflow",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="lags = !raised && RowSoftmax::Lags(total);",
+        after="lags = false;",
+        instances=FORWARD_64,
+        cases=("jump-200", "jump-2000"),
+    ),
+    Mutation(
+        name="forward-last-block",
+        what="the last block of a row is not visited",
+        file="device/block_list.cuh",
+        before="left_ = row.length;",
+        after="left_ = row.length > 1 ? row.length - 1 : row.length;",
+        instances=FORWARD_64,
+        cases=("full", "basic", "lengths"),
+    ),
+    Mutation(
+        name="forward-bit-order",
+        what="the bits of neighbouring keys in a bit tile are swapped",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="if (!(bits >> (8 * n + e) & 1)) x",
+        after="if (!(bits >> (8 * n + 1 - e) & 1)) x",
+        instances=FORWARD_64,
+        cases=("basic", "masks-per-head", "instance-bf16-d64"),
+    ),
+    Mutation(
+        name="forward-bit-word",
+        what="the second 64 keys of a block of 128 read the bit tile's words of the first",
+        file="attention/sm90/fwd_shared.cuh",
+        before="return Config::kTileKv == 128 ? 8 * piece : (start & 64) / 8;",
+        after="return 0;",
+        instances=FORWARD_128,
+        cases=("causal-d128-b128", "instance-bf16-d128", "cap-d128-b128"),
+    ),
+    Mutation(
+        name="forward-key-limit",
+        what="the key length is compared with positions within the block: keys past it are attended to",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="device::FirstBits(limit - start[piece])",
+        after="device::FirstBits(limit)",
+        instances=FORWARD_64,
+        cases=("full", "lengths-b128", "basic"),
+    ),
+    Mutation(
+        name="forward-first-lengths",
+        what="every example has the first one's lengths",
+        file="attention/sm90/fwd_producer.cuh",
+        before="(params_.lengths.batch == 1 ? 0 : 2 * int64_t{header.batch})",
+        after="0",
+        instances=FORWARD_64,
+        cases=("lengths", "sinks", "lengths-b128"),
+    ),
+    Mutation(
+        name="forward-lse-base",
+        what="the log-sum-exp adds the maximum in units of log2 to a natural logarithm",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="fmaf(max, device::kLn2, logf(sum))",
+        after="max + logf(sum)",
+        instances=FORWARD_64,
+        cases=("basic", "full", "one-query"),
+    ),
+    Mutation(
+        name="forward-no-sink",
+        what="the sink does not join the denominator",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="const float sink_logit = tile.sink;",
+        after="const float sink_logit = -device::Infinity();",
+        instances=FORWARD_64,
+        cases=("sinks", "instance-bf16-d64", "instance-bf16-d64-cap"),
+    ),
+    Mutation(
+        name="forward-no-cap",
+        what="logits are scaled for the soft cap, but not capped",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="x[i] = plan_.logits(x[i]);",
+        after="x[i] *= plan_.logits.before;",
+        instances=FORWARD_64,
+        cases=("cap", "instance-bf16-d64-cap"),
+    ),
+    Mutation(
+        name="forward-group-head",
+        what="query heads of a group are taken to be strided instead of neighbours: wrong keys and values",
+        file="attention/sm90/fwd_shared.cuh",
+        before="header.kv_head = plan.group.Quotient(header.head);",
+        after="header.kv_head = header.head % static_cast<int>(plan.heads.divisor / plan.group.divisor);",
+        instances=FORWARD_64,
+        cases=("basic", "full", "many-b128"),
+    ),
+    Mutation(
+        name="forward-tail-rows",
+        what="rows past the query length are stored: over the next example, and past the end of the array",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="StoreRows(out_, finish, static_cast<int>(shape.q_len) - tile.q_start - first,",
+        after="StoreRows(out_, finish, kWarpgroupRows,",
+        instances=FORWARD_64,
+        cases=("full", "basic", "one-query"),
+    ),
+    Mutation(
+        name="forward-key-stage",
+        what="Q K^T reads the stage after its own in the ring of keys",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="shared_.key[Keys().Stage()]);\n    Logits::OverwriteRegisters",
+        after="shared_.key[Ring<Config::kKeyStages>{step_ + 1}.Stage()]);\n    Logits::OverwriteRegisters",
+        instances=FORWARD_64,
+        cases=("full", "jump-8", "basic"),
+    ),
+    Mutation(
+        name="forward-no-suspects",
+        what="rows that share a block with a NaN value, but do not attend to it, are not put right",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="if (__any_sync(0xFFFFFFFFu, suspect)) NoteSuspect(place);",
+        after="(void)suspect;",
+        instances=FORWARD_64,
+        cases=("nan-value-d64", "many-nan-value", "inf-value-d64"),
+    ),
+)
+
+BACKWARD = (
+    Mutation(
+        name="backward-no-delta",
+        what="dS = P dP: delta is not subtracted",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="dscores[i] -= delta[i / 4 * 2 + i % 2];",
+        after="dscores[i] -= 0.f;",
+        instances=BACKWARD_64,
+        cases=("basic", "full", "mqa"),
+    ),
+    Mutation(
+        name="backward-statistics-head",
+        what="log-sum-exp and delta are those of the query head with the key/value head's number",
+        file="attention/sm90/bwd_producer.cuh",
+        before="static_cast<int>(params_.shape.heads) + head_;",
+        after="static_cast<int>(params_.shape.heads) + item.head;",
+        instances=BACKWARD_64,
+        cases=("basic", "full", "mqa"),
+    ),
+    Mutation(
+        name="backward-dq-scale",
+        what="dQ is not multiplied by the scale",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="StoreTile(dquery, params_.scale, item,",
+        after="StoreTile(dquery, 1.f, item,",
+        instances=BACKWARD_64,
+        cases=("basic", "full", "d64-b128"),
+    ),
+    Mutation(
+        name="backward-dk-scale",
+        what="dK is not multiplied by the scale",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="StoreKeyRows(item, dkey, params_.scale,",
+        after="StoreKeyRows(item, dkey, 1.f,",
+        instances=BACKWARD_128,
+        cases=("causal-d128", "causal-d128-b128", "many-kv64-d128"),
+    ),
+    Mutation(
+        name="backward-last-block",
+        what="the last block of every list is not visited",
+        file="attention/sm90/bwd_producer.cuh",
+        before="for (int entry = 0; entry < row.length; ++entry) {",
+        after="for (int entry = 0; entry + 1 < row.length; ++entry) {",
+        instances=BACKWARD_64,
+        cases=("basic", "full", "d64-b128"),
+    ),
+    Mutation(
+        name="backward-group-sum",
+        what="dK and dV are those of the first query head of the group alone",
+        file="attention/sm90/bwd_producer.cuh",
+        before="for (int i = 0; i < heads; ++i) sound &=",
+        after="for (int i = 0; i < 1; ++i) sound &=",
+        instances=BACKWARD_64,
+        cases=("basic", "full", "mqa"),
+    ),
+    Mutation(
+        name="backward-first-bad-list",
+        what="the first list that cannot be followed ends the group: its later heads' dS is never written",
+        file="attention/sm90/bwd_producer.cuh",
+        before="for (int i = 0; i < heads; ++i) sound &=",
+        after="for (int i = 0; i < heads && sound; ++i) sound &=",
+        instances=BACKWARD_64,
+        cases=("bad-first-col", "bad-first-col-b128"),
+    ),
+    Mutation(
+        name="backward-own-place",
+        what="dQ takes dS at its entry's place in its own list instead of the matching key-major one",
+        file="attention/sm90/bwd_producer.cuh",
+        before="slot + (keys ? entry : other) * plan_.entry_pieces",
+        after="slot + entry * plan_.entry_pieces",
+        instances=BACKWARD_64,
+        cases=("full", "basic", "masks-per-head"),
+    ),
+    Mutation(
+        name="backward-piece-order",
+        what="dQ of blocks of 128 takes the pieces of dS in the wrong order",
+        file="attention/sm90/bwd_producer.cuh",
+        before="const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);",
+        after="const int stride = 1;",
+        instances=BACKWARD_128,
+        cases=("causal-d128-b128", "instance-bf16-d128", "cap-d128-b128"),
+    ),
+    Mutation(
+        name="backward-no-wait",
+        what="dQ does not wait until the dS it sums has been written",
+        file="attention/sm90/bwd_producer.cuh",
+        before="WaitFor(plan_.done_keys + item.unit, Items(item.unit, plan_.key_tiles.divisor));",
+        after="__syncwarp();",
+        instances=BACKWARD_64,
+        cases=("full", "basic", "many-b128"),
+    ),
+    Mutation(
+        name="backward-mask-rows",
+        what="keys 8 to 15 of every 16 take the bits of keys 0 to 7",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="if (!(attended >> 8 & 1)",
+        after="if (!(attended & 1)",
+        instances=BACKWARD_128,
+        cases=("causal-d128", "causal-d128-b128", "instance-bf16-d128"),
+    ),
+    Mutation(
+        name="backward-key-limit",
+        what="the key length is compared with positions within the tile: keys past it reach dQ",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="left = item.key_limit - first;",
+        after="left = item.key_limit;",
+        instances=BACKWARD_64,
+        cases=("lengths-b128",),
+    ),
+    Mutation(
+        name="backward-no-slope",
+        what="dS leaves out the soft cap's derivative",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));",
+        after="make_float4(1.f, 1.f, 1.f, 1.f);",
+        instances=BACKWARD_64,
+        cases=("cap", "instance-bf16-d64-cap"),
+    ),
+    Mutation(
+        name="backward-no-suspects",
+        what="gradients that are not finite are not marked for the exact kernels",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="suspect |= finish[half].keep && !RowIsFinite(sums, half);",
+        after="(void)suspect;",
+        instances=BACKWARD_64,
+        cases=("nan-value-d64", "many-nan-value", "nan-key-d64"),
+    ),
+    Mutation(
+        name="backward-no-faults",
+        what="gradients of a list that cannot be followed are not marked for the exact kernels",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="bool suspect = flags_ & StepFlag::kSuspect;",
+        after="bool suspect = false;",
+        instances=BACKWARD_64,
+        cases=("bad-col-d64", "bad-first-col", "bad-first-col-b128"),
+    ),
+    Mutation(
+        name="prepare-lse-base",
+        what="the backward's log-sum-exp stays in natural units, and the logits are in units of log2",
+        file="device/softmax.cuh",
+        before="isfinite(delta) ? lse * kLog2E : QuietNan()",
+        after="isfinite(delta) ? lse : QuietNan()",
+        instances=PREPARE,
+        cases=("basic", "full", "causal-d128"),
+    ),
+    Mutation(
+        name="prepare-next-match",
+        what="an entry is matched with the one after its own in the key-major list",
+        file="attention/prepare.cu",
+        before="+ i + __ffs(found) - 1;",
+        after="+ i + __ffs(found);",
+        instances=PREPARE,
+        cases=("full", "basic", "causal-d128"),
+    ),
+    Mutation(
+        name="prepare-unsound-column",
+        what="entries are matched in key-major lists that cannot be followed, whose dS is not written",
+        file="attention/prepare.cu",
+        before="if (!sound) match = -1;",
+        after="(void)sound;",
+        instances=PREPARE,
+        cases=("bad-first-col", "bad-col-d64", "bad-first-col-b128"),
+    ),
+)
+
+PORTABLE = (
+    Mutation(
+        name="portable-forward-no-rescale",
+        what="outputs so far are not rescaled when a row's maximum moves",
+        file="attention/sm80/fwd.cuh",
+        before="out[m][n][e] *= rescale[e / 2];",
+        after="out[m][n][e] *= 1.f;",
+        instances=PORTABLE_FORWARD,
+        cases=("f32", "large-logits", "f32-cap"),
+    ),
+    Mutation(
+        name="portable-backward-bit-word",
+        what="the second 64 keys of a block of 128 read the bit tile's words of the first",
+        file="attention/sm80/bwd.cuh",
+        before="kv_start % block_kv / 32 + thread % 2);",
+        after="thread % 2);",
+        instances=PORTABLE_BACKWARD,
+        cases=("instance-bf16-d64", "tail-64", "mqa"),
+    ),
+    Mutation(
+        name="portable-backward-last-head",
+        what="dK and dV leave out the last query head of the group",
+        file="attention/sm80/bwd.cuh",
+        before="if (walker_.poisoned() || head_ == last_head_) return false;",
+        after="if (walker_.poisoned() || head_ + 1 >= last_head_) return false;",
+        instances=PORTABLE_BACKWARD,
+        cases=("basic", "full", "mqa"),
+    ),
+)
+
+# The plainest instruction set stands for all: it is the same code, and every machine has it.
+CPU_KERNELS = (
+    Mutation(
+        name="cpu-forward-no-rescale",
+        what="outputs so far are not rescaled when a row's maximum moves",
+        file="attention/cpu/forward.h",
+        before="Store<C>(x.rescale + v, rescale);",
+        after="Store<C>(x.rescale + v, Broadcast<C>(C(1)));",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-forward-key-length",
+        what="an example's key length is taken for the array's",
+        file="attention/cpu/forward.h",
+        before="Minimum(s.block_kv, kv_length - first_key)",
+        after="Minimum(s.block_kv, s.kv_len - first_key)",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-bit-order",
+        what="the words of bit tiles are read from their most significant bit",
+        file="attention/cpu/block_list.h",
+        before="BroadcastWord<C>(Lane<C>(1) << (key & 31))",
+        after="BroadcastWord<C>(Lane<C>(1) << (31 - (key & 31)))",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-backward-no-delta",
+        what="dS = P dP: delta is not subtracted",
+        file="attention/cpu/backward.h",
+        before="gradient = score * (gradient - delta);",
+        after="gradient = score * gradient;",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-backward-no-slope",
+        what="dS leaves out the soft cap's derivative",
+        file="attention/cpu/backward.h",
+        before="(gradient - delta) * (C(1) - capped * capped);",
+        after="(gradient - delta);",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-backward-group-sum",
+        what="dK and dV are those of the first query head of the group alone",
+        file="attention/cpu/backward.h",
+        before="h < (kv_head + 1) * group; ++h)",
+        after="h < kv_head * group + 1; ++h)",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+)
+
+MUTATIONS = FORWARD + BACKWARD + PORTABLE + CPU_KERNELS
+
+
+# ---- Copies
+
+
+def generate(folder: Path) -> None:
+    """Makes folder/NAME/csrc for every mutation, and folder/mutants.cmake, which CMakeLists.txt reads.
+
+    What is as it should be is not touched, so that a build that follows compiles only what changed.
+    """
+    calls = ["# Written by mutations.py: jax_bsk_mutant(name program file sources...)"]
+    for mutation in MUTATIONS:
+        text = mutation.apply((CSRC / mutation.file).read_text())
+        _overlay(CSRC, folder / mutation.name / "csrc", Path(mutation.file).parts, text)
+        calls.append(
+            f"jax_bsk_mutant({mutation.name} {mutation.program} {mutation.file} {' '.join(mutation.instances)})"
+        )
+    _write(folder / "mutants.cmake", "\n".join(calls) + "\n")
+
+
+def _overlay(source: Path, target: Path, parts: tuple[str, ...], text: str) -> None:
+    """Makes `target` the folder `source` with `text` in the file at `parts`, and links to everything beside it."""
+    if target.is_symlink():
+        target.unlink()
+    target.mkdir(parents=True, exist_ok=True)
+    entries = {entry.name for entry in source.iterdir()}
+    for gone in [entry for entry in target.iterdir() if entry.name not in entries]:
+        _remove(gone)
+    for name in entries:
+        if name != parts[0]:
+            _link(target / name, source / name)
+        elif len(parts) > 1:
+            _overlay(source / name, target / name, parts[1:], text)
+        else:
+            _write(target / name, text)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.is_symlink():
+        path.unlink()
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _link(path: Path, to: Path) -> None:
+    if path.is_symlink() and path.readlink() == to:
+        return
+    _remove(path)
+    path.symlink_to(to)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# ---- Runs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    mutation: Mutation
+    by: str | None  # the case that caught it
+    how: str | None  # "wrong result", "timeout" or "crash"
+    seconds: float
+
+    def as_json(self) -> dict[str, object]:
+        mutation = self.mutation
+        return {
+            "name": mutation.name,
+            "what": mutation.what,
+            "file": mutation.file,
+            "program": mutation.program,
+            "caught": self.by is not None,
+            "by": self.by,
+            "how": self.how,
+            "seconds": round(self.seconds, 2),
+        }
+
+
+def run(
+    build: Path, mutations: tuple[Mutation, ...] = MUTATIONS, jobs: int = 1, timeout: float = 120
+) -> tuple[list[Verdict], list[str]]:
+    """The mutants' verdicts, and what the unmutated programs fail, in words; prints both as a table."""
+    needed = {build / mutation.program for mutation in mutations}
+    needed |= {build / f"mutant_{mutation.name}" for mutation in mutations}
+    if missing := sorted(path.name for path in needed if not path.exists()):
+        raise FileNotFoundError(f"{build} has no {', '.join(missing)}: build these targets (JAX_BSK_MUTANTS=ON)")
+
+    def judge(mutation: Mutation) -> Verdict:
+        start = time.monotonic()
+        by = how = None
+        for case in mutation.cases:
+            if sound[mutation.program, case].result() is not None:  # its failure would say nothing
+                continue
+            how = _failure(build / f"mutant_{mutation.name}", case, timeout)
+            if how is not None:
+                by = case
+                break
+        return Verdict(mutation, by, how, time.monotonic() - start)
+
+    verdicts, unsound = [], []
+    with ThreadPoolExecutor(jobs) as pool:
+        shared = dict.fromkeys((mutation.program, case) for mutation in mutations for case in mutation.cases)
+        # The first in the queue, so that a mutant which waits for them waits for what is running or done.
+        sound = {at: pool.submit(_failure, build / at[0], at[1], timeout) for at in shared}
+        judged = [pool.submit(judge, mutation) for mutation in mutations]
+        for (program, case), failure in sound.items():
+            if (how := failure.result()) is not None:
+                unsound.append(f"{program} {case}: {how}")
+                print(f"the unmutated {unsound[-1]}", flush=True)
+        width = max(len(mutation.name) for mutation in mutations)
+        for future in judged:
+            verdict = future.result()
+            verdicts.append(verdict)
+            caught = "SURVIVED" if verdict.by is None else f"caught by {verdict.by}"
+            if verdict.how not in (None, "wrong result"):
+                caught += f" ({verdict.how})"
+            print(f"{verdict.mutation.name:{width}}  {caught:32}  {verdict.mutation.what}", flush=True)
+    print(f"{sum(verdict.by is not None for verdict in verdicts)} of {len(verdicts)} caught; ", end="")
+    print(f"the unmutated programs fail {len(unsound)} of {len(sound)} cases")
+    return verdicts, unsound
+
+
+def _failure(program: Path, case: str, timeout: float) -> str | None:
+    """How a program fails a case; None when it passes."""
+    if case.startswith("seeds-"):
+        _, first, last = case.split("-")
+        arguments = ["--cases", str(int(last) - int(first) + 1), "--seed", first]
+    else:
+        arguments = [case, "1"]
+    # The instruction set that the mutants of the CPU's kernels are compiled for.
+    environment = {**os.environ, "JAX_BSK_CPU_ISA": "baseline"}
+    try:
+        status = subprocess.run(
+            [program.resolve(), *arguments], env=environment, capture_output=True, timeout=timeout, check=False
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return "timeout"
+    return None if status == 0 else "wrong result" if status == 1 else "crash"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="names the mutations")
+    command = commands.add_parser("generate", help="makes the mutants' copies of csrc")
+    command.add_argument("folder", type=Path, metavar="DIR")
+    command = commands.add_parser(
+        "run", help="runs the mutants; status 1 when one survives or an unmutated program fails"
+    )
+    command.add_argument("build", type=Path, metavar="BUILD_DIR", help="the folder with the programs")
+    command.add_argument("--only", action="append", metavar="NAME", help="this mutation; may be repeated")
+    command.add_argument("--jobs", type=int, default=1, metavar="N", help="programs at a time (1)")
+    command.add_argument("--timeout", type=float, default=120, metavar="S", help="seconds a case may take (120)")
+    command.add_argument("--json", type=Path, metavar="FILE", help="writes the verdicts there as well")
+    given = parser.parse_args(arguments)
+
+    if given.command == "generate":
+        generate(given.folder)
+        return 0
+    if given.command == "list":
+        for mutation in MUTATIONS:
+            print(f"{mutation.name}  {mutation.file}: {mutation.what} ({mutation.program} {' '.join(mutation.cases)})")
+        return 0
+    unknown = set(given.only or ()) - {mutation.name for mutation in MUTATIONS}
+    if unknown:
+        parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
+    chosen = tuple(mutation for mutation in MUTATIONS if given.only is None or mutation.name in given.only)
+    try:
+        verdicts, unsound = run(given.build, chosen, given.jobs, given.timeout)
+    except FileNotFoundError as error:
+        parser.error(str(error))
+    if given.json is not None:
+        given.json.write_text(json.dumps([verdict.as_json() for verdict in verdicts], indent=2) + "\n")
+    return int(bool(unsound) or any(verdict.by is None for verdict in verdicts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

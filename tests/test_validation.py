@@ -1,0 +1,303 @@
+"""The validation tool on a CPU: its stages run, its verdicts cannot be had by skipping, crashes and hangs are told."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jax_bsk import _ffi
+from jax_bsk.__main__ import main
+from jax_bsk.benchmarking import grid
+from jax_bsk.benchmarking.passes import Pass
+from jax_bsk.support.git_tree import tree_hash
+from jax_bsk.validation import benchmark, markdown, numerics, profile, provenance, report, runner, targets
+from jax_bsk.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
+from jax_bsk.validation.settings import STAGES, Clock, Level, Settings
+
+ROOT = Path(__file__).parents[1]
+FACTS = {
+    "csrc_tree": "a",
+    "package_tree": "b",
+    "library_tree": "a",
+    "implementation": "cpu",
+    "device": {},
+    "level": "full",
+}
+
+
+# ---- Provenance
+
+
+def test_the_tree_hash_is_gits(tmp_path):
+    (tmp_path / "b" / "deep").mkdir(parents=True)
+    (tmp_path / "b.c").write_text("int x;\n")  # sorts between a folder "b" and what is in it
+    (tmp_path / "b" / "one.h").write_text("")
+    (tmp_path / "b" / "deep" / "run.sh").write_text("#!/bin/sh\n")
+    (tmp_path / "b" / "deep" / "run.sh").chmod(0o755)
+
+    def git(*arguments: str) -> str:
+        result = subprocess.run(["git", *arguments], cwd=tmp_path, capture_output=True, text=True, check=True)
+        return result.stdout.strip()
+
+    git("init", "-q")
+    git("add", "-A")
+    expected = git("write-tree")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "x.pyc").write_text("")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "_cpu.so").write_text("")
+    assert tree_hash(tmp_path) == expected
+
+
+def test_the_library_says_which_sources_it_was_built_from():
+    library = _ffi.library("cpu")
+    assert library.info["source_tree"] == tree_hash(ROOT / "csrc"), "rebuild: `make build`"
+    assert provenance.collect()["package_tree"] == tree_hash(ROOT / "jax_bsk")
+
+
+# ---- Verdicts
+
+
+@pytest.mark.parametrize(
+    ("checks", "expected"),
+    [
+        ([], Verdict.SKIPPED),
+        ([passed("a")], Verdict.PASSED),
+        ([passed("a"), skipped("b", "no GPU")], Verdict.SKIPPED),
+        ([passed("a"), skipped("b", "no ncu", required=False)], Verdict.PASSED),
+        ([skipped("b", "no ncu", required=False)], Verdict.SKIPPED),
+        ([passed("a"), skipped("b", "no GPU"), failed("c", "wrong")], Verdict.FAILED),
+        ([Check("c", Verdict.FAILED, required=False)], Verdict.FAILED),
+    ],
+)
+def test_a_stage_cannot_pass_by_skipping(checks, expected):
+    assert verdict_of(checks) is expected
+
+
+def stages_that_passed() -> dict[str, StageResult]:
+    return {name: StageResult(name, (passed("x"),), provenance=dict(FACTS)) for name in STAGES if name != "report"}
+
+
+def test_what_is_cleared():
+    full, quick = Settings(Path("x"), Level.FULL), Settings(Path("x"))
+    assert report.assemble(full, stages_that_passed())["verdict"] == "cleared"
+    assert report.assemble(quick, stages_that_passed())["verdict"] == "cleared (quick)"
+    missing = stages_that_passed()
+    del missing["harden"]
+    assert report.assemble(full, missing)["reasons"] == ["stage harden was not run"]
+    for check, word in ((skipped("ncu", "absent"), "skipped: ncu"), (failed("ncu", "bad"), "failed: ncu")):
+        stages = stages_that_passed()
+        stages["profile"] = dataclasses.replace(stages["profile"], checks=(passed("y"), check))
+        found = report.assemble(full, stages)
+        assert found["verdict"] == "not cleared"
+        assert found["reasons"] == [f"stage profile {word}"]
+    other = stages_that_passed()
+    other["validate"] = dataclasses.replace(other["validate"], provenance=FACTS | {"csrc_tree": "older"})
+    assert report.assemble(full, other)["reasons"] == ["the stages are of different code or machines"]
+
+
+def test_results_survive_json():
+    result = StageResult("validate", (passed("a", "b"), skipped("c", "d", required=False)), {"x": float("nan")}, 1, 2)
+    back = StageResult.from_json(json.loads(json.dumps(result.to_json(), allow_nan=False)))
+    assert back.checks == result.checks
+    assert back.data == {"x": "nan"}
+
+
+# ---- The run
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """What `python -m jax_bsk validate` does without a GPU, less the stage that repeats what other tests do."""
+    out = tmp_path_factory.mktemp("validation")
+    command = [
+        sys.executable,
+        "-m",
+        "jax_bsk",
+        "validate",
+        "--quick",
+        "--cases",
+        "16",
+        "--seed",
+        "5",
+        "--out",
+        str(out),
+    ]
+    for stage in STAGES:
+        command += [] if stage == "harden" else ["--stage", stage]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False), out
+
+
+def test_a_quick_run_without_a_gpu(quick_run):
+    result, out = quick_run
+    assert result.returncode == 0, result.stdout + result.stderr
+    found = json.loads((out / "report.json").read_text(), parse_constant=pytest.fail)
+    assert found["schema"] == report.SCHEMA
+    assert found["verdict"] == "not cleared"
+    assert found["reasons"] == ["stage harden was not run", "stage analyse skipped: a GPU"]
+    assert "NOT CLEARED" in result.stdout
+    assert found["provenance"]["csrc_tree"] == tree_hash(ROOT / "csrc")
+    numbers = found["stages"]["validate"]["data"]
+    assert numbers["forward_cases"] >= 16
+    assert 0 < numbers["backward_cases"] < numbers["forward_cases"]
+    counts = numbers["histogram"]["counts"]
+    assert sum(counts["out"]) == numbers["forward_cases"]
+    assert sum(counts["dq"]) == numbers["backward_cases"]
+    assert sum(entry["cases"] for entry in numbers["by_dtype"].values()) == numbers["forward_cases"]
+    for case in found["stages"]["benchmark"]["data"]["cases"]:
+        assert case["floor"]["times_floor"] > 0
+        assert case["floor"]["floor_seconds"] * case["floor"]["times_floor"] == pytest.approx(
+            case["jax_bsk"]["seconds"]
+        )
+
+
+def test_what_a_run_writes(quick_run):
+    _, out = quick_run
+    text = (out / "report.md").read_text()
+    found = json.loads((out / "report.json").read_text())
+    for stage in found["stages"].values():
+        for check in stage["checks"]:
+            assert check["name"] in text
+    with (out / "numerics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["verdict"] for row in rows} <= {"passed", "refused"}
+    random = [row for row in rows if row["seed or name"].isdigit()]
+    assert sum(row["verdict"] == "passed" for row in random) == found["stages"]["validate"]["data"]["forward_cases"]
+    with (out / "benchmark.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"jax_bsk", "xla"} <= {row["contender"] for row in rows}
+    pytest.importorskip("matplotlib")
+    for name in ("roofline.png", "errors.png", "forward-density.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in text
+
+
+def test_options_that_make_no_sense(capsys):
+    assert main(["validate", "--cases", "0"]) == 2
+    assert "--cases" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["validate", "--stage", "nonsense"])
+
+
+def test_a_stage_that_crashes_fails_alone(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "no-such-platform")
+    settings = Settings(tmp_path, quiet=True)
+    (result,) = runner.run(settings, ["analyse"])
+    assert result.verdict is Verdict.FAILED
+    assert "status 1" in result.checks[0].detail
+    assert runner.load(settings)["analyse"].verdict is Verdict.FAILED
+
+
+@pytest.mark.parametrize(
+    ("program", "what"),
+    [("import sys; sys.stdin.readline(); sys.exit(3)", "status"), ("import time; time.sleep(60)", "no answer")],
+)
+def test_a_worker_that_dies_or_hangs_is_a_failed_case(program, what, monkeypatch):
+    monkeypatch.setattr(numerics, "CASE_SECONDS", 1.0)
+
+    def start(self):
+        command = [sys.executable, "-c", program]
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    monkeypatch.setattr(numerics._Worker, "_start", start)
+    (record,) = list(numerics._Worker("cpu").judge("7", gradients=True))
+    assert not record["ok"]
+    assert what in record["text"]
+    check = numerics._judge("random", [record], "cpu", 1)
+    assert check.verdict is Verdict.FAILED
+    assert "python -m jax_bsk.testing --seed 7 --draw 0" in check.detail
+
+
+def test_too_few_cases_are_not_a_pass():
+    record = {"task": "1", "draw": 0, "ok": True, "gradients": True, "case": {}, "results": []}
+    assert numerics._judge("random", [record], "cpu", 2).verdict is Verdict.SKIPPED
+    assert numerics._judge("random", [record], "cpu", 1).verdict is Verdict.PASSED
+
+
+def test_a_benchmark_that_is_cut_short_is_not_a_pass(tmp_path, monkeypatch):
+    sets = benchmark.case_sets(Level.QUICK, on_gpu=False, seed=0)
+    monkeypatch.setattr(benchmark, "case_sets", lambda *arguments: {"forward": sets["forward"]})
+    result = benchmark.run(Settings(tmp_path, peers=False, quiet=True), Clock(-1))
+    assert result.verdict is Verdict.SKIPPED
+    assert len(result.data["cases"]) == 1
+
+
+# ---- Arithmetic
+
+
+def test_the_floor():
+    record = {
+        "pass": "forward",
+        "batch": 2,
+        "heads": 8,
+        "kv_heads": 2,
+        "length": 1024,
+        "head_dim": 64,
+        "dtype": "bfloat16",
+        "useful_flops": 1e9,
+        "jax_bsk": {"seconds": 1e-3},
+    }
+    moved = 2 * (2 * 8 + 2 * 2) * 2 * 1024 * 64 + 4 * 2 * 8 * 1024
+    slow_memory = targets.floor(record, 1e15, 1e9)
+    assert slow_memory["bytes"] == moved
+    assert slow_memory["floor_seconds"] == pytest.approx(moved / 1e9)
+    slow_products = targets.floor(record, 1e12, 1e15)
+    assert slow_products["floor_seconds"] == pytest.approx(1e-3)
+    assert slow_products["times_floor"] == pytest.approx(1.0)
+    assert slow_products["seconds_per_head"] == pytest.approx(1e-3 / 16)
+
+
+def test_tiers():
+    records = [{"density": d, "jax_bsk": {"seconds": s}} for d, s in ((0.1, 4e-3), (0.5, 12e-3), (1.0, 20e-3))]
+    found = {tier["milliseconds"]: tier for tier in grid.met_tiers(records)}
+    assert set(found) == set(grid.TIERS)
+    assert found[14.0]["met_at_density"] == 0.5
+    assert found[14.0]["interpolated_density"] == pytest.approx(0.625)
+    assert found[5.0]["met_at_density"] == 0.1
+    assert found[5.0]["interpolated_density"] == pytest.approx(0.15)
+    assert grid.met_tiers([records[2]])[0]["met_at_density"] is None
+
+
+def test_the_cases_of_a_full_run():
+    sets = benchmark.case_sets(Level.FULL, on_gpu=True, seed=0)
+    shapes = {(c.batch, c.heads, c.length, c.head_dim) for c in sets["micro"]}
+    assert shapes == {(16, heads, 512, 64) for heads in (8, 16, 32, 64, 128)}
+    for name, which in (("grid, forward", Pass.FORWARD), ("grid, backward", Pass.BACKWARD)):
+        cases = sets[name]
+        assert {c.length for c in cases} == {4096, 8192, 16384, 32768}
+        assert all(c.measured is which for c in cases)
+        densities = sorted(c.density for c in cases if c.length == 8192)
+        assert densities == pytest.approx([0.1, 0.22, 0.3, 0.5], abs=1e-3)
+    assert {(c.batch, c.heads, c.length, c.head_dim, c.dtype) for c in sets["tiers"]} == {
+        (16, 96, 4096, 128, "float16")
+    }
+    assert max(c.density for c in sets["tiers"]) == 1
+
+
+NCU = "\n".join(
+    (
+        "==PROF== Connected",
+        '"ID","Kernel Name",' + ",".join(f'"{name}"' for name in profile.COUNTERS),
+        '"","","%","%","%","%","%"',
+        '"0","void sm90::ForwardKernel<X>(Params)","71","81.5","1,012.25","3","18.7"',
+    )
+)
+
+
+def test_counters_are_read():
+    (found,) = profile.parse(NCU)
+    numbers = {"tensor_pipe": 71, "sm": 81.5, "dram": 1012.25, "l2": 3, "occupancy": 18.7}
+    assert found == {"kernel": "void sm90::ForwardKernel<X>(Params)"} | numbers
+    assert profile.parse("==ERROR== ERR_NVGPUCTRPERM") == []
+
+
+def test_tables_escape_what_markdown_would_read():
+    assert markdown.table(["a"], [["x|y"]]).splitlines()[-1] == "| x\\|y |"

@@ -1,0 +1,169 @@
+"""Writes the README's figures of GPUs from the committed reports, so that they cannot drift from what was measured.
+
+    python tools/readme_figures.py            # writes README.md
+    python tools/readme_figures.py --check    # exit status 1 where it differs
+
+What stands between `<!-- figures: NAME -->` and `<!-- end of figures -->` is made here, from `reports/h200/report.json`
+(`python -m jax_bsk validate --full`) and, for what the validation tool does not measure, from `benchmarks/results/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from jax_bsk.validation.markdown import milliseconds, share, table
+
+ROOT = Path(__file__).resolve().parents[1]
+REPORT = ROOT / "reports" / "h200" / "report.json"
+RESULTS = ROOT / "benchmarks" / "results"
+SECTION = re.compile(r"(<!-- figures: ([a-z-]+) -->\n).*?(<!-- end of figures -->)", re.DOTALL)
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text())
+
+
+# ---- Of the report
+
+
+def benchmark() -> dict[str, Any]:
+    return read(REPORT)["stages"]["benchmark"]["data"]
+
+
+def attention(which: str) -> str:
+    """Cases of one table, shapes named once."""
+    rows, last = [], ""
+    cases = [
+        case for case in benchmark()["cases"] if case["set"] == which and case["series"] in (None, "random blocks")
+    ]
+    for case in cases:
+        if "length," in case["name"] or "seconds" not in case["jax_bsk"]:
+            continue
+        heads = str(case["heads"]) + (f" ({case['kv_heads']})" if case["kv_heads"] != case["heads"] else "")
+        shape = f"{case['batch']}, {heads}, {case['length']}, {case['head_dim']}"
+        mine = case["jax_bsk"]
+        rate = f"{mine['useful_flops_per_second'] / 1e12:.0f} TFLOP/s"
+        flex, cudnn = (case["peers"].get(name, {}) for name in ("flex", "cudnn"))
+        cells = [milliseconds(mine["seconds"]), rate, peer(flex), peer(cudnn)]
+        rows.append(["" if shape == last else shape, pattern(case), *cells])
+        last = shape
+    return table(["", "pattern", "jax_bsk", "", "FlexAttention (torch)", "cuDNN (`jax.nn`)"], rows)
+
+
+def pattern(case: dict[str, Any]) -> str:
+    label: str = case["name"].split(f"D{case['head_dim']} ")[1]
+    if label.startswith("random"):
+        return f"random, {share(case['density'])}"
+    names = {"dense": "everything", "window 1024": "window of 1,024 tokens"}
+    return names.get(label, label)
+
+
+def peer(record: dict[str, Any]) -> str:
+    if "ratio" not in record:
+        return "-"
+    mask = record["variant"].startswith("dense mask")
+    digits = 2 if record["ratio"] < 10 else 0
+    return f"{record['ratio']:.{digits}f}x" + (", dense mask" if mask else "")
+
+
+def torch_cudnn(which: str) -> str:
+    """How PyTorch's own cuDNN attention compares where there is nothing to skip."""
+    found = {
+        case["pattern"]: case["peers"]["sdpa-cudnn"]["ratio"]
+        for case in benchmark()["cases"]
+        if case["set"] == which and case["length"] == 8192 and "ratio" in case["peers"].get("sdpa-cudnn", {})
+    }
+    return f"{found['causal']:.2f}x on causal and {found['dense']:.2f}x on everything"
+
+
+def with_torch(which: str) -> Callable[[], str]:
+    return lambda: f"{attention(which)}\n\ntorch's own cuDNN attention: {torch_cudnn(which)} (8,192 tokens)."
+
+
+def method() -> str:
+    report, data = read(REPORT), benchmark()
+    versions = data["versions"]
+    rate = data["matrix_flops_per_second"]["bfloat16"] / 1e12
+    facts = report["stages"]["validate"]["data"]
+    return (
+        f"{data['devices'][0]['name']}, driver {versions['driver']}, jax {versions['jax']}, torch {versions['torch']}; "
+        f"a plain matrix product ran at {rate:.0f} TFLOP/s. The same run judged {facts['forward_cases']:,} random "
+        f"cases, {facts['backward_cases']:,} of them with gradients, against float64. Validation: "
+        f"**{report['verdict']}**."
+    )
+
+
+# ---- Of single benchmarks
+
+
+def training_step() -> str:
+    names = {
+        "jax_bsk": "jax_bsk",
+        "cudnn-mask": "cuDNN with the dense mask",
+        "cudnn-causal-mask": "cuDNN with the dense mask and `is_causal`",
+        "cudnn-causal": "cuDNN, plain causal (other losses: it attends to more)",
+    }
+    contenders = read(RESULTS / "training-step-nvidia-h200.json")["contenders"]
+    ours = contenders["jax_bsk"]["seconds"]
+    rows = []
+    for name, label in names.items():
+        one = contenders[name]
+        ratio = "" if name == "jax_bsk" else f" ({one['seconds'] / ours:.2f}x)"
+        cells = [f"{one['seconds'] * 1e3:.1f} ms{ratio}", f"{round(one['tokens_per_second'], -2):,.0f}"]
+        memory = f"{one['peak_bytes'] / 1e9:.2f} GB"
+        rows.append([label, *cells, memory, f"{one['losses'][-1]:.4f}"])
+    return table(["attention", "time a step", "tokens/s", "peak memory", "loss"], rows)
+
+
+def scaling() -> str:
+    rows = []
+    for name in ("scaling-nvidia-h200-x2.json", "scaling-kv-heads-4-nvidia-h200-x2.json"):
+        result = read(RESULTS / name)
+        one = result["one_device"]["seconds"] * 1e3
+        for split, step in result["sharded"].items():
+            times = [f"{one:.1f} ms", f"{step['seconds'] * 1e3:.1f} ms", f"{step['efficiency'] * 100:.0f} %"]
+            rows.append([f"split over {split}", str(result["settings"]["kv_heads"]), *times])
+    return table(["", "key/value heads", "one GPU", "two GPUs", "efficiency"], rows)
+
+
+FIGURES: dict[str, Callable[[], str]] = {
+    "method": method,
+    "forward": with_torch("forward"),
+    "backward": with_torch("backward"),
+    "training-step": training_step,
+    "scaling": scaling,
+}
+
+
+def written(text: str) -> str:
+    """The README with its figures as they are measured.
+
+    Raises:
+      KeyError: it names figures that there are not.
+    """
+    return SECTION.sub(lambda found: f"{found[1]}{FIGURES[found[2]]()}\n{found[3]}", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the README differs")
+    options = parser.parse_args(arguments)
+    path = ROOT / "README.md"
+    text = path.read_text()
+    new = written(text)
+    if options.check:
+        if new != text:
+            print("README.md has other figures than the reports: run python tools/readme_figures.py", file=sys.stderr)
+        return int(new != text)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
