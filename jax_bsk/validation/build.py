@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 import importlib.util
 from pathlib import Path
@@ -39,10 +40,19 @@ def _run(settings: Settings, clock: Clock, progress: Progress) -> StageResult:
     else:
         check, data["kernels"] = _kernels(Path(cuda.origin))
         checks.append(check)
+        _write(settings.out / "kernels.csv", data["kernels"])
 
     progress.step("check programs")
     checks.append(programs.provide(settings, clock, on_gpu=on_gpu))
     return StageResult("build", tuple(checks), data)
+
+
+def _write(path: Path, kernels: list[dict[str, Any]]) -> None:
+    """A line a kernel and architecture."""
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["name", "arch", "registers", "local_bytes", "hopper"])
+        writer.writeheader()
+        writer.writerows(sorted(kernels, key=lambda kernel: (kernel["name"], kernel["arch"])))
 
 
 def _dotted(version: Any) -> str:

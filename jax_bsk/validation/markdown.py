@@ -93,7 +93,8 @@ def _stages(stages: dict[str, Any]) -> str:
             verdict = check["verdict"] if check["required"] else f"{check['verdict']} (not required)"
             detail = check["detail"].replace("\n", " ")[:400]
             rows.append([*first, check["name"], verdict, detail])
-    return "## Stages\n\n" + table(["stage", "took", "check", "verdict", ""], rows)
+    more = "\n\nRegisters and local memory of every kernel: `kernels.csv`." if "build" in stages else ""
+    return "## Stages\n\n" + table(["stage", "took", "check", "verdict", ""], rows) + more
 
 
 def _numerics(data: dict[str, Any]) -> str:

@@ -12,7 +12,6 @@ import itertools
 import json
 import os
 import queue
-import selectors
 import subprocess
 import sys
 import threading
@@ -115,12 +114,11 @@ class _Worker:
             self._process = self._start()
         process = self._process
         assert process.stdin is not None
-        assert process.stdout is not None
         draw, line = 0, ""
         try:
             process.stdin.write(f"{task} gradients\n" if gradients else f"{task}\n")
             process.stdin.flush()
-            while line := process.stdout.readline() if self._has_answer(process) else None:
+            while line := self._answer(process):
                 record = json.loads(line)
                 if record is None:
                     return
@@ -156,11 +154,20 @@ class _Worker:
         )
 
     @staticmethod
-    def _has_answer(process: subprocess.Popen[str]) -> bool:
-        with selectors.DefaultSelector() as selector:
-            assert process.stdout is not None
-            selector.register(process.stdout, selectors.EVENT_READ)
-            return bool(selector.select(CASE_SECONDS))
+    def _answer(process: subprocess.Popen[str]) -> str | None:
+        """The next line; empty where the process died, None where it hung and was killed."""
+        hung = threading.Event()
+
+        def kill() -> None:
+            hung.set()
+            process.kill()
+
+        watchdog = threading.Timer(CASE_SECONDS, kill)
+        watchdog.start()
+        assert process.stdout is not None
+        line = process.stdout.readline()
+        watchdog.cancel()
+        return line or (None if hung.is_set() else "")
 
     def close(self) -> None:
         if self._process is not None:
