@@ -110,28 +110,20 @@ def _without_samples(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
-    """A line a contender of a case."""
-    fields = (
-        "set",
-        "name",
-        "pass",
-        "batch",
-        "heads",
-        "kv_heads",
-        "length",
-        "head_dim",
-        "dtype",
-        "block_size",
-        "pattern",
-    )
-    fields += ("density", "chained_calls", "useful_flops")
+    """A line a contender of a case; the distance to the floor is jax_bsk's."""
+    sizes = ("batch", "heads", "kv_heads", "length", "head_dim", "dtype", "block_size")
+    fields = ("set", "name", "pass", *sizes, "pattern", "density", "chained_calls", "useful_flops")
+    floors = ("times_floor", "seconds_per_head")
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow([*fields, "contender", "variant", "seconds", "least_seconds", "tflops", "peer_over_ours"])
+        numbers = ("seconds", "least_seconds", "tflops", "peer_over_ours")
+        writer.writerow([*fields, "contender", "variant", *numbers, *floors])
         for record in records:
             for name, one in {"jax_bsk": record["jax_bsk"], **record["peers"]}.items():
-                if "seconds" in one:
-                    rate = f"{one['useful_flops_per_second'] / 1e12:.2f}"
-                    times = [f"{one[key]:.4g}" for key in ("seconds", "least_seconds")]
-                    ratio = f"{one['ratio']:.3f}" if "ratio" in one else ""
-                    writer.writerow([*(record.get(f, "") for f in fields), name, one["variant"], *times, rate, ratio])
+                if "seconds" not in one:
+                    continue
+                row = [*(record.get(field, "") for field in fields), name, one["variant"]]
+                row += [f"{one[key]:.4g}" for key in ("seconds", "least_seconds")]
+                row += [f"{one['useful_flops_per_second'] / 1e12:.2f}", f"{one['ratio']:.3f}" if "ratio" in one else ""]
+                row += [f"{record['floor'][key]:.4g}" if name == "jax_bsk" else "" for key in floors]
+                writer.writerow(row)
