@@ -39,11 +39,8 @@ def benchmark() -> dict[str, Any]:
 def attention(which: str) -> str:
     """Cases of one table, shapes named once."""
     rows, last = [], ""
-    cases = [
-        case for case in benchmark()["cases"] if case["set"] == which and case["series"] in (None, "random blocks")
-    ]
-    for case in cases:
-        if "length," in case["name"] or "seconds" not in case["jax_bsk"]:
+    for case in benchmark()["cases"]:
+        if case["set"] != which or "length," in case["name"] or "seconds" not in case["jax_bsk"]:
             continue
         heads = str(case["heads"]) + (f" ({case['kv_heads']})" if case["kv_heads"] != case["heads"] else "")
         shape = f"{case['batch']}, {heads}, {case['length']}, {case['head_dim']}"
@@ -95,7 +92,7 @@ def method() -> str:
         f"{data['devices'][0]['name']}, driver {versions['driver']}, jax {versions['jax']}, torch {versions['torch']}; "
         f"a plain matrix product ran at {rate:.0f} TFLOP/s. The same run judged {facts['forward_cases']:,} random "
         f"cases, {facts['backward_cases']:,} of them with gradients, against float64. Validation: "
-        f"**{report['verdict']}**."
+        f"**{report['verdict']}**{''.join(f'; {reason}' for reason in report['reasons'])}."
     )
 
 

@@ -1,0 +1,78 @@
+"""The committed report of an H200, and that the README says what it says."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from jax_bsk.validation import report
+from jax_bsk.validation.outcome import StageResult, Verdict
+from jax_bsk.validation.settings import STAGES, Level, Settings
+from tools import readme_figures
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "reports" / "h200"
+
+
+@pytest.fixture(scope="module")
+def committed() -> dict:
+    return json.loads((FOLDER / "report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_readme_has_the_reports_figures(capsys):
+    assert readme_figures.main(["--check"]) == 0, capsys.readouterr().err
+
+
+def test_figures_that_drifted_are_found():
+    text = (ROOT / "README.md").read_text()
+    drifted, count = re.subn(r"\d+ TFLOP/s \|", "999 TFLOP/s |", text, count=1)
+    assert count == 1
+    assert readme_figures.written(drifted) == text
+    with pytest.raises(KeyError):
+        readme_figures.written("<!-- figures: nothing -->\n<!-- end of figures -->")
+
+
+def test_the_verdict_follows_from_the_stages(committed):
+    facts = committed["provenance"]
+    stages = {
+        name: StageResult.from_json({**stage, "stage": name, "provenance": facts})
+        for name, stage in committed["stages"].items()
+    }
+    assert list(stages) == [name for name in STAGES if name != "report"]
+    again = report.assemble(Settings(Path("unused"), Level(committed["settings"]["level"])), stages)
+    assert (again["verdict"], again["reasons"]) == (committed["verdict"], committed["reasons"])
+    for name, stage in committed["stages"].items():
+        assert Verdict(stage["verdict"]) is stages[name].verdict, name
+
+
+def test_what_a_full_report_of_a_gpu_has(committed):
+    assert committed["schema"] == report.SCHEMA
+    assert committed["settings"]["level"] == "full"
+    facts = committed["provenance"]
+    assert facts["platform"] == "cuda"
+    assert facts["library_tree"] == facts["csrc_tree"]
+    numbers = committed["stages"]["validate"]["data"]
+    assert numbers["forward_cases"] >= 3000
+    assert numbers["backward_cases"] >= 1500
+    harden = committed["stages"]["harden"]["data"]
+    assert all(row["caught"] for row in harden["seeded bugs"])
+    assert len(harden["seeded bugs"]) >= 12
+    assert {tool for tool, found in harden["sanitizers"].items() if not found["failed"]} == {
+        "memcheck",
+        "racecheck",
+        "synccheck",
+        "initcheck",
+    }
+
+
+def test_every_picture_and_table_is_there(committed):
+    text = (FOLDER / "report.md").read_text()
+    for name in re.findall(r"\(([a-z-]+\.png)\)", text):
+        assert (FOLDER / name).read_bytes().startswith(b"\x89PNG"), name
+    for name in ("numerics.csv", "benchmark.csv", "kernels.csv"):
+        assert f"`{name}`" in text
+        assert (FOLDER / name).read_text().count("\n") > 50
+    assert committed["provenance"]["csrc_tree"] in text
