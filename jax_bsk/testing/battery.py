@@ -133,19 +133,25 @@ def _cotangents(inputs: Inputs) -> dict[str, Any]:
 def _run(attention_fn, inputs: Inputs, mask, extra, gradients: bool, *, traced_mask: bool) -> dict[str, np.ndarray]:
     """Named results of one jitted call: out, lse and gradients."""
     present = {name: x for name, x in zip(_NAMES, inputs.operands, strict=True) if x is not None}
-    call = _program(attention_fn, extra["scale"], extra["soft_cap"], gradients)
+    options = attention_fn, extra["scale"], extra["soft_cap"], gradients
     arguments = inputs.lengths, inputs.dout, inputs.dlse
     if traced_mask:
         room = mask if isinstance(mask, np.ndarray) else with_room(mask.transpose())
-        results = call(present, jax.tree.map(jnp.asarray, room), *arguments)
+        results = _jitted_call(*options)(present, jax.tree.map(jnp.asarray, room), *arguments)
     else:
+        call = _call(*options)
         results = jax.jit(lambda present, *arguments: call(present, mask, *arguments))(present, *arguments)
     return {name: np.asarray(x) for name, x in results.items()}
 
 
 @functools.lru_cache(maxsize=8)
-def _program(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradients: bool):
-    """(operands, mask, lengths, dout, dlse) -> named results, jitted; kept, so that its compiled programs are."""
+def _jitted_call(*options: Any) -> Callable[..., Any]:
+    """Kept, so that its compiled programs are."""
+    return jax.jit(_call(*options))
+
+
+def _call(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradients: bool) -> Callable[..., Any]:
+    """(operands, mask, lengths, dout, dlse) -> named results."""
 
     def forward(present, mask, lengths):
         query, key, value, bias, sinks = (present.get(name) for name in _NAMES)
@@ -162,7 +168,7 @@ def _program(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gr
         (grads,) = pullback((dout, jnp.where(jnp.isneginf(lse), 0, dlse)))
         return {"out": out, "lse": lse} | grads
 
-    return jax.jit(call)
+    return call
 
 
 def with_room(mask: BlockMask) -> BlockMask:
