@@ -8,6 +8,9 @@ from jax_bsk._ffi import export_checks as export_checks
 from jax_bsk._ffi import register as _register
 from jax_bsk._version import __version__ as __version__
 from jax_bsk.attention import sparse_attention as sparse_attention
+from jax_bsk.bsr import BSR as BSR
 from jax_bsk.masks import BlockMask as BlockMask
+from jax_bsk.matmul import sampled_matmul as sampled_matmul
+from jax_bsk.matmul import sparse_matmul as sparse_matmul
 
 _register()

@@ -1,0 +1,240 @@
+"""`BSR`: a block-sparse matrix as an array of blocks and their places, a pytree.
+
+The lists have `BlockMask`'s conventions: row-major, ids ascending within a row as the constructors make them; entries
+past `indptr[-1]` belong to no row and are -1. The arrays may be traced; sizes are static.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bsk.masks._transpose import rows_of_entries, transpose_host, transpose_traced
+from jax_bsk.masks.algebra import is_traced
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BSR:
+    """A matrix of which only some blocks are stored (block compressed sparse rows, as `scipy.sparse.bsr_array`).
+
+    Attributes:
+      data: [entries, bm, bk] the blocks, row by row; what sticks out of the shape counts as 0.
+      indptr: int32 [rows of blocks + 1], where each row's entries begin, and the last one's end.
+      indices: int32 [entries], the column of blocks of each entry.
+      shape: (M, K) of the matrix; they need not be multiples of the block.
+    """
+
+    data: Any
+    indptr: Any
+    indices: Any
+    shape: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if not all(hasattr(x, "shape") for x in (self.data, self.indptr, self.indices)):
+            return  # inside a transformation of the pytree
+        if len(self.data.shape) != 3 or self.data.shape[:1] != self.indices.shape:
+            raise ValueError(
+                f"data is [entries, bm, bk] and indices [entries]; got {self.data.shape} and {self.indices.shape}"
+            )
+        if self.indptr.shape != (self.grid[0] + 1,):
+            raise ValueError(
+                f"indptr has {self.grid[0] + 1} numbers for {self.shape[0]} rows in blocks of {self.block_size[0]}, "
+                f"got {self.indptr.shape}"
+            )
+
+    # ---- Facts
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """(bm, bk)."""
+        return self.data.shape[1], self.data.shape[2]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        (m, k), (bm, bk) = self.shape, self.block_size
+        return -(-m // bm), -(-k // bk)
+
+    @property
+    def entries(self) -> int:
+        """Blocks that there is room for."""
+        return self.data.shape[0]
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.data.dtype)
+
+    @property
+    def density(self) -> float:
+        """Stored blocks / all blocks. Needs values."""
+        rows, columns = self.grid
+        return int(np.asarray(self.indptr)[-1]) / max(rows * columns, 1)
+
+    def __repr__(self) -> str:
+        return f"BSR(shape={self.shape}, block_size={self.block_size}, entries={self.entries}, dtype={self.dtype})"
+
+    # ---- Constructors
+
+    @classmethod
+    def from_dense(cls, array: Any, block_size: int | tuple[int, int] = 128, *, keep: Any = None) -> Self:
+        """The blocks of a matrix that have a number other than 0, or those that `keep` names.
+
+        Args:
+          array: [M, K].
+          block_size: of either side, or (rows, columns).
+          keep: bool [rows of blocks, columns of blocks], with values; None keeps what is not 0.
+        """
+        bm, bk = _pair(block_size)
+        if array.ndim != 2:
+            raise ValueError(f"array is a matrix [M, K], got {array.shape}")
+        xp = jnp if isinstance(array, jax.Array) else np
+        m, k = array.shape
+        rows, columns = -(-m // bm), -(-k // bk)
+        padded = xp.pad(array, ((0, rows * bm - m), (0, columns * bk - k)))
+        blocks = padded.reshape(rows, bm, columns, bk).swapaxes(1, 2)
+        if keep is None:
+            keep = (blocks != 0).any((2, 3))
+        if is_traced(keep):
+            raise TypeError("which blocks are kept decides the sizes of arrays; give `keep` with values")
+        keep = np.asarray(keep, bool)
+        if keep.shape != (rows, columns):
+            raise ValueError(f"keep is a bool for each block, {(rows, columns)}, got {keep.shape}")
+        places = np.nonzero(keep)
+        indptr = np.concatenate([[0], keep.sum(1).cumsum()]).astype(np.int32)
+        return cls(blocks[places], indptr, places[1].astype(np.int32), (m, k))
+
+    @classmethod
+    def random(
+        cls, key: jax.Array, shape: tuple[int, int], density: float, block_size: int | tuple[int, int] = 128, dtype=None
+    ) -> Self:
+        """Normal numbers in blocks drawn at random: as many as give that density, to half a block."""
+        bm, bk = _pair(block_size)
+        rows, columns = -(-shape[0] // bm), -(-shape[1] // bk)
+        count = round(density * rows * columns)
+        if not 0 <= count <= rows * columns:
+            raise ValueError(f"density is in [0, 1], got {density}")
+        draw, numbers = jax.random.split(key)
+        chosen = np.sort(np.asarray(jax.random.permutation(draw, rows * columns)[:count]))
+        indptr = np.searchsorted(chosen, np.arange(rows + 1) * columns).astype(np.int32)
+        data = jax.random.normal(numbers, (count, bm, bk), dtype or jnp.float32)
+        return cls(data, indptr, (chosen % columns).astype(np.int32), (shape[0], shape[1]))
+
+    @classmethod
+    def from_scipy(cls, array: Any) -> Self:
+        """Of a `scipy.sparse.bsr_array` (or what has its `data`, `indptr`, `indices`); its ids are sorted."""
+        array = array.copy()
+        array.sort_indices()
+        return cls(array.data, array.indptr.astype(np.int32), array.indices.astype(np.int32), tuple(array.shape))
+
+    @classmethod
+    def from_jax(cls, array: Any, block_size: int | tuple[int, int] = 128) -> Self:
+        """Of a matrix of `jax.experimental.sparse` (BCOO, BCSR, ..): the blocks that have a number other than 0."""
+        return cls.from_dense(array.todense(), block_size)
+
+    def to_jax(self) -> Any:
+        """As a `jax.experimental.sparse.BCOO` of this matrix, an index for each number of a stored block."""
+        from jax.experimental.sparse import BCOO
+
+        (m, k), (bm, bk) = self.shape, self.block_size
+        rows, columns = jnp.asarray(self.row_ids()), jnp.asarray(self.indices)
+        row = rows[:, None, None] * bm + jnp.arange(bm)[:, None]
+        column = columns[:, None, None] * bk + jnp.arange(bk)
+        row, column = jnp.broadcast_arrays(row, column)
+        inside = (rows >= 0)[:, None, None] & (row < m) & (column >= 0) & (column < k)
+        # An index out of range is BCOO's padding.
+        places = jnp.stack([jnp.where(inside, row, m), jnp.where(inside, column, k)], -1).reshape(-1, 2)
+        return BCOO((jnp.where(inside, self.data, 0).reshape(-1), places), shape=self.shape)
+
+    def to_scipy(self) -> Any:
+        """As a `scipy.sparse.bsr_array`; the shape must be of whole blocks."""
+        from scipy.sparse import bsr_array
+
+        end = int(np.asarray(self.indptr)[-1])
+        parts = (np.asarray(self.data)[:end], np.asarray(self.indices)[:end], np.asarray(self.indptr))
+        return bsr_array(parts, shape=self.shape)
+
+    def to_dense(self) -> jax.Array:
+        """[M, K]; entries that belong to no row count for nothing, blocks listed twice are summed."""
+        (rows, columns), (bm, bk) = self.grid, self.block_size
+        row_ids = self.row_ids()
+        listed = (row_ids >= 0) & (row_ids < rows) & (self.indices >= 0) & (self.indices < columns)
+        place = jnp.where(listed, row_ids * columns + self.indices, rows * columns)
+        data = jnp.asarray(self.data)
+        blocks = jnp.zeros((rows * columns + 1, bm, bk), data.dtype).at[place].add(data)[:-1]
+        dense = blocks.reshape(rows, columns, bm, bk).swapaxes(1, 2).reshape(rows * bm, columns * bk)
+        return dense[: self.shape[0], : self.shape[1]]
+
+    # ---- Views
+
+    def with_data(self, data: Any) -> Self:
+        """The same places with other blocks."""
+        return dataclasses.replace(self, data=data)
+
+    def astype(self, dtype: Any) -> Self:
+        return self.with_data(jnp.asarray(self.data).astype(dtype))
+
+    def row_ids(self) -> Any:
+        """int32 [entries]: the row of each, -1 past the end."""
+        if not is_traced(self.indptr):
+            return rows_of_entries(np.asarray(self.indptr), self.entries)
+        entry = jnp.arange(self.entries, dtype=jnp.int32)
+        offsets = jnp.clip(jax.lax.cummax(self.indptr), 0, self.entries)
+        rows = jnp.searchsorted(offsets[1:], entry, side="right").astype(jnp.int32)
+        return jnp.where((entry >= offsets[0]) & (entry < offsets[-1]), rows, -1)
+
+    def columns(self) -> tuple[Any, Any, Any]:
+        """The same lists column by column: offsets [columns + 1], rows [entries], and which entry each one is."""
+        traced = is_traced(self.indptr) or is_traced(self.indices)
+        order = np.arange(self.entries, dtype=np.int32)
+        indptr, indices, order = (x[None, None] for x in (self.indptr, self.indices, order))
+        transpose = transpose_traced if traced else transpose_host
+        offsets, rows, entries = transpose(indptr, indices, order, self.grid[1])
+        return offsets[0, 0], rows[0, 0], entries[0, 0]
+
+    @property
+    def T(self) -> BSR:
+        """The transposed matrix; its blocks are copied."""
+        offsets, rows, entries = self.columns()
+        data = jnp.swapaxes(jnp.asarray(self.data)[jnp.maximum(entries, 0)], 1, 2)
+        return dataclasses.replace(self, data=data, indptr=offsets, indices=rows, shape=self.shape[::-1])
+
+    def check(self) -> None:
+        """Checks what kernels do not trust.
+
+        Raises:
+          ValueError: naming the first row whose entries or columns are out of range: products give NaN for such a row.
+          TypeError: where the lists are traced.
+        """
+        if is_traced(self.indptr) or is_traced(self.indices):
+            raise TypeError("BSR.check() needs values, but these lists are traced; call it outside of jit")
+        offsets, indices = np.asarray(self.indptr, np.int64), np.asarray(self.indices)
+        begin, end = offsets[:-1], offsets[1:]
+        bad = (end < begin) | (begin < 0) | (end > self.entries)
+        if bad.any():
+            row = int(np.argmax(bad))
+            raise ValueError(
+                f"invalid BSR: row {row} has entries {begin[row]} to {end[row]}, of {self.entries} that there are"
+            )
+        rows = rows_of_entries(offsets, self.entries)
+        bad = (rows >= 0) & ((indices < 0) | (indices >= self.grid[1]))
+        if bad.any():
+            entry = int(np.argmax(bad))
+            raise ValueError(
+                f"invalid BSR: row {rows[entry]} has a block in column {indices[entry]}, outside [0, {self.grid[1]})"
+            )
+
+
+jax.tree_util.register_dataclass(BSR, data_fields=["data", "indptr", "indices"], meta_fields=["shape"])
+
+
+def _pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    bm, bk = (operator.index(size) for size in pair)
+    if min(bm, bk) < 1:
+        raise ValueError(f"block_size is positive, got {block_size}")
+    return bm, bk

@@ -1,0 +1,165 @@
+"""Block-sparse products against dense ones in float64: values, derivatives, transformations, bad lists."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jax_bsk import BSR, sampled_matmul, sparse_matmul
+
+# shape, block size, density
+CASES = [
+    ((96, 64), (32, 16), 0.4),
+    ((100, 70), (32, 16), 0.5),
+    ((64, 200), 64, 0.3),
+    ((33, 31), 16, 1.0),
+    ((64, 64), 16, 0),
+]
+
+
+def make(shape, block_size, density, seed=0):
+    keys = jax.random.split(jax.random.key(seed), 3)
+    matrix = BSR.random(keys[0], shape, density, block_size)
+    dense = np.asarray(matrix.to_dense(), np.float64)
+    right, left = jax.random.normal(keys[1], (shape[1], 23)), jax.random.normal(keys[2], (2, 5, shape[0]))
+    return matrix, dense, right, left
+
+
+@pytest.mark.parametrize(("shape", "block_size", "density"), CASES)
+def test_values(shape, block_size, density):
+    matrix, dense, right, left = make(shape, block_size, density)
+    b, x = np.asarray(right, np.float64), np.asarray(left, np.float64)
+    for got, want in (
+        (sparse_matmul(matrix, right), dense @ b),
+        (sparse_matmul(left, matrix), x @ dense),
+        (sparse_matmul(matrix, left[0].T, transpose=True), dense.T @ x[0].T),
+        (sparse_matmul(right.T, matrix, transpose=True), b.T @ dense.T),
+        (matrix.T.to_dense(), dense.T),
+    ):
+        np.testing.assert_allclose(got, want, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("shape", "block_size", "density"), CASES[:4])
+def test_the_sampled_product(shape, block_size, density):
+    matrix, dense, right, left = make(shape, block_size, density)
+    a, b = left[0].T, right[:, :5].T
+    got = np.asarray(sampled_matmul(a, b, matrix).to_dense(), np.float64)
+    want = np.asarray(a, np.float64) @ np.asarray(b, np.float64)
+    np.testing.assert_allclose(got, np.where(dense != 0, want, 0), atol=1e-4)
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_derivatives(transpose):
+    matrix, dense, right, left = make((100, 70), (32, 16), 0.5)
+    operand = left[0].T if transpose else right
+
+    def sparse(data, operand):
+        return jnp.sin(sparse_matmul(matrix.with_data(data), operand, transpose=transpose)).sum()
+
+    def full(matrix, operand):
+        return jnp.sin((matrix.T if transpose else matrix) @ operand).sum()
+
+    data, operand_gradient = jax.jit(jax.grad(sparse, (0, 1)))(matrix.data, operand)
+    expected = jax.grad(full, (0, 1))(jnp.asarray(dense, jnp.float32), operand)
+    assert data.shape == matrix.data.shape  # no dense gradient
+    np.testing.assert_allclose(
+        matrix.with_data(data).to_dense(), np.where(dense != 0, expected[0], 0), atol=5e-5, rtol=1e-4
+    )
+    np.testing.assert_allclose(operand_gradient, expected[1], atol=5e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("change", [{"indices": 99}, {"indices": -1}, {"indptr": 10_000}])
+def test_a_bad_list_poisons_its_row_alone(change):
+    matrix, dense, right, _ = make((96, 64), (32, 16), 0.6)
+    ((name, value),) = change.items()
+    lists = {"indptr": np.array(matrix.indptr), "indices": np.array(matrix.indices)}
+    place = int(lists["indptr"][2]) if name == "indices" else 3
+    lists[name][place] = value
+    bad = BSR(matrix.data, lists["indptr"], lists["indices"], matrix.shape)
+    out = np.asarray(jax.jit(sparse_matmul)(bad, right))
+    assert np.isnan(out[64:]).all()
+    np.testing.assert_allclose(out[:64], (dense @ np.asarray(right, np.float64))[:64], atol=2e-5)
+    with pytest.raises(ValueError, match="row 2"):
+        bad.check()
+
+
+def test_transformations():
+    matrix, dense, right, _ = make((96, 64), (32, 16), 0.5)
+    want = dense @ np.asarray(right, np.float64)
+    both = jnp.stack([right, 2 * right])
+    got = jax.jit(jax.vmap(sparse_matmul, (None, 0)))(matrix, both)
+    np.testing.assert_allclose(got, [want, 2 * want], atol=5e-5)
+    data = jnp.stack([matrix.data, -matrix.data])
+    got = jax.vmap(lambda data: sparse_matmul(matrix.with_data(data), right))(data)
+    np.testing.assert_allclose(got, [want, -want], atol=5e-5)
+
+    def loss(data):
+        return (sparse_matmul(matrix.with_data(data), right) ** 2).sum()
+
+    def full(array):
+        gradient = jax.grad(lambda array: ((array @ right) ** 2).sum())(array)
+        return (jnp.where(stored, gradient, 0) ** 2).sum()
+
+    stored, array = dense != 0, jnp.asarray(dense, jnp.float32)
+    second = jax.grad(lambda data: (jax.grad(loss)(data) ** 2).sum())(matrix.data)
+    want = np.where(stored, jax.grad(full)(array), 0)
+    np.testing.assert_allclose(matrix.with_data(second).to_dense(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
+
+
+def test_types():
+    matrix, dense, right, _ = make((64, 64), 16, 0.5)
+    out = sparse_matmul(matrix.astype(jnp.bfloat16), right.astype(jnp.bfloat16))
+    assert out.dtype == jnp.bfloat16
+    np.testing.assert_allclose(out.astype(jnp.float32), dense @ np.asarray(right), atol=0.3, rtol=2e-2)
+    wide = sparse_matmul(matrix.astype(jnp.bfloat16), right.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    assert wide.dtype == jnp.float32
+
+
+def test_forms_and_back():
+    matrix, dense, _, _ = make((96, 64), (32, 16), 0.5)
+    array = dense.astype(np.float32)
+    np.testing.assert_array_equal(BSR.from_dense(array, (32, 16)).to_dense(), array)
+    np.testing.assert_array_equal(matrix.to_scipy().toarray(), np.asarray(matrix.to_dense()))
+    again = BSR.from_scipy(matrix.to_scipy())
+    np.testing.assert_array_equal(again.indices, matrix.indices)
+    np.testing.assert_array_equal(again.to_dense(), matrix.to_dense())
+    np.testing.assert_array_equal(matrix.to_jax().todense(), matrix.to_dense())
+    np.testing.assert_array_equal(BSR.from_jax(matrix.to_jax(), (32, 16)).to_dense(), matrix.to_dense())
+    ragged, full, _, _ = make((100, 70), (32, 16), 0.5)
+    np.testing.assert_allclose(ragged.to_jax().todense(), full, rtol=1e-6)
+    keep = np.zeros((3, 4), bool)
+    keep[1, 2] = True
+    kept = BSR.from_dense(np.ones((96, 64), np.float32), (32, 16), keep=keep)
+    assert kept.entries == 1
+    assert kept.density == pytest.approx(1 / 12)
+
+
+def test_room_that_is_not_used_counts_for_nothing():
+    matrix, dense, right, left = make((96, 64), (32, 16), 0.5)
+    spare = np.full((5, 32, 16), np.nan, np.float32)
+    wide = BSR(
+        jnp.concatenate([matrix.data, spare]),
+        matrix.indptr,
+        np.concatenate([matrix.indices, np.full(5, -1, np.int32)]),
+        matrix.shape,
+    )
+    want = dense @ np.asarray(right, np.float64)
+    np.testing.assert_allclose(jax.jit(sparse_matmul)(wide, right), want, atol=2e-5)
+    x = np.asarray(left, np.float64)
+    np.testing.assert_allclose(jax.jit(sparse_matmul)(left, wide), x @ dense, atol=2e-5)
+    np.testing.assert_array_equal(wide.to_dense(), matrix.to_dense())
+    np.testing.assert_array_equal(jax.jit(lambda m: m.T.to_dense())(wide), matrix.to_dense().T)
+
+
+def test_mistakes_are_named():
+    matrix, _, right, _ = make((96, 64), (32, 16), 0.5)
+    with pytest.raises(TypeError, match="one factor is a BSR"):
+        sparse_matmul(right, right)
+    with pytest.raises(ValueError, match=r"b is \[64, N\]"):
+        sparse_matmul(matrix, right[1:])
+    with pytest.raises(ValueError, match=r"the pattern is \(96, 64\)"):
+        sampled_matmul(right, right.T, matrix)
+    with pytest.raises(ValueError, match="indptr has 4 numbers"):
+        BSR(matrix.data, matrix.indptr[1:], matrix.indices, matrix.shape)
