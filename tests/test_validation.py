@@ -17,9 +17,9 @@ from jax_bsk.__main__ import main
 from jax_bsk.benchmarking import grid
 from jax_bsk.benchmarking.passes import Pass
 from jax_bsk.support.git_tree import tree_hash
-from jax_bsk.validation import benchmark, markdown, numerics, profile, provenance, report, runner, targets
+from jax_bsk.validation import benchmark, markdown, numerics, profile, programs, provenance, report, runner, targets
 from jax_bsk.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
-from jax_bsk.validation.settings import STAGES, Clock, Level, Settings
+from jax_bsk.validation.settings import CASES, STAGES, Clock, Level, Settings
 
 ROOT = Path(__file__).parents[1]
 FACTS = {
@@ -81,14 +81,20 @@ def test_a_stage_cannot_pass_by_skipping(checks, expected):
     assert verdict_of(checks) is expected
 
 
-def stages_that_passed() -> dict[str, StageResult]:
-    return {name: StageResult(name, (passed("x"),), provenance=dict(FACTS)) for name in STAGES if name != "report"}
+def stages_that_passed(level: Level = Level.FULL) -> dict[str, StageResult]:
+    facts = FACTS | {"level": level.value}
+    return {name: StageResult(name, (passed("x"),), provenance=facts) for name in STAGES if name != "report"}
 
 
 def test_what_is_cleared():
     full, quick = Settings(Path("x"), Level.FULL), Settings(Path("x"))
     assert report.assemble(full, stages_that_passed())["verdict"] == "cleared"
-    assert report.assemble(quick, stages_that_passed())["verdict"] == "cleared (quick)"
+    assert report.assemble(quick, stages_that_passed(Level.QUICK))["verdict"] == "cleared (quick)"
+    # What ran decides, not the call that puts the report together.
+    raised = report.assemble(full, stages_that_passed(Level.QUICK))
+    assert (raised["verdict"], raised["settings"]["level"]) == ("cleared (quick)", "quick")
+    mixed = stages_that_passed() | {"harden": stages_that_passed(Level.QUICK)["harden"]}
+    assert report.assemble(full, mixed)["verdict"] == "not cleared"
     missing = stages_that_passed()
     del missing["harden"]
     assert report.assemble(full, missing)["reasons"] == ["stage harden was not run"]
@@ -123,8 +129,6 @@ def quick_run(tmp_path_factory) -> tuple[subprocess.CompletedProcess[str], Path]
         "jax_bsk",
         "validate",
         "--quick",
-        "--cases",
-        "16",
         "--seed",
         "5",
         "--out",
@@ -146,7 +150,7 @@ def test_a_quick_run_without_a_gpu(quick_run):
     assert "NOT CLEARED" in result.stdout
     assert found["provenance"]["csrc_tree"] == tree_hash(ROOT / "csrc")
     numbers = found["stages"]["validate"]["data"]
-    assert numbers["forward_cases"] >= 16
+    assert numbers["forward_cases"] >= CASES["cpu", Level.QUICK]
     assert 0 < numbers["backward_cases"] < numbers["forward_cases"]
     counts = numbers["histogram"]["counts"]
     assert sum(counts["out"]) == numbers["forward_cases"]
@@ -220,6 +224,30 @@ def test_too_few_cases_are_not_a_pass():
     record = {"task": "1", "draw": 0, "ok": True, "gradients": True, "case": {}, "results": []}
     assert numerics._judge("random", [record], "cpu", 2).verdict is Verdict.SKIPPED
     assert numerics._judge("random", [record], "cpu", 1).verdict is Verdict.PASSED
+
+
+def test_refusals_alone_and_fewer_cases_than_the_level_asks_for_are_not_a_pass(tmp_path, monkeypatch):
+    refused = [{"task": name, "draw": 0, "gradients": True, "case": {}, "refused": "no"} for name in ("a", "b")]
+    assert numerics._judge("corner cases", refused, "cpu", 1).verdict is Verdict.SKIPPED
+    monkeypatch.setattr(numerics, "CORNER_CASES", {"one-token": None})
+    one = {"draw": 0, "ok": True, "gradients": True, "case": {}, "results": []}
+    monkeypatch.setattr(numerics, "_answers", lambda *a: iter([one | {"task": t} for t in ("one-token", "3")]))
+    result = numerics.run(Settings(tmp_path, cases=1, quiet=True), Clock(60))
+    verdicts = {check.name: check.verdict for check in result.checks}
+    assert verdicts == {"corner cases": Verdict.PASSED, "random cases from seed 0": Verdict.SKIPPED}
+
+
+def test_programs_of_other_sources_are_no_evidence(tmp_path):
+    settings = Settings(tmp_path, programs=tmp_path)
+    program = tmp_path / "cuda_check"
+    for tree, found in ((provenance.source_tree(), program), ("0" * 40, None)):
+        program.write_text(f'#!/bin/sh\n[ "$1" = tree ] && echo {tree}\n')
+        program.chmod(0o755)
+        assert programs.find(settings, "cuda_check") == found
+    assert programs.find(settings, "cuda_racecheck") is None
+    check = programs.provide(dataclasses.replace(settings, level=Level.FULL), Clock(60), on_gpu=True)
+    assert check.verdict is Verdict.FAILED
+    assert "cuda_check, cuda_racecheck" in check.detail
 
 
 def test_a_benchmark_that_is_cut_short_is_not_a_pass(tmp_path, monkeypatch):

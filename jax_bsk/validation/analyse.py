@@ -6,9 +6,10 @@ import shutil
 import subprocess
 from typing import Any
 
-from jax_bsk import _compat, _dispatch
+from jax_bsk import _dispatch
 from jax_bsk.benchmarking import ceilings, report
 from jax_bsk.support.progress import Progress
+from jax_bsk.validation import provenance
 from jax_bsk.validation.outcome import Check, StageResult, judged, passed, skipped
 from jax_bsk.validation.settings import Clock, Settings
 
@@ -27,8 +28,8 @@ def run(settings: Settings, clock: Clock) -> StageResult:
 
 
 def _look(settings: Settings, progress: Progress) -> tuple[list[Check], dict[str, Any]]:
-    on_gpu = _compat.default_platform() == "cuda"
-    implementation = "cuda" if on_gpu else "cpu"
+    implementation = provenance.implementation()
+    on_gpu = implementation == "cuda"
     progress.step("devices and software")
     checks = [gpu_check(on_gpu)]
     reasons = _dispatch.unavailable(implementation)

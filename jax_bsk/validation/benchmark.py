@@ -6,12 +6,11 @@ import csv
 from pathlib import Path
 from typing import Any
 
-from jax_bsk import _compat
 from jax_bsk.benchmarking import ceilings, gradient_cases, grid, measure, report, runs, tables
 from jax_bsk.benchmarking.cases import Case
 from jax_bsk.benchmarking.passes import Pass
 from jax_bsk.support.progress import Progress
-from jax_bsk.validation import targets
+from jax_bsk.validation import provenance, targets
 from jax_bsk.validation.outcome import Check, StageResult, failed, passed, skipped
 from jax_bsk.validation.settings import Clock, Level, Settings
 
@@ -44,8 +43,8 @@ def case_sets(level: Level, on_gpu: bool, seed: int) -> dict[str, list[Case]]:
 
 def run(settings: Settings, clock: Clock) -> StageResult:
     """Measures every set while there is time."""
-    on_gpu = _compat.default_platform() == "cuda"
-    implementation = "cuda" if on_gpu else "cpu"
+    implementation = provenance.implementation()
+    on_gpu = implementation == "cuda"
     sets = case_sets(settings.level, on_gpu, settings.seed)
     rates = {
         dtype: ceilings.matrix_product_rate(dtype, settings.seed)

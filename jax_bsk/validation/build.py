@@ -8,7 +8,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from jax_bsk import _compat, _ffi
+from jax_bsk import _ffi
 from jax_bsk.support.cuda_tools import NoDisassembler, kernel_resources
 from jax_bsk.support.progress import Progress
 from jax_bsk.validation import programs, provenance
@@ -23,7 +23,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
 
 
 def _run(settings: Settings, clock: Clock, progress: Progress) -> StageResult:
-    on_gpu = _compat.default_platform() == "cuda"
+    on_gpu = provenance.implementation() == "cuda"
     progress.step("sources")
     facts = provenance.collect()
     library = _ffi.library(facts["implementation"])

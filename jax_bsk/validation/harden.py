@@ -13,12 +13,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from jax_bsk import _compat
 from jax_bsk.support import environment
 from jax_bsk.support.progress import Progress
 from jax_bsk.testing import faults, steady
 from jax_bsk.testing.gpu_load import concurrent_load
-from jax_bsk.validation import kernels
+from jax_bsk.validation import kernels, provenance
 from jax_bsk.validation.outcome import Check, StageResult, failed, judged, skipped
 from jax_bsk.validation.settings import Clock, Level, Settings
 
@@ -29,7 +28,7 @@ GROWTH_KIB = 20_000  # that a process may have grown by then: allocators keep so
 
 def run(settings: Settings, clock: Clock) -> StageResult:
     """One part after the other, as long as there is time."""
-    implementation = "cuda" if _compat.default_platform() == "cuda" else "cpu"
+    implementation = provenance.implementation()
     parts: list[tuple[str, Callable[..., tuple[list[Check], Any]]]] = [
         ("repeats", _repeats),
         ("faults", _faults),

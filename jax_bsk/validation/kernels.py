@@ -45,7 +45,7 @@ def _each(commands: Iterable[list[str]], jobs: int, seconds: float) -> Iterator[
 def _missing(settings: Settings, name: str, program: str) -> Check:
     if settings.level is Level.QUICK:
         return skipped(name, "in full runs", required=False)
-    return skipped(name, f"there is no {program}: see the stage build")
+    return skipped(name, f"there is no {program} of these sources: see the stage build")
 
 
 def _jobs(settings: Settings) -> int:
@@ -97,7 +97,8 @@ def sanitizers(settings: Settings, clock: Clock, implementation: str) -> tuple[l
 def mutations(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
     """Kernels with a bug seeded: the check program must fail on each."""
     name = "seeded kernel bugs"
-    where, root = programs.folder(settings), provenance.checkout()
+    unmutated, root = programs.find(settings, "cuda_check"), provenance.checkout()
+    where = None if unmutated is None else unmutated.parent
     if settings.level is Level.QUICK or where is None or root is None or not list(where.glob("mutant_*")):
         return [_missing(settings, name, "mutant")], []
     with tempfile.TemporaryDirectory() as folder:

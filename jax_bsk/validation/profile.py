@@ -7,7 +7,6 @@ import io
 import subprocess
 from typing import Any
 
-from jax_bsk import _compat
 from jax_bsk.benchmarking import ceilings, runs, tables
 from jax_bsk.benchmarking.cases import Case
 from jax_bsk.benchmarking.passes import Pass
@@ -30,7 +29,7 @@ COUNTED = ("time-d128-random", "time-d128-causal")  # cases of cuda_check
 
 def run(settings: Settings, clock: Clock) -> StageResult:
     """Rooflines first, which need nothing but jax_bsk, then counters."""
-    on_gpu = _compat.default_platform() == "cuda"
+    on_gpu = provenance.implementation() == "cuda"
     with Progress(2, settings.quiet) as progress:
         progress.step("rooflines")
         measured = _benchmarked(settings) or _measure(settings, on_gpu)
@@ -67,7 +66,7 @@ def _measure(settings: Settings, on_gpu: bool) -> dict[str, Any]:
     cases = chosen(settings, on_gpu)
     rates = {dtype: ceilings.matrix_product_rate(dtype, settings.seed) for dtype in {case.dtype for case in cases}}
     bandwidth = ceilings.copy_bandwidth()
-    implementation = "cuda" if on_gpu else "cpu"
+    implementation = provenance.implementation()
     records = []
     for record in runs.records(cases, implementation=implementation, with_peers=False, rounds=3, seed=settings.seed):
         if "useful_flops" in record:

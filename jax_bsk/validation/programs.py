@@ -28,10 +28,16 @@ def folder(settings: Settings) -> Path | None:
 
 
 def find(settings: Settings, name: str) -> Path | None:
-    """A program that is there."""
+    """A program that is there and was built from the sources that are looked at."""
     where = folder(settings)
     path = None if where is None else where / name
-    return path if path is not None and path.exists() else None
+    return path if path is not None and path.exists() and tree_of(path) == provenance.source_tree() else None
+
+
+def tree_of(program: Path) -> str:
+    """Git's hash of the sources that a check program says it was built from; empty where it does not say."""
+    result = subprocess.run([program, "tree"], capture_output=True, text=True, timeout=60, check=False)
+    return result.stdout.strip() if result.returncode == 0 else ""
 
 
 def provide(settings: Settings, clock: Clock, *, on_gpu: bool) -> Check:
@@ -41,7 +47,8 @@ def provide(settings: Settings, clock: Clock, *, on_gpu: bool) -> Check:
         return skipped(name, "for full runs on a GPU", required=False)
     if settings.programs is not None:
         missing = [program for program in PROGRAMS if find(settings, program) is None]
-        return failed(name, f"not in {settings.programs}: {missing}") if missing else passed(name, "given")
+        why = f"not there, or of other sources, in {settings.programs}: {', '.join(missing)}"
+        return failed(name, why) if missing else passed(name, "given, and built from these sources")
     root, nvcc, cmake = provenance.checkout(), find_tool("nvcc"), shutil.which("cmake")
     if root is None or nvcc is None or cmake is None:
         return skipped(name, "building them needs a checkout, cmake and an nvcc; --programs takes built ones")

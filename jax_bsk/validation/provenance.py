@@ -19,18 +19,27 @@ def checkout() -> Path | None:
     return root if (root / "csrc").is_dir() and (root / "tests" / "csrc").is_dir() else None
 
 
+def implementation() -> str:
+    """The native implementation that is looked at: "cuda" where JAX runs on an NVIDIA GPU, else "cpu"."""
+    return "cuda" if _compat.default_platform() == "cuda" else "cpu"
+
+
+def source_tree() -> str | None:
+    """Git's hash of the sources of the kernels that are looked at: the checkout's, or the installed library's."""
+    root = checkout()
+    return _ffi.library(implementation()).info.get("source_tree") if root is None else tree_hash(root / "csrc")
+
+
 def collect() -> dict[str, Any]:
     """Git's hashes of `csrc/` and `jax_bsk/` as they lie here, of the sources the library was built from, versions."""
     root = checkout()
-    platform = _compat.default_platform()
-    implementation = "cuda" if platform == "cuda" else "cpu"
-    library = _ffi.library(implementation)
+    library = _ffi.library(implementation())
     return {
         "csrc_tree": None if root is None else tree_hash(root / "csrc"),
         "package_tree": tree_hash(PACKAGE),
         "library_tree": library.info.get("source_tree"),
-        "implementation": implementation,
-        "platform": platform,
+        "implementation": implementation(),
+        "platform": _compat.default_platform(),
         "device": environment.devices()[0],
         "versions": environment.versions(),
     }

@@ -53,7 +53,10 @@ def run(settings: Settings, clock: Clock) -> StageResult:
 
 
 def assemble(settings: Settings, stages: dict[str, StageResult]) -> dict[str, Any]:
-    """The report; its verdict needs every stage, and every stage of the same code and machine."""
+    """The report; its verdict needs every stage, and every stage of the same code, machine and level.
+
+    The level is the stages' own: a report that is put together later cannot raise it.
+    """
     reasons = [f"stage {name} was not run" for name in STAGES if name not in stages and name != "report"]
     for name, result in stages.items():
         if result.verdict is Verdict.FAILED:
@@ -64,8 +67,11 @@ def assemble(settings: Settings, stages: dict[str, StageResult]) -> dict[str, An
             reasons.append(f"stage {name} skipped: {', '.join(bad)}")
     if _one_code(stages).verdict is not Verdict.PASSED:
         reasons.append("the stages are of different code or machines")
-    cleared = "cleared" if settings.level is Level.FULL else "cleared (quick)"
+    levels = {result.provenance.get("level") for result in stages.values()}
+    cleared = "cleared" if levels == {Level.FULL.value} else "cleared (quick)"
     facts = {name: value for name, value in settings.to_json().items() if name not in ("out", "programs")}
+    if len(levels) == 1:
+        facts["level"] = levels.pop()
     return {
         "schema": SCHEMA,
         "verdict": "not cleared" if reasons else cleared,

@@ -1,8 +1,9 @@
 // Checks the CUDA attention kernels without XLA or Python: `cuda_check list` names the cases, `cuda_check NAME` runs
-// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one. Each case runs on
-// every forward and every backward kernel that can take it. Results are compared with a plain float64 computation on
-// the host; outputs start as NaN between guard bytes; every launch is repeated and must give the same bits, also from a
-// captured CUDA graph. `time-*` cases print times. Exit status: 0 = passed.
+// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one, `cuda_check tree`
+// says which sources it was built from. Each case runs on every forward and every backward kernel that can take it.
+// Results are compared with a plain float64 computation on the host; outputs start as NaN between guard bytes; every
+// launch is repeated and must give the same bits, also from a captured CUDA graph. `time-*` cases print times. Exit
+// status: 0 = passed.
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -19,6 +20,7 @@
 #include <vector>
 
 #include "attention/launch.h"
+#include "source_tree.h"
 
 namespace {
 
@@ -906,8 +908,12 @@ int main(int argc, char** argv) {
   for (const Case& c : Cases()) all.push_back(c.name);
   for (const Timing& t : Timings()) all.push_back(t.name);
   if (argc != 2 && argc != 3) {
-    std::printf("usage: cuda_check NAME [REPEATS] | all [REPEATS] | list\n");
+    std::printf("usage: cuda_check NAME [REPEATS] | all [REPEATS] | list | tree\n");
     return 2;
+  }
+  if (argv[1] == std::string("tree")) {  // git's hash of the csrc/ that the kernels were built from
+    std::printf("%s\n", JAX_BSK_SOURCE_TREE);
+    return 0;
   }
   if (argc == 3) repeat_count = std::atoi(argv[2]);  // fewer under compute-sanitizer
   if (argv[1] == std::string("list")) {
