@@ -1,4 +1,5 @@
-// What a native library offers to Python: filled by its handlers, read by bindings.cc.
+// What a native library offers to Python: filled by the handlers of its operations, put together by registrations.cc,
+// read by bindings.cc.
 #pragma once
 
 #include <cstdint>
@@ -14,12 +15,28 @@ namespace jax_bsk {
 // Names of the custom calls, on every platform; jax_bsk/_ffi.py has them too and compares when it loads a library.
 inline constexpr const char* kAttentionForward = "jax_bsk_attention_forward";
 inline constexpr const char* kAttentionBackward = "jax_bsk_attention_backward";
+inline constexpr const char* kMatmulProduct = "jax_bsk_matmul_product";
+inline constexpr const char* kMatmulSampled = "jax_bsk_matmul_sampled";
 
 // Custom-call target -> handler.
-std::map<std::string, XLA_FFI_Handler*> Registrations();
+using Handlers = std::map<std::string, XLA_FFI_Handler*>;
 
 // Facts of the build that Python must know: versions, architectures and kernel limits have no second copy there.
 using Fact = std::variant<int64_t, std::string, std::vector<int64_t>, std::vector<std::string>>;
-std::map<std::string, Fact> BuildInfo();
+using Facts = std::map<std::string, Fact>;
+
+namespace attention {
+Handlers Registrations();
+Facts BuildInfo();
+}  // namespace attention
+
+namespace matmul {
+Handlers Registrations();
+Facts BuildInfo();  // names begin with "matmul_"
+}  // namespace matmul
+
+// Of all operations.
+Handlers Registrations();
+Facts BuildInfo();
 
 }  // namespace jax_bsk

@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 
 from jax_bsk._version import __version__
-from jax_bsk.cli import bench, info, validate
+from jax_bsk.cli import bench, info, matmul_bench, validate
 
-COMMANDS = (info, bench, validate)
+COMMANDS = (info, bench, matmul_bench, validate)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,10 +25,11 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from jax_bsk import _compat, _ffi, _partition
 from jax_bsk._errors import UnsupportedError
+from jax_bsk._native import like, primitive
 from jax_bsk.masks import BlockMask
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
@@ -57,45 +57,22 @@ def stats_dtype(dtype: Any) -> np.dtype:
 # --- Primitives: shape rules and lowerings
 
 
-def _like(source, shape: Sequence[int], dtype: Any, dims: Sequence[int]):
-    """Abstract value with `source`'s varying axes, and in dimension i its sharding of `dims[i]` (-1: none)."""
-    spec = tuple(source.sharding.spec) + (None,) * (source.ndim - len(source.sharding.spec))
-    sharding = source.sharding.update(spec=PartitionSpec(*(None if d < 0 else spec[d] for d in dims)))
-    return source.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
-
-
 def _forward_shapes(query, key, value, *lists_and_more, call: NativeCall):
     del key, lists_and_more, call
     *lead, t, n, _ = query.shape
     dims = list(range(query.ndim))
-    out = _like(query, (*lead, t, n, value.shape[-1]), query.dtype, [*dims[:-1], -1])
-    lse = _like(query, (*lead, n, t), stats_dtype(query.dtype), [*dims[:-3], dims[-2], dims[-3]])
+    out = like(query, (*lead, t, n, value.shape[-1]), query.dtype, [*dims[:-1], -1])
+    lse = like(query, (*lead, n, t), stats_dtype(query.dtype), [*dims[:-3], dims[-2], dims[-3]])
     return out, lse
 
 
 def _backward_shapes(dout, query, key, value, *stats_and_lists, call: NativeCall):
     del dout, stats_and_lists, call
-    return tuple(_like(x, x.shape, x.dtype, range(x.ndim)) for x in (query, key, value))
+    return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in (query, key, value))
 
 
-def _primitive(name: str, shapes, lower):
-    primitive = _compat.Primitive(name)
-    primitive.multiple_results = True
-    primitive.def_abstract_eval(shapes)
-    primitive.def_impl(lambda *args, call: jax.jit(functools.partial(primitive.bind, call=call))(*args))
-    for platform in ("cpu", "cuda"):
-
-        def rule(ctx, *operands, call: NativeCall, platform=platform):
-            if call.platform not in (None, platform):
-                raise UnsupportedError(call.platform, [f"The computation is being compiled for {platform}."])
-            return lower(ctx, operands, call.attributes, platform)
-
-        _compat.mlir.register_lowering(primitive, rule, platform=platform)
-    return primitive
-
-
-_forward_p = _primitive("jax_bsk_attention_forward", _forward_shapes, _ffi.attention_forward)
-_backward_p = _primitive("jax_bsk_attention_backward", _backward_shapes, _ffi.attention_backward)
+_forward_p = primitive("jax_bsk_attention_forward", _forward_shapes, _ffi.attention_forward)
+_backward_p = primitive("jax_bsk_attention_backward", _backward_shapes, _ffi.attention_backward)
 
 
 # --- custom_partitioning

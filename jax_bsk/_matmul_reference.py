@@ -38,7 +38,7 @@ def sparse_times_dense(a: BSR, b: jax.Array, *, transposed: bool) -> jax.Array:
     listed = row_ids >= 0
 
     blocks = jnp.pad(b, ((0, ins * in_size - b.shape[0]), (0, 0))).reshape(ins, in_size, b.shape[1])
-    data = _inside(a, row_ids)
+    data = without_margins(a, row_ids)
 
     def step(total, entries):
         data, into, out_of, use = entries
@@ -97,7 +97,7 @@ def _bad_rows(a: BSR) -> jax.Array:
     return (end < begin) | (begin < 0) | (end > a.entries)
 
 
-def _inside(a: BSR, row_ids: jax.Array) -> jax.Array:
+def without_margins(a: BSR, row_ids: jax.Array) -> jax.Array:
     """The blocks with zeros where they stick out of the shape."""
     (m, k), (bm, bk) = a.shape, a.block_size
     data = jnp.asarray(a.data)

@@ -101,7 +101,7 @@ def sharding_rule(dims: CallDims, mesh: Mesh, operands: Sequence[Any], results: 
     head_factor, kv_factor = _heads(heads, kv_heads, mesh)
     replicated = {"k"} if (head_factor, kv_factor) == ("n", "k") else set[str]()
 
-    names = iter(f"x{_letters(i)}" for i in range(10_000))
+    names = iter(f"x{factor_name(i)}" for i in range(10_000))
 
     def own() -> str:
         name = next(names)
@@ -109,7 +109,7 @@ def sharding_rule(dims: CallDims, mesh: Mesh, operands: Sequence[Any], results: 
         return name
 
     def factors(shape: tuple[int, ...], letters: str) -> str:
-        words = [f"v{_letters(i)}" if shape[i] == query[i] else own() for i in range(lead)]
+        words = [f"v{factor_name(i)}" if shape[i] == query[i] else own() for i in range(lead)]
         for size, letter in zip(shape[lead:], letters, strict=True):
             if letter == "B" or (letter == "b" and size == query[lead]):
                 words.append("b")
@@ -132,7 +132,7 @@ def sharding_rule(dims: CallDims, mesh: Mesh, operands: Sequence[Any], results: 
     return rule, extra
 
 
-def _letters(i: int) -> str:
+def factor_name(i: int) -> str:
     """Factor names are letters only."""
     return chr(97 + i // 26) + chr(97 + i % 26)
 
@@ -197,7 +197,7 @@ def local_call(dims: CallDims, mesh: Mesh, args: Sequence[Any]) -> LocalCall:
     spec = tuple(query.sharding.spec) + (None,) * (len(query.shape) - len(query.sharding.spec))
     lead_axes, batch_axis, head_axis = spec[:lead], spec[lead], spec[lead + 2]
     heads, kv_heads = query.shape[lead + 2], key.shape[lead + 2]
-    shards = _axis_size(mesh, head_axis)
+    shards = axis_size(mesh, head_axis)
     kv_axis, shared_heads = head_axis, None
     if kv_heads % shards != 0:
         kv_axis = None
@@ -232,6 +232,6 @@ def local_call(dims: CallDims, mesh: Mesh, args: Sequence[Any]) -> LocalCall:
     )
 
 
-def _axis_size(mesh: Mesh, axis: Any) -> int:
+def axis_size(mesh: Mesh, axis: Any) -> int:
     names = (axis,) if isinstance(axis, str) else (axis or ())
     return math.prod(mesh.shape[name] for name in names)

@@ -8,12 +8,8 @@
 
 #include "attention/params.h"
 #include "ffi/checks.h"
-#include "version.h"
 
 namespace jax_bsk::attention {
-
-using Operand = ffi::AnyBuffer;
-using Output = ffi::Result<ffi::AnyBuffer>;
 
 // Attributes of both calls.
 struct Attributes {
@@ -31,10 +27,7 @@ struct ListOperands {
 };
 
 inline ffi::Error ReadAttributes(const Attributes& attributes, Shape* shape, float* scale, float* soft_cap) {
-  if (attributes.version != JAX_BSK_VERSION) {
-    return ffi::Error::InvalidArgument("jax_bsk: the call was compiled for version " + std::string(attributes.version) +
-                                       ", the loaded library is version " JAX_BSK_VERSION "; trace and compile again");
-  }
+  JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
   for (int64_t block : {attributes.block_q, attributes.block_kv}) {
     if (block <= 0 || block % 32 != 0) {
       return ffi::Error::InvalidArgument("jax_bsk: block sizes are positive multiples of 32, got " +
@@ -49,24 +42,9 @@ inline ffi::Error ReadAttributes(const Attributes& attributes, Shape* shape, flo
 }
 
 inline ffi::Error ReadDType(const Operand& query, DType* dtype, ffi::DataType* stats) {
-  *stats = ffi::F32;
-  switch (query.element_type()) {
-    case ffi::F16:
-      *dtype = DType::kF16;
-      return ffi::Error::Success();
-    case ffi::BF16:
-      *dtype = DType::kBF16;
-      return ffi::Error::Success();
-    case ffi::F32:
-      *dtype = DType::kF32;
-      return ffi::Error::Success();
-    case ffi::F64:
-      *dtype = DType::kF64;
-      *stats = ffi::F64;
-      return ffi::Error::Success();
-    default:
-      return ffi::Error::InvalidArgument("jax_bsk: query must be float16, bfloat16, float32 or float64");
-  }
+  JAX_BSK_RETURN_IF_ERROR(jax_bsk::ReadDType("query", query, dtype));
+  *stats = *dtype == DType::kF64 ? ffi::F64 : ffi::F32;
+  return ffi::Error::Success();
 }
 
 // query BTNH, key and value BSKH: ranks, agreement and the sizes derived from them.

@@ -5,17 +5,11 @@
 
 #include "attention/buffers.h"
 #include "attention/launch.h"
+#include "ffi/launch.h"
 #include "registrations.h"
 
 namespace jax_bsk::attention {
 namespace {
-
-ffi::Error LaunchResult(const char* name, cudaError_t error) {
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal("jax_bsk: " + std::string(name) + " did not launch: " + cudaGetErrorString(error));
-}
-
-ffi::Error Refusal(const std::string& reason) { return ffi::Error::InvalidArgument("jax_bsk: " + reason); }
 
 ffi::Error ForwardHandler(cudaStream_t stream, int32_t device, Operand query, Operand key, Operand value,
                           Operand row_offsets, Operand kv_blocks, Operand tiles, Operand bit_tiles, Operand lengths,
@@ -58,16 +52,11 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()).
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
-}  // namespace jax_bsk::attention
 
-namespace jax_bsk {
+Handlers Registrations() { return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}}; }
 
-std::map<std::string, XLA_FFI_Handler*> Registrations() {
-  return {{kAttentionForward, attention::kForward}, {kAttentionBackward, attention::kBackward}};
-}
-
-std::map<std::string, Fact> BuildInfo() {
-  using attention::cuda::Limits;
+Facts BuildInfo() {
+  using cuda::Limits;
   return {{"dtypes", std::vector<std::string>{"float16", "bfloat16", "float32"}},
           {"architectures", std::string(JAX_BSK_CUDA_ARCHITECTURES)},
           {"min_compute_capability", int64_t{Limits::kMinComputeCapability}},
@@ -76,4 +65,4 @@ std::map<std::string, Fact> BuildInfo() {
           {"blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
 }
 
-}  // namespace jax_bsk
+}  // namespace jax_bsk::attention

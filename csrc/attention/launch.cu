@@ -10,59 +10,20 @@
 #include "attention/prepare.h"
 #include "attention/sm80/config.h"
 #include "attention/sm90/config.h"
+#include "device/host.h"
 
 namespace jax_bsk::attention::cuda {
 namespace {
 
-constexpr int64_t kMaxInt = std::numeric_limits<int32_t>::max();
+using device::CeilDiv;
+using device::DeviceFacts;
+using device::DeviceScope;
+using device::ReadDevice;
+
+using device::kMaxInt;
 
 // Exists to be asked for: whether this build holds code for a device.
 __global__ void ProbeKernel() {}
-
-// Makes a device current for a scope; attributes and launches apply to the current one.
-class DeviceScope {
- public:
-  explicit DeviceScope(int device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device) {
-      error_ = cudaSetDevice(device);
-      changed_ = error_ == cudaSuccess;
-    }
-  }
-  ~DeviceScope() {
-    if (changed_) cudaSetDevice(previous_);
-  }
-  cudaError_t error() const { return error_; }
-
- private:
-  int previous_ = 0;
-  bool changed_ = false;
-  cudaError_t error_;
-};
-
-int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// What the choice of a kernel and the refusals need of a device.
-struct DeviceFacts {
-  int capability = 0;  // major * 10 + minor
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // a CTA may have
-};
-
-cudaError_t ReadDevice(int device, DeviceFacts* facts) {
-  int major = 0, minor = 0;
-  const std::pair<int*, cudaDeviceAttr> wanted[] = {
-      {&major, cudaDevAttrComputeCapabilityMajor},
-      {&minor, cudaDevAttrComputeCapabilityMinor},
-      {&facts->multiprocessors, cudaDevAttrMultiProcessorCount},
-      {&facts->shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin},
-  };
-  for (const auto& [value, attribute] : wanted) {
-    if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device); error != cudaSuccess) return error;
-  }
-  facts->capability = major * 10 + minor;
-  return cudaSuccess;
-}
 
 // What a portable kernel is chosen by.
 struct Choice {

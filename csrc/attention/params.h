@@ -4,9 +4,11 @@
 
 #include <cstdint>
 
+#include "dtype.h"
+
 namespace jax_bsk::attention {
 
-enum class DType : int32_t { kF16, kBF16, kF32, kF64 };
+using jax_bsk::DType;
 
 // Sizes shared by forward and backward. Names follow jax.nn.dot_product_attention: query is BTNH, key and value BSKH.
 struct Shape {

@@ -47,11 +47,13 @@ __device__ __forceinline__ void MultiplyRows(float (&acc)[kM][kN8][4], const Til
           for (int m = 0; m < kM; ++m)
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              float& sum = acc[m][n][2 * half + e];
-              sum = fmaf(left[m][half].x, right.x, sum);
-              sum = fmaf(left[m][half].y, right.y, sum);
-              sum = fmaf(left[m][half].z, right.z, sum);
-              sum = fmaf(left[m][half].w, right.w, sum);
+              // Four products are summed apart: one chain over the whole length rounds up to twice as much, beyond the
+              // tolerance of float32 in 2 of 984 random cases.
+              float part = left[m][half].x * right.x;
+              part = fmaf(left[m][half].y, right.y, part);
+              part = fmaf(left[m][half].z, right.z, part);
+              part = fmaf(left[m][half].w, right.w, part);
+              acc[m][n][2 * half + e] += part;
             }
         }
     }

@@ -108,6 +108,51 @@ __device__ __forceinline__ void ArriveExpecting(Barrier& barrier, int bytes) {
                : "memory");
 }
 
+// ---- Clusters: CTAs that run side by side and reach into each other's shared memory
+__device__ __forceinline__ int ClusterRank() {
+  uint32_t rank;
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// All threads of all CTAs of the cluster.
+__device__ __forceinline__ void SyncCluster() {
+  asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+// The address, in another CTA of the cluster, of what lies at this place of its shared memory.
+__device__ __forceinline__ uint32_t ClusterAddress(const void* pointer, int rank) {
+  uint32_t address;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(SharedAddress(pointer)), "r"(rank));
+  return address;
+}
+// Says that what this thread read of its own shared memory may be overwritten by another CTA's copies: of the order of
+// what it wrote there nothing is said (a release at cluster scope is a fence: 470 instead of 600 TFLOP/s).
+__device__ __forceinline__ void ArriveAt(Barrier& barrier, int rank) {
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(ClusterAddress(&barrier, rank)) : "memory");
+}
+// A word into another CTA's shared memory, and an arrival at a barrier there that says so, for WaitForWord. (st.async,
+// which does both, was seen to complete its barrier before the word could be read.)
+__device__ __forceinline__ void SendWord(int& word, Barrier& barrier, int rank, int value) {
+  asm volatile(
+      "st.shared::cluster.s32 [%0], %1;\n"
+      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%2];" ::"r"(ClusterAddress(&word, rank)),
+      "r"(value), "r"(ClusterAddress(&barrier, rank))
+      : "memory");
+}
+// Waits for such a word.
+__device__ __forceinline__ int WaitForWord(const int& word, Barrier& barrier, uint32_t parity) {
+  int value;
+  asm volatile(
+      "{\n.reg .pred p;\n"
+      "wait%=: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+      "@p bra done%=;\n"
+      "bra wait%=;\n"
+      "done%=: ld.volatile.shared.s32 %0, [%3];\n}"
+      : "=r"(value)
+      : "r"(SharedAddress(&barrier)), "r"(parity), "r"(SharedAddress(&word))
+      : "memory");
+  return value;
+}
+
 // Waits until the phase of this parity is complete. Built with JAX_BSK_DEBUG_BARRIERS, a wait of about a second names
 // itself and stops the kernel: it finds a deadlock in minutes.
 __device__ __forceinline__ void Wait(Barrier& barrier, uint32_t parity) {
@@ -172,6 +217,22 @@ __device__ __forceinline__ void LoadBox(void* shared, const CUtensorMap& map, Ba
       "l"(&map), "r"(SharedAddress(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
       : "memory");
 }
+// The same box to the same place of every CTA of the cluster in `mask`; each one's own barrier counts its bytes.
+__device__ __forceinline__ void LoadBoxMulticast(void* shared, const CUtensorMap& map, Barrier& barrier, uint16_t mask,
+                                                 int c0, int c1, int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4, %5, %6}], [%2], %7;" ::"r"(SharedAddress(shared)),
+      "l"(&map), "r"(SharedAddress(&barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "h"(mask)
+      : "memory");
+}
+// A box from shared to global memory, as part of this thread's current group of stores; what lies outside the tensor is
+// not written.
+__device__ __forceinline__ void StoreBox(const CUtensorMap& map, const void* shared, int c0, int c1, int c2, int c3) {
+  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(&map),
+               "r"(SharedAddress(shared)), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
+               : "memory");
+}
 // Contiguous bytes; addresses and count are multiples of 16.
 __device__ __forceinline__ void LoadBytes(void* shared, const void* global, Barrier& barrier, int bytes) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
@@ -201,6 +262,13 @@ __device__ __forceinline__ void FenceAsyncProxyGlobal() { asm volatile("fence.pr
 // stmatrix: four 8x8 matrices of 16-bit elements, the opposite of LoadMatrices.
 __device__ __forceinline__ void StoreMatrices(uint32_t shared, const uint32_t* words) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]),
+               "r"(words[1]), "r"(words[2]), "r"(words[3])
+               : "memory");
+}
+
+// The same, each matrix transposed.
+__device__ __forceinline__ void StoreMatricesTransposed(uint32_t shared, const uint32_t* words) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared), "r"(words[0]),
                "r"(words[1]), "r"(words[2]), "r"(words[3])
                : "memory");
 }
@@ -268,6 +336,8 @@ __device__ __forceinline__ uint64_t FullDescriptor(uint32_t low) {
 //   OverwriteRegisters: the same with a in registers.      Shared / Registers: the same, accumulating.
 //   RegistersTransposed: a in registers, b N-major, accumulating.
 //   SharedTransposed: a M-major and b N-major, both in shared memory, accumulating.
+//   Any<kTransposeA, kTransposeB>: both in shared memory, each either way (true: M-major, N-major); d is overwritten
+//   where `accumulate` is 0.
 template <typename Element, int kN>
 struct Multiply;
 
@@ -325,6 +395,13 @@ struct Multiply;
                  "}, %" #o0 ", %" #o1 ", p, 1, 1, 1, 1;\n}"                                                            \
                  : D("+f", 0)                                                                                          \
                  : "l"(a), "l"(b));                                                                                    \
+  }                                                                                                                    \
+  template <bool kTransposeA, bool kTransposeB>                                                                        \
+  static __device__ __forceinline__ void Any(float (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {              \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #o2 ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE \
+                 " {" R "}, %" #o0 ", %" #o1 ", p, 1, 1, %" #o3 ", %" #o4 ";\n}"                                       \
+                 : D("+f", 0)                                                                                          \
+                 : "l"(a), "l"(b), "r"(accumulate), "n"(kTransposeA ? 1 : 0), "n"(kTransposeB ? 1 : 0));               \
   }
 #define JAX_BSK_MULTIPLY(N, D, R, ...)               \
   template <>                                        \

@@ -5,13 +5,19 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
+#include <string_view>
 #include <vector>
 
+#include "dtype.h"
+#include "version.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_bsk {
 
 namespace ffi = xla::ffi;
+
+using Operand = ffi::AnyBuffer;
+using Output = ffi::Result<ffi::AnyBuffer>;
 
 inline std::string ShapeString(ffi::AnyBuffer::Dimensions dims) {
   std::string text = "[";
@@ -25,11 +31,11 @@ struct Extent {
   bool or_one = false;
 };
 
-// Dimensions with all but the last `trailing` merged into the first: a call under `vmap` carries leading dimensions of
-// its own, and its buffers are dense and row-major, so the kernels see one batch.
+// Dimensions with all but the last `trailing` merged into the first (1 where there is none): a call under `vmap`
+// carries leading dimensions of its own, and its buffers are dense and row-major, so the kernels see one batch.
 inline std::vector<int64_t> MergeLeading(const ffi::AnyBuffer& buffer, size_t trailing) {
   auto dims = buffer.dimensions();
-  if (dims.size() <= trailing) return std::vector<int64_t>(dims.begin(), dims.end());
+  if (dims.size() < trailing) return std::vector<int64_t>(dims.begin(), dims.end());
   std::vector<int64_t> merged{1};
   const size_t lead = dims.size() - trailing;
   for (size_t i = 0; i < dims.size(); ++i) {
@@ -71,6 +77,33 @@ inline ffi::Error CheckType(const char* name, const ffi::AnyBuffer& buffer, ffi:
   return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has element type " +
                                      std::to_string(static_cast<int>(buffer.element_type())) + ", expected " +
                                      std::to_string(static_cast<int>(type)));
+}
+
+inline ffi::Error ReadDType(const char* name, const ffi::AnyBuffer& buffer, DType* dtype) {
+  switch (buffer.element_type()) {
+    case ffi::F16:
+      *dtype = DType::kF16;
+      return ffi::Error::Success();
+    case ffi::BF16:
+      *dtype = DType::kBF16;
+      return ffi::Error::Success();
+    case ffi::F32:
+      *dtype = DType::kF32;
+      return ffi::Error::Success();
+    case ffi::F64:
+      *dtype = DType::kF64;
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) +
+                                         " must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// Executables may come from a cache that an older version of the package filled.
+inline ffi::Error CheckVersion(std::string_view version) {
+  if (version == JAX_BSK_VERSION) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("jax_bsk: the call was compiled for version " + std::string(version) +
+                                     ", the loaded library is version " JAX_BSK_VERSION "; trace and compile again");
 }
 
 // Returns from the calling handler with the first failure of a list of checks.

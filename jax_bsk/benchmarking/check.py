@@ -87,16 +87,28 @@ class Reference:
 
     def check(self, rows: np.ndarray, finite: bool) -> dict[str, Any]:
         """The largest error, as a share of what is allowed and by itself; NaN anywhere fails."""
-        error = np.abs(rows - self.rows).max(-1)
-        share = float(np.max(error / self.tolerance))
-        ok = finite and share <= 1  # NaN compares false
-        largest = float(np.max(error))
-        return {
-            "ok": bool(ok),
-            "finite": finite,
-            "largest_error": largest if math.isfinite(largest) else None,
-            "share_of_tolerance": share if math.isfinite(share) else None,
-        }
+        return verdict(rows, self.rows, self.tolerance, finite)
+
+
+def verdict(rows: np.ndarray, reference: np.ndarray, tolerance: np.ndarray, finite: bool) -> dict[str, Any]:
+    """The largest error of rows, as a share of each row's tolerance and by itself; NaN anywhere fails.
+
+    Args:
+      rows, reference: float64 [..., D].
+      tolerance: [...]; where it is 0, as of rows of zeros, only an equal row is right.
+      finite: whether all of the result is, rows that are not looked at included.
+    """
+    error = np.abs(rows - reference).max(-1)
+    with np.errstate(over="ignore"):
+        share = float(np.max(error / np.maximum(tolerance, np.finfo(np.float64).tiny)))
+    ok = finite and share <= 1  # NaN compares false
+    largest = float(np.max(error))
+    return {
+        "ok": bool(ok),
+        "finite": finite,
+        "largest_error": largest if math.isfinite(largest) else None,
+        "share_of_tolerance": share if math.isfinite(share) else None,
+    }
 
 
 def together(checks: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Sparse attention inside Flax: `attention_fn` for Flax's multi-head attention, and ready modules in `linen` and `nnx`.
+"""Sparsity inside Flax: `attention_fn` for Flax's multi-head attention, and ready modules in `linen` and `nnx`.
 
-Above `attention.py` on the path of a call, and the only package of jax_bsk that imports Flax; `import jax_bsk` does not
-import it.
+Above `attention.py` and `matmul.py` on the path of a call, and the only package of jax_bsk that imports Flax;
+`import jax_bsk` does not import it.
 """
 
 from __future__ import annotations

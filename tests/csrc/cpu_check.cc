@@ -5,118 +5,26 @@
 //   cpu_check [--cases N] [--seed S] [--time]
 //
 // A failing case prints its seed; `--cases 1 --seed S` repeats it. JAX_BSK_CPU_ISA chooses the instruction set.
+#include "cpu_check.h"
+
 #include <algorithm>
-#include <atomic>
-#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <limits>
 #include <memory>
-#include <new>
-#include <random>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "../../csrc/attention/cpu.h"
+#include "attention/cpu.h"
 
 namespace {
 
 using namespace jax_bsk::attention;  // NOLINT: a test of this namespace
+using namespace jax_bsk::check;      // NOLINT
 
-constexpr double kInf = std::numeric_limits<double>::infinity();
-constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-
-// --- Elements
-// ---------------------------------------------------------------------------------------------------------
-
-int64_t Size(DType dtype) { return dtype == DType::kF64 ? 8 : dtype == DType::kF32 ? 4 : 2; }
 DType Statistics(DType dtype) { return dtype == DType::kF64 ? DType::kF64 : DType::kF32; }
-
-// Half the spacing of numbers near 1.
-double Rounding(DType dtype) {
-  switch (dtype) {
-    case DType::kF16:
-      return 0x1p-11;
-    case DType::kBF16:
-      return 0x1p-8;
-    case DType::kF32:
-      return 0x1p-24;
-    default:
-      return 0x1p-53;
-  }
-}
-
-double DecodeSmall(uint16_t bits, int exponent_bits, int mantissa_bits) {
-  const int bias = (1 << (exponent_bits - 1)) - 1;
-  const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
-  const int mantissa = bits & ((1 << mantissa_bits) - 1);
-  const double sign = bits & 0x8000 ? -1 : 1;
-  if (exponent == (1 << exponent_bits) - 1) return mantissa != 0 ? kNaN : sign * kInf;
-  if (exponent == 0) return sign * std::ldexp(mantissa, 1 - bias - mantissa_bits);
-  return sign * std::ldexp(mantissa + (1 << mantissa_bits), exponent - bias - mantissa_bits);
-}
-
-struct AlignedDelete {
-  void operator()(char* data) const { ::operator delete[](data, std::align_val_t{64}); }
-};
-
-// An array of exactly its size, of any of the types, read and written as double. Aligned as XLA's are: from 16 bytes
-// off, every load of a 64-byte vector touches two cache lines, and the times say so.
-struct Array {
-  DType dtype = DType::kF32;
-  int64_t size = 0;
-  std::unique_ptr<char[], AlignedDelete> data;
-
-  Array() = default;
-  Array(DType dtype, int64_t size)
-      : dtype(dtype), size(size), data(new (std::align_val_t{64}) char[size * Size(dtype)]) {
-    std::memset(data.get(), 0xff, size * Size(dtype));  // NaN in every type: what a kernel leaves out is found
-  }
-  double operator[](int64_t i) const {
-    const char* at = data.get() + i * Size(dtype);
-    if (dtype == DType::kF64) return *reinterpret_cast<const double*>(at);
-    if (dtype == DType::kF32) return *reinterpret_cast<const float*>(at);
-    const uint16_t bits = *reinterpret_cast<const uint16_t*>(at);
-    return dtype == DType::kF16 ? DecodeSmall(bits, 5, 10) : DecodeSmall(bits, 8, 7);
-  }
-  // Rounds by truncation for the small types: any value will do for inputs.
-  void Set(int64_t i, double x) {
-    char* at = data.get() + i * Size(dtype);
-    if (dtype == DType::kF64) {
-      *reinterpret_cast<double*>(at) = x;
-    } else if (dtype == DType::kF32) {
-      *reinterpret_cast<float*>(at) = static_cast<float>(x);
-    } else {
-      const float narrow = static_cast<float>(x);
-      uint32_t bits;
-      std::memcpy(&bits, &narrow, 4);
-      uint16_t small = static_cast<uint16_t>(bits >> 16);
-      if (dtype == DType::kF16) {
-        const uint16_t sign = small & 0x8000;
-        const int exponent = static_cast<int>(bits >> 23 & 255) - 127;
-        if (exponent == 128) {
-          small = sign | 0x7c00 | (bits & 0x7fffff ? 0x200 : 0);
-        } else if (exponent >= -14) {
-          small = sign | (exponent + 15) << 10 | (bits >> 13 & 0x3ff);
-        } else {
-          small = sign | static_cast<uint16_t>(std::fabs(std::ldexp(narrow, 24)));
-        }
-      }
-      std::memcpy(at, &small, 2);
-    }
-  }
-};
-
-template <class T>
-std::unique_ptr<T[]> Exact(const std::vector<T>& from) {
-  std::unique_ptr<T[]> to(new T[from.size()]);
-  std::copy(from.begin(), from.end(), to.get());
-  return to;
-}
 
 // --- Cases
 // ------------------------------------------------------------------------------------------------------------
@@ -232,27 +140,6 @@ struct Case {
   }
 };
 
-class Random {
- public:
-  explicit Random(uint64_t seed) : engine_(seed) {}
-  int64_t Int(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(engine_); }
-  bool Chance(double p) { return std::uniform_real_distribution<double>(0, 1)(engine_) < p; }
-  double Normal() { return std::normal_distribution<double>(0, 1)(engine_); }
-  template <class T>
-  T Pick(std::initializer_list<T> from) {
-    return from.begin()[Int(0, from.size() - 1)];
-  }
-
-  Array Normals(DType dtype, int64_t size) {
-    Array result(dtype, size);
-    for (int64_t i = 0; i < size; ++i) result.Set(i, Normal());
-    return result;
-  }
-
- private:
-  std::mt19937_64 engine_;
-};
-
 void Poison(Random& random, Lists& lists, int64_t n_tiles, int64_t times) {
   const int64_t leading = lists.batch * lists.heads;
   for (int64_t t = 0; t < times; ++t) {
@@ -300,12 +187,6 @@ void SetLists(Random& random, Case& c, bool poisoned, double density) {
   }
   c.cols = MakeLists(cols, batch, heads, s.q_blocks, slack);
   if (poisoned && s.kv_blocks > 0) Poison(random, c.cols, c.n_tiles, random.Int(0, 2));
-}
-
-void Spoil(Random& random, Array& array, int64_t times) {
-  for (int64_t t = 0; t < times && array.size > 0; ++t) {
-    array.Set(random.Int(0, array.size - 1), random.Pick<double>({kNaN, kNaN, kInf, -kInf}));
-  }
 }
 
 Case MakeCase(uint64_t seed) {
@@ -580,7 +461,6 @@ struct Reference {
 // -------------------------------------------------------------------------------------------------------
 
 bool Compare(const char* name, const Expected& want, const Array& got, DType computed) {
-  const double fine = computed == DType::kF64 ? 0x1p-53 : 0x1p-24;
   for (int64_t i = 0; i < got.size; ++i) {
     const double x = got[i], y = want.value[i];
     if (want.tainted[i / want.width]) {
@@ -590,10 +470,7 @@ bool Compare(const char* name, const Expected& want, const Array& got, DType com
       }
       continue;
     }
-    const double allowed = Rounding(got.dtype) * std::fabs(y) * 1.01 + 40 * fine * want.terms[i] +
-                           (got.dtype == DType::kF16  ? 0x1p-24
-                            : computed == DType::kF64 ? 1e-300
-                                                      : 1e-35);
+    const double allowed = jax_bsk::check::Allowed(got.dtype, computed, y, want.terms[i]);
     const bool same = std::isnan(y) ? std::isnan(x) : (x == y || std::fabs(x - y) <= allowed);
     if (!same) {
       std::printf("%s[%ld]: %.9g instead of %.9g (allowed error %.3g)\n", name, i, x, y, allowed);
@@ -601,16 +478,6 @@ bool Compare(const char* name, const Expected& want, const Array& got, DType com
     }
   }
   return true;
-}
-
-template <class Params>
-void Run(const Params& params, int64_t tasks, bool (*run)(const Params&, std::atomic<int64_t>&) noexcept, int workers) {
-  if (tasks == 0) return;
-  std::atomic<int64_t> next{0};
-  std::vector<std::thread> threads;
-  for (int w = 1; w < workers; ++w) threads.emplace_back([&] { (void)run(params, next); });
-  (void)run(params, next);
-  for (std::thread& thread : threads) thread.join();
 }
 
 void RunForward(Case& c, int workers) {
@@ -621,17 +488,6 @@ void RunForward(Case& c, int workers) {
 void RunBackward(Case& c, int workers) {
   const BackwardParams params = c.Backward();
   Run(params, cpu::BackwardTasks(params), cpu::RunBackwardTasks, workers);
-}
-
-// Bit-equal again with three workers.
-bool Repeats(const char* name, Case& c, Array& result, void (*run)(Case&, int)) {
-  const int64_t bytes = result.size * Size(result.dtype);
-  const std::string before(result.data.get(), bytes);
-  std::memset(result.data.get(), 0xff, bytes);
-  run(c, 3);
-  if (std::memcmp(before.data(), result.data.get(), bytes) == 0) return true;
-  std::printf("%s differs with three workers\n", name);
-  return false;
 }
 
 bool Check(uint64_t seed) {
@@ -646,8 +502,9 @@ bool Check(uint64_t seed) {
   good = good && Compare("dquery", reference.dquery, c.dquery, c.dtype);
   good = good && Compare("dkey", reference.dkey, c.dkey, c.dtype);
   good = good && Compare("dvalue", reference.dvalue, c.dvalue, c.dtype);
-  good = good && Repeats("out", c, c.out, RunForward) && Repeats("dquery", c, c.dquery, RunBackward) &&
-         Repeats("dkey", c, c.dkey, RunBackward);
+  good = good && Repeats("out", c.out, [&](int workers) { RunForward(c, workers); }) &&
+         Repeats("dquery", c.dquery, [&](int workers) { RunBackward(c, workers); }) &&
+         Repeats("dkey", c.dkey, [&](int workers) { RunBackward(c, workers); });
   if (!good) {
     const Shape& s = c.shape;
     std::printf("seed %lu: B %ld T %ld S %ld N %ld K %ld H %ld Hv %ld blocks %ld x %ld dtype %d cap %g scale %g\n",
@@ -708,15 +565,7 @@ void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64
   std::printf("%-34s %3.0f %% of blocks:", title, 100.0 * visited / (n * n));
   for (int workers = 1; workers <= 2; ++workers) {
     for (int backward = 0; backward < 2; ++backward) {
-      double best = kInf;
-      double spent = 0;
-      for (int repeat = 0; repeat < 100 && (repeat < 5 || spent < 1.5); ++repeat) {
-        const auto start = std::chrono::steady_clock::now();
-        backward ? RunBackward(c, workers) : RunForward(c, workers);
-        const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-        best = std::fmin(best, seconds);
-        spent += seconds;
-      }
+      const double best = BestSeconds([&] { backward ? RunBackward(c, workers) : RunForward(c, workers); });
       std::printf("  %s x%d %6.1f GFLOP/s", backward ? "bwd" : "fwd", workers,
                   (backward ? 2.5 : 1) * flops / best * 1e-9);
     }
@@ -746,10 +595,11 @@ int main(int argc, char** argv) {
     Time("bfloat16 H8 S4096 D64 block 64", DType::kBF16, 8, 8, 4096, 64, 64, 15, 0);
     Time("float16 H8 S4096 D64 block 64", DType::kF16, 8, 8, 4096, 64, 64, 15, 0);
     Time("float64 H8 S4096 D64 block 64", DType::kF64, 8, 8, 4096, 64, 64, 15, 0);
+    TimeMatmul();
     return 0;
   }
   int64_t failed = 0;
-  for (int64_t n = 0; n < cases; ++n) failed += !Check(seed + n);
+  for (int64_t n = 0; n < cases; ++n) failed += !Check(seed + n) + !CheckMatmul(seed + n);
   std::printf("%ld cases, %ld failed\n", cases, failed);
   return failed != 0;
 }

@@ -199,8 +199,8 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
     if (entry + 1 < row.count) {
       const int64_t next_key = row.ids[entry + 1] * s.block_kv;
       const int64_t count = Clamp(kv_length - next_key, s.block_kv);
-      next_keys = Ahead(keys + next_key * key_stride, key_stride, count, s.head_dim);
-      next_values = Ahead(values + next_key * value_stride, value_stride, count, s.value_dim);
+      next_keys.Add(keys + next_key * key_stride, key_stride, count, s.head_dim);
+      next_values.Add(values + next_key * value_stride, value_stride, count, s.value_dim);
     }
 
     // --- S^T = K Q^T and dP^T = V dO^T
@@ -298,8 +298,8 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       if (entry + 1 < row.count) {
         const int64_t next_query = row.ids[entry + 1] * s.block_q;
         const int64_t count = Clamp(q_length - next_query, s.block_q);
-        next_queries = Ahead(query + next_query * query_stride, query_stride, count, s.head_dim);
-        next_douts = Ahead(dout + next_query * dout_stride, dout_stride, count, s.value_dim);
+        next_queries.Add(query + next_query * query_stride, query_stride, count, s.head_dim);
+        next_douts.Add(dout + next_query * dout_stride, dout_stride, count, s.value_dim);
       }
 
       // --- S = Q K^T and dP = dO V^T

@@ -3,13 +3,11 @@
 #pragma once
 
 #include "../params.h"
-#include "vector.h"
+#include "cpu/list_range.h"
 
 namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
 
-JAX_BSK_INLINE int64_t Minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-
-JAX_BSK_INLINE int64_t Clamp(int64_t x, int64_t high) { return x < 0 ? 0 : Minimum(x, high); }
+using namespace jax_bsk::cpu::JAX_BSK_CPU_ISA;
 
 // The index of (b, h) in an array whose leading dimensions may each be 1.
 JAX_BSK_INLINE int64_t LeadingIndex(int64_t batch, int64_t heads, int64_t b, int64_t h) {
@@ -34,12 +32,10 @@ struct BlockRow {
 // One row of a list, checked to its last entry before any of it is used.
 inline BlockRow ReadRow(const BlockList& list, int64_t tile_count, int64_t b, int64_t h, int64_t row) {
   const int64_t leading = LeadingIndex(list.batch, list.heads, b, h);
-  const int32_t* offsets = list.offsets + leading * (list.rows + 1) + row;
-  const int64_t begin = offsets[0];
-  const int64_t end = offsets[1];
-  if (begin < 0 || end < begin || end > list.capacity) return {true, 0, nullptr, nullptr};
-  BlockRow result = {false, end - begin, list.ids + leading * list.capacity + begin,
-                     list.tiles + leading * list.capacity + begin};
+  const ListRange range = ReadRange(list.offsets + leading * (list.rows + 1) + row, list.capacity);
+  if (!range.sound) return {true, 0, nullptr, nullptr};
+  BlockRow result = {false, range.count, list.ids + leading * list.capacity + range.begin,
+                     list.tiles + leading * list.capacity + range.begin};
   for (int64_t i = 0; i < result.count; ++i) {
     result.poisoned |= result.ids[i] < 0 || result.ids[i] >= list.ids_end;
     result.poisoned |= result.tiles[i] < -1 || result.tiles[i] >= tile_count;

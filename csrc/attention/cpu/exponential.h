@@ -2,9 +2,11 @@
 // Tanh 2.8.
 #pragma once
 
-#include "vector.h"
+#include "cpu/vector.h"
 
 namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+
+using namespace jax_bsk::cpu::JAX_BSK_CPU_ISA;
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLn2 = 0.69314718055994530942;

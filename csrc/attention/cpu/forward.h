@@ -1,19 +1,17 @@
 // Forward: one task computes one block of queries of one head, visiting the row's key blocks with an online softmax.
 // Scores are kept transposed, S^T[key][query], in base-2 units: Q is packed with scale * log2(e) in it.
+//
+// Transposed to suit Multiply: with lanes along the queries, S^T = K Q^T and O^T += V^T P^T both broadcast keys and
+// values, the softmax runs down the lanes without any reduction across them, and P^T is used as it was computed.
 #pragma once
 
 #include "block_list.h"
+#include "cpu/multiply.h"
+#include "cpu/pack.h"
+#include "cpu/scratch.h"
 #include "exponential.h"
-#include "matmul.h"
-#include "pack.h"
-#include "scratch.h"
 
 namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
-
-template <class A, class B>
-constexpr bool kSame = false;
-template <class A>
-constexpr bool kSame<A, A> = true;
 
 // q = block_q is the width of everything that has the queries along the lanes.
 template <class C>
@@ -78,6 +76,27 @@ void SoftmaxBlock(const ForwardScratch<C>& x, int64_t ld, int64_t keys, int64_t 
     Store<C>(x.rescale + v, rescale);
     Store<C>(x.sum + v, Load<C>(x.sum + v) * rescale + sum);
   }
+}
+
+// Sets bad[row] for every packed row that holds an infinity or a NaN and, being the operand of a product in which some
+// weights are 0 because the pair is masked out, replaces that row by zeros: 0 * NaN would reach rows that do not attend
+// to it. The caller puts NaN into the weights of those that do. Returns whether there was any.
+template <class C>
+bool CleanRows(C* data, int64_t ld, int64_t rows, int64_t columns, uint8_t* bad) {
+  bool any = false;
+  for (int64_t r = 0; r < rows; ++r) {
+    Vec<C> sum = {};
+    for (int64_t c = 0; c < columns; c += kLanes<C>) sum += Load<C>(data + r * ld + c) * C(0);
+    C lanes[kLanes<C>];
+    Store<C>(lanes, sum);
+    bool finite = true;
+    for (int k = 0; k < kLanes<C>; ++k) finite &= lanes[k] == C(0);
+    if (finite) continue;
+    any = true;
+    bad[r] = 1;
+    for (int64_t c = 0; c < columns; c += kLanes<C>) Store<C>(data + r * ld + c, Vec<C>{});
+  }
+  return any;
 }
 
 // Probabilities of the keys whose value is not finite: NaN for the queries that attend to them, else 0.
@@ -159,8 +178,8 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     if (entry + 1 < row.count) {
       const int64_t next_key = row.ids[entry + 1] * s.block_kv;
       const int64_t count = Clamp(kv_length - next_key, s.block_kv);
-      next_keys = Ahead(keys + next_key * key_stride, key_stride, count, s.head_dim);
-      next_values = Ahead(values + next_key * value_stride, value_stride, count, s.value_dim);
+      next_keys.Add(keys + next_key * key_stride, key_stride, count, s.head_dim);
+      next_values.Add(values + next_key * value_stride, value_stride, count, s.value_dim);
     }
 
     // --- S^T = K Q^T

@@ -1,5 +1,5 @@
-// The kernels of one instruction set for every element type, as the table ../cpu.cc calls through. Included last by
-// isa_*.cc, after JAX_BSK_CPU_ISA, JAX_BSK_CPU_ISA_NAME and JAX_BSK_CPU_VECTOR_BYTES are defined.
+// The kernels of one instruction set for every element type, as the table ../cpu.cc calls through. Included by
+// isa_*.cc, after the header of that name in csrc/cpu.
 #pragma once
 
 #include "backward.h"

@@ -1,28 +1,18 @@
-// x86-64 with AVX-512 F, BW, DQ and VL (Skylake-SP, 2017, and newer; Zen 4). Compile with
-// -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c; without those flags (another processor) there is
-// nothing here.
+#include "cpu/isa_avx512.h"
+
 #include "kernels.h"
-
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
-
-#define JAX_BSK_CPU_ISA avx512
-#define JAX_BSK_CPU_VECTOR_BYTES 64
-#define JAX_BSK_CPU_ISA_NAME "avx512"
-
+#if defined(JAX_BSK_CPU_ISA)
 #include "instantiate.h"
-
-namespace jax_bsk::attention::cpu {
-
-const Kernels* Avx512Kernels() { return &avx512::kKernels; }
-
-}  // namespace jax_bsk::attention::cpu
-
-#else
-
-namespace jax_bsk::attention::cpu {
-
-const Kernels* Avx512Kernels() { return nullptr; }
-
-}  // namespace jax_bsk::attention::cpu
-
 #endif
+
+namespace jax_bsk::attention::cpu {
+
+const Kernels* Avx512Kernels() {
+#if defined(JAX_BSK_CPU_ISA)
+  return &JAX_BSK_CPU_ISA::kKernels;
+#else
+  return nullptr;
+#endif
+}
+
+}  // namespace jax_bsk::attention::cpu

@@ -1,16 +1,9 @@
-// The instruction set every machine of the target has: SSE2 on x86-64, NEON on arm64. No extra compile flags.
-#define JAX_BSK_CPU_ISA baseline
-#define JAX_BSK_CPU_VECTOR_BYTES 16
-#if defined(__aarch64__)
-#define JAX_BSK_CPU_ISA_NAME "neon"
-#else
-#define JAX_BSK_CPU_ISA_NAME "baseline"
-#endif
+#include "cpu/isa_baseline.h"
 
 #include "instantiate.h"
 
 namespace jax_bsk::attention::cpu {
 
-const Kernels* BaselineKernels() { return &baseline::kKernels; }
+const Kernels* BaselineKernels() { return &JAX_BSK_CPU_ISA::kKernels; }
 
 }  // namespace jax_bsk::attention::cpu

@@ -9,13 +9,11 @@
 
 namespace jax_bsk::attention::cpu {
 
-constexpr size_t kScratchAlignment = 64;
-
 struct Kernels {
   const char* name;
-  size_t (*forward_scratch)(const ForwardParams&);                          // bytes, aligned to kScratchAlignment
-  size_t (*backward_scratch)(const BackwardParams&);                        // enough for either backward task
-  void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);  // [0, B * N * q_blocks)
+  size_t (*forward_scratch)(const ForwardParams&);                                  // bytes, aligned as a worker's are
+  size_t (*backward_scratch)(const BackwardParams&);                                // enough for either backward task
+  void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);          // [0, B * N * q_blocks)
   void (*backward_query_task)(const BackwardParams&, int64_t task, void* scratch);  // [0, B * N * q_blocks)
   void (*backward_key_task)(const BackwardParams&, int64_t task, void* scratch);    // [0, B * K * kv_blocks)
 };

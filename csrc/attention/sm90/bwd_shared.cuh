@@ -5,12 +5,17 @@
 
 #include "attention/sm90/bwd_plan.h"
 #include "attention/sm90/config.h"
-#include "attention/sm90/ring.cuh"
 #include "device/block_list.cuh"
 #include "device/ptx.cuh"
+#include "device/ring.cuh"
 #include "device/softmax.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
+
+using device::sm90::Barrier;
+using device::sm90::Divider;
+using device::sm90::ReadShared;
+using device::sm90::Ring;
 
 // What the host computes for a launch, beside the parameters.
 struct BackwardPlan {

@@ -56,11 +56,11 @@ def contender(name: str, case: Case, inputs: Inputs, device: str) -> Contender:
         causal = case.pattern.kind == "causal" and not unmasked
         attention = _sdpa(torch, _SDPA[base], causal=causal, grouped=case.group > 1)
         variant = "unmasked" if unmasked else "native"
-    wait = _Wait(torch if device == "cuda" else None)
+    wait = Wait(torch if device == "cuda" else None)
     if case.calls == 1:
         step = _step(torch, case.measured, attention, tensors)
 
-        def single(i: int) -> _Wait:
+        def single(i: int) -> Wait:
             step()
             return wait
 
@@ -100,28 +100,32 @@ def _step(
     return backward
 
 
-class _Wait:
+class Wait:
     """What a dispatch returns; `jax.block_until_ready` waits for it, so that one clock times both frameworks."""
 
     def __init__(self, torch: Any):
         self._torch = torch
 
-    def block_until_ready(self) -> _Wait:
+    def block_until_ready(self) -> Wait:
         if self._torch is not None:
             self._torch.cuda.synchronize()
         return self
 
 
-def _tensor(torch: Any, x: jax.Array, device: str) -> Any:
-    """[B, S, H, D] of JAX as a contiguous (B, H, S, D) tensor of its own."""
+def from_jax(torch: Any, x: jax.Array, device: str) -> Any:
+    """The same numbers as a tensor, where the two understand each other without a copy."""
     try:
-        tensor = torch.from_dlpack(x)
+        return torch.from_dlpack(x)
     except (BufferError, NotImplementedError, RuntimeError, TypeError):
         # Versions of the two that do not understand each other's capsules: by way of the host, slow but certain.
         host = np.array(x)
         bits = torch.from_numpy(host.view(np.int16) if host.itemsize == 2 else host).to(device)
-        tensor = bits.view(getattr(torch, x.dtype.name))
-    copy = tensor.transpose(1, 2).contiguous()
+        return bits.view(getattr(torch, x.dtype.name))
+
+
+def _tensor(torch: Any, x: jax.Array, device: str) -> Any:
+    """[B, S, H, D] of JAX as a contiguous (B, H, S, D) tensor of its own."""
+    copy = from_jax(torch, x, device).transpose(1, 2).contiguous()
     if device == "cuda":
         torch.cuda.synchronize()  # JAX may free x once we return
     return copy
@@ -141,8 +145,8 @@ def _chained(
     tensors: list[Any],
     calls: int,
     device: str,
-    wait: _Wait,
-) -> tuple[Callable[..., tuple[Any, ...]], Callable[[int], _Wait]]:
+    wait: Wait,
+) -> tuple[Callable[..., tuple[Any, ...]], Callable[[int], Wait]]:
     """The step, and replays of a CUDA graph of so many, each made of the one before."""
     fed = measured.results.index("out" if measured is Pass.FORWARD else "dquery")  # what the next is made of
 
@@ -155,7 +159,7 @@ def _chained(
     if device != "cuda":
         step = _step(torch, measured, attention, tensors)
 
-        def run(i: int) -> _Wait:
+        def run(i: int) -> Wait:
             chain(step, calls)
             return wait
 
@@ -176,7 +180,7 @@ def _chained(
     with torch.cuda.graph(graph, stream=side, capture_error_mode="thread_local"):
         results = chain(step, calls)
 
-    def replay(i: int, results: Any = results) -> _Wait:
+    def replay(i: int, results: Any = results) -> Wait:
         graph.replay()
         return wait
 

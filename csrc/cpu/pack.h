@@ -4,7 +4,7 @@
 
 #include "elements.h"
 
-namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+namespace jax_bsk::cpu::JAX_BSK_CPU_ISA {
 
 template <class C>
 JAX_BSK_INLINE constexpr int64_t RoundUpToLanes(int64_t n) {
@@ -13,7 +13,8 @@ JAX_BSK_INLINE constexpr int64_t RoundUpToLanes(int64_t n) {
 
 // to[column][row] = factor * from[row][column]. Columns and rows are padded with zeros to whole vectors.
 template <class C, class E>
-void PackTransposed(const E* from, int64_t stride, int64_t rows, int64_t columns, C factor, C* to, int64_t ld) {
+JAX_BSK_NO_INLINE void PackTransposed(const E* from, int64_t stride, int64_t rows, int64_t columns, C factor, C* to,
+                                      int64_t ld) {
   constexpr int n = kLanes<C>;
   for (int64_t r = 0; r < rows; r += n) {
     for (int64_t c = 0; c < columns; c += n) {
@@ -29,16 +30,18 @@ void PackTransposed(const E* from, int64_t stride, int64_t rows, int64_t columns
   }
 }
 
-// to[row][column] = factor[row] * from[column][row]: the way back. `factor` and `from` are readable to whole vectors.
+// to[row][column] = factor[row] * from[column][row]: the way back. `factor` (null: 1) and `from` are readable to whole
+// vectors.
 template <class C, class E>
-void UnpackTransposed(const C* from, int64_t ld, const C* factor, int64_t rows, int64_t columns, E* to,
-                      int64_t stride) {
+JAX_BSK_NO_INLINE void UnpackTransposed(const C* from, int64_t ld, const C* factor, int64_t rows, int64_t columns,
+                                        E* to, int64_t stride) {
   constexpr int n = kLanes<C>;
   for (int64_t r = 0; r < rows; r += n) {
+    const Vec<C> scale = factor != nullptr ? Load<C>(factor + r) : Broadcast<C>(C(1));
     for (int64_t c = 0; c < columns; c += n) {
       Vec<C> square[n];
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) square[k] = Load<C>(from + (c + k) * ld + r) * Load<C>(factor + r);
+      for (int k = 0; k < n; ++k) square[k] = Load<C>(from + (c + k) * ld + r) * scale;
       TransposeSquare<C>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) {
@@ -50,7 +53,7 @@ void UnpackTransposed(const C* from, int64_t ld, const C* factor, int64_t rows, 
 
 // Copies rows, padded with zeros to whole vectors.
 template <class C, class E>
-void PackRows(const E* from, int64_t stride, int64_t rows, int64_t columns, C* to, int64_t ld) {
+JAX_BSK_NO_INLINE void PackRows(const E* from, int64_t stride, int64_t rows, int64_t columns, C* to, int64_t ld) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += kLanes<C>) {
       Store<C>(to + r * ld + c, LoadUpTo<C>(from + r * stride + c, columns - c));
@@ -58,25 +61,14 @@ void PackRows(const E* from, int64_t stride, int64_t rows, int64_t columns, C* t
   }
 }
 
-// Sets bad[row] for every packed row that holds an infinity or a NaN and, being the operand of a product in which some
-// weights are 0 because the pair is masked out, replaces that row by zeros: 0 * NaN would reach rows that do not attend
-// to it. The caller puts NaN into the weights of those that do. Returns whether there was any.
-template <class C>
-bool CleanRows(C* data, int64_t ld, int64_t rows, int64_t columns, uint8_t* bad) {
-  bool any = false;
+// Writes packed rows back. `from` is readable to whole vectors.
+template <class C, class E>
+JAX_BSK_NO_INLINE void UnpackRows(const C* from, int64_t ld, int64_t rows, int64_t columns, E* to, int64_t stride) {
   for (int64_t r = 0; r < rows; ++r) {
-    Vec<C> sum = {};
-    for (int64_t c = 0; c < columns; c += kLanes<C>) sum += Load<C>(data + r * ld + c) * C(0);
-    C lanes[kLanes<C>];
-    Store<C>(lanes, sum);
-    bool finite = true;
-    for (int k = 0; k < kLanes<C>; ++k) finite &= lanes[k] == C(0);
-    if (finite) continue;
-    any = true;
-    bad[r] = 1;
-    for (int64_t c = 0; c < columns; c += kLanes<C>) Store<C>(data + r * ld + c, Vec<C>{});
+    for (int64_t c = 0; c < columns; c += kLanes<C>) {
+      StoreUpTo<C>(to + r * stride + c, Load<C>(from + r * ld + c), columns - c);
+    }
   }
-  return any;
 }
 
 template <class C>
@@ -86,7 +78,7 @@ JAX_BSK_INLINE void Fill(C* to, int64_t count, C value) {
 
 // Writes one value into a block of rows of an array: rows nothing was computed for.
 template <class C, class E>
-void FillRows(E* to, int64_t stride, int64_t rows, int64_t columns, C value) {
+JAX_BSK_NO_INLINE void FillRows(E* to, int64_t stride, int64_t rows, int64_t columns, C value) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += kLanes<C>) {
       StoreUpTo<C>(to + r * stride + c, Broadcast<C>(value), columns - c);
@@ -94,4 +86,4 @@ void FillRows(E* to, int64_t stride, int64_t rows, int64_t columns, C value) {
   }
 }
 
-}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA
+}  // namespace jax_bsk::cpu::JAX_BSK_CPU_ISA

@@ -1,10 +1,10 @@
 // Element types of the arrays and their conversion, one vector at a time, to and from the compute type: float16 and
-// bfloat16 are computed in float32, float32 and float64 in themselves.
+// bfloat16 are computed in float32, float32 and float64 in themselves; results of float64 may be float32.
 #pragma once
 
 #include "vector.h"
 
-namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+namespace jax_bsk::cpu::JAX_BSK_CPU_ISA {
 
 struct F16 {
   uint16_t bits;
@@ -14,6 +14,11 @@ struct BF16 {
 };
 
 typedef uint16_t HalfWords __attribute__((vector_size(JAX_BSK_CPU_VECTOR_BYTES / 2)));
+
+template <class A, class B>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
 
 // How elements E load into vectors of C, and how vectors round (to nearest even) into E.
 template <class C, class E>
@@ -88,16 +93,26 @@ struct Elements<float, F16> {
   }
 };
 
+template <>
+struct Elements<double, float> {
+  typedef float Narrow __attribute__((vector_size(JAX_BSK_CPU_VECTOR_BYTES / 2)));
+
+  static JAX_BSK_INLINE void Store(float* to, Vec<double> v) {
+    const Narrow narrow = __builtin_convertvector(v, Narrow);
+    __builtin_memcpy(to, &narrow, sizeof(narrow));
+  }
+};
+
 // The first `count` < lanes elements, zero in the rest.
 template <class C, class E>
-JAX_BSK_INLINE Vec<C> LoadPart(const E* from, int64_t count) {
+JAX_BSK_NO_INLINE Vec<C> LoadPart(const E* from, int64_t count) {
   E buffer[kLanes<C>] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
   return Elements<C, E>::Load(buffer);
 }
 
 template <class C, class E>
-JAX_BSK_INLINE void StorePart(E* to, Vec<C> v, int64_t count) {
+JAX_BSK_NO_INLINE void StorePart(E* to, Vec<C> v, int64_t count) {
   E buffer[kLanes<C>];
   Elements<C, E>::Store(buffer, v);
   for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
@@ -117,4 +132,4 @@ JAX_BSK_INLINE void StoreUpTo(E* to, Vec<C> v, int64_t count) {
   }
 }
 
-}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA
+}  // namespace jax_bsk::cpu::JAX_BSK_CPU_ISA

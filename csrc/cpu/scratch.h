@@ -5,7 +5,7 @@
 
 #include "vector.h"
 
-namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
+namespace jax_bsk::cpu::JAX_BSK_CPU_ISA {
 
 // Hands out parts of a block of memory; started at null it only counts how much is wanted.
 class Carver {
@@ -28,4 +28,4 @@ class Carver {
   uintptr_t next_;
 };
 
-}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA
+}  // namespace jax_bsk::cpu::JAX_BSK_CPU_ISA

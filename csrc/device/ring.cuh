@@ -6,9 +6,7 @@
 
 #include "device/ptx.cuh"
 
-namespace jax_bsk::attention::cuda::sm90 {
-
-using device::sm90::Barrier;
+namespace jax_bsk::device::sm90 {
 
 // A place in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count
 // the same way; Full() is the parity of the phase a reader waits for, Empty() that of the phase a writer waits for.
@@ -50,4 +48,4 @@ struct Divider {
   }
 };
 
-}  // namespace jax_bsk::attention::cuda::sm90
+}  // namespace jax_bsk::device::sm90

@@ -1,0 +1,168 @@
+// XLA buffers -> checked kernel parameters: the one place where the operand order of the product calls is read, shared
+// by the CPU and the CUDA handlers (`jax_bsk/_ffi.py` is the one place where it is written). Operands may carry leading
+// dimensions in front of the ones named here; they are the batch, of which an operand has all or one.
+#pragma once
+
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <utility>
+
+#include "ffi/checks.h"
+#include "matmul/params.h"
+
+namespace jax_bsk::matmul {
+
+struct ProductAttributes {
+  int64_t rows;     // M
+  int64_t columns;  // K
+  bool transposed;
+  bool dense_left;
+  std::string_view version;
+};
+
+struct SampledAttributes {
+  bool left_transposed;
+  bool right_transposed;
+  std::string_view version;
+};
+
+inline int64_t Blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
+
+inline ffi::Error ReadOutType(const char* name, Output& out, DType dtype, DType* out_dtype) {
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(name, *out, out_dtype));
+  if (*out_dtype == dtype || *out_dtype == DType::kF32) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has the type of the operands, or is float32");
+}
+
+inline ffi::Error CheckBlock(int64_t rows, int64_t columns) {
+  if (rows > 0 && columns > 0) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument("jax_bsk: blocks are of one row and column at least");
+}
+
+inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const Operand& ids, const Operand& places,
+                              const Operand& dense, Output& out, const ProductAttributes& attributes,
+                              ProductParams* params) {
+  JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("data", data, 3));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("dense", dense, 2));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("out", *out, 2));
+  const auto d = MergeLeading(data, 3), b = MergeLeading(dense, 2), y = MergeLeading(*out, 2);
+  JAX_BSK_RETURN_IF_ERROR(CheckBlock(d[2], d[3]));
+  const bool transposed = attributes.transposed, left = attributes.dense_left;
+  params->transposed = transposed;
+  params->dense_left = left;
+  params->batch = y[0];
+  params->matrix_batch = d[0];
+  params->dense_batch = b[0];
+  params->capacity = d[1];
+  params->out_length = transposed ? attributes.columns : attributes.rows;
+  params->in_length = transposed ? attributes.rows : attributes.columns;
+  params->out_block = transposed ? d[3] : d[2];
+  params->in_block = transposed ? d[2] : d[3];
+  params->out_blocks = Blocks(params->out_length, params->out_block);
+  params->in_blocks = Blocks(params->in_length, params->in_block);
+  params->width = left ? b[1] : b[2];
+  JAX_BSK_RETURN_IF_ERROR(ReadDType("data", data, &params->dtype));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dense", dense, data.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(ReadOutType("out", out, params->dtype, &params->out_dtype));
+  const int64_t batch = params->batch, width = params->width;
+  const auto shape = [&](int64_t length) {
+    return left ? std::pair<int64_t, int64_t>(width, length) : std::pair<int64_t, int64_t>(length, width);
+  };
+  const auto in = shape(params->in_length), result = shape(params->out_length);
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("data", data, {{batch, true}, {d[1]}, {d[2]}, {d[3]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dense", dense, {{batch, true}, {in.first}, {in.second}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("out", *out, {{batch}, {result.first}, {result.second}}));
+  for (const auto& [name, list, size] :
+       {std::tuple<const char*, const Operand*, int64_t>{"offsets", &offsets, params->out_blocks + 1},
+        {"ids", &ids, d[1]},
+        {"places", &places, d[1]}}) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, *list, ffi::S32));
+    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *list, {{d[0]}, {size}}));
+  }
+  params->data = data.untyped_data();
+  params->lists = {offsets.typed_data<int32_t>(), ids.typed_data<int32_t>(), places.typed_data<int32_t>()};
+  params->dense = dense.untyped_data();
+  params->out = out->untyped_data();
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadSampled(const Operand& left, const Operand& right, const Operand& row_ids,
+                              const Operand& column_ids, Output& blocks, const SampledAttributes& attributes,
+                              SampledParams* params) {
+  JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("left", left, 2));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("right", right, 2));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("row_ids", row_ids, 1));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("blocks", *blocks, 3));
+  const auto a = MergeLeading(left, 2), b = MergeLeading(right, 2), rows = MergeLeading(row_ids, 1),
+             c = MergeLeading(*blocks, 3);
+  JAX_BSK_RETURN_IF_ERROR(CheckBlock(c[2], c[3]));
+  params->left_transposed = attributes.left_transposed;
+  params->right_transposed = attributes.right_transposed;
+  params->batch = c[0];
+  params->left_batch = a[0];
+  params->right_batch = b[0];
+  params->list_batch = rows[0];
+  params->rows = params->left_transposed ? a[2] : a[1];
+  params->depth = params->left_transposed ? a[1] : a[2];
+  params->columns = params->right_transposed ? b[1] : b[2];
+  params->block_rows = c[2];
+  params->block_columns = c[3];
+  params->row_blocks = Blocks(params->rows, c[2]);
+  params->column_blocks = Blocks(params->columns, c[3]);
+  params->capacity = c[1];
+  JAX_BSK_RETURN_IF_ERROR(ReadDType("left", left, &params->dtype));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("right", right, left.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(ReadOutType("blocks", blocks, params->dtype, &params->out_dtype));
+  const int64_t batch = params->batch, depth = params->depth, columns = params->columns;
+  const int64_t right_rows = params->right_transposed ? columns : depth;
+  const int64_t right_columns = params->right_transposed ? depth : columns;
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("left", left, {{batch, true}, {a[1]}, {a[2]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("right", right, {{batch, true}, {right_rows}, {right_columns}}));
+  for (const auto& [name, list] :
+       {std::pair<const char*, const Operand*>{"row_ids", &row_ids}, {"column_ids", &column_ids}}) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, *list, ffi::S32));
+    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *list, {{batch, true}, {c[1]}}));
+  }
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("column_ids", column_ids, {{rows[0]}, {c[1]}}));
+  params->left = left.untyped_data();
+  params->right = right.untyped_data();
+  params->row_ids = row_ids.typed_data<int32_t>();
+  params->column_ids = column_ids.typed_data<int32_t>();
+  params->out = blocks->untyped_data();
+  return ffi::Error::Success();
+}
+
+// Operand and attribute order of the two calls, after the context arguments of a platform.
+template <typename Binding>
+auto BindProductOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // data [batch|1, capacity, bm, bk]
+      .template Arg<Operand>()  // offsets [batch|1, out blocks + 1]
+      .template Arg<Operand>()  // ids [batch|1, capacity]
+      .template Arg<Operand>()  // places [batch|1, capacity]
+      .template Arg<Operand>()  // dense [batch|1, in, N] or [batch|1, N, in]
+      .template Ret<Operand>()  // out [batch, out, N] or [batch, N, out]
+      .template Attr<int64_t>("rows")
+      .template Attr<int64_t>("columns")
+      .template Attr<bool>("transposed")
+      .template Attr<bool>("dense_left")
+      .template Attr<std::string_view>("version");
+}
+
+template <typename Binding>
+auto BindSampledOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // left [batch|1, M, L] or [batch|1, L, M]
+      .template Arg<Operand>()  // right [batch|1, L, K] or [batch|1, K, L]
+      .template Arg<Operand>()  // row_ids [batch|1, capacity]
+      .template Arg<Operand>()  // column_ids [batch|1, capacity]
+      .template Ret<Operand>()  // blocks [batch, capacity, bm, bk]
+      .template Attr<bool>("left_transposed")
+      .template Attr<bool>("right_transposed")
+      .template Attr<std::string_view>("version");
+}
+
+}  // namespace jax_bsk::matmul

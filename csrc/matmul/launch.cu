@@ -1,0 +1,207 @@
+// From params to a kernel: refusals, tensor maps, and the only switch over dtype and layout.
+#include <algorithm>
+#include <initializer_list>
+
+#include "device/host.h"
+#include "device/tensor_map.h"
+#include "matmul/launch.h"
+#include "matmul/plan.h"
+#include "matmul/sm90/config.h"
+
+namespace jax_bsk::matmul::cuda {
+namespace {
+
+using device::CeilDiv;
+using device::DeviceFacts;
+using device::DeviceScope;
+using device::kMaxInt;
+using sm90::kPiece;
+
+std::string TypeRefusal(DType dtype) {
+  if (dtype == DType::kBF16 || dtype == DType::kF16) return "";
+  return "the CUDA products take float16 and bfloat16";
+}
+
+std::string BlockRefusal(std::initializer_list<int64_t> blocks) {
+  for (const int64_t block : blocks) {
+    if (block != 64 && block != 128) return "the CUDA products take blocks of 64 or 128, not " + std::to_string(block);
+  }
+  return "";
+}
+
+// `inner`: innermost dimensions of arrays that the copy engine reads or writes.
+std::string ArrayRefusal(std::initializer_list<int64_t> inner, std::initializer_list<const void*> pointers,
+                         std::initializer_list<int64_t> sizes) {
+  for (const int64_t size : inner) {
+    if (size % Limits::kMultiple != 0) {
+      return "the CUDA products take arrays whose last dimension is a multiple of " +
+             std::to_string(Limits::kMultiple) + ", not " + std::to_string(size);
+    }
+  }
+  for (const void* pointer : pointers) {
+    if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return "the CUDA products need arrays aligned to 16 bytes";
+  }
+  // Positions are 32-bit in the kernels; offsets in memory are 64-bit.
+  for (const int64_t size : sizes) {
+    if (size > kMaxInt - 4096)
+      return "the CUDA products take sizes, blocks and tiles of which there are fewer than 2^31";
+  }
+  return "";
+}
+
+std::string DeviceRefusal(int device) {
+  const DeviceScope scope(device);
+  DeviceFacts facts;
+  cudaError_t error = scope.error();
+  if (error == cudaSuccess) error = device::ReadDevice(device, &facts);
+  if (error != cudaSuccess) {
+    return "CUDA device " + std::to_string(device) + " is not usable: " + cudaGetErrorString(error);
+  }
+  if (facts.capability == Limits::kComputeCapability) return "";
+  return "the CUDA products need compute capability 9.0 (Hopper), and the device has " +
+         std::to_string(facts.capability / 10) + "." + std::to_string(facts.capability % 10);
+}
+
+int64_t BlocksPerRow(const ProductParams& params) { return params.out_block == 64 ? 2 : 1; }
+int64_t Rows(const ProductParams& params) { return CeilDiv(params.out_blocks, BlocksPerRow(params)); }
+int64_t Panels(const ProductParams& params) {
+  return CeilDiv(params.width, sm90::kTileColumns * sm90::kProductCluster);
+}
+
+// [batch, rows, columns], or [entries, bm, bk]; an array without elements has `other`'s address, which is never read.
+bool MakeMap(DType dtype, const void* data, const void* other, int64_t batch, int64_t rows, int64_t columns,
+             CUtensorMap* map, int box_rows = kPiece) {
+  const bool empty = batch * rows * columns == 0;
+  const int64_t row = std::max<int64_t>(columns, Limits::kMultiple), matrix = std::max<int64_t>(rows, 1) * row;
+  return device::sm90::MakeTensorMap(dtype, empty ? other : data, empty ? Limits::kMultiple : columns,
+                                     {{rows, row}, {batch, matrix}, {1, std::max<int64_t>(batch, 1) * matrix}},
+                                     box_rows, 1, map);
+}
+
+// Calls visit(zero of the type, left, right) with the layouts as integral constants.
+template <typename Visit>
+cudaError_t VisitLayouts(DType dtype, bool transpose_left, bool transpose_right, Visit visit) {
+  const auto with_type = [&](auto zero) {
+    using std::false_type;
+    using std::true_type;
+    if (transpose_left) {
+      return transpose_right ? visit(zero, true_type{}, true_type{}) : visit(zero, true_type{}, false_type{});
+    }
+    return transpose_right ? visit(zero, false_type{}, true_type{}) : visit(zero, false_type{}, false_type{});
+  };
+  return dtype == DType::kBF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+}
+
+}  // namespace
+
+std::string ProductRefusal(const ProductParams& params, int device) {
+  std::string reason = TypeRefusal(params.dtype);
+  if (reason.empty()) reason = BlockRefusal({params.out_block, params.in_block});
+  if (reason.empty()) {
+    const int64_t in = params.dense_left ? params.in_length : params.width;
+    const int64_t out = params.dense_left ? params.out_length : params.width;
+    reason = ArrayRefusal({in, out}, {params.data, params.dense, params.out},
+                          {params.in_length, params.out_length, params.width, params.matrix_batch * params.capacity,
+                           params.batch * Panels(params) * Rows(params)});
+  }
+  return reason.empty() ? DeviceRefusal(device) : reason;
+}
+
+std::string SampledRefusal(const SampledParams& params, int device) {
+  std::string reason = TypeRefusal(params.dtype);
+  if (reason.empty()) reason = BlockRefusal({params.block_rows, params.block_columns});
+  if (reason.empty()) {
+    const int64_t left = params.left_transposed ? params.rows : params.depth;
+    const int64_t right = params.right_transposed ? params.depth : params.columns;
+    reason = ArrayRefusal({left, right}, {params.left, params.right, params.out},
+                          {params.rows, params.columns, params.depth, params.batch * params.capacity,
+                           params.capacity << (31 - sm90::kItemShift)});
+  }
+  return reason.empty() ? DeviceRefusal(device) : reason;
+}
+
+// The counter that hands out tiles, and the order of rows.
+int64_t ProductWorkspace(const ProductParams& params) { return 1 + params.matrix_batch * params.out_blocks; }
+
+// The number of items, and the items.
+int64_t SampledWorkspace(const SampledParams& params) { return params.list_batch * (1 + params.capacity); }
+
+cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {
+  if (params.batch * params.out_length * params.width == 0) return cudaSuccess;
+  const DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+  DeviceFacts facts;
+  if (const cudaError_t error = device::ReadDevice(device, &facts); error != cudaSuccess) return error;
+
+  sm90::ProductPlan plan{};
+  const bool left = params.dense_left, transposed = params.transposed;
+  const int64_t bm = transposed ? params.in_block : params.out_block;
+  const int64_t bk = transposed ? params.out_block : params.in_block;
+  const int64_t width = params.width, in = params.in_length, out = params.out_length;
+  plan.whole = left || (width % kPiece == 0 && params.dense_batch * in > 0);
+  const bool encoded =
+      MakeMap(params.dtype, params.data, params.out, params.matrix_batch * params.capacity, bm, bk, &plan.data) &&
+      MakeMap(params.dtype, params.out, params.out, params.batch, left ? width : out, left ? out : width, &plan.out) &&
+      (plan.whole && !left
+           ? device::sm90::MakeTensorMap(params.dtype, params.dense, kPiece,
+                                         {{in, width}, {width / kPiece, kPiece}, {params.dense_batch, in * width}},
+                                         kPiece, sm90::kRightPieces, &plan.dense)
+           : MakeMap(params.dtype, params.dense, params.out, params.dense_batch, left ? width : in, left ? in : width,
+                     &plan.dense, left ? sm90::kTileColumns : kPiece));
+  if (!encoded) return cudaErrorInvalidValue;
+  plan.blocks_per_row = static_cast<int>(BlocksPerRow(params));
+  plan.rows = static_cast<int>(Rows(params));
+  plan.steps = static_cast<int>(params.in_block) / kPiece;
+  plan.tickets = static_cast<int>(params.batch * Panels(params) * Rows(params));
+  plan.row_divider = device::sm90::Divider(plan.rows);
+  plan.panel_divider = device::sm90::Divider(Panels(params));
+  plan.ticket = workspace;
+  plan.order = workspace + 1;
+  if (const cudaError_t error =
+          LaunchOrderRows(params, plan.rows, plan.blocks_per_row, workspace, workspace + 1, stream);
+      error != cudaSuccess) {
+    return error;
+  }
+  const int grid = sm90::kProductCluster * std::min(plan.tickets, facts.multiprocessors / sm90::kProductCluster);
+  // The dense operand is the right one here: N-major as it lies on the right of the matrix, K-major on the left.
+  return VisitLayouts(params.dtype, transposed, !left, [&](auto zero, auto transpose_left, auto transpose_right) {
+    return sm90::LaunchProduct<decltype(zero), transpose_left.value, transpose_right.value>(params, plan, grid, stream);
+  });
+}
+
+cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int device, cudaStream_t stream) {
+  if (params.batch * params.capacity == 0) return cudaSuccess;
+  const DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+  DeviceFacts facts;
+  if (const cudaError_t error = device::ReadDevice(device, &facts); error != cudaSuccess) return error;
+
+  sm90::SampledPlan plan{};
+  const auto operand = [&](const void* data, int64_t batch, int64_t rows, int64_t columns, bool swap,
+                           CUtensorMap* map) {
+    return MakeMap(params.dtype, data, params.out, batch, swap ? columns : rows, swap ? rows : columns, map);
+  };
+  if (!operand(params.left, params.left_batch, params.rows, params.depth, params.left_transposed, &plan.left) ||
+      !operand(params.right, params.right_batch, params.depth, params.columns, params.right_transposed, &plan.right) ||
+      !MakeMap(params.dtype, params.out, params.out, params.batch * params.capacity, params.block_rows,
+               params.block_columns, &plan.out)) {
+    return cudaErrorInvalidValue;
+  }
+  plan.entries = sm90::kTileColumns / static_cast<int>(params.block_columns);
+  plan.steps = static_cast<int>(CeilDiv(params.depth, kPiece));
+  plan.count = workspace;
+  plan.items = workspace + params.list_batch;
+  if (const cudaError_t error =
+          LaunchGroupEntries(params, plan.entries, sm90::kItemShift, workspace, workspace + params.list_batch, stream);
+      error != cudaSuccess) {
+    return error;
+  }
+  const int grid = static_cast<int>(std::min<int64_t>(params.batch * params.capacity, facts.multiprocessors));
+  return VisitLayouts(params.dtype, params.left_transposed, !params.right_transposed,
+                      [&](auto zero, auto transpose_left, auto transpose_right) {
+                        return sm90::LaunchSampled<decltype(zero), transpose_left.value, transpose_right.value>(
+                            params, plan, grid, stream);
+                      });
+}
+
+}  // namespace jax_bsk::matmul::cuda

@@ -1,0 +1,32 @@
+// Host interface of the CUDA block-sparse products, free of XLA: what they can take, and how to launch them.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <string>
+
+#include "matmul/params.h"
+
+namespace jax_bsk::matmul::cuda {
+
+// What the kernels of this build can take, for build_info(); the refusals below say the same of one problem.
+struct Limits {
+  static constexpr int kComputeCapability = 90;  // major * 10 + minor: Hopper alone
+  static constexpr int kBlocks[] = {64, 128};
+  static constexpr int kMultiple = 8;  // of the innermost dimension of every array: rows are copied 16 bytes at a time
+};
+
+// Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
+std::string ProductRefusal(const ProductParams& params, int device);
+std::string SampledRefusal(const SampledParams& params, int device);
+
+// Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
+// grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing.
+// `workspace` is so many words of device memory for the launch to use, written before they are read.
+int64_t ProductWorkspace(const ProductParams& params);
+int64_t SampledWorkspace(const SampledParams& params);
+cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream);
+cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int device, cudaStream_t stream);
+
+}  // namespace jax_bsk::matmul::cuda

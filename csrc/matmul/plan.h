@@ -1,0 +1,22 @@
+// What a product's kernels need to know of the lists before they start, worked out on the device.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "matmul/params.h"
+
+namespace jax_bsk::matmul::cuda {
+
+// order[b] = the rows of out blocks (of `blocks_per_row` each), the longest first; *ticket = 0. Neither reads what lies
+// outside the lists, whatever these say.
+cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_per_row, int32_t* ticket, int32_t* order,
+                            cudaStream_t stream);
+
+// items[b] = groups of up to `entries` neighbouring entries of one row: the first | (their number - 1) << shift;
+// count[b] = how many items there are.
+cudaError_t LaunchGroupEntries(const SampledParams& params, int entries, int shift, int32_t* count, int32_t* items,
+                               cudaStream_t stream);
+
+}  // namespace jax_bsk::matmul::cuda

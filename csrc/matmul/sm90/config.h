@@ -1,0 +1,67 @@
+// Tile shapes of the Hopper products (TMA + wgmma, sm_90a), what the host plans for a launch, and the launchers that
+// instances/*.cu define. No kernel code here, so that launch.cu compiles in a moment.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include "device/ring.cuh"
+#include "matmul/params.h"
+
+namespace jax_bsk::matmul::cuda::sm90 {
+
+// Everything is copied in pieces of 64 x 64 elements: a row is 128 bytes, swizzled as a whole.
+constexpr int kPiece = 64;
+constexpr int kPieceElements = kPiece * kPiece;
+constexpr int kPieceBytes = 2 * kPieceElements;
+
+// A CTA's tile of the result: up to 128 rows x 256 columns, 64 rows each (or 128 columns each) for two warpgroups. A
+// stage is 64 of the contracted length: two pieces of the left operand, four of the right.
+constexpr int kTileColumns = 256;
+constexpr int kLeftPieces = 2;
+constexpr int kRightPieces = kTileColumns / kPiece;
+constexpr int kStages = 4;
+
+constexpr int kConsumers = 2;  // warpgroups
+constexpr int kThreads = 128 * (kConsumers + 1);
+constexpr int kConsumerRegisters = 216;
+constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
+
+// CTAs that compute neighbouring column tiles of one row of blocks and share its blocks by multicast.
+constexpr int kProductCluster = 2;
+
+// What the host computes for a launch of the product, beside the parameters. A row here is what a CTA works on: one out
+// block, or two of 64.
+struct ProductPlan {
+  CUtensorMap data, out;  // (column, row, entry or batch)
+  CUtensorMap dense;      // the same; a whole N-major one (column of 64, row, 64 columns, batch)
+  bool whole;             // a tile's dense operand is one box: K-major, or of whole 64 columns
+  int rows;               // a batch: ceil(out_blocks / blocks_per_row)
+  int blocks_per_row;     // 1 or 2
+  int steps;              // of 64 in a block: in_block / 64
+  int tickets;            // batch * panels * rows
+  device::sm90::Divider row_divider, panel_divider;
+  int32_t* ticket;       // the next row to be taken
+  const int32_t* order;  // [matrix_batch, rows]: rows, longest first
+};
+
+// The same for the sampled product. An item is some entries of one row of blocks.
+struct SampledPlan {
+  CUtensorMap left, right, out;
+  int entries;           // of an item at most: 256 / block_columns
+  int steps;             // of 64 in the contracted length
+  const int32_t* count;  // [list_batch]: items
+  const int32_t* items;  // [list_batch, capacity]: first entry | (entries - 1) << kItemShift
+};
+constexpr int kItemShift = 28;
+
+// kTransposeLeft: the left operand lies with its rows next to each other (M-major); kTransposeRight: the right one with
+// its columns next to each other (N-major).
+template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+cudaError_t LaunchProduct(const ProductParams& params, const ProductPlan& plan, int grid, cudaStream_t stream);
+template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream);
+
+}  // namespace jax_bsk::matmul::cuda::sm90

@@ -1,0 +1,214 @@
+// Dense x dense at the blocks of a pattern on Hopper (sm_90a): a producer and two consumer warpgroups. A CTA's tile is
+// some blocks of one row, side by side, so that they share the left operand's rows: 256 columns, as for the product.
+#pragma once
+
+#include <utility>
+
+#include "device/ptx.cuh"
+#include "matmul/sm90/consumer.cuh"
+
+namespace jax_bsk::matmul::cuda::sm90 {
+
+// ---- The producer: one thread takes every gridDim.x-th item and fetches its operands along the contracted length.
+template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+class SampledProducer {
+ public:
+  __device__ SampledProducer(Shared<Element>& shared, const SampledParams& params, const SampledPlan& plan)
+      : shared_(shared), params_(params), plan_(plan) {}
+
+  __device__ __forceinline__ void Run() {
+    int item = blockIdx.x;  // of this batch and those after it
+    for (int batch = 0; batch < params_.batch; ++batch) {
+      const int list = params_.list_batch == 1 ? 0 : batch, count = __ldg(plan_.count + list);
+      for (; item < count; item += gridDim.x) {
+        const int word = __ldg(plan_.items + list * params_.capacity + item);
+        Load(batch, list, word & ((1 << kItemShift) - 1), (word >> kItemShift) + 1);
+      }
+      item -= count;
+    }
+    Announce(StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
+  }
+
+ private:
+  static constexpr int kMaxEntries = kTileColumns / kPiece;
+
+  __device__ __forceinline__ void Load(int batch, int list, int first, int entries) {
+    const int64_t at = list * params_.capacity + first;
+    const int row = __ldg(params_.row_ids + at);
+    int columns[kMaxEntries];
+    int valid = 0;
+#pragma unroll
+    for (int i = 0; i < kMaxEntries; ++i) {
+      columns[i] = i < entries ? __ldg(params_.column_ids + at + i) : -1;
+      if (columns[i] >= 0 && columns[i] < params_.column_blocks) valid |= 1 << i;
+    }
+    if (row < 0 || row >= params_.row_blocks) valid = 0;
+
+    StepInfo info{0, row * static_cast<int>(params_.block_rows), first, batch};
+    const int ends = StepInfo::kLast | valid << StepInfo::kValid | (entries - 1) << StepInfo::kEntries;
+    if (valid == 0 || plan_.steps == 0) {
+      info.flags = ends;
+      Announce(info, 0);
+      ring_.Advance();
+      return;
+    }
+    const int left_pieces = static_cast<int>(params_.block_rows) / kPiece;
+    const int entry_pieces = static_cast<int>(params_.block_columns) / kPiece;
+    const int bytes = (left_pieces + __popc(valid) * entry_pieces) * kPieceBytes;
+    for (int step = 0; step < plan_.steps; ++step) {
+      info.flags = StepInfo::kUsed * 3 | (step == plan_.steps - 1 ? ends : 0);
+      Announce(info, bytes);
+      const int k = step * kPiece, stage = ring_.Stage();
+      for (int i = 0; i < left_pieces; ++i) {
+        const int r = info.row + i * kPiece;
+        device::sm90::LoadBox(shared_.left[stage] + i * kPieceElements, plan_.left, shared_.full[stage],
+                              kTransposeLeft ? r : k, kTransposeLeft ? k : r, params_.left_batch == 1 ? 0 : batch, 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kMaxEntries; ++i) {
+        if (!(valid >> i & 1)) continue;
+        for (int j = 0; j < entry_pieces; ++j) {
+          const int c = columns[i] * static_cast<int>(params_.block_columns) + j * kPiece;
+          device::sm90::LoadBox(shared_.right[stage] + (i * entry_pieces + j) * kPieceElements, plan_.right,
+                                shared_.full[stage], kTransposeRight ? c : k, kTransposeRight ? k : c,
+                                params_.right_batch == 1 ? 0 : batch, 0);
+        }
+      }
+      ring_.Advance();
+    }
+  }
+
+  __device__ __forceinline__ void Announce(const StepInfo& info, int bytes) {
+    const int stage = ring_.Stage();
+    device::sm90::Wait(shared_.empty[stage], ring_.Empty());
+    shared_.steps[stage] = info;
+    if (bytes > 0) {
+      device::sm90::ArriveExpecting(shared_.full[stage], bytes);
+    } else {
+      device::sm90::Arrive(shared_.full[stage]);
+    }
+  }
+
+  Shared<Element>& shared_;
+  const SampledParams& params_;
+  const SampledPlan& plan_;
+  Ring<kStages> ring_;
+};
+
+// ---- What a consumer does with a tile: its chunks belong to the item's entries one after the other.
+template <typename Warpgroup>
+class SampledStore {
+ public:
+  __device__ SampledStore(Warpgroup& consumer, const SampledParams& params, const SampledPlan& plan, int warpgroup)
+      : consumer_(consumer), params_(params), plan_(plan), warpgroup_(warpgroup) {}
+
+  __device__ __forceinline__ void operator()(float (&sums)[Warpgroup::kSums], const StepInfo& info) const {
+    StoreChunks(sums, info, std::make_integer_sequence<int, Warpgroup::kChunks>());
+  }
+
+ private:
+  // One by one by their numbers: indexed in a loop, the sums would lie in local memory.
+  template <int... kChunk>
+  __device__ __forceinline__ void StoreChunks(float (&sums)[Warpgroup::kSums], const StepInfo& info,
+                                              std::integer_sequence<int, kChunk...>) const {
+    (StoreChunk<kChunk>(sums, info), ...);
+  }
+
+  template <int kChunk>
+  __device__ __forceinline__ void StoreChunk(float (&sums)[Warpgroup::kSums], const StepInfo& info) const {
+    const int block_columns = static_cast<int>(params_.block_columns), entry_pieces = block_columns / kPiece;
+    const int row = Warpgroup::kOwnRows ? warpgroup_ * kPiece : 0;  // in the block
+    const int piece = kChunk + (Warpgroup::kOwnRows ? 0 : warpgroup_ * Warpgroup::kChunks);
+    const int i = piece / entry_pieces, column = piece % entry_pieces * kPiece;
+    if (i > (info.flags >> StepInfo::kEntries & 3)) return;
+    // What is not in the matrix is 0, whatever the products were.
+    int rows = kPiece, columns = kPiece;
+    if (!(info.flags >> (StepInfo::kValid + i) & 1)) {
+      rows = 0;
+    } else if (params_.rows % params_.block_rows != 0 || params_.columns % block_columns != 0) {
+      const int64_t list = params_.list_batch == 1 ? 0 : info.batch;
+      const int id = __ldg(params_.column_ids + list * params_.capacity + info.column + i);
+      rows = static_cast<int>(params_.rows) - info.row - row;
+      columns = static_cast<int>(params_.columns) - id * block_columns - column;
+    }
+    if (rows < kPiece || columns < kPiece) Cut<kChunk>(sums, rows, columns);
+    const int64_t entry = info.batch * params_.capacity + info.column + i;
+    if (params_.out_dtype == DType::kF32) {
+      StoreFloat<kChunk>(sums, entry, row, column);
+    } else {
+      consumer_.template StoreChunk<false>(sums + kChunk * (kPiece / 2), plan_.out, kChunk, column, row,
+                                           static_cast<int>(entry));
+    }
+  }
+
+  __device__ __forceinline__ static int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
+
+  // Zeros from a row and a column on.
+  template <int kChunk>
+  __device__ __forceinline__ static void Cut(float (&sums)[Warpgroup::kSums], int rows, int columns) {
+    const int thread = device::ThreadHere() % 128;
+#pragma unroll
+    for (int i = 0; i < kPiece / 2; ++i) {
+      const int r = RowOf(thread) + (i & 2) * 4, c = i / 4 * 8 + thread % 4 * 2 + (i & 1);
+      float& sum = sums[kChunk * (kPiece / 2) + i];
+      sum = r < rows && c < columns ? sum : 0.f;
+    }
+  }
+
+  template <int kChunk>
+  __device__ __forceinline__ void StoreFloat(const float (&sums)[Warpgroup::kSums], int64_t entry, int row,
+                                             int column) const {
+    const int thread = device::ThreadHere() % 128;
+    float* block = static_cast<float*>(params_.out) + entry * params_.block_rows * params_.block_columns;
+#pragma unroll
+    for (int i = 0; i < kPiece / 2; i += 2) {
+      const int r = row + RowOf(thread) + (i & 2) * 4, c = column + i / 4 * 8 + thread % 4 * 2;
+      const float* pair = sums + kChunk * (kPiece / 2) + i;
+      *reinterpret_cast<float2*>(block + r * params_.block_columns + c) = make_float2(pair[0], pair[1]);
+    }
+  }
+
+  Warpgroup& consumer_;
+  const SampledParams& params_;
+  const SampledPlan& plan_;
+  const int warpgroup_;
+};
+
+// kColumns: of a warpgroup's part of the tile, 256 for blocks of 128 rows and 128 for blocks of 64.
+template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kColumns>
+__global__ void __launch_bounds__(kThreads, 1)
+    SampledKernel(const __grid_constant__ SampledParams params, const __grid_constant__ SampledPlan plan) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared<Element>*>(shared_bytes);
+  const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // uniform, and known to be
+  if (threadIdx.x == 0) shared.Init(1);
+  __syncthreads();
+
+  if (warpgroup == kConsumers) {
+    device::sm90::LowerRegisters<kProducerRegisters>();
+    if (threadIdx.x % 128 == 0) {
+      SampledProducer<Element, kTransposeLeft, kTransposeRight>(shared, params, plan).Run();
+    }
+  } else {
+    device::sm90::RaiseRegisters<kConsumerRegisters>();
+    using Warpgroup = Consumer<Element, kTransposeLeft, kTransposeRight, kColumns, 1, false>;
+    Warpgroup consumer(shared, warpgroup);
+    consumer.Run(SampledStore<Warpgroup>(consumer, params, plan, warpgroup));
+    consumer.Finish();
+  }
+}
+
+template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream) {
+  const auto kernel = params.block_rows == 128 ? SampledKernel<Element, kTransposeLeft, kTransposeRight, 256>
+                                               : SampledKernel<Element, kTransposeLeft, kTransposeRight, 128>;
+  constexpr int kBytes = sizeof(Shared<Element>);
+  if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      error != cudaSuccess) {
+    return error;
+  }
+  kernel<<<grid, kThreads, kBytes, stream>>>(params, plan);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_bsk::matmul::cuda::sm90

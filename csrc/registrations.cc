@@ -1,0 +1,18 @@
+// A library's operations put together, compiled once into each of them.
+#include "registrations.h"
+
+namespace jax_bsk {
+
+Handlers Registrations() {
+  Handlers all = attention::Registrations();
+  all.merge(matmul::Registrations());
+  return all;
+}
+
+Facts BuildInfo() {
+  Facts all = attention::BuildInfo();
+  all.merge(matmul::BuildInfo());
+  return all;
+}
+
+}  // namespace jax_bsk

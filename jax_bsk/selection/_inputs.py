@@ -1,0 +1,79 @@
+"""What selections share: checks of query and key, means over blocks, and scores in pieces of bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+# Elements of a piece of token-level scores, of all examples and heads together.
+CHUNK_ELEMENTS = 2**24
+
+
+def query_and_key(query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
+    """BTNH and BSKH arrays without gradients: what is chosen has none."""
+    q, k = jnp.asarray(query), jnp.asarray(key)
+    for x, name in ((q, "query"), (k, "key")):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} is a floating-point array, got {x.dtype}; cast it, e.g. {name}.astype('float32')")
+    if q.ndim == 3 and k.ndim == 3:
+        q, k = q[None], k[None]
+    shapes = f"query {q.shape}, key {k.shape}"
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(f"query is BTNH and key BSKH, or TNH and SKH; got {shapes}")
+    if q.dtype != k.dtype:
+        raise TypeError(f"key is of query's type {q.dtype}, got {k.dtype}; cast one of them")
+    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"query and key have the same batch and head size; got {shapes}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"query's heads are a multiple of key's (grouped-query attention); got {shapes}")
+    if not q.shape[3]:
+        raise ValueError(f"the head size is at least 1; got {shapes}")
+    return jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
+
+
+def statistics_dtype(x: jax.Array) -> jnp.dtype:
+    """Type of scores: float32, or float64 for float64."""
+    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+
+
+def block_means(x: jax.Array, block: int) -> jax.Array:
+    """[B, blocks, N, H] means over blocks of tokens of [B, T, N, H]; the last block's over the tokens there are."""
+    batch, length, heads, size = x.shape
+    blocks = -(-length // block)
+    padded = jnp.pad(x, [(0, 0), (0, blocks * block - length), (0, 0), (0, 0)]).astype(statistics_dtype(x))
+    sums = padded.reshape(batch, blocks, block, heads, size).sum(2)
+    tokens = jnp.minimum(length - jnp.arange(blocks) * block, block).astype(sums.dtype)
+    return sums / tokens[:, None, None]
+
+
+def grouped(x: jax.Array, kv_heads: int) -> jax.Array:
+    """[B, T, N, H] as [B, T, K, N / K, H]."""
+    return x.reshape(*x.shape[:2], kv_heads, x.shape[2] // kv_heads, x.shape[3])
+
+
+def by_query_block(function: Callable[[jax.Array, jax.Array], jax.Array], query: jax.Array, elements: int) -> jax.Array:
+    """`function(i, query[:, i])` for each block i of query [B, nq, ...], stacked at axis -2; several at a time.
+
+    Args:
+      function: gives [B, heads, units] for one block.
+      query: [B, nq, ...].
+      elements: the most elements that the function holds for one block.
+    """
+    blocks = query.shape[1]
+    numbers = jnp.arange(blocks, dtype=jnp.int32)
+    together = max(1, min(blocks, CHUNK_ELEMENTS // max(elements, 1)))
+    pairs = numbers, jnp.moveaxis(query, 1, 0)
+    if together >= blocks:
+        rows = jax.vmap(function)(*pairs)
+    else:
+        rows = jax.lax.map(lambda pair: function(*pair), pairs, batch_size=together)
+    return jnp.moveaxis(rows, 0, -2)
+
+
+def logits_scale(head_dim: int, scale: float | None) -> float:
+    """1 / sqrt(H) by default, as in `sparse_attention`."""
+    return 1 / math.sqrt(head_dim) if scale is None else float(scale)

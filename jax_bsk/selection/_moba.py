@@ -1,0 +1,61 @@
+"""MoBA: mixture of block attention (arXiv 2502.13189), as a selection."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.selection._inputs import block_means, grouped, query_and_key, statistics_dtype
+from jax_bsk.selection._lists import choose_top_k, for_query_heads
+from jax_bsk.selection._outline import outline, positive
+
+
+def moba(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    top_k: int = 3,
+    moba_block: int = 512,
+    block_size: int | tuple[int, int] = 128,
+    is_causal: bool = True,
+    share_group: bool = False,
+) -> BlockMask:
+    """Blocks of keys whose mean is nearest to the queries: MoBA (Lu et al., arXiv 2502.13189).
+
+    The score of a block is the product of the query and the mean of the block's keys (equation 6); the `top_k` blocks
+    of highest score are attended to (equation 5). The query's own block is always one of them, and blocks after it
+    never are. Defaults are those of the paper's scaling experiments: blocks of 512 keys, top-3 (for contexts of a
+    million tokens it has blocks of 4,096 and top-12).
+
+    Differs from the paper: there each query chooses, here each block of queries does, by the mean of its queries'
+    scores (the product with their mean). `block_size[0]` queries share a list, so smaller query blocks are nearer to
+    the paper.
+
+    Args:
+      query: BTNH or TNH, floating; query t stands at position t.
+      key: BSKH or SKH, of query's type, K dividing N.
+      top_k: blocks of `moba_block` keys, the own one included, at least 1.
+      moba_block: keys that are chosen together, a multiple of the key block; the last may be shorter.
+      block_size: of the lists, as in `BlockMask.from_mask`.
+      is_causal: keys after the query are masked; without it any block may be chosen, the own one always is.
+      share_group: one list for the query heads of a key/value head, by the sum of their scores (one head in all where
+        there is one key/value head); else one a query head.
+
+    Returns:
+      A `BlockMask` [B, N] ([B, 1] where all heads share), without gradient.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit.
+    """
+    q, k = query_and_key(query, key)
+    top_k = positive(top_k, "top_k")
+    known = outline(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size, moba_block)
+    centers = grouped(block_means(q, known.block_q), k.shape[2])
+    means = block_means(k, known.unit * known.block_kv)
+    if share_group:
+        scores = jnp.einsum("biknh,bjkh->bkij", centers, means, preferred_element_type=statistics_dtype(q))
+    else:
+        scores = jnp.einsum("biknh,bjkh->bknij", centers, means, preferred_element_type=statistics_dtype(q))
+        scores = scores.reshape(q.shape[0], q.shape[2], *scores.shape[3:])
+    return for_query_heads(choose_top_k(scores, top_k, known.own_units(), known), q.shape[2])

@@ -1,0 +1,152 @@
+"""The selection branch of NSA: native sparse attention (arXiv 2502.11089)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.selection._inputs import (
+    by_query_block,
+    grouped,
+    logits_scale,
+    query_and_key,
+    statistics_dtype,
+)
+from jax_bsk.selection._lists import choose_top_k, for_query_heads
+from jax_bsk.selection._outline import Outline, outline, positive
+
+
+def nsa(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    compressed_key: ArrayLike | None = None,
+    top_k: int = 16,
+    compression_block: int = 32,
+    compression_stride: int = 16,
+    selection_block: int = 64,
+    initial_blocks: int = 1,
+    local_blocks: int = 2,
+    block_size: int | tuple[int, int] = 64,
+    scale: float | None = None,
+) -> BlockMask:
+    """Blocks that attention over compressed keys finds important: NSA's selection (Yuan et al., arXiv 2502.11089).
+
+    Compressed key i stands for the keys [i d, i d + l), l the `compression_block` and d the `compression_stride`. Each
+    query attends to the compressed keys that end at or before it (equation 8). A selection block's importance is the
+    probability of the compressed keys that overlap it, once for each stretch of d keys they share with it (equation 9),
+    summed over the query heads of the group (equation 10), which thus share a list. Chosen are the `initial_blocks`
+    first blocks, the `local_blocks` up to the query's own, and the most important others, `top_k` in all. Defaults are
+    the paper's: l = 32, d = 16, blocks of 64, n = 16 with 1 initial and 2 local ones.
+
+    Differs from the paper: there each query chooses, here each block of queries does, by the sum of its queries'
+    importance. The paper compresses by a learned function, trained through its compressed branch: give its result as
+    `compressed_key`; without it, keys are compressed by their mean. The compressed and the sliding-window branch are
+    attention calls of their own and not part of this selection.
+
+    Args:
+      query: BTNH or TNH, floating; query t stands at position t. Causal.
+      key: BSKH or SKH, of query's type, K dividing N.
+      compressed_key: [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), or None.
+      top_k: selection blocks a row, at least 1; where the required ones are more, all of them.
+      compression_block, compression_stride: l and d; d divides l.
+      selection_block: keys that are chosen together, a multiple of the key block and of d.
+      initial_blocks, local_blocks: selection blocks that are always chosen, 0 or more; the local ones are the own
+        block of the row's last query and those before it (where the row's queries are of several, all of these too).
+      block_size: of the lists, as in `BlockMask.from_mask`.
+      scale: of the logits, 1 / sqrt(H) by default.
+
+    Returns:
+      A causal `BlockMask` [B, N], equal for the heads of a group ([B, 1] with one key/value head), without gradient.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit.
+    """
+    q, k = query_and_key(query, key)
+    top_k = positive(top_k, "top_k")
+    length = positive(compression_block, "compression_block")
+    stride = positive(compression_stride, "compression_stride")
+    known = outline(CausalMask(), q.shape[1], k.shape[1], block_size, selection_block)
+    if length % stride or selection_block % stride:
+        raise ValueError(
+            f"compression_stride divides compression_block and selection_block, got {stride}, {length} and "
+            f"{selection_block}"
+        )
+    required = _required(known, initial_blocks, local_blocks)
+    if compressed_key is None:
+        compressed = _strided_means(k, length, stride)
+    else:
+        compressed = jax.lax.stop_gradient(jnp.asarray(compressed_key))
+        compressed = compressed[None] if compressed.ndim == 3 else compressed
+        expected = (k.shape[0], _count(k.shape[1], length, stride), *k.shape[2:])
+        if compressed.shape != expected:
+            raise ValueError(f"compressed_key has shape {expected} for these keys, got {compressed.shape}")
+        if not jnp.issubdtype(compressed.dtype, jnp.floating):
+            raise TypeError(f"compressed_key is a floating-point array, got {compressed.dtype}")
+    scores = _importance(q, compressed, known, length, stride, logits_scale(q.shape[3], scale))
+    return for_query_heads(choose_top_k(scores, top_k, required, known), q.shape[2])
+
+
+def _count(keys: int, length: int, stride: int) -> int:
+    """Compressed keys: those whose keys are all there."""
+    return max(0, (keys - length) // stride + 1)
+
+
+def _strided_means(key: jax.Array, length: int, stride: int) -> jax.Array:
+    """Means over [i d, i d + l) of [B, S, K, H], made of sums over d keys."""
+    batch, keys, heads, size = key.shape
+    count, parts = _count(keys, length, stride), length // stride
+    cells = key[:, : keys // stride * stride].astype(statistics_dtype(key))
+    cells = cells.reshape(batch, keys // stride, stride, heads, size).sum(2)
+    return sum((cells[:, n : n + count] for n in range(parts)), jnp.zeros((), cells.dtype)) / length
+
+
+def _importance(
+    query: jax.Array, compressed: jax.Array, known: Outline, length: int, stride: int, scale: float
+) -> jax.Array:
+    """[B, K, nq, units]: equations 8 to 10, summed over the queries of a block."""
+    batch, q_len, heads, _ = query.shape
+    count, kv_heads = compressed.shape[1:3]
+    nq, units = known.open_units.shape
+    if count == 0:
+        return jnp.zeros((batch, kv_heads, nq, units), statistics_dtype(query))
+    blocks = jnp.pad(grouped(query, kv_heads), [(0, 0), (0, nq * known.block_q - q_len), (0, 0), (0, 0), (0, 0)])
+    blocks = blocks.reshape(batch, nq, known.block_q, *blocks.shape[2:])
+    ends = np.arange(count, dtype=np.int32) * stride + length - 1
+    inside = statistics_dtype(query)
+
+    def row(i: jax.Array, queries: jax.Array) -> jax.Array:
+        position = i * known.block_q + jnp.arange(known.block_q, dtype=jnp.int32)
+        seen = (ends <= position[:, None]) & (position < q_len)[:, None]
+        logits = jnp.einsum("btknh,bckh->bkntc", queries.astype(inside), compressed.astype(inside)) * scale
+        highest = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
+        weights = jnp.where(seen, jnp.exp(logits - jnp.where(highest > -jnp.inf, highest, 0)), 0)
+        total = weights.sum(-1, keepdims=True)
+        return (weights / jnp.where(total > 0, total, 1)).sum((2, 3))  # over the group and the queries
+
+    probability = by_query_block(row, blocks, batch * heads * known.block_q * count)
+    # Compressed key i covers the cells i .. i + l / d - 1 of d keys, a selection block l' / d cells of its own.
+    parts = length // stride
+    cells_each = known.unit * known.block_kv // stride
+    cells = sum(
+        (jnp.pad(probability, [(0, 0)] * 3 + [(n, parts - 1 - n)]) for n in range(parts)),
+        jnp.zeros((), probability.dtype),
+    )
+    cells = jnp.pad(cells, [(0, 0)] * 3 + [(0, units * cells_each - cells.shape[-1])])
+    return cells.reshape(*cells.shape[:3], units, cells_each).sum(-1)
+
+
+def _required(known: Outline, initial: int, local: int) -> np.ndarray:
+    """bool [nq, units]: the first blocks, and those up to the own ones."""
+    if initial < 0 or local < 0:
+        raise ValueError(f"initial_blocks and local_blocks are 0 or more, got {initial} and {local}")
+    own = known.own_units()
+    units = np.arange(own.shape[1])
+    required = np.broadcast_to(units < initial, own.shape)
+    if local:
+        last = np.where(own, units, -1).max(1, initial=-1)[:, None]
+        required = required | own | ((units > last - local) & (units <= last))
+    return required

@@ -1,0 +1,57 @@
+"""The plainest selection: the k best of given block scores."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jax_bsk.masks import BlockMask, Mask
+from jax_bsk.selection._lists import choose_top_k
+from jax_bsk.selection._outline import outline, positive
+
+
+def from_topk(
+    scores: ArrayLike,
+    k: int,
+    *,
+    q_len: int,
+    kv_len: int | None = None,
+    block_size: int | tuple[int, int] = 128,
+    mask: Mask | None = None,
+    own_block: bool = False,
+) -> BlockMask:
+    """The k key blocks of highest score for each query block, in lists made on the device.
+
+    Does what `BlockMask.from_topk` does for traced scores with less: sorts of rows instead of scatters, and the bit
+    tiles of `mask` are made on the host and shared by all heads and examples (one for a causal mask).
+
+    Args:
+      scores: [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], real, for the blocks of q_len queries and kv_len keys. Of
+        equal scores the lower block is taken. Blocks of score -inf or NaN are never chosen. Not differentiated.
+      k: blocks a row, static, at least 1; rows with fewer blocks to choose from have those.
+      q_len, kv_len, block_size: as in `BlockMask.from_mask`.
+      mask: for the elements, without traced arrays and shared by heads and examples: blocks it leaves empty are never
+        chosen, chosen ones are masked by it. With `CausalMask()`: the best blocks at or before the query block's own.
+      own_block: always take the blocks with the keys at the positions of the row's queries (the diagonal), whatever
+        their score. They count among the k, and where they are more than k, all are taken.
+
+    Returns:
+      A `BlockMask` with the scores' leading dimensions and room for k blocks a row: the lists cannot overflow.
+
+    Raises:
+      TypeError, ValueError: a shape, type or size does not fit, or the mask is traced or per head.
+    """
+    array = jnp.asarray(scores)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise TypeError(f"scores are real numbers, got {array.dtype}{array.shape}")
+    k = positive(k, "k")
+    known = outline(mask, q_len, kv_len, block_size)
+    if array.ndim not in (2, 3, 4) or array.shape[-2:] != known.tiles.shape:
+        nq, nk = known.tiles.shape
+        raise ValueError(
+            f"scores are [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk] with (nq, nk) = ({nq}, {nk}), got {array.shape}"
+        )
+    array = jax.lax.stop_gradient(array.reshape((1,) * (4 - array.ndim) + array.shape))
+    array = array if array.dtype == jnp.float64 else array.astype(jnp.float32)
+    return choose_top_k(array, k, known.own_units() if own_block else None, known)

@@ -1,0 +1,119 @@
+"""XAttention: antidiagonal scoring of blocks (arXiv 2503.16428)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.selection._inputs import by_query_block, grouped, logits_scale, query_and_key, statistics_dtype
+from jax_bsk.selection._lists import choose_by_mass, for_query_heads
+from jax_bsk.selection._outline import Outline, outline, positive
+
+
+def xattention(
+    query: ArrayLike,
+    key: ArrayLike,
+    *,
+    stride: int = 8,
+    threshold: ArrayLike = 0.9,
+    initial_blocks: int = 1,
+    block_size: int | tuple[int, int] = 128,
+    is_causal: bool = True,
+    share_group: bool = False,
+    scale: float | None = None,
+) -> BlockMask:
+    """The fewest blocks with `threshold` of the attention, by antidiagonals: XAttention (Xu et al., arXiv 2503.16428).
+
+    The logits are cut into cells of stride x stride; a cell's logit is the sum of the logits on its antidiagonal, over
+    the stride, which is one product of vectors of stride * H numbers. A softmax over the cells of each row estimates
+    the attention, its sums over the cells of a block are the block's weight. For each query block the heaviest key
+    blocks are taken until they have `threshold` of the row's weight. If causal, the own block and the `initial_blocks`
+    first ones are always taken, and their weight counts first, as in the authors' code. Defaults: stride 8 (the paper
+    has 8 and 16) and the authors' code's 0.9; the paper also tunes a threshold for each head.
+
+    The paper chooses by blocks of queries, too. What differs: keys past the end of a length that is no multiple of the
+    stride count as zeros in the last cell, query heads of a group may share a list, and there is no cap on the blocks.
+    Cells on the diagonal are summed whole, keys after the query included, as in the authors' code.
+
+    Args:
+      query: BTNH or TNH, floating; query t stands at position t.
+      key: BSKH or SKH, of query's type, K dividing N.
+      stride: S, dividing both block sizes.
+      threshold: in [0, 1], a number or an array [N] ([K] with share_group), may be traced: 1 takes every block with
+        weight (up to rounding), 0 the required ones alone.
+      initial_blocks: key blocks that are always chosen if causal, 0 or more.
+      block_size: as in `BlockMask.from_mask`.
+      is_causal: keys after the query are masked. Without it no block is required.
+      share_group: one list for the query heads of a key/value head, by the sum of their weights; else one a query head.
+      scale: of the logits, 1 / sqrt(H) by default.
+
+    Returns:
+      A `BlockMask` [B, N] ([B, 1] where all heads share), without gradient, with room for every block that causality
+      leaves open: the lists cannot overflow.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit.
+    """
+    q, k = query_and_key(query, key)
+    stride = positive(stride, "stride")
+    known = outline(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size)
+    if known.block_q % stride or known.block_kv % stride:
+        raise ValueError(f"stride divides the block sizes {known.block_q} and {known.block_kv}, got {stride}")
+    if initial_blocks < 0:
+        raise ValueError(f"initial_blocks is 0 or more, got {initial_blocks}")
+    heads = k.shape[2] if share_group else q.shape[2]
+    fraction = _fraction(threshold, heads, statistics_dtype(q))
+    weights = _weights(q, k, known, stride, is_causal, logits_scale(q.shape[3], scale))
+    if share_group:
+        weights = weights.reshape(weights.shape[0], heads, q.shape[2] // heads, *weights.shape[2:]).sum(2)
+    required = np.zeros_like(known.open_units)
+    if is_causal:
+        required = known.own_units() | (np.arange(required.shape[1]) < initial_blocks)
+    return for_query_heads(choose_by_mass(weights, fraction, required, known), q.shape[2])
+
+
+def _fraction(threshold: ArrayLike, heads: int, dtype: jnp.dtype) -> jax.Array:
+    """The threshold as [] or [heads, 1, 1]."""
+    if not isinstance(threshold, Tracer | jax.Array):
+        host = np.asarray(threshold)
+        if host.dtype.kind not in "iuf" or not ((host >= 0) & (host <= 1)).all():
+            raise ValueError(f"threshold is a number in [0, 1], or one a head, got {threshold!r}")
+        threshold = host
+    array = jax.lax.stop_gradient(jnp.asarray(threshold).astype(dtype))
+    if array.shape not in ((), (heads,)):
+        raise ValueError(f"threshold is a number or one a head, shape ({heads},), got shape {array.shape}")
+    return array.reshape(-1, 1, 1) if array.ndim else array
+
+
+def _weights(query: jax.Array, key: jax.Array, known: Outline, stride: int, is_causal: bool, scale: float) -> jax.Array:
+    """[B, N, nq, nk]: estimated attention of each block."""
+    (batch, q_len, heads, size), (_, kv_len, kv_heads, _) = query.shape, key.shape
+    nq, nk = known.tiles.shape
+    rows, columns = known.block_q // stride, known.block_kv // stride
+    inside = statistics_dtype(query)
+    if 0 in (nq, nk):
+        return jnp.zeros((batch, heads, nq, nk), inside)
+    # ---- cells: keys of a cell in order, queries against it, so that their product is the antidiagonal ----
+    keys = jnp.pad(key, [(0, 0), (0, nk * known.block_kv - kv_len), (0, 0), (0, 0)])
+    keys = keys.reshape(batch, nk * columns, stride, kv_heads, size)
+    queries = jnp.pad(grouped(query, kv_heads), [(0, 0), (0, nq * known.block_q - q_len), (0, 0), (0, 0), (0, 0)])
+    queries = queries.reshape(batch, nq, rows, stride, kv_heads, heads // kv_heads, size)[:, :, :, ::-1]
+    cell = np.arange(nk * columns, dtype=np.int32)
+    there = cell * stride < kv_len
+
+    def row(i: jax.Array, queries: jax.Array) -> jax.Array:
+        at = i * rows + jnp.arange(rows, dtype=jnp.int32)
+        seen = there & (cell <= at[:, None]) if is_causal else np.broadcast_to(there, (rows, cell.size))
+        logits = jnp.einsum("brsknh,bcskh->bknrc", queries, keys, preferred_element_type=inside) * (scale / stride)
+        highest = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
+        weights = jnp.where(seen, jnp.exp(logits - jnp.where(highest > -jnp.inf, highest, 0)), 0)
+        weights = weights / weights.sum(-1, keepdims=True)  # cell 0 is always seen
+        weights = jnp.where((at * stride < q_len)[:, None], weights, 0)
+        blocks = weights.sum(3).reshape(*weights.shape[:3], nk, columns).sum(-1)
+        return blocks.reshape(batch, heads, nk)
+
+    return by_query_block(row, queries, batch * heads * rows * cell.size)
