@@ -26,8 +26,9 @@ help:
 demo: build
 	$(RUN) examples/train_bytes.py --output demo_output
 
+# Two files of tests at a time: most of their time is XLA compiling on one thread.
 test: build
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n 2 --dist loadfile $(ARGS)
 
 bench: build
 	$(RUN) -m jax_bsk bench $(ARGS)

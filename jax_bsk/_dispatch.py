@@ -1,7 +1,7 @@
 """Which implementation takes a call: the only place that knows what each one can and cannot do.
 
-Between `attention` and `matmul` (what was asked) and the implementations. A refusal is one sentence with its remedy; the
-automatic choice collects the sentences and says them once, a named implementation raises them.
+Between `attention` and `matmul` (what was asked) and the implementations. A refusal is one sentence with its remedy;
+the automatic choice collects the sentences and says them once, a named implementation raises them.
 """
 
 from __future__ import annotations

@@ -25,7 +25,6 @@ from jax_bsk import _matmul_reference as reference
 from jax_bsk._matmul_partition import PRODUCT, SAMPLED, CallDims
 from jax_bsk._native import like, primitive
 from jax_bsk.bsr import BSR
-from jax_bsk.masks.algebra import is_traced
 
 
 class Lists(NamedTuple):
@@ -45,9 +44,8 @@ class Lists(NamedTuple):
 
 
 def lists_of(matrix: BSR) -> Lists:
-    """The lists of a matrix; those that have values are transposed here, on the host, and become constants."""
-    traced = is_traced(matrix.indptr) or is_traced(matrix.indices)
-    return Lists(matrix.indptr, matrix.indices, matrix.row_ids(), None if traced else matrix.columns())
+    """The lists of a matrix, with those by columns where they are known or (having values) can be made on the host."""
+    return Lists(matrix.indptr, matrix.indices, matrix.row_ids(), matrix.with_column_lists().column_lists)
 
 
 @dataclasses.dataclass(frozen=True)

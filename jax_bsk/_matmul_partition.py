@@ -47,7 +47,7 @@ def _names(dims: CallDims, call: Any) -> tuple[tuple[str, ...], str]:
 
 
 def _blocks(dims: CallDims, call: Any, block_size: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Length and block of "m" and "k", which split in whole blocks (the contracted length of dense factors anywhere)."""
+    """Length and block of "m" and "k", which split in whole blocks (of two dense factors, anywhere)."""
     if dims is SAMPLED:
         return {"k": (0, 1)}
     sides = list(zip(call.shape, block_size, strict=True))

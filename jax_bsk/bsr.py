@@ -27,12 +27,16 @@ class BSR:
       indptr: int32 [rows of blocks + 1], where each row's entries begin, and the last one's end.
       indices: int32 [entries], the column of blocks of each entry.
       shape: (M, K) of the matrix; they need not be multiples of the block.
+      column_lists: the same places column by column, as `columns` gives them, which products with the transpose walk
+        (and so the derivatives of all). The constructors with values fill it in; None where it is not known, then it is
+        made where it is needed (with traced lists by a sort on the device, in every call).
     """
 
     data: Any
     indptr: Any
     indices: Any
     shape: tuple[int, int]
+    column_lists: tuple[Any, Any, Any] | None = None
 
     def __post_init__(self) -> None:
         if not all(hasattr(x, "shape") for x in (self.data, self.indptr, self.indices)):
@@ -106,7 +110,7 @@ class BSR:
             raise ValueError(f"keep is a bool for each block, {(rows, columns)}, got {keep.shape}")
         places = np.nonzero(keep)
         indptr = np.concatenate([[0], keep.sum(1).cumsum()]).astype(np.int32)
-        return cls(blocks[places], indptr, places[1].astype(np.int32), (m, k))
+        return cls(blocks[places], indptr, places[1].astype(np.int32), (m, k)).with_column_lists()
 
     @classmethod
     def random(
@@ -122,14 +126,15 @@ class BSR:
         chosen = np.sort(np.asarray(jax.random.permutation(draw, rows * columns)[:count]))
         indptr = np.searchsorted(chosen, np.arange(rows + 1) * columns).astype(np.int32)
         data = jax.random.normal(numbers, (count, bm, bk), dtype or jnp.float32)
-        return cls(data, indptr, (chosen % columns).astype(np.int32), (shape[0], shape[1]))
+        return cls(data, indptr, (chosen % columns).astype(np.int32), (shape[0], shape[1])).with_column_lists()
 
     @classmethod
     def from_scipy(cls, array: Any) -> Self:
         """Of a `scipy.sparse.bsr_array` (or what has its `data`, `indptr`, `indices`); its ids are sorted."""
         array = array.copy()
         array.sort_indices()
-        return cls(array.data, array.indptr.astype(np.int32), array.indices.astype(np.int32), tuple(array.shape))
+        lists = array.indptr.astype(np.int32), array.indices.astype(np.int32)
+        return cls(array.data, *lists, tuple(array.shape)).with_column_lists()
 
     @classmethod
     def from_jax(cls, array: Any, block_size: int | tuple[int, int] = 128) -> Self:
@@ -178,6 +183,12 @@ class BSR:
     def astype(self, dtype: Any) -> Self:
         return self.with_data(jnp.asarray(self.data).astype(dtype))
 
+    def with_column_lists(self) -> Self:
+        """The same with `column_lists`, unless its lists are traced."""
+        if is_traced(self.indptr) or is_traced(self.indices):
+            return self
+        return dataclasses.replace(self, column_lists=self.columns())
+
     def row_ids(self) -> Any:
         """int32 [entries]: the row of each, -1 past the end."""
         if not is_traced(self.indptr):
@@ -189,6 +200,8 @@ class BSR:
 
     def columns(self) -> tuple[Any, Any, Any]:
         """The same lists column by column: offsets [columns + 1], rows [entries], and which entry each one is."""
+        if self.column_lists is not None:
+            return self.column_lists
         traced = is_traced(self.indptr) or is_traced(self.indices)
         order = np.arange(self.entries, dtype=np.int32)
         indptr, indices, order = (x[None, None] for x in (self.indptr, self.indices, order))
@@ -197,11 +210,11 @@ class BSR:
         return offsets[0, 0], rows[0, 0], entries[0, 0]
 
     @property
-    def T(self) -> BSR:
+    def T(self) -> Self:
         """The transposed matrix; its blocks are copied."""
         offsets, rows, entries = self.columns()
         data = jnp.swapaxes(jnp.asarray(self.data)[jnp.maximum(entries, 0)], 1, 2)
-        return dataclasses.replace(self, data=data, indptr=offsets, indices=rows, shape=self.shape[::-1])
+        return type(self)(data, offsets, rows, (self.shape[1], self.shape[0])).with_column_lists()
 
     def check(self) -> None:
         """Checks what kernels do not trust.
@@ -229,7 +242,7 @@ class BSR:
             )
 
 
-jax.tree_util.register_dataclass(BSR, data_fields=["data", "indptr", "indices"], meta_fields=["shape"])
+jax.tree_util.register_dataclass(BSR, data_fields=["data", "indptr", "indices", "column_lists"], meta_fields=["shape"])
 
 
 def _pair(block_size: int | tuple[int, int]) -> tuple[int, int]:

@@ -64,10 +64,10 @@ def sparse_matmul(
     facts = _dispatch.MatmulFacts("sparse_matmul", str(common), matrix.block_size)
     native, platform = _choose(implementation, facts)
 
-    # X A of [T, M] rows: the transpose of A^T X^T, so with the dense factor on the left the matrix is "transposed" where
+    # X A of [T, M] rows is the transpose of A^T X^T: with the dense factor on the left the matrix is "transposed" where
     # it is taken as it is.
-    transposed = transpose != left
-    attributes = _ffi.ProductAttributes(*matrix.shape, transposed, left, _summed_in(dtype, common))
+    rows, columns = matrix.shape
+    attributes = _ffi.ProductAttributes(rows, columns, transpose != left, left, _summed_in(dtype, common))
     call = ProductCall(attributes, native, platform)
     operand = dense.reshape(math.prod(dense.shape[:-1]), m) if left and dense.ndim != 2 else dense
     data = jnp.asarray(matrix.data).astype(common)

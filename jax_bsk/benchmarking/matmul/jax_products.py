@@ -21,17 +21,17 @@ def ours(operands: Operands, implementation: str | None, constant: bool) -> Prod
     """`sparse_matmul`; the lists of the matrix are arguments of the jit, or constants of the program."""
     options: dict[str, Any] = {} if implementation is None else {"implementation": implementation}
     matrix = operands.host if constant else operands.matrix
-    shape = matrix.shape
+    shape, lists = matrix.shape, (matrix.indptr, matrix.indices, matrix.column_lists)
 
     def of(values: Any, places: Any) -> BSR:
-        indptr, indices = (matrix.indptr, matrix.indices) if constant else places
-        return BSR(values, indptr, indices, shape)
+        indptr, indices, columns = lists if constant else places
+        return BSR(values, indptr, indices, shape, columns)
 
     return Product(
         left=lambda values, places, x: sparse_matmul(of(values, places), x, **options),
         right=lambda x, values, places: sparse_matmul(x, of(values, places), **options),
         values=operands.matrix.data,
-        places=() if constant else (matrix.indptr, matrix.indices),
+        places=() if constant else lists,
         dense=lambda values, places: of(values, places).to_dense(),
         variant="lists are constants" if constant else "lists are arguments",
     )

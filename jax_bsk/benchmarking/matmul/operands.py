@@ -43,7 +43,8 @@ class Operands:
         full, self.x, self.dy = _numbers(jax.random.fold_in(jax.random.key(seed), size), size, dtype)
         scale = jnp.asarray(1 / math.sqrt(max(1.0, size * config.density)), dtype)
         self.dense = _masked(full, self.kept, scale)
-        self.host = BSR(_blocks(full, chosen, scale, block), indptr, (chosen % count).astype(np.int32), (size, size))
+        indices, blocks = (chosen % count).astype(np.int32), _blocks(full, chosen, scale, block)
+        self.host = BSR(blocks, indptr, indices, (size, size)).with_column_lists()
         self.matrix: BSR = jax.device_put(self.host)
         jax.block_until_ready((self.matrix, self.dense, self.x, self.dy))
         self.copies: dict[str, Any] = {}
