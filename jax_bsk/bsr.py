@@ -7,10 +7,12 @@ past `indptr[-1]` belong to no row and are -1. The arrays may be traced; sizes a
 from __future__ import annotations
 
 import dataclasses
+import json
 import operator
 from typing import Any, Self
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -242,7 +244,19 @@ class BSR:
             )
 
 
+def _read_shape(text: bytes) -> tuple[tuple[int, int]]:
+    m, k = json.loads(text)[0]
+    return ((m, k),)
+
+
 jax.tree_util.register_dataclass(BSR, data_fields=["data", "indptr", "indices", "column_lists"], meta_fields=["shape"])
+# So that exported functions may take and return one.
+jax.export.register_pytree_node_serialization(
+    BSR,
+    serialized_name="jax_bsk.BSR",
+    serialize_auxdata=lambda shape: json.dumps(shape).encode(),
+    deserialize_auxdata=_read_shape,
+)
 
 
 def _pair(block_size: int | tuple[int, int]) -> tuple[int, int]:

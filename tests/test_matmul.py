@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_bsk import BSR, sampled_matmul, sparse_matmul
+import jax_bsk
+from jax_bsk import BSR, FallbackWarning, UnsupportedError, sampled_matmul, sparse_matmul
 
 # shape, block size, density
 CASES = [
@@ -163,3 +164,45 @@ def test_mistakes_are_named():
         sampled_matmul(right, right.T, matrix)
     with pytest.raises(ValueError, match="indptr has 4 numbers"):
         BSR(matrix.data, matrix.indptr[1:], matrix.indices, matrix.shape)
+
+
+def test_implementations_are_chosen_and_refused():
+    matrix, dense, right, _ = make((96, 64), (32, 16), 0.5)
+    want = dense @ np.asarray(right, np.float64)
+    for name in ("cpu", "xla"):
+        np.testing.assert_allclose(sparse_matmul(matrix, right, implementation=name), want, atol=2e-5)
+        blocks = sampled_matmul(want.astype(np.float32), right.T, matrix, implementation=name).to_dense()
+        np.testing.assert_allclose(blocks, np.where(dense != 0, want @ np.asarray(right).T, 0), rtol=1e-4, atol=1e-3)
+    wide = BSR.random(jax.random.key(0), (600, 600), 0.5, 300)
+    with pytest.raises(UnsupportedError, match="Block sizes are at most 256, got 300"):
+        sparse_matmul(wide, jnp.ones((600, 2)), implementation="cpu")
+    with pytest.warns(FallbackWarning, match="jax_bsk.sparse_matmul uses its slower pure-JAX implementation"):
+        sparse_matmul(wide, jnp.ones((600, 2)))
+    with pytest.raises(UnsupportedError, match="cuda"):
+        jax.jit(lambda: sparse_matmul(matrix, right, implementation="cuda"))()
+    with pytest.raises(ValueError, match="implementation is one of"):
+        sparse_matmul(matrix, right, implementation="tpu")
+
+
+def test_lists_as_arguments_and_as_constants_give_the_same_bits():
+    matrix, _, right, left = make((96, 64), (32, 16), 0.5)
+
+    def pull(matrix, b, x):
+        def products(data):
+            return sparse_matmul(matrix.with_data(data), b), sparse_matmul(x, matrix.with_data(data))
+
+        out, vjp = jax.vjp(products, matrix.data)
+        return out, vjp(out)
+
+    constants = jax.jit(lambda b, x: pull(matrix, b, x))(right, left)
+    arguments = jax.jit(pull)(matrix, right, left)
+    bare = jax.jit(pull)(BSR(matrix.data, matrix.indptr, matrix.indices, matrix.shape), right, left)
+    for other in (arguments, bare):
+        jax.tree.map(np.testing.assert_array_equal, other, constants)
+
+
+def test_export():
+    matrix, dense, right, _ = make((96, 64), (32, 16), 0.5)
+    exported = jax.export.export(jax.jit(sparse_matmul), disabled_checks=jax_bsk.export_checks())(matrix, right)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(again.call(matrix, right), dense @ np.asarray(right, np.float64), atol=2e-5)
