@@ -1,4 +1,4 @@
-"""Every case of `tests/csrc/cuda_check.cu` on a GPU, each in a process of its own with a time limit.
+"""Every case of `tests/csrc/cuda_check*.cu` on a GPU, each in a process of its own with a time limit.
 
 The program knows nothing of XLA or Python: outputs poisoned with NaN between guard bytes, values and gradients against
 a float64 loop, every kernel that can take a case, bit-equal repeats and a CUDA graph. Where compute-sanitizer
@@ -21,8 +21,8 @@ import pytest
 pytestmark = pytest.mark.gpu
 
 SOURCE = Path(__file__).parent / "csrc"
-TEXT = (SOURCE / "cuda_check.cu").read_text()
-NAMES = re.findall(r'add\("([a-z0-9-]+)"', TEXT)
+TEXT = (SOURCE / "cuda_check.cu").read_text() + (SOURCE / "cuda_check_matmul.cu").read_text()
+NAMES = re.findall(r'(?:add|product|sampled)\("([a-z0-9-]+)",', TEXT)
 # Made in loops of the program, over dtypes and sizes.
 NAMES += [
     f"instance-{dtype}-d{dim}{cap}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256) for cap in ("", "-cap")
@@ -30,8 +30,21 @@ NAMES += [
 NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000) for size in ("", "-d128-b128")]
 FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)
 NAMES += [f"{fault}-d{dim}" for fault in FAULTS for dim in (64, 128, 256)]
+NAMES += [
+    f"matmul-{operation}-{dtype}-{blocks}"
+    for operation in ("product", "sampled")
+    for dtype in ("bf16", "f16")
+    for blocks in ("128", "64", "128x64", "64x128")
+]
+LISTS = re.findall(r'{"([a-z-]+)", Fault::', TEXT)
+NAMES += [f"matmul-product-{fault}-{block}" for fault in LISTS for block in (64, 128)]
 NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
 NAMES = [name for name in NAMES if not name.startswith("time-")]
+# What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
+SANITIZED = re.compile(
+    r"instance-|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
+    r"matmul-sampled-(whole|wild)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +85,7 @@ def test_case(program, name):
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck", "initcheck"])
-@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith(("instance-", "jump-200", "many-nan"))])
+@pytest.mark.parametrize("name", [name for name in NAMES if SANITIZED.match(name)])
 def test_sanitizer(built, tool, name):
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer is None:

@@ -31,11 +31,11 @@ struct Extent {
   bool or_one = false;
 };
 
-// Dimensions with all but the last `trailing` merged into the first (1 where there is none): a call under `vmap`
-// carries leading dimensions of its own, and its buffers are dense and row-major, so the kernels see one batch.
+// Dimensions with all but the last `trailing` merged into the first: a call under `vmap` carries leading dimensions of
+// its own, and its buffers are dense and row-major, so the kernels see one batch.
 inline std::vector<int64_t> MergeLeading(const ffi::AnyBuffer& buffer, size_t trailing) {
   auto dims = buffer.dimensions();
-  if (dims.size() < trailing) return std::vector<int64_t>(dims.begin(), dims.end());
+  if (dims.size() <= trailing) return std::vector<int64_t>(dims.begin(), dims.end());
   std::vector<int64_t> merged{1};
   const size_t lead = dims.size() - trailing;
   for (size_t i = 0; i < dims.size(); ++i) {
@@ -48,9 +48,16 @@ inline std::vector<int64_t> MergeLeading(const ffi::AnyBuffer& buffer, size_t tr
   return merged;
 }
 
-// Compares the dimensions, leading ones merged, with what is expected.
-inline ffi::Error CheckShape(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<Extent> expected) {
-  const std::vector<int64_t> dims = MergeLeading(buffer, expected.size() - 1);
+// The same, for arrays that have a batch under `vmap` alone: 1 where there is no leading dimension.
+inline std::vector<int64_t> WithBatch(const ffi::AnyBuffer& buffer, size_t trailing) {
+  std::vector<int64_t> dims = MergeLeading(buffer, trailing);
+  if (dims.size() == trailing) dims.insert(dims.begin(), 1);
+  return dims;
+}
+
+// Compares `dims`, the buffer's as one of the above has them, with what is expected.
+inline ffi::Error CheckDims(const char* name, const ffi::AnyBuffer& buffer, const std::vector<int64_t>& dims,
+                            std::initializer_list<Extent> expected) {
   bool good = dims.size() == expected.size();
   size_t i = 0;
   std::string wanted = "[";
@@ -63,6 +70,16 @@ inline ffi::Error CheckShape(const char* name, const ffi::AnyBuffer& buffer, std
   if (good) return ffi::Error::Success();
   return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has shape " +
                                      ShapeString(buffer.dimensions()) + ", expected " + wanted + "]");
+}
+
+// Compares the dimensions, leading ones merged, with what is expected.
+inline ffi::Error CheckShape(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<Extent> expected) {
+  return CheckDims(name, buffer, MergeLeading(buffer, expected.size() - 1), expected);
+}
+
+// The same, the batch being 1 where there is none.
+inline ffi::Error CheckBatched(const char* name, const ffi::AnyBuffer& buffer, std::initializer_list<Extent> expected) {
+  return CheckDims(name, buffer, WithBatch(buffer, expected.size() - 1), expected);
 }
 
 inline ffi::Error CheckRank(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {

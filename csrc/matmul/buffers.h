@@ -47,7 +47,7 @@ inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const
   JAX_BSK_RETURN_IF_ERROR(CheckRank("data", data, 3));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("dense", dense, 2));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("out", *out, 2));
-  const auto d = MergeLeading(data, 3), b = MergeLeading(dense, 2), y = MergeLeading(*out, 2);
+  const auto d = WithBatch(data, 3), b = WithBatch(dense, 2), y = WithBatch(*out, 2);
   JAX_BSK_RETURN_IF_ERROR(CheckBlock(d[2], d[3]));
   const bool transposed = attributes.transposed, left = attributes.dense_left;
   params->transposed = transposed;
@@ -71,15 +71,15 @@ inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const
     return left ? std::pair<int64_t, int64_t>(width, length) : std::pair<int64_t, int64_t>(length, width);
   };
   const auto in = shape(params->in_length), result = shape(params->out_length);
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("data", data, {{batch, true}, {d[1]}, {d[2]}, {d[3]}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("dense", dense, {{batch, true}, {in.first}, {in.second}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("out", *out, {{batch}, {result.first}, {result.second}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("data", data, {{batch, true}, {d[1]}, {d[2]}, {d[3]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("dense", dense, {{batch, true}, {in.first}, {in.second}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("out", *out, {{batch}, {result.first}, {result.second}}));
   for (const auto& [name, list, size] :
        {std::tuple<const char*, const Operand*, int64_t>{"offsets", &offsets, params->out_blocks + 1},
         {"ids", &ids, d[1]},
         {"places", &places, d[1]}}) {
     JAX_BSK_RETURN_IF_ERROR(CheckType(name, *list, ffi::S32));
-    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *list, {{d[0]}, {size}}));
+    JAX_BSK_RETURN_IF_ERROR(CheckBatched(name, *list, {{d[0]}, {size}}));
   }
   params->data = data.untyped_data();
   params->lists = {offsets.typed_data<int32_t>(), ids.typed_data<int32_t>(), places.typed_data<int32_t>()};
@@ -96,8 +96,7 @@ inline ffi::Error ReadSampled(const Operand& left, const Operand& right, const O
   JAX_BSK_RETURN_IF_ERROR(CheckRank("right", right, 2));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("row_ids", row_ids, 1));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("blocks", *blocks, 3));
-  const auto a = MergeLeading(left, 2), b = MergeLeading(right, 2), rows = MergeLeading(row_ids, 1),
-             c = MergeLeading(*blocks, 3);
+  const auto a = WithBatch(left, 2), b = WithBatch(right, 2), rows = WithBatch(row_ids, 1), c = WithBatch(*blocks, 3);
   JAX_BSK_RETURN_IF_ERROR(CheckBlock(c[2], c[3]));
   params->left_transposed = attributes.left_transposed;
   params->right_transposed = attributes.right_transposed;
@@ -119,14 +118,14 @@ inline ffi::Error ReadSampled(const Operand& left, const Operand& right, const O
   const int64_t batch = params->batch, depth = params->depth, columns = params->columns;
   const int64_t right_rows = params->right_transposed ? columns : depth;
   const int64_t right_columns = params->right_transposed ? depth : columns;
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("left", left, {{batch, true}, {a[1]}, {a[2]}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("right", right, {{batch, true}, {right_rows}, {right_columns}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("left", left, {{batch, true}, {a[1]}, {a[2]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("right", right, {{batch, true}, {right_rows}, {right_columns}}));
   for (const auto& [name, list] :
        {std::pair<const char*, const Operand*>{"row_ids", &row_ids}, {"column_ids", &column_ids}}) {
     JAX_BSK_RETURN_IF_ERROR(CheckType(name, *list, ffi::S32));
-    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *list, {{batch, true}, {c[1]}}));
+    JAX_BSK_RETURN_IF_ERROR(CheckBatched(name, *list, {{batch, true}, {c[1]}}));
   }
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("column_ids", column_ids, {{rows[0]}, {c[1]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("column_ids", column_ids, {{rows[0]}, {c[1]}}));
   params->left = left.untyped_data();
   params->right = right.untyped_data();
   params->row_ids = row_ids.typed_data<int32_t>();

@@ -24,7 +24,14 @@ COUNTERS = {
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "l2",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "occupancy",
 }
-COUNTED = ("time-d128-random", "time-d128-causal")  # cases of cuda_check
+# Cases of cuda_check, and their kernels.
+ATTENTION, MATMUL = ("ForwardKernel", "BackwardKernel"), ("ProductKernel", "SampledKernel")
+COUNTED = {
+    "time-d128-random": ATTENTION,
+    "time-d128-causal": ATTENTION,
+    "time-matmul-128": MATMUL,
+    "time-matmul-64": MATMUL,
+}
 
 
 def run(settings: Settings, clock: Clock) -> StageResult:
@@ -119,8 +126,8 @@ def _counters(settings: Settings, clock: Clock) -> tuple[list[dict[str, Any]], s
         return [], "there is no cuda_check: see the stage build"
     records, problem = [], ""
     names = list(COUNTERS)
-    for case in COUNTED:
-        for kernel in ("ForwardKernel", "BackwardKernel"):
+    for case, kernels in COUNTED.items():
+        for kernel in kernels:
             # The clocks are the user's; the first launches warm up.
             command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--kernel-name", kernel]
             command += ["--launch-skip", "3", "--launch-count", "1", "--metrics"]

@@ -1,13 +1,9 @@
-// Checks the CUDA attention kernels without XLA or Python: `cuda_check list` names the cases, `cuda_check NAME` runs
-// one (run each in its own process: a fault then fails one case), `cuda_check all` runs every one, `cuda_check tree`
-// says which sources it was built from. Each case runs on every forward and every backward kernel that can take it.
-// Results are compared with a plain float64 computation on the host; outputs start as NaN between guard bytes; every
-// launch is repeated and must give the same bits, also from a captured CUDA graph. `time-*` cases print times. Exit
-// status: 0 = passed.
-
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <cuda_runtime.h>
+// Checks the CUDA kernels without XLA or Python: `cuda_check list` names the cases, `cuda_check NAME` runs one (run
+// each in its own process: a fault then fails one case), `cuda_check all` runs every one, `cuda_check tree` says which
+// sources it was built from. Each case of attention, which are in this file, runs on every forward and every backward
+// kernel that can take it; the cases of other operations begin with their names. Results are compared with a plain
+// float64 computation on the host; outputs start as NaN between guard bytes; every launch is repeated and must give the
+// same bits, also from a captured CUDA graph. `time-*` cases print times. Exit status: 0 = passed.
 
 #include <algorithm>
 #include <cmath>
@@ -20,20 +16,13 @@
 #include <vector>
 
 #include "attention/launch.h"
+#include "cuda_check.h"
 #include "source_tree.h"
 
 namespace {
 
 using namespace jax_bsk::attention;
-
-#define CUDA_OK(call)                                                                    \
-  do {                                                                                   \
-    const cudaError_t error = (call);                                                    \
-    if (error != cudaSuccess) {                                                          \
-      std::printf("FAILED: %s:%d: %s\n", __FILE__, __LINE__, cudaGetErrorString(error)); \
-      std::exit(2);                                                                      \
-    }                                                                                    \
-  } while (false)
+using namespace jax_bsk::check;
 
 enum class Pattern { kRandom, kCausal, kFull, kEmpty };
 enum class Fault {
@@ -65,80 +54,8 @@ struct Case {
   float jump = 0.f;       // added to the logits of two keys in the middle and near the end, see RunCase
 };
 
-// A device array between guard bytes.
-class Device {
- public:
-  explicit Device(size_t bytes, int fill = 0) : bytes_(bytes) {
-    CUDA_OK(cudaMalloc(&base_, bytes + 2 * kGuard));
-    CUDA_OK(cudaMemset(base_, 0xAB, bytes + 2 * kGuard));
-    CUDA_OK(cudaMemset(data(), fill, bytes));
-  }
-  template <typename T>
-  explicit Device(const std::vector<T>& host) : Device(host.size() * sizeof(T)) {
-    CUDA_OK(cudaMemcpy(data(), host.data(), bytes_, cudaMemcpyHostToDevice));
-  }
-  Device(const Device&) = delete;
-  ~Device() { cudaFree(base_); }
-  void* data() const { return static_cast<char*>(base_) + kGuard; }
-  void Fill(int byte) { CUDA_OK(cudaMemset(data(), byte, bytes_)); }
-  std::vector<uint8_t> Bytes() const {
-    std::vector<uint8_t> host(bytes_);
-    CUDA_OK(cudaMemcpy(host.data(), data(), bytes_, cudaMemcpyDeviceToHost));
-    return host;
-  }
-  bool GuardsIntact() const {
-    std::vector<uint8_t> all(bytes_ + 2 * kGuard);
-    CUDA_OK(cudaMemcpy(all.data(), base_, all.size(), cudaMemcpyDeviceToHost));
-    for (size_t i = 0; i < kGuard; ++i)
-      if (all[i] != 0xAB || all[all.size() - 1 - i] != 0xAB) return false;
-    return true;
-  }
-
- private:
-  static constexpr size_t kGuard = 4096;
-  void* base_ = nullptr;
-  size_t bytes_;
-};
-
-size_t SizeOf(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 double Epsilon(DType dtype) {
   return dtype == DType::kF32 ? std::ldexp(1., -21) : dtype == DType::kF16 ? std::ldexp(1., -11) : std::ldexp(1., -8);
-}
-
-std::vector<uint8_t> Encode(std::vector<float>& values, DType dtype) {  // also rounds `values`
-  std::vector<uint8_t> bytes(values.size() * SizeOf(dtype));
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (dtype == DType::kF32) {
-      std::memcpy(&bytes[4 * i], &values[i], 4);
-    } else if (dtype == DType::kF16) {
-      const __half x = __float2half(values[i]);
-      std::memcpy(&bytes[2 * i], &x, 2);
-      values[i] = __half2float(x);
-    } else {
-      const __nv_bfloat16 x = __float2bfloat16(values[i]);
-      std::memcpy(&bytes[2 * i], &x, 2);
-      values[i] = __bfloat162float(x);
-    }
-  }
-  return bytes;
-}
-
-std::vector<float> Decode(const std::vector<uint8_t>& bytes, DType dtype) {
-  std::vector<float> values(bytes.size() / SizeOf(dtype));
-  for (size_t i = 0; i < values.size(); ++i) {
-    if (dtype == DType::kF32) {
-      std::memcpy(&values[i], &bytes[4 * i], 4);
-    } else if (dtype == DType::kF16) {
-      __half x;
-      std::memcpy(&x, &bytes[2 * i], 2);
-      values[i] = __half2float(x);
-    } else {
-      __nv_bfloat16 x;
-      std::memcpy(&x, &bytes[2 * i], 2);
-      values[i] = __bfloat162float(x);
-    }
-  }
-  return values;
 }
 
 // Dense booleans and the lists made of them, [batch|1, heads|1, ...].
@@ -393,15 +310,6 @@ std::vector<Named<cuda::BackwardKernel>> BackwardKernels(const Case& c) {
   return kernels;
 }
 
-std::vector<float> Normal(size_t count, std::mt19937& rng, float amplitude = 1.f) {
-  std::normal_distribution<float> normal(0.f, amplitude);
-  std::vector<float> values(count);
-  for (float& x : values) x = normal(rng);
-  return values;
-}
-
-int repeat_count = 20;
-
 bool RunCase(const Case& c) {
   std::mt19937 rng(1234);
   Mask mask = MakeMask(c, rng);
@@ -555,37 +463,6 @@ bool RunCase(const Case& c) {
                             &problem.workspace, &problem.gradient_workspace})
       if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
   };
-  // The same bits again, then from a graph.
-  const auto repeats = [&](const std::vector<Device*>& arrays, const std::function<void()>& launch) {
-    const auto fill = [&](int byte) {
-      for (Device* array : arrays) array->Fill(byte);
-    };
-    const auto read = [&] {
-      std::vector<std::vector<uint8_t>> bytes;
-      for (Device* array : arrays) bytes.push_back(array->Bytes());
-      return bytes;
-    };
-    const auto results = read();
-    for (int repeat = 0; repeat < repeat_count; ++repeat) {
-      fill(repeat);
-      launch();
-      CUDA_OK(cudaStreamSynchronize(stream));
-      if (read() != results) {
-        compare.passed = false, std::printf("  repeat %d differs   <-- FAILED\n", repeat);
-        break;
-      }
-    }
-    cudaGraph_t graph;
-    cudaGraphExec_t executable;
-    CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    launch();
-    CUDA_OK(cudaStreamEndCapture(stream, &graph));
-    CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
-    fill(0x11);
-    for (int i = 0; i < 2; ++i) CUDA_OK(cudaGraphLaunch(executable, stream));
-    CUDA_OK(cudaStreamSynchronize(stream));
-    if (read() != results) compare.passed = false, std::printf("  graph replay differs   <-- FAILED\n");
-  };
   for (const auto& [name, kernel, unused] : ForwardKernels(c)) {
     std::printf(" %s\n", name);
     const auto launch = [&, kernel = kernel] { Forward(problem, stream, kernel); };
@@ -596,7 +473,7 @@ bool RunCase(const Case& c) {
                   c.dtype == DType::kF32 ? spread : 1);
     compare.Check("lse", Decode(problem.lse.Bytes(), DType::kF32), lse, bad_lse, 1, std::ldexp(1., -21), spread);
     guards();
-    repeats(problem.Results(false), launch);
+    compare.passed &= Repeats(problem.Results(false), stream, launch);
   }
 
   // The backward, with delta as a caller computes it, from the rounded output.
@@ -630,7 +507,7 @@ bool RunCase(const Case& c) {
     compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
     compare.Check("dv", Decode(problem.dvalue.Bytes(), c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
     guards();
-    repeats(problem.Results(true), launch);
+    compare.passed &= Repeats(problem.Results(true), stream, launch);
   }
   return compare.passed;
 }
@@ -652,28 +529,14 @@ bool TimeCase(Case c, double density) {
   Problem p(c, mask, random(tokens * c.heads * c.head_dim), random(kv_tokens * c.kv_heads * c.head_dim),
             random(kv_tokens * c.kv_heads * c.value_dim), random(tokens * c.heads * c.value_dim), {c.q_len, c.kv_len},
             {-INFINITY}, 1.f / std::sqrt(float(c.head_dim)));
-  cudaEvent_t start, stop;
-  CUDA_OK(cudaEventCreate(&start));
-  CUDA_OK(cudaEventCreate(&stop));
   const double pairs = mask.visited * c.block_q * c.block_kv * c.heads * c.batch;
   for (const bool backward : {false, true}) {
     const auto launch = [&] { backward ? Backward(p, nullptr) : Forward(p, nullptr); };
-    for (int i = 0; i < 3; ++i) launch();
-    std::vector<float> times;
-    for (int i = 0; i < 10; ++i) {
-      CUDA_OK(cudaEventRecord(start));
-      launch();
-      CUDA_OK(cudaEventRecord(stop));
-      CUDA_OK(cudaEventSynchronize(stop));
-      float ms;
-      CUDA_OK(cudaEventElapsedTime(&ms, start, stop));
-      times.push_back(ms);
-    }
-    std::sort(times.begin(), times.end());
+    const Milliseconds time = Time(launch);
     // Matrix products of visited blocks: two forward, five backward (recomputation beyond that is not counted).
     const double flops = pairs * (backward ? 6. * c.head_dim + 4. * c.value_dim : 2. * (c.head_dim + c.value_dim));
     std::printf("  %s %.3f ms median, %.3f ms best, %.0f TFLOP/s of visited blocks\n",
-                backward ? "backward" : "forward ", times[5], times[0], flops / times[5] * 1e-9);
+                backward ? "backward" : "forward ", time.median, time.best, flops / time.median * 1e-9);
   }
   return true;
 }
@@ -898,7 +761,7 @@ bool Run(const std::string& name, bool& known) {
     if (name == c.name) return RunCase(c);
   for (const Timing& t : Timings())
     if (name == t.name) return TimeCase(t.c, t.density);
-  return known = false;
+  return RunMatmul(name, known);
 }
 
 }  // namespace
@@ -907,6 +770,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> all = {"zero", "huge"};
   for (const Case& c : Cases()) all.push_back(c.name);
   for (const Timing& t : Timings()) all.push_back(t.name);
+  for (const std::string& name : MatmulNames()) all.push_back(name);
   if (argc != 2 && argc != 3) {
     std::printf("usage: cuda_check NAME [REPEATS] | all [REPEATS] | list | tree\n");
     return 2;

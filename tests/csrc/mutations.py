@@ -36,9 +36,13 @@ FORWARD_128 = ("attention/instances/sm90/fwd_bf16_128.cu",)
 BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64.cu",)
 BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128.cu",)
 PREPARE = ("attention/prepare.cu",)
+PRODUCT = ("matmul/instances/product_bf16.cu",)
+SAMPLED = ("matmul/instances/sampled_bf16.cu",)
+MATMUL_PLAN = ("matmul/plan.cu",)
 PORTABLE_FORWARD = ("attention/instances/sm80/fwd_f32_64.cu",)
 PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64.cu",)
 CPU = ("attention/cpu/isa_baseline.cc",)
+CPU_MATMUL = ("matmul/cpu/isa_baseline.cc",)
 
 
 @dataclass(frozen=True)
@@ -353,6 +357,108 @@ BACKWARD = (
     ),
 )
 
+MATMUL = (
+    Mutation(
+        name="product-second-step",
+        what="the second 64 of a block's contracted length are multiplied by the dense operand's first",
+        file="matmul/sm90/product.cuh",
+        before="LoadDense(column, id * in_block + k, dense);",
+        after="LoadDense(column, id * in_block, dense);",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-128", "matmul-product-bf16-64x128"),
+    ),
+    Mutation(
+        name="product-block-half",
+        what="the lower half of a block of 128 rows is its upper half once more",
+        file="matmul/sm90/product.cuh",
+        before="two ? 0 : kPiece, k);",
+        after="0, k);",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-128", "matmul-product-bf16-128x64"),
+    ),
+    Mutation(
+        name="product-other-rows",
+        what="the warpgroups store their rows in each other's place",
+        file="matmul/sm90/product.cuh",
+        before="const int row = info.row + warpgroup_ * kPiece;",
+        after="const int row = info.row + (1 - warpgroup_) * kPiece;",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-128", "matmul-product-bf16-64"),
+    ),
+    Mutation(
+        name="product-last-entry",
+        what="the last block of an out block is left out",
+        file="matmul/sm90/product.cuh",
+        before="left_ = asked_ = end - begin;",
+        after="left_ = asked_ = max(end - begin - 1, 0);",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-64", "matmul-product-full"),
+    ),
+    Mutation(
+        name="product-unmerged-pair",
+        what="the lists of two out blocks are walked in step, whatever ids they have",
+        file="matmul/sm90/product.cuh",
+        before="use_lower = two && !lower.AtEnd() && lower.id() == id;",
+        after="use_lower = two && !lower.AtEnd();",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-64", "matmul-product-uneven"),
+    ),
+    Mutation(
+        name="product-no-poison",
+        what="the second of two out blocks is not NaN where its list cannot be followed",
+        file="matmul/sm90/product.cuh",
+        before="if (lower.poisoned()) info.flags |=",
+        after="if (false) info.flags |=",
+        instances=PRODUCT,
+        cases=("matmul-product-large-id-64", "matmul-product-negative-place-64"),
+    ),
+    Mutation(
+        name="product-first-dense",
+        what="every example has the first one's dense operand",
+        file="matmul/sm90/product.cuh",
+        before="dense = params_.dense_batch == 1 ? 0 : tile.batch;",
+        after="dense = 0;",
+        instances=PRODUCT,
+        cases=("matmul-product-shared-matrix", "matmul-product-batches"),
+    ),
+    Mutation(
+        name="product-transposed-staging",
+        what="two of the four matrices that a warp stores transposed are swapped",
+        file="matmul/sm90/consumer.cuh",
+        before="lane / 16 * 8 + lane % 8, column = 2 * warp + lane / 8 % 2;",
+        after="lane / 8 % 2 * 8 + lane % 8, column = 2 * warp + lane / 16;",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-128", "matmul-product-bf16-64"),
+    ),
+    Mutation(
+        name="product-row-order",
+        what="the order of rows names the row after each, and the last one twice",
+        file="matmul/plan.cu",
+        before="order[rank] = row;",
+        after="order[rank] = min(row + 1, rows - 1);",
+        instances=MATMUL_PLAN,
+        cases=("matmul-product-bf16-128", "matmul-product-bf16-64"),
+    ),
+    Mutation(
+        name="sampled-neighbour",
+        what="an entry has its neighbour's columns",
+        file="matmul/sm90/sampled.cuh",
+        before="const int c = columns[i] * static_cast<int>(params_.block_columns)",
+        after="const int c = columns[i ^ 1] * static_cast<int>(params_.block_columns)",
+        instances=SAMPLED,
+        cases=("matmul-sampled-bf16-64", "matmul-sampled-bf16-128"),
+    ),
+    Mutation(
+        name="sampled-tail",
+        what="what is beyond the matrix is the product with zeros, which is not 0 beside an infinity",
+        file="matmul/sm90/sampled.cuh",
+        before="if (rows < kPiece || columns < kPiece) Cut",
+        after="if (rows <= 0 || columns <= 0) Cut",
+        instances=SAMPLED,
+        cases=("matmul-sampled-nan", "matmul-sampled-nan-128"),
+    ),
+)
+
 PORTABLE = (
     Mutation(
         name="portable-forward-no-rescale",
@@ -445,9 +551,39 @@ CPU_KERNELS = (
         cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
+    Mutation(
+        name="cpu-product-last-entry",
+        what="the last block of an out block is left out",
+        file="matmul/cpu/product.h",
+        before="for (int64_t entry = 0; entry < list.count; ++entry) {",
+        after="for (int64_t entry = 0; entry + 1 < list.count; ++entry) {",
+        instances=CPU_MATMUL,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-product-stale-panel",
+        what="a packed block of the dense operand is taken for any other that has its place",
+        file="matmul/cpu/held_blocks.h",
+        before="return numbers_[number % places_] == number;",
+        after="return numbers_[number % places_] >= 0;",
+        instances=CPU_MATMUL,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-sampled-depth",
+        what="sampled products stop at the last whole step of the depth",
+        file="matmul/cpu/sampled.h",
+        before="k < p.depth; k += kDepth",
+        after="k + kDepth <= p.depth; k += kDepth",
+        instances=CPU_MATMUL,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
 )
 
-MUTATIONS = FORWARD + BACKWARD + PORTABLE + CPU_KERNELS
+MUTATIONS = FORWARD + BACKWARD + MATMUL + PORTABLE + CPU_KERNELS
 
 
 # ---- Copies

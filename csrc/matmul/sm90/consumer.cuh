@@ -16,9 +16,11 @@ class Consumer {
   static constexpr int kChunks = kColumns / kPiece;
   static constexpr int kSums = kColumns / 2;  // a thread
 
-  __device__ Consumer(Shared<Element>& shared, int warpgroup)
+  // `rank`: of the CTA in its cluster.
+  __device__ Consumer(Shared<Element>& shared, int warpgroup, int rank)
       : shared_(shared),
         warpgroup_(warpgroup),
+        rank_(rank),
         left_(device::sm90::TileDescriptor(shared.left[0] + (kOwnRows ? warpgroup * kPieceElements : 0), kPieceBytes)),
         right_(device::sm90::TileDescriptor(shared.right[0] + (kOwnRows ? 0 : warpgroup * kChunks * kPieceElements),
                                             kPieceBytes)) {}
@@ -75,11 +77,11 @@ class Consumer {
   // A chunk of 64 columns of the sums, as 16-bit elements, to a box of the result: [64 rows][64 columns], or with
   // kTransposed [64 columns][64 rows].
   template <bool kTransposed>
-  __device__ __forceinline__ void StoreChunk(const float* sums, const CUtensorMap& map, int chunk, int c0, int c1,
-                                             int c2) {
+  __device__ __forceinline__ void StoreChunk(const float* sums, const CUtensorMap& map, int c0, int c1, int c2) {
     const int thread = device::ThreadHere() % 128, lane = thread % 32, warp = thread / 32;
-    Element* staging = shared_.staging[warpgroup_][chunk % 2];
-    // The other buffer's copy may still be under way, this one's of two chunks ago not.
+    // Two buffers in turns, whatever the tiles: the other's copy may still be under way, this one's of two chunks ago
+    // not.
+    Element* staging = shared_.staging[warpgroup_][stored_++ % 2];
     if (thread == 0) device::sm90::WaitForStoresRead<1>();
     Sync();
 #pragma unroll
@@ -146,18 +148,20 @@ class Consumer {
     device::sm90::CommitProducts();
   }
 
-  // A stage is written by the producers of all CTAs of the cluster, so all of them are told.
+  // A stage is written by the producers of all CTAs of the cluster, so all of them are told; this CTA's by lane 0,
+  // which has read the stage's message.
   __device__ __forceinline__ void Release(int stage) {
     const int lane = device::ThreadHere() % 32;
     if constexpr (kCluster > 1) {
-      if (lane < kCluster) device::sm90::ArriveAt(shared_.empty[stage], lane);
+      if (lane < kCluster) device::sm90::ArriveAt(shared_.empty[stage], lane ^ rank_);
     } else {
       if (lane == 0) device::sm90::Arrive(shared_.empty[stage]);
     }
   }
 
   Shared<Element>& shared_;
-  const int warpgroup_;
+  const int warpgroup_, rank_;
+  uint32_t stored_ = 0;          // chunks
   const uint32_t left_, right_;  // descriptors of stage 0
   Ring<kStages> place_;
 };

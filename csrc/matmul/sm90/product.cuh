@@ -111,8 +111,8 @@ class ProductProducer {
     for (Tasks task;; task.Advance()) {
       const int slot = task.Stage();
       const int ticket = device::sm90::WaitForWord(shared_.task[slot], shared_.full_task[slot], task.Full());
+      if (ticket >= plan_.tickets) break;  // (so the word has been read before the slot is given back)
       device::sm90::ArriveAt(shared_.empty_task[slot], 0);
-      if (ticket >= plan_.tickets) break;
       Load(ProductTile(params_, plan_, ticket));
     }
     Announce(StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
@@ -222,7 +222,7 @@ class ProductStore {
 #pragma unroll
     for (int chunk = 0; chunk < kTileColumns / kPiece; ++chunk) {
       const int column = info.column + chunk * kPiece;
-      consumer_.template StoreChunk<!kTransposeRight>(sums + chunk * (kPiece / 2), plan_.out, chunk,
+      consumer_.template StoreChunk<!kTransposeRight>(sums + chunk * (kPiece / 2), plan_.out,
                                                       kTransposeRight ? column : row, kTransposeRight ? row : column,
                                                       info.batch);
     }
@@ -268,6 +268,7 @@ __global__ void __cluster_dims__(kProductCluster, 1, 1) __launch_bounds__(kThrea
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // uniform, and known to be
   const int rank = device::sm90::ClusterRank();
   if (threadIdx.x == 0) shared.Init(kProductCluster);
+  __syncwarp();
   device::sm90::SyncCluster();  // nobody reaches into a CTA whose barriers do not exist yet
 
   if (warpgroup == kConsumers) {
@@ -280,7 +281,8 @@ __global__ void __cluster_dims__(kProductCluster, 1, 1) __launch_bounds__(kThrea
     }
   } else {
     device::sm90::RaiseRegisters<kConsumerRegisters>();
-    typename ProductStore<Element, kTransposeLeft, kTransposeRight, kPairs>::Warpgroup consumer(shared, warpgroup);
+    typename ProductStore<Element, kTransposeLeft, kTransposeRight, kPairs>::Warpgroup consumer(shared, warpgroup,
+                                                                                                rank);
     consumer.Run(ProductStore<Element, kTransposeLeft, kTransposeRight, kPairs>(consumer, params, plan, warpgroup));
     consumer.Finish();
   }

@@ -136,7 +136,7 @@ class SampledStore {
     if (params_.out_dtype == DType::kF32) {
       StoreFloat<kChunk>(sums, entry, row, column);
     } else {
-      consumer_.template StoreChunk<false>(sums + kChunk * (kPiece / 2), plan_.out, kChunk, column, row,
+      consumer_.template StoreChunk<false>(sums + kChunk * (kPiece / 2), plan_.out, column, row,
                                            static_cast<int>(entry));
     }
   }
@@ -192,7 +192,7 @@ __global__ void __launch_bounds__(kThreads, 1)
   } else {
     device::sm90::RaiseRegisters<kConsumerRegisters>();
     using Warpgroup = Consumer<Element, kTransposeLeft, kTransposeRight, kColumns, 1, false>;
-    Warpgroup consumer(shared, warpgroup);
+    Warpgroup consumer(shared, warpgroup, 0);
     consumer.Run(SampledStore<Warpgroup>(consumer, params, plan, warpgroup));
     consumer.Finish();
   }
