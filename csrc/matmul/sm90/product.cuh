@@ -115,7 +115,7 @@ class ProductProducer {
       device::sm90::ArriveAt(shared_.empty_task[slot], 0);
       Load(ProductTile(params_, plan_, ticket));
     }
-    Announce(StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
+    shared_.Announce(ring_, StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
   }
 
  private:
@@ -147,7 +147,7 @@ class ProductProducer {
           if (lower.poisoned()) info.flags |= StepInfo::kPoisoned << 1;
         }
         const int bytes = any ? (first + second + kRightPieces) * kPieceBytes : 0;
-        Announce(info, bytes);
+        shared_.Announce(ring_, info, bytes);
         if (any) {
           const int k = step * kPiece;
           if (first && Mine(0)) LoadBlock(0, first_entry + places[0], 0, k);
@@ -158,18 +158,6 @@ class ProductProducer {
       }
       if (last) break;
     } while (true);
-  }
-
-  // Waits for a stage, fills in its message, and opens it for so many bytes.
-  __device__ __forceinline__ void Announce(const StepInfo& info, int bytes) {
-    const int stage = ring_.Stage();
-    device::sm90::Wait(shared_.empty[stage], ring_.Empty());
-    shared_.steps[stage] = info;
-    if (bytes > 0) {
-      device::sm90::ArriveExpecting(shared_.full[stage], bytes);
-    } else {
-      device::sm90::Arrive(shared_.full[stage]);
-    }
   }
 
   // The blocks of which warpgroup this CTA fetches for the cluster.

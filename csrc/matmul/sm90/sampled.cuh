@@ -26,7 +26,7 @@ class SampledProducer {
       }
       item -= count;
     }
-    Announce(StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
+    shared_.Announce(ring_, StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
   }
 
  private:
@@ -48,7 +48,7 @@ class SampledProducer {
     const int ends = StepInfo::kLast | valid << StepInfo::kValid | (entries - 1) << StepInfo::kEntries;
     if (valid == 0 || plan_.steps == 0) {
       info.flags = ends;
-      Announce(info, 0);
+      shared_.Announce(ring_, info, 0);
       ring_.Advance();
       return;
     }
@@ -57,7 +57,7 @@ class SampledProducer {
     const int bytes = (left_pieces + __popc(valid) * entry_pieces) * kPieceBytes;
     for (int step = 0; step < plan_.steps; ++step) {
       info.flags = StepInfo::kUsed * 3 | (step == plan_.steps - 1 ? ends : 0);
-      Announce(info, bytes);
+      shared_.Announce(ring_, info, bytes);
       const int k = step * kPiece, stage = ring_.Stage();
       for (int i = 0; i < left_pieces; ++i) {
         const int r = info.row + i * kPiece;
@@ -75,17 +75,6 @@ class SampledProducer {
         }
       }
       ring_.Advance();
-    }
-  }
-
-  __device__ __forceinline__ void Announce(const StepInfo& info, int bytes) {
-    const int stage = ring_.Stage();
-    device::sm90::Wait(shared_.empty[stage], ring_.Empty());
-    shared_.steps[stage] = info;
-    if (bytes > 0) {
-      device::sm90::ArriveExpecting(shared_.full[stage], bytes);
-    } else {
-      device::sm90::Arrive(shared_.full[stage]);
     }
   }
 

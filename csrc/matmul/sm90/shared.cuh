@@ -51,6 +51,18 @@ struct Shared {
     }
     device::sm90::FenceBarrierInit();
   }
+
+  // For the producer's thread: waits for a stage, fills in its message, and opens it for so many bytes.
+  __device__ __forceinline__ void Announce(const Ring<kStages>& place, const StepInfo& info, int bytes) {
+    const int stage = place.Stage();
+    device::sm90::Wait(empty[stage], place.Empty());
+    steps[stage] = info;
+    if (bytes > 0) {
+      device::sm90::ArriveExpecting(full[stage], bytes);
+    } else {
+      device::sm90::Arrive(full[stage]);
+    }
+  }
 };
 
 }  // namespace jax_bsk::matmul::cuda::sm90
