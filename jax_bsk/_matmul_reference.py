@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk import _compat
 from jax_bsk.bsr import BSR
 
 ENTRIES_AT_A_TIME = 32
@@ -37,8 +38,9 @@ def sparse_times_dense(a: BSR, b: jax.Array, *, transposed: bool) -> jax.Array:
     into, out_of = (a.indices, row_ids) if transposed else (row_ids, a.indices)
     listed = row_ids >= 0
 
+    ins = max(ins, 1)  # one of zeros where there is none, for what the lists name all the same
     blocks = jnp.pad(b, ((0, ins * in_size - b.shape[0]), (0, 0))).reshape(ins, in_size, b.shape[1])
-    data = without_margins(a, row_ids)
+    data, blocks = _multipliable(without_margins(a, row_ids), blocks, dtype)
 
     def step(total, entries):
         data, into, out_of, use = entries
@@ -71,9 +73,10 @@ def sampled(a: jax.Array, b: jax.Array, pattern: BSR) -> jax.Array:
     dtype = accumulator(a.dtype, b.dtype)
     row_ids, sound = _places(pattern)
     use = (row_ids >= 0) & sound
+    rows, columns = max(rows, 1), max(columns, 1)
     left = jnp.pad(a, ((0, rows * bm - a.shape[0]), (0, 0))).reshape(rows, bm, a.shape[1])
     right = jnp.pad(b, ((0, 0), (0, columns * bk - b.shape[1]))).reshape(b.shape[0], columns, bk)
-    right = jnp.moveaxis(right, 1, 0)
+    left, right = _multipliable(left, jnp.moveaxis(right, 1, 0), dtype)
 
     def step(_, entries):
         row, column, use = entries
@@ -83,6 +86,13 @@ def sampled(a: jax.Array, b: jax.Array, pattern: BSR) -> jax.Array:
 
     _, blocks = jax.lax.scan(step, None, _chunks((row_ids, jnp.asarray(pattern.indices), use)))
     return blocks.reshape(-1, bm, bk)[: pattern.entries]
+
+
+def _multipliable(a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Factors as a platform can multiply them in batches: XLA's CPU compiler refuses some products of 16-bit types."""
+    if _compat.default_platform() == "cpu":
+        return a.astype(dtype), b.astype(dtype)
+    return a, b
 
 
 def _places(a: BSR) -> tuple[jax.Array, jax.Array]:
@@ -102,10 +112,10 @@ def without_margins(a: BSR, row_ids: jax.Array) -> jax.Array:
     (m, k), (bm, bk) = a.shape, a.block_size
     data = jnp.asarray(a.data)
     if m % bm:
-        rows = row_ids[:, None] * bm + jnp.arange(bm)
+        rows = row_ids[:, None] * bm + jnp.arange(bm, dtype=jnp.int32)
         data = jnp.where((rows < m)[:, :, None], data, 0)
     if k % bk:
-        columns = jnp.asarray(a.indices)[:, None] * bk + jnp.arange(bk)
+        columns = jnp.asarray(a.indices)[:, None] * bk + jnp.arange(bk, dtype=jnp.int32)
         data = jnp.where((columns < k)[:, None, :], data, 0)
     return data
 

@@ -192,13 +192,28 @@ class BSR:
         return dataclasses.replace(self, column_lists=self.columns())
 
     def row_ids(self) -> Any:
-        """int32 [entries]: the row of each, -1 past the end."""
-        if not is_traced(self.indptr):
-            return rows_of_entries(np.asarray(self.indptr), self.entries)
-        entry = jnp.arange(self.entries, dtype=jnp.int32)
-        offsets = jnp.clip(jax.lax.cummax(self.indptr), 0, self.entries)
-        rows = jnp.searchsorted(offsets[1:], entry, side="right").astype(jnp.int32)
-        return jnp.where((entry >= offsets[0]) & (entry < offsets[-1]), rows, -1)
+        """int32 [entries]: the row of each; -1 past the end, and in rows whose offsets cannot be followed."""
+        if is_traced(self.indptr):
+            offsets = jnp.asarray(self.indptr)
+            at, rows = self._row_starts(offsets, jnp)
+            starts = jnp.full(self.entries + 1, -1, jnp.int32).at[at].max(rows)
+            entry = jnp.arange(self.entries, dtype=jnp.int32)
+            row = starts[jnp.maximum(jax.lax.cummax(jnp.where(starts[:-1] >= 0, entry, -1)), 0)]
+            ends = jnp.concatenate([offsets[1:], jnp.zeros(1, offsets.dtype)])
+            return jnp.where(entry < ends[row], row, -1)
+        offsets = np.asarray(self.indptr)
+        at, rows = self._row_starts(offsets, np)
+        starts = np.full(self.entries + 1, -1, np.int32)
+        np.maximum.at(starts, at, rows)
+        entry = np.arange(self.entries, dtype=np.int32)
+        row = starts[np.maximum(np.maximum.accumulate(np.where(starts[:-1] >= 0, entry, -1)), 0)]
+        return np.where(entry < np.append(offsets[1:], 0)[row], row, -1).astype(np.int32)
+
+    def _row_starts(self, offsets: Any, xp: Any) -> tuple[Any, Any]:
+        """Where the rows begin that have entries and make sense; the others past the last entry."""
+        begin, end = offsets[:-1], offsets[1:]
+        sound = (begin >= 0) & (begin < end) & (end <= self.entries)
+        return xp.where(sound, begin, self.entries), xp.arange(begin.shape[0], dtype=np.int32)
 
     def columns(self) -> tuple[Any, Any, Any]:
         """The same lists column by column: offsets [columns + 1], rows [entries], and which entry each one is."""

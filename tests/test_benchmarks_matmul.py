@@ -103,6 +103,22 @@ def test_every_operation_against_the_whole_product(operands):
             assert result["ok"], (operation, name, result)
 
 
+def test_a_dense_product_of_random_numbers(operands):
+    makers = {name: contenders.makers(NATIVE)[name] for name in ("dense", "dense-random")}
+    record = measure.measure(Case(SMALL, Operation.LAYER), operands, makers, measure.Rates(), rounds=1, seed=0)
+    found = record["contenders"]["dense-random"]
+    assert found["check"]["ok"]
+    assert found["variant"] == "dense, random numbers"
+    weights = operands.random_weights()
+    assert (weights != 0).all()
+    made = makers["dense-random"](Case(SMALL, Operation.LAYER), operands)
+    np.testing.assert_allclose(made.once(), operands.x @ weights, atol=1e-4)
+    other = check.make_reference(operands, Operation.LAYER, check.choose_spots(SMALL.size, 0))
+    assert not other.check(*made.pick(made.once(), other.spots))["ok"]
+    record = measure.measure(Case(SMALL, Operation.DATA_GRADIENT), operands, makers, measure.Rates(), rounds=1, seed=0)
+    assert "random numbers" in record["contenders"]["dense-random"]["refused"]
+
+
 def test_spots_meet_every_tile():
     spots = check.choose_spots(32768, 0)
     for places in (spots.rows, spots.columns):

@@ -15,6 +15,9 @@ import pytest
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.testing import battery, cases, faults, steady
 from jax_bsk.testing.gpu_load import concurrent_load
+from jax_bsk.testing.matmul import battery as product_battery
+from jax_bsk.testing.matmul import cases as product_cases
+from jax_bsk.testing.matmul import steady as steady_products
 from tests.util import loss_of, random_inputs, random_mask
 
 pytestmark = pytest.mark.gpu
@@ -37,6 +40,24 @@ def test_corner(name):
 
 def test_random(random_seed):
     run(cases.random_case(random_seed, max_len=700))
+
+
+@pytest.mark.parametrize("name", product_cases.CORNER_CASES)
+def test_corner_of_products(name):
+    case = product_cases.CORNER_CASES[name]
+    if case.dtype not in product_cases.DTYPES["cuda"] or not {*case.block_size} <= {*product_cases.BLOCKS["cuda"]}:
+        pytest.skip("refused by the CUDA kernels, with a reason")
+    product_battery.run_case(case, "cuda")
+
+
+def test_random_product(random_seed):
+    product_battery.run_case(product_cases.random_case(random_seed, "cuda"), "cuda")
+
+
+@pytest.mark.parametrize("name", steady_products.GPU)
+def test_products_beside_other_work_give_the_same_bits(name):
+    with concurrent_load():
+        assert steady_products.repeats_are_equal(steady_products.GPU[name], "cuda", 500)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,20 @@ def test_figures_that_drifted_are_found():
         readme_figures.written("<!-- figures: nothing -->\n<!-- end of figures -->")
 
 
+def test_a_report_of_before_the_products_were_measured(committed, monkeypatch):
+    data = committed["stages"]["benchmark"]["data"]
+    if "matmul" not in data:
+        assert readme_figures.matmul() == "not in this report"
+    one = {"seconds": 3e-4, "useful_flops_per_second": 6.7e14}
+    config = {"operation": "forward", "size": 8192, "sparsity": 0.78, "block": 128, "dtype": "bfloat16"}
+    goal = {"case": "a case", "measure": "useful TFLOP/s", "least": 650, "measured": 600.0, "verdict": "missed"}
+    later = {"cases": [config | {"contenders": {"jax_bsk": one, "dense": {"seconds": 1.2e-3}}}], "goals": [goal]}
+    monkeypatch.setattr(readme_figures, "benchmark", lambda: data | {"matmul": later})
+    text = readme_figures.matmul()
+    assert "| 0.3 ms | 670 | 0.88 | 4.00x | - | - | - |" in text
+    assert text.endswith("Of 1 goals: 1 missed. Not met: a case: useful TFLOP/s >= 650.")
+
+
 def test_the_verdict_follows_from_the_stages(committed):
     facts = committed["provenance"]
     stages = {

@@ -15,11 +15,25 @@ import pytest
 from jax_bsk import _ffi
 from jax_bsk.__main__ import main
 from jax_bsk.benchmarking import grid
+from jax_bsk.benchmarking.matmul import goals
+from jax_bsk.benchmarking.matmul.cases import Operation
 from jax_bsk.benchmarking.passes import Pass
 from jax_bsk.support.git_tree import tree_hash
-from jax_bsk.validation import benchmark, markdown, numerics, profile, programs, provenance, report, runner, targets
+from jax_bsk.validation import (
+    benchmark,
+    harden,
+    markdown,
+    numerics,
+    products,
+    profile,
+    programs,
+    provenance,
+    report,
+    runner,
+    targets,
+)
 from jax_bsk.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
-from jax_bsk.validation.settings import CASES, STAGES, Clock, Level, Settings
+from jax_bsk.validation.settings import CASES, PRODUCTS, STAGES, Clock, Level, Settings
 
 ROOT = Path(__file__).parents[1]
 FACTS = {
@@ -152,10 +166,17 @@ def test_a_quick_run_without_a_gpu(quick_run):
     numbers = found["stages"]["validate"]["data"]
     assert numbers["forward_cases"] >= CASES["cpu", Level.QUICK]
     assert 0 < numbers["backward_cases"] < numbers["forward_cases"]
+    products_of = numbers["matmul"]
+    assert products_of["forward_cases"] >= PRODUCTS["cpu", Level.QUICK]
+    assert 0 < products_of["backward_cases"] < products_of["forward_cases"]
     counts = numbers["histogram"]["counts"]
     assert sum(counts["out"]) == numbers["forward_cases"]
     assert sum(counts["dq"]) == numbers["backward_cases"]
     assert sum(entry["cases"] for entry in numbers["by_dtype"].values()) == numbers["forward_cases"]
+    measured = found["stages"]["benchmark"]["data"]["matmul"]
+    assert [case["operation"] for case in measured["cases"]] == ["forward", "ddata"]
+    assert all("seconds" in case["contenders"]["jax_bsk"] for case in measured["cases"])
+    assert measured["not_measured"] == measured["goals"] == []
     for case in found["stages"]["benchmark"]["data"]["cases"]:
         assert case["floor"]["times_floor"] > 0
         assert case["floor"]["floor_seconds"] * case["floor"]["times_floor"] == pytest.approx(
@@ -178,8 +199,14 @@ def test_what_a_run_writes(quick_run):
     with (out / "benchmark.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {"jax_bsk", "xla"} <= {row["contender"] for row in rows}
+    with (out / "matmul.csv").open() as file:
+        assert {row["contender"] for row in csv.DictReader(file)} == {"jax_bsk", "dense", "dense-random"}
+    with (out / "numerics-matmul.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == found["stages"]["validate"]["data"]["matmul"]["forward_cases"]
+    assert {row["verdict"] for row in rows} == {"passed"}
     pytest.importorskip("matplotlib")
-    for name in ("roofline.png", "errors.png", "forward-density.png"):
+    for name in ("roofline.png", "errors.png", "forward-density.png", "matmul.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert f"({name})" in text
 
@@ -231,10 +258,34 @@ def test_refusals_alone_and_fewer_cases_than_the_level_asks_for_are_not_a_pass(t
     assert numerics._judge("corner cases", refused, "cpu", 1).verdict is Verdict.SKIPPED
     monkeypatch.setattr(numerics, "CORNER_CASES", {"one-token": None})
     one = {"draw": 0, "ok": True, "gradients": True, "case": {}, "results": []}
-    monkeypatch.setattr(numerics, "_answers", lambda *a: iter([one | {"task": t} for t in ("one-token", "3")]))
+    tasks = ("one-token", "3", "matmul:3")
+    monkeypatch.setattr(numerics, "_answers", lambda *a: iter([one | {"task": task} for task in tasks]))
     result = numerics.run(Settings(tmp_path, cases=1, quiet=True), Clock(60))
     verdicts = {check.name: check.verdict for check in result.checks}
-    assert verdicts == {"corner cases": Verdict.PASSED, "random cases from seed 0": Verdict.SKIPPED}
+    assert verdicts == {
+        "corner cases": Verdict.PASSED,
+        "random cases from seed 0": Verdict.SKIPPED,
+        "products: random cases from seed 0": Verdict.SKIPPED,
+    }
+
+
+def test_tasks_are_given_out_until_each_suite_has_enough(tmp_path):
+    attention, matmul = suites = numerics.suites(Settings(tmp_path, Level.FULL, cases=3), "cuda")
+    assert (attention.wanted, matmul.wanted) == (3, PRODUCTS["cuda", Level.FULL])
+    taken = dict.fromkeys(suites, 0)
+    tasks = numerics._tasks(40, taken)
+    corners = [next(tasks) for suite in suites for _ in suite.corners]
+    assert {"one-token", "matmul:one-number"} <= set(corners)
+    assert [next(tasks) for _ in range(3)] == ["40", "matmul:40", "41"]
+    taken[attention] = 3
+    assert [next(tasks) for _ in range(3)] == ["matmul:41", "matmul:42", "matmul:43"]
+    taken[matmul] = 600
+    assert list(tasks) == []
+    (record,) = (
+        {"task": "matmul:7", "draw": 1, "ok": False, "gradients": True, "case": {}, "results": [], "text": ""},
+    )
+    check = numerics._judge("random", [record], "cuda", 1)
+    assert "python -m jax_bsk.testing.matmul --seed 7 --draw 1 --implementation cuda" in check.detail
 
 
 def test_programs_of_other_sources_are_no_evidence(tmp_path):
@@ -256,6 +307,21 @@ def test_a_benchmark_that_is_cut_short_is_not_a_pass(tmp_path, monkeypatch):
     result = benchmark.run(Settings(tmp_path, peers=False, quiet=True), Clock(-1))
     assert result.verdict is Verdict.SKIPPED
     assert len(result.data["cases"]) == 1
+    assert result.data["matmul"]["cases"] == []
+    verdicts = {check.name: check.verdict for check in result.checks}
+    assert verdicts["results of the products"] is Verdict.SKIPPED
+
+
+def test_products_that_hang_or_crash_fail(tmp_path, monkeypatch):
+    def hangs(command, seconds):
+        raise subprocess.TimeoutExpired(command, seconds)
+
+    crashed = subprocess.CompletedProcess([], 1, "", "illegal memory access")
+    for run, word in ((hangs, "hangs"), (lambda *a: crashed, "illegal memory access")):
+        monkeypatch.setattr(harden, "_run", run)
+        checks, data = harden._products(Settings(tmp_path), Clock(60), "cuda")
+        assert all(check.verdict is Verdict.FAILED and word in check.detail for check in checks)
+        assert data == {}
 
 
 # ---- Arithmetic
@@ -308,6 +374,56 @@ def test_the_cases_of_a_full_run():
         (16, 96, 4096, 128, "float16")
     }
     assert max(c.density for c in sets["tiers"]) == 1
+
+
+def test_the_products_of_a_full_run():
+    cases = products.chosen(Level.FULL, on_gpu=True)
+    assert len({case.name for case in cases}) == len(cases) == 16
+    # The goals' cases come first.
+    assert {(case.config.size, case.config.sparsity) for case in cases[:8]} == {(8192, 0.78)}
+    assert {case.operation for case in cases[:8]} == set(Operation)
+    assert {case.config.size for case in cases[12:]} == {4096, 16384}
+    slow = [case.name for case in cases if "cusparse-csr" in products.contenders(case, peers=True)]
+    assert slow == ["forward 8192 sparsity 0.78 block 128 bfloat16"]
+    assert products.contenders(cases[0], peers=False) == ("jax_bsk", "dense", "dense-random")
+
+
+def product_record(operation: str, block: int, **seconds: float) -> dict:
+    flops = 2 * 8192**3 * 0.22
+    found = {
+        name.replace("_", "-"): {"seconds": s, "useful_flops_per_second": flops / s} for name, s in seconds.items()
+    }
+    found["jax_bsk"] = found.pop("jax-bsk", {"failed": "no such kernel"})
+    config = {"size": 8192, "sparsity": 0.78, "block": block, "dtype": "bfloat16"}
+    return config | {"operation": operation, "density": 0.22, "contenders": found}
+
+
+def test_goals_of_products():
+    gpu = {"platform": "cuda", "name": "NVIDIA H200"}
+    records = [
+        product_record("forward", 128, jax_bsk=3.6e-4, dense=1.4e-3, dense_random=1.3e-3, torch_bsr=8e-4),
+        product_record("ddata", 128, jax_bsk=4e-4),
+        product_record("forward", 64),
+    ]
+    rows = goals.judge(records, gpu)
+    found = {(row["case"].split()[0], row["case"].split()[5], row["measure"]): row for row in rows}
+    assert len(found) == len(rows) == 10
+    forward = [row for key, row in found.items() if key[:2] == ("forward", "128")]
+    assert [row["verdict"] for row in forward] == ["met", "met", "missed", "met", "missed", "met", "open"]
+    assert forward[0]["measured"] == pytest.approx(2 * 8192**3 * 0.22 / 3.6e-4 / 1e12)
+    assert forward[1]["measured"] == pytest.approx(0.22 * 1.4 / 0.36, rel=1e-3)
+    assert forward[4]["measured"] == pytest.approx(1.3 / 0.36)
+    assert found["ddata", "128", "rate / the forward's"]["measured"] == pytest.approx(0.9)
+    assert found["forward", "64", "useful TFLOP/s"]["verdict"] == "missed"  # it failed
+    assert found["ddata", "64", "rate / the forward's"]["verdict"] == "open"  # it was not run
+    assert goals.judge(records, {"platform": "cuda", "name": "NVIDIA A100"}) == []
+    (cpu,) = goals.judge(records, {"platform": "cpu", "name": "x", "cores": 2})
+    assert (cpu["verdict"], cpu["least"]) == ("open", 3)
+    data = {"cases": records, "not_measured": ["the rest"], "goals": rows}
+    text = "\n".join(markdown._products(data))
+    assert "| Y = W X | 8,192 | 78 % | 128 | bfloat16 | 0.36 ms | 672 | 0.86 | 3.89x | 3.61x | 2.22x | - |" in text
+    assert "times faster than dense >= 3.8 | met | 3.89" in text
+    assert markdown._products(None) == []
 
 
 NCU = "\n".join(

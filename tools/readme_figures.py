@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax_bsk.benchmarking.matmul.contenders import OURS
+from jax_bsk.validation import products
 from jax_bsk.validation.markdown import milliseconds, share, table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +85,21 @@ def with_torch(which: str) -> Callable[[], str]:
     return lambda: f"{attention(which)}\n\ntorch's own cuDNN attention: {torch_cudnn(which)} (8,192 tokens)."
 
 
+def matmul() -> str:
+    """Block-sparse products, and which goals they reach; reports of before them have none."""
+    data = benchmark().get("matmul")
+    if data is None:
+        return "not in this report"
+    cases = [case for case in data["cases"] if "seconds" in case["contenders"].get(OURS, {})]
+    found = table([*products.COLUMNS, *products.PEERS.values()], products.rows(cases, milliseconds))
+    if not data["goals"]:
+        return found
+    words = [row["verdict"] for row in data["goals"]]
+    counts = ", ".join(f"{words.count(word)} {word}" for word in ("met", "missed", "open") if word in words)
+    short = [f"{row['case']}: {row['measure']} >= {row['least']:g}" for row in data["goals"] if row["verdict"] != "met"]
+    return f"{found}\n\nOf {len(words)} goals: {counts}.{''.join(f' Not met: {text}.' for text in short)}"
+
+
 def method() -> str:
     report, data = read(REPORT), benchmark()
     versions = data["versions"]
@@ -133,6 +150,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "method": method,
     "forward": with_torch("forward"),
     "backward": with_torch("backward"),
+    "matmul": matmul,
     "training-step": training_step,
     "scaling": scaling,
 }

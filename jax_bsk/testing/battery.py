@@ -15,31 +15,13 @@ import numpy as np
 from jax_bsk.masks import BlockMask
 from jax_bsk.testing import tolerance
 from jax_bsk.testing.cases import Case, Inputs, make_inputs
+from jax_bsk.testing.judgement import Judgement
+from jax_bsk.testing.judgement import Mismatch as Mismatch
 from jax_bsk.testing.oracle import attention_oracle
 
 # (query, key, value, block_mask, *, bias, lengths, sinks, scale, soft_cap) -> out [B, T, N, Hv], lse [B, N, T]
 AttentionFn = Callable[..., tuple[Any, Any]]
 _NAMES = ("dq", "dk", "dv", "dbias", "dsinks")
-
-
-class Mismatch(AssertionError):
-    """A case outside the tolerance rule; the message has every figure, the case, and the command that repeats it."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Judgement:
-    """What the tolerance rule says of one case: a comparison a result, and what else is wrong (dtypes)."""
-
-    case: Case
-    comparisons: tuple[tolerance.Comparison, ...]
-    problems: tuple[str, ...]
-
-    @property
-    def ok(self) -> bool:
-        return not self.problems and all(c.ok for c in self.comparisons)
-
-    def __str__(self) -> str:
-        return "\n".join([*map(str, self.comparisons), *self.problems])
 
 
 def judge_case(
@@ -94,10 +76,7 @@ def run_case(case: Case, attention_fn: AttentionFn, *, command: str = "", **opti
     Raises:
         Mismatch: a result is outside the tolerance rule.
     """
-    judged = judge_case(case, attention_fn, **options)
-    if not judged.ok:
-        raise Mismatch(f"outside the tolerance rule\n{judged}\n{case}\nrepro: {case.repro} {command}".rstrip())
-    return str(judged)
+    return judge_case(case, attention_fn, **options).report(command)
 
 
 def from_public(implementation: str | None) -> AttentionFn:

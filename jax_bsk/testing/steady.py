@@ -102,13 +102,13 @@ def repeats_are_equal(case: Steady, implementation: str, repeats: int) -> bool:
         raise FloatingPointError("a result is not finite")
     same = jnp.array(True)
     for _ in range(repeats):
-        same = _still_same(same, step(*inputs), first)
+        same = still_same(same, step(*inputs), first)
     return bool(same)
 
 
 @jax.jit
-def _still_same(same, actual, expected):
-    """Stays on the device, so that a thousand steps need not wait for the host."""
+def still_same(same, actual, expected):
+    """`same`, and whether all bits are. Stays on the device, so that a thousand steps need not wait for the host."""
     for a, e in zip(actual, expected, strict=True):
         bits = jnp.uint32 if a.dtype == jnp.float32 else jnp.uint16
         same &= (jax.lax.bitcast_convert_type(a, bits) == jax.lax.bitcast_convert_type(e, bits)).all()

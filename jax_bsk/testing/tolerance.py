@@ -13,6 +13,20 @@ the precision of the softmax, since there XLA's own error is a fraction of an ul
 happens to split a sum. The second part is there because the two means of few numbers scatter. To the ulp of the
 result comes that of the softmax times its reach, one rounding of a logit or of lse (see ``OracleResult.reach``). NaN
 and infinities must stand where the oracle's stand.
+
+A plain matrix product needs no other computation beside it, since its sums can be bounded (``compare_product``). With
+the magnitude ``m`` (the sum of absolute products) of an element that is a sum of ``n`` products::
+
+    |c - o|  <=  ulp_out / 2 * |o|  +  ulp_sum * (1 + sqrt(n) / 2) * m                   of each element
+    mean     <=  (ulp_out / 4 * mean |o|  +  ulp_sum / 4 * mean (1 + sqrt(n) / 2) m) * (1 + 4 / sqrt(count))
+
+The first part is one rounding to the result's type, on average a quarter of an ulp. The second is what a sum in float32
+(float64) may lose: in the worst case n roundings of half an ulp of m, but they hardly ever all go one way, and with
+random ones the error grows with the square root of n (Higham and Mary, "A New Approach to Probabilistic Rounding Error
+Analysis", 2019; their lambda is 1 here). The 1 is for what does not grow: the last roundings, and tensor cores, which
+cut off where processors round. On average a sum of numbers of both signs loses about a quarter of ulp_sum * m whatever
+its length, so a quarter of the bound leaves room; the means of few numbers scatter. A product whose sums are rounded to
+16 bits, or its float32 operands to tf32, is outside both. An element without a product is 0, exactly.
 """
 
 from __future__ import annotations
@@ -30,15 +44,20 @@ MEAN_FACTOR = {False: 1.2, True: 2.0}
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """Errors of one named result and their bounds; ``pattern`` says how NaN or infinities differ, if they do."""
+    """Errors of one named result and their bounds.
+
+    Attributes:
+        reference_max, reference_mean: errors of XLA's own computation, where the rule has one.
+        pattern: how NaN or infinities differ, if they do.
+    """
 
     name: str
     max_error: float = 0.0
     max_bound: float = 0.0
     mean_error: float = 0.0
     mean_bound: float = 0.0
-    reference_max: float = 0.0
-    reference_mean: float = 0.0
+    reference_max: float | None = None
+    reference_mean: float | None = None
     worst_index: tuple[int, ...] = ()
     pattern: str = ""
 
@@ -50,10 +69,10 @@ class Comparison:
         head = f"{self.name:7s}{'ok  ' if self.ok else 'FAIL'}"
         if self.pattern:
             return f"{head} {self.pattern}"
+        xla_max, xla_mean = ("" if x is None else f" (xla {x:.3g})" for x in (self.reference_max, self.reference_mean))
         return (
-            f"{head} max {self.max_error:.3g} <= {self.max_bound:.3g} (xla {self.reference_max:.3g})"
-            f"  mean {self.mean_error:.3g} <= {self.mean_bound:.3g} (xla {self.reference_mean:.3g})"
-            f"  worst at {self.worst_index}"
+            f"{head} max {self.max_error:.3g} <= {self.max_bound:.3g}{xla_max}"
+            f"  mean {self.mean_error:.3g} <= {self.mean_bound:.3g}{xla_mean}  worst at {self.worst_index}"
         )
 
 
@@ -81,17 +100,8 @@ def compare(
         reach: the oracle's; None for zero.
     """
     candidate, reference = (np.asarray(x).astype(np.float64) for x in (candidate, reference))
-    if candidate.shape != oracle.shape:
-        return Comparison(name, pattern=f"shape {candidate.shape}, expected {oracle.shape}")
-    for what, find in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
-        differs = find(candidate) != find(oracle)
-        if differs.any():
-            where = tuple(int(i) for i in np.argwhere(differs)[0])
-            text = (
-                f"{what} at {int(find(candidate).sum())} places, expected at {int(find(oracle).sum())}; "
-                f"first difference at {where}: {candidate[where]}, expected {oracle[where]}"
-            )
-            return Comparison(name, worst_index=where, pattern=text)
+    if problem := _pattern(name, candidate, oracle):
+        return problem
     judged = np.isfinite(oracle)
     if not judged.any():
         return Comparison(name)
@@ -116,6 +126,67 @@ def compare(
         reference_mean=xla_mean,
         worst_index=tuple(int(i) for i in np.unravel_index(error.argmax(), error.shape)),
     )
+
+
+def compare_product(
+    name: str, candidate: Any, oracle: np.ndarray, magnitude: np.ndarray, terms: np.ndarray, *, summed_in: Any
+) -> Comparison:
+    """Applies the rule of plain products to one result, element by element.
+
+    Args:
+        name: what it is called in reports.
+        candidate: the result to judge; its type is the one that it is rounded to.
+        oracle: the same in float64.
+        magnitude: its sums of absolute products.
+        terms: how many products each sum has, of a shape that broadcasts.
+        summed_in: the type of the sums.
+
+    Returns:
+        With the error and the bound of the element that is worst as a share of its bound.
+    """
+    candidate = np.asarray(candidate)
+    out = jnp.finfo(candidate.dtype)
+    candidate = candidate.astype(np.float64)
+    if problem := _pattern(name, candidate, oracle):
+        return problem
+    judged = np.isfinite(oracle)
+    summed = judged & (magnitude > 0)
+    if (judged & ~summed & (candidate != 0)).any():
+        where = tuple(int(i) for i in np.argwhere(judged & ~summed & (candidate != 0))[0])
+        return Comparison(name, worst_index=where, pattern=f"{candidate[where]} at {where}, a sum of nothing")
+    if not summed.any():
+        return Comparison(name)
+    error, size = np.abs(candidate[summed] - oracle[summed]), np.abs(oracle[summed])
+    growth = 1 + np.sqrt(np.broadcast_to(terms, oracle.shape)[summed]) / 2
+    lost = float(jnp.finfo(summed_in).eps) * growth * magnitude[summed]
+    ulp, least = float(out.eps), float(out.smallest_subnormal)
+    bound = ulp / 2 * size + lost + least
+    worst = int((error / bound).argmax())
+    mean_bound = (ulp * size.mean() + lost.mean()) / 4 * (1 + 4 / np.sqrt(error.size)) + least
+    return Comparison(
+        name,
+        max_error=float(error[worst]),
+        max_bound=float(bound[worst]),
+        mean_error=float(error.mean()),
+        mean_bound=float(mean_bound),
+        worst_index=tuple(int(i) for i in np.argwhere(summed)[worst]),
+    )
+
+
+def _pattern(name: str, candidate: np.ndarray, oracle: np.ndarray) -> Comparison | None:
+    """The comparison of a result of another shape, or whose NaN or infinities stand elsewhere."""
+    if candidate.shape != oracle.shape:
+        return Comparison(name, pattern=f"shape {candidate.shape}, expected {oracle.shape}")
+    for what, find in (("NaN", np.isnan), ("+inf", np.isposinf), ("-inf", np.isneginf)):
+        differs = find(candidate) != find(oracle)
+        if differs.any():
+            where = tuple(int(i) for i in np.argwhere(differs)[0])
+            text = (
+                f"{what} at {int(find(candidate).sum())} places, expected at {int(find(oracle).sum())}; "
+                f"first difference at {where}: {candidate[where]}, expected {oracle[where]}"
+            )
+            return Comparison(name, worst_index=where, pattern=text)
+    return None
 
 
 def dense_attention(

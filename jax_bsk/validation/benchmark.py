@@ -1,4 +1,7 @@
-"""Stage benchmark: attention beside its peers, in one process, every result checked before it is timed."""
+"""Stage benchmark: attention and block-sparse products beside their peers, every result checked before it is timed.
+
+In one process; the products (`products`) have the last part of the stage's time to themselves.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from jax_bsk.benchmarking import ceilings, gradient_cases, grid, measure, report
 from jax_bsk.benchmarking.cases import Case
 from jax_bsk.benchmarking.passes import Pass
 from jax_bsk.support.progress import Progress
-from jax_bsk.validation import provenance, targets
+from jax_bsk.validation import products, provenance, targets
 from jax_bsk.validation.outcome import Check, StageResult, failed, passed, skipped
 from jax_bsk.validation.settings import Clock, Level, Settings
 
@@ -56,7 +59,8 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     options = {"with_peers": settings.peers, "rounds": ROUNDS[settings.level], "seed": settings.seed}
     named = [(name, case) for name, cases in sets.items() for case in cases]
     measured = runs.records([case for _, case in named], implementation=implementation, **options)
-    with Progress(len(named), settings.quiet) as progress:
+    reserved = products.SECONDS[settings.level]
+    with Progress(len(named) + len(products.chosen(settings.level, on_gpu)), settings.quiet) as progress:
         for name, case in named:
             progress.step(f"{name}: {case.name}")
             record = next(measured)
@@ -64,8 +68,10 @@ def run(settings: Settings, clock: Clock) -> StageResult:
             if "useful_flops" in record:
                 record["floor"] = targets.floor(record, rates[case.dtype], bandwidth)
             records.append({"set": name, **record})
-            if clock.left < 0:
+            if clock.left < reserved:
                 break
+        device = surroundings["devices"][0]
+        found, of_products = products.measure(settings, clock, implementation, device, progress.step)
     _write(settings.out / "benchmark.csv", records)
     data: dict[str, Any] = surroundings | {
         "implementation": implementation,
@@ -74,8 +80,9 @@ def run(settings: Settings, clock: Clock) -> StageResult:
         "copy_bytes_per_second": bandwidth,
         "cases": [_without_samples(record) for record in records],
         "tiers": grid.met_tiers([record for record in records if record["set"] == "tiers"]),
+        "matmul": of_products,
     }
-    return StageResult("benchmark", tuple(_judge(records, len(named), data)), data)
+    return StageResult("benchmark", (*_judge(records, len(named), data), *found), data)
 
 
 def _judge(records: list[dict[str, Any]], total: int, data: dict[str, Any]) -> list[Check]:

@@ -6,6 +6,7 @@ What could crash runs in processes of its own.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,13 @@ from jax_bsk.validation.outcome import Check, StageResult, failed, judged, skipp
 from jax_bsk.validation.settings import Clock, Level, Settings
 
 REPEATS = {("cuda", Level.QUICK): 100, ("cuda", Level.FULL): 1000, ("cpu", Level.QUICK): 10, ("cpu", Level.FULL): 100}
+PRODUCT_REPEATS = {
+    ("cuda", Level.QUICK): 100,
+    ("cuda", Level.FULL): 500,
+    ("cpu", Level.QUICK): 10,
+    ("cpu", Level.FULL): 100,
+}
+PRODUCT_SECONDS = 180  # after which they hang
 CALLS = {Level.QUICK: 1000, Level.FULL: 5000}  # while memory is watched
 GROWTH_KIB = 20_000  # that a process may have grown by then: allocators keep some
 
@@ -31,6 +39,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     implementation = provenance.implementation()
     parts: list[tuple[str, Callable[..., tuple[list[Check], Any]]]] = [
         ("repeats", _repeats),
+        ("products", _products),
         ("faults", _faults),
         ("memory and teardown", _processes),
     ]
@@ -72,6 +81,30 @@ def _repeats(settings: Settings, clock: Clock, implementation: str) -> tuple[lis
     detail = f"{count} repeats of {len(chosen)} shapes" + (" beside other work" if implementation == "cuda" else "")
     detail += f"; other bits in {', '.join(unequal)}" if unequal else ""
     return [judged("bit-equal gradients", not unequal, detail)], data
+
+
+def _products(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+    """Block-sparse products again and again, in a process that can be ended: CTAs of a cluster wait for each other."""
+    count = PRODUCT_REPEATS[implementation, settings.level]
+    command = [sys.executable, "-m", "jax_bsk.testing.matmul.steady", implementation, "--repeats", str(count)]
+    command += ["--load"] if implementation == "cuda" else []
+    names = "bit-equal products", "memory of products"
+    try:
+        result = _run(command, PRODUCT_SECONDS)
+    except subprocess.TimeoutExpired:
+        return [failed(name, f"not done after {PRODUCT_SECONDS} s: it hangs") for name in names], {}
+    if result.returncode:
+        return [failed(name, result.stderr[-500:]) for name in names], {}
+    data = json.loads(result.stdout.splitlines()[-1])
+    detail = f"{count} repeats of all products and gradients of {len(data['shapes'])} matrices, rows uneven and empty"
+    detail += " beside other work" if implementation == "cuda" else ""
+    detail += f"; other bits in {', '.join(data['unequal'])}" if data["unequal"] else ""
+    host, device = data["host_growth_kib"], data["device_growth_bytes"]
+    grown = f"{data['calls']} calls grew the process by {host} KiB and the device's memory by {device} bytes"
+    return [
+        judged(names[0], not data["unequal"], detail),
+        judged(names[1], host < GROWTH_KIB and device <= 0, grown),
+    ], data
 
 
 # ---- Faults
@@ -149,6 +182,9 @@ def _processes(settings: Settings, clock: Clock, implementation: str) -> tuple[l
 
 
 def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return _run([sys.executable, "-c", code, *arguments], 300)
+
+
+def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
     more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    command = [sys.executable, "-c", code, *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | more, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ | more, check=False)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from jax_bsk.support import environment
+from jax_bsk.validation import products
 from jax_bsk.validation.settings import STAGES
 
 PEERS = {"flex": "FlexAttention", "cudnn": "cuDNN (jax.nn)", "sdpa-cudnn": "cuDNN (torch)"}
@@ -98,6 +99,13 @@ def _stages(stages: dict[str, Any]) -> str:
 
 
 def _numerics(data: dict[str, Any]) -> str:
+    parts = ["## Numbers", _numbers(data), "A line a case: `numerics.csv`."]
+    if "matmul" in data:
+        parts += ["Block-sparse products:", _numbers(data["matmul"]), "A line a case: `numerics-matmul.csv`."]
+    return "\n\n".join(parts)
+
+
+def _numbers(data: dict[str, Any]) -> str:
     rows = [
         [dtype, str(entry["cases"]), f"{entry['max_share']:.2f}", f"{entry['mean_share']:.2f}"]
         for dtype, entry in sorted(data["by_dtype"].items())
@@ -108,7 +116,7 @@ def _numerics(data: dict[str, Any]) -> str:
         "Errors against float64 as shares of their bounds (`jax_bsk/testing/tolerance.py`):"
     )
     header = ["type", "cases", "largest share of a largest error's bound", "of a mean error's"]
-    return f"## Numbers\n\n{text}\n\n{table(header, rows)}\n\nA line a case: `numerics.csv`."
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def _benchmark(data: dict[str, Any]) -> str:
@@ -130,7 +138,24 @@ def _benchmark(data: dict[str, Any]) -> str:
     if goals:
         rows = [[case["pass"], case["name"], case["goal"], case["verdict"], _got(case)] for case in goals]
         parts.append("### Goals\n\n" + table(["pass", "case", "goal", "", "measured"], rows))
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + _products(data.get("matmul")))
+
+
+def _products(data: dict[str, Any] | None) -> list[str]:
+    """Of the products; reports of before them have none."""
+    if data is None or not data["cases"]:
+        return []
+    text = (
+        "Useful TFLOP/s count stored blocks; times of others over ours. `dense` is `jnp.dot` with the same matrix, "
+        "zeros and all; a GPU under its power limit runs that faster than the random numbers of `dense, random`. Every "
+        "contender: `matmul.csv`."
+    )
+    header = [*products.COLUMNS, *products.PEERS.values()]
+    parts = ["### Block-sparse products", text, table(header, products.rows(data["cases"], milliseconds))]
+    parts += [f"Not measured: {reason}." for reason in data["not_measured"]]
+    if data["goals"]:
+        parts.append(table(["case", "goal", "", "measured"], products.goal_rows(data["goals"])))
+    return parts
 
 
 def _got(case: dict[str, Any]) -> str:

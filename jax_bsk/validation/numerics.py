@@ -1,13 +1,15 @@
-"""Stage validate: every corner case and seeded random ones against float64, by the tolerance rule.
+"""Stage validate: every corner case and seeded random ones against float64, by the tolerance rules.
 
-Random cases run in worker processes beside each other. A case that kills its worker or hangs fails, with the command
-that repeats it, and a new worker goes on.
+Of attention and of block-sparse products, whose tasks have `worker.PRODUCT` before their names. Cases run in worker
+processes beside each other. One that kills its worker or hangs fails, with the command that repeats it, and a new
+worker goes on.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import itertools
 import json
 import os
@@ -15,7 +17,7 @@ import queue
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,40 +25,86 @@ from jax_bsk.support import environment
 from jax_bsk.support.progress import Progress
 from jax_bsk.testing import worker
 from jax_bsk.testing.cases import CORNER_CASES
+from jax_bsk.testing.matmul.cases import CORNER_CASES as PRODUCT_CORNERS
 from jax_bsk.validation import provenance
 from jax_bsk.validation.outcome import Check, StageResult, failed, passed, skipped
-from jax_bsk.validation.settings import CASES, Clock, Settings
+from jax_bsk.validation.settings import CASES, PRODUCTS, Clock, Level, Settings
 
 CASE_SECONDS = 120  # after which a case counts as hung
 STEPS = 20  # of the progress through random cases
 BINS = 20  # of the histogram of shares of the bound
 
 
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """The cases of one operation.
+
+    Attributes:
+      title: before the names of its checks.
+      prefix: of its tasks.
+      corners: names of corner cases that are run.
+      wanted: random cases.
+      required: random cases without which it is no pass.
+    """
+
+    title: str
+    prefix: str
+    corners: tuple[str, ...]
+    wanted: int
+    required: int
+
+    def has(self, record: dict[str, Any]) -> bool:
+        return record["task"].startswith(worker.PRODUCT) == bool(self.prefix)
+
+
+def suites(settings: Settings, implementation: str) -> tuple[Suite, Suite]:
+    """Attention and products."""
+    usual, usual_products = (table[implementation, settings.level] for table in (CASES, PRODUCTS))
+    count = settings.cases or usual
+    # Without a GPU a quick run leaves the products' corners to the tests: they are a program each.
+    corners = () if (implementation, settings.level) == ("cpu", Level.QUICK) else tuple(PRODUCT_CORNERS)
+    return (
+        Suite("", "", tuple(CORNER_CASES), count, max(count, usual)),
+        Suite("products: ", worker.PRODUCT, corners, max(usual_products, count // 5), usual_products),
+    )
+
+
 def run(settings: Settings, clock: Clock) -> StageResult:
     """Corner cases, then random ones, in workers beside each other."""
     implementation = provenance.implementation()
-    count = settings.cases or CASES[implementation, settings.level]
+    both = suites(settings, implementation)
+    first, total = sum(len(suite.corners) for suite in both), sum(suite.wanted for suite in both)
     records = []
     with Progress(1 + STEPS, settings.quiet) as progress:
         progress.step("corner cases")
-        for record in _answers(settings, clock, implementation, count):
-            if max(0, len(records) - len(CORNER_CASES)) * STEPS >= progress.done * count:
-                progress.step(f"{count} random cases")
+        for record in _answers(settings, clock, implementation, both):
+            if progress.done <= STEPS and (len(records) - first) * STEPS >= progress.done * total:
+                progress.step(f"{total} random cases")
             records.append(record)
-    _write(settings.out / "numerics.csv", records)
-    corners = [record for record in records if record["task"] in CORNER_CASES]
-    random = [record for record in records if record["task"] not in CORNER_CASES]
-    checks = [
-        _judge("corner cases", corners, implementation, max(1, len(CORNER_CASES) - _refused(corners))),
-        _judge(
-            f"random cases from seed {settings.seed}",
-            random,
-            implementation,
-            max(count, CASES[implementation, settings.level]),
-        ),
-    ]
+    checks, data = [], {}
+    for suite in both:
+        mine = [record for record in records if suite.has(record)]
+        name = "numerics-matmul.csv" if suite.prefix else "numerics.csv"
+        _write(settings.out / name, mine, *(_PRODUCT_COLUMNS if suite.prefix else _COLUMNS))
+        found, facts = _judge_suite(suite, mine, settings, implementation)
+        checks += found
+        data |= {"matmul": facts} if suite.prefix else facts
+    return StageResult("validate", tuple(checks), data)
+
+
+def _judge_suite(
+    suite: Suite, records: list[dict[str, Any]], settings: Settings, implementation: str
+) -> tuple[list[Check], dict[str, Any]]:
+    corners = [record for record in records if record["task"] in worker.CORNERS]
+    random = [record for record in records if record["task"] not in worker.CORNERS]
+    checks = []
+    if suite.corners:
+        least = max(1, len(suite.corners) - _refused(corners))
+        checks.append(_judge(f"{suite.title}corner cases", corners, implementation, least))
+    name = f"{suite.title}random cases from seed {settings.seed}"
+    checks.append(_judge(name, random, implementation, suite.required))
     accepted = [record for record in random if "refused" not in record]
-    data = {
+    return checks, {
         "first_seed": settings.seed,
         "forward_cases": len(accepted),
         "backward_cases": sum(record["gradients"] for record in accepted),
@@ -65,19 +113,21 @@ def run(settings: Settings, clock: Clock) -> StageResult:
         "histogram": _histogram(accepted),
         "by_dtype": _largest(accepted, "dtype"),
     }
-    return StageResult("validate", tuple(checks), data)
 
 
 # ---- Cases in workers
 
 
-def _answers(settings: Settings, clock: Clock, implementation: str, count: int) -> Iterator[dict[str, Any]]:
-    """Records of the corner cases and of random ones until `count` of those were taken, or time is over.
+def _answers(settings: Settings, clock: Clock, implementation: str, both: Sequence[Suite]) -> Iterator[dict[str, Any]]:
+    """Records of the corner cases and of random ones until as many of those were taken as wanted, or time is over.
 
     Corners have gradients, and every second random shape.
     """
-    jobs = settings.jobs or max(1, environment.usable_cores() - 2 if implementation == "cuda" else 1)
-    tasks = itertools.chain(CORNER_CASES, map(str, itertools.count(settings.seed)))
+    cores = environment.usable_cores()
+    # On a CPU compiling is most of it, which two processes do beside each other.
+    jobs = settings.jobs or max(1, cores - 2 if implementation == "cuda" else min(cores, 2))
+    taken = dict.fromkeys(both, 0)
+    tasks = _tasks(settings.seed, taken)
     done: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     stop, lock = threading.Event(), threading.Lock()
 
@@ -85,8 +135,11 @@ def _answers(settings: Settings, clock: Clock, implementation: str, count: int) 
         process = _Worker(implementation)
         while not stop.is_set():
             with lock:
-                task = next(tasks)
-            for record in process.judge(task, gradients=task in CORNER_CASES or int(task) % 2 == 0):
+                task = next(tasks, None)
+            if task is None:
+                break
+            even = task in worker.CORNERS or int(task.removeprefix(worker.PRODUCT)) % 2 == 0
+            for record in process.judge(task, gradients=even):
                 done.put(record)
         process.close()
         done.put(None)
@@ -94,16 +147,28 @@ def _answers(settings: Settings, clock: Clock, implementation: str, count: int) 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(jobs)]
     for thread in threads:
         thread.start()
-    accepted = ended = 0
+    ended = 0
     while ended < jobs:
         record = done.get()
         if record is None:
             ended += 1
             continue
         yield record
-        accepted += "refused" not in record and record["task"] not in CORNER_CASES
-        if accepted >= count or clock.left < 0:
+        if "refused" not in record and record["task"] not in worker.CORNERS:
+            taken[next(suite for suite in both if suite.has(record))] += 1
+        if clock.left < 0:
             stop.set()  # what is under way still counts
+
+
+def _tasks(seed: int, taken: dict[Suite, int]) -> Iterator[str]:
+    """Corners, then seeds of each suite in turn while fewer of its cases were taken than it wants."""
+    for suite in taken:
+        yield from (suite.prefix + name for name in suite.corners)
+    for number in itertools.count(seed):
+        open_ones = [suite for suite in taken if taken[suite] < suite.wanted]
+        if not open_ones:
+            return
+        yield from (f"{suite.prefix}{number}" for suite in open_ones)
 
 
 class _Worker:
@@ -231,18 +296,40 @@ def _largest(accepted: list[dict[str, Any]], field: str) -> dict[str, dict[str, 
     return found
 
 
-def _write(path: Path, records: list[dict[str, Any]]) -> None:
+# Fields of a case, and its results.
+_COLUMNS = (
+    (
+        *("batch", "q_len", "kv_len", "heads", "kv_heads", "head_size", "value_size", "dtype", "block_q", "block_kv"),
+        *("pattern", "density", "mask_per_batch", "mask_per_head", "lengths", "soft_cap", "sinks", "scale"),
+    ),
+    ("out", "lse", "dq", "dk", "dv", "dsinks"),
+)
+_PRODUCT_COLUMNS = (
+    (
+        *("form", "rows", "columns", "width", "block_rows", "block_columns", "dtype", "wide"),
+        *("pattern", "density", "mapped", "lists", "fault"),
+    ),
+    ("out", "ddata", "ddense", "dleft", "dright"),
+)
+
+
+def _write(path: Path, records: list[dict[str, Any]], fields: Sequence[str], names: Sequence[str]) -> None:
     """A line a case: what it was, and each result's shares of the bounds."""
-    sizes = ("batch", "q_len", "kv_len", "heads", "kv_heads", "head_size", "value_size", "dtype", "block_q", "block_kv")
-    masks = ("pattern", "density", "mask_per_batch", "mask_per_head", "lengths", "soft_cap", "sinks", "scale")
-    names, fields = ("out", "lse", "dq", "dk", "dv", "dsinks"), sizes + masks
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         largest = [f"{name}_max_share" for name in names]
         writer.writerow(["seed or name", "draw", "gradients", "verdict", *fields, *largest])
-        for record in sorted(records, key=lambda record: (record["task"].zfill(9), record["draw"])):
+        for record in sorted(records, key=lambda record: (_name(record).zfill(9), record["draw"])):
             verdict = "refused" if "refused" in record else "passed" if record["ok"] else "failed"
             case = record["case"]
             shares = {result["name"]: f"{result['max_share']:.3f}" for result in record.get("results", ())}
-            row = [case.get(field, "") for field in fields] + [shares.get(name, "") for name in names]
-            writer.writerow([record["task"], record["draw"], int(record["gradients"]), verdict, *row])
+            row = [_text(case.get(field, "")) for field in fields] + [shares.get(name, "") for name in names]
+            writer.writerow([_name(record), record["draw"], int(record["gradients"]), verdict, *row])
+
+
+def _name(record: dict[str, Any]) -> str:
+    return record["task"].removeprefix(worker.PRODUCT)
+
+
+def _text(value: Any) -> Any:
+    return " ".join(value) if isinstance(value, list | tuple) else value

@@ -10,6 +10,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jax_bsk.benchmarking import plots as tables
+from jax_bsk.benchmarking.matmul import plots as product_plots
+from jax_bsk.benchmarking.report import unit_of
 
 _COLOURS = {"forward": "#c0392b", "backward": "#2471a3"}
 _SETS = {"forward": "forward", "backward": "backward"}
@@ -25,6 +27,8 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
         written.append(_errors(data["validate"], folder / "errors.png"))
     if data.get("benchmark", {}).get("cases"):
         written += _benchmark(data["benchmark"], folder)
+    if data.get("benchmark", {}).get("matmul", {}).get("cases"):
+        written += _products(data["benchmark"], folder / "matmul.png")
     return written
 
 
@@ -91,6 +95,30 @@ def _benchmark(data: dict[str, Any], folder: Path) -> list[str]:
     if any(grids.values()):
         written.append(_grid(grids, data, folder / "grid.png"))
     return written
+
+
+def _products(data: dict[str, Any], path: Path) -> list[str]:
+    """Y = W X of one size against the stored share, a panel a block: the size with most sparsities."""
+    forward = [case for case in data["matmul"]["cases"] if case["operation"] == "forward" and "density" in case]
+    groups = {(case["size"], case["dtype"]): [] for case in forward}
+    for case in forward:
+        groups[case["size"], case["dtype"]].append(case)
+    if not groups:
+        return []
+    (size, dtype), cases = max(groups.items(), key=lambda group: (len(group[1]), group[0]))
+    blocks = sorted({case["block"] for case in cases})
+    unit, factor = unit_of(data)
+    figure, axes = _figure(2 + 4 * len(blocks), 4.2, len(blocks))
+    for ax, block in zip(axes, blocks, strict=True):
+        here = sorted((case for case in cases if case["block"] == block), key=lambda case: case["density"])
+        product_plots.lines(ax, here, factor)
+        ax.set_title(f"W X, {size:,}, blocks of {block}, {dtype}", fontsize=10)
+        ax.set_xlabel("stored share of the blocks")
+        ax.grid(color="#e4e4e0")
+    axes[0].set_ylabel(f"useful {unit}")
+    axes[0].set_ylim(bottom=0)
+    axes[0].legend(fontsize=8, frameon=False)
+    return [_save(figure, path)]
 
 
 def _grid(grids: dict[str, list[dict[str, Any]]], data: dict[str, Any], path: Path) -> str:

@@ -76,9 +76,11 @@ class Reference:
         return verdict(np.where(self.wanted, values, 0), self.values, self.tolerance, finite)
 
 
-def make_reference(operands: Operands, operation: Operation, spots: Spots) -> Reference:
-    """The exact product of the operands as the type holds them, at the spots."""
-    left, right, left_transposed, right_transposed = operands.factors(operation)
+def make_reference(
+    operands: Operands, operation: Operation, spots: Spots, weights: jax.Array | None = None
+) -> Reference:
+    """The exact product of the operands as the type holds them, at the spots; of `weights` in place of W if given."""
+    left, right, left_transposed, right_transposed = operands.factors(operation, weights)
     rows = _lines(left, spots.rows, columns=left_transposed)  # [r, size]
     columns = _lines(right, spots.columns, columns=not right_transposed)  # [c, size]
     values = rows @ columns.T

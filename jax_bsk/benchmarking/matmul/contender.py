@@ -28,6 +28,7 @@ class Contender:
       dispatch: queues dispatch number i and returns something that `jax.block_until_ready` waits for.
       calls: calls in a dispatch.
       variant: how it gets the sparse matrix, for the report.
+      weights: the dense W that it multiplies, where that is not the case's.
     """
 
     once: Callable[[], Any]
@@ -35,6 +36,7 @@ class Contender:
     dispatch: Callable[[int], Any]
     calls: int
     variant: str
+    weights: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Product:
       variant: as in `Contender`.
       chains: whether its calls are short enough for a chain to tell anything.
       shared: whether its programs are the same for every sparsity, and compiled once.
+      weights: as in `Contender`.
     """
 
     left: Callable[[Any, Any, Any], jax.Array]
@@ -60,6 +63,7 @@ class Product:
     variant: str
     chains: bool = True
     shared: bool = False
+    weights: jax.Array | None = None
 
 
 _Program = Callable[..., jax.Array]
@@ -79,7 +83,7 @@ def of_jax(case: Case, operands: Operands, product: Product) -> Contender:
     def compiled(function: _Program, calls: int) -> _Program:
         if not product.shared:
             return _compile(function, moving, fixed)
-        key = product.variant, case.operation, case.config.size, case.config.dtype, calls
+        key = "dense", case.operation, case.config.size, case.config.dtype, calls
         if key not in _SHARED:
             _SHARED[key] = _compile(function, moving, fixed)
         return _SHARED[key]
@@ -104,6 +108,7 @@ def of_jax(case: Case, operands: Operands, product: Product) -> Contender:
         dispatch=lambda i: many(moving, *fixed),
         calls=calls,
         variant=product.variant,
+        weights=product.weights,
     )
 
 

@@ -9,14 +9,15 @@ from jax_bsk.benchmarking.matmul.cases import Case
 from jax_bsk.benchmarking.matmul.contender import Contender, of_jax
 from jax_bsk.benchmarking.matmul.operands import Operands
 
-OURS, DENSE = "jax_bsk", "dense"
+OURS, DENSE, DENSE_RANDOM = "jax_bsk", "dense", "dense-random"
+TORCH_BSR, CUSPARSE = "torch-bsr", "cusparse-csr"
 OURS_CONSTANT = "jax_bsk-constant"
 Maker = Callable[[Case, Operands], Contender]
 
-NAMES = (OURS, OURS_CONSTANT, DENSE, "torch-bsr", "torch-bsr-tuned", "cusparse-csr", "bcoo", "bcsr")
+NAMES = (OURS, OURS_CONSTANT, DENSE, DENSE_RANDOM, TORCH_BSR, "torch-bsr-tuned", CUSPARSE, "bcoo", "bcsr")
 # BCSR runs BCOO's code, constant lists tell something only where an order is made of them in every call, and tuning
 # compiles four kernels a size and block: a minute of a whole run.
-DEFAULT = (OURS, DENSE, "torch-bsr", "cusparse-csr", "bcoo")
+DEFAULT = (OURS, DENSE, TORCH_BSR, CUSPARSE, "bcoo")
 
 
 def makers(implementation: str | None) -> dict[str, Maker]:
@@ -25,9 +26,10 @@ def makers(implementation: str | None) -> dict[str, Maker]:
         OURS: lambda case, o: of_jax(case, o, jax_products.ours(o, implementation, constant=False)),
         OURS_CONSTANT: lambda case, o: of_jax(case, o, jax_products.ours(o, implementation, constant=True)),
         DENSE: lambda case, o: of_jax(case, o, jax_products.dense(o)),
-        "torch-bsr": torch_products.bsr,
+        DENSE_RANDOM: lambda case, o: of_jax(case, o, jax_products.dense_random(o, case.operation)),
+        TORCH_BSR: torch_products.bsr,
         "torch-bsr-tuned": torch_products.bsr_tuned,
-        "cusparse-csr": torch_products.csr,
+        CUSPARSE: torch_products.csr,
         "bcoo": lambda case, o: of_jax(case, o, jax_products.bcoo(o)),
         "bcsr": lambda case, o: of_jax(case, o, jax_products.bcsr(o)),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import sparse
 
 from jax_bsk import BSR, sparse_matmul
+from jax_bsk.benchmarking.contender import Refused
+from jax_bsk.benchmarking.matmul.cases import Operation
 from jax_bsk.benchmarking.matmul.contender import Product, need_memory
 from jax_bsk.benchmarking.matmul.operands import Operands
 
@@ -52,6 +55,18 @@ def dense(operands: Operands) -> Product:
         variant="dense",
         shared=True,
     )
+
+
+def dense_random(operands: Operands, operation: Operation) -> Product:
+    """`jnp.dot` with a matrix of random numbers: a GPU under its power limit is slower with them than with zeros.
+
+    Raises:
+      Refused: the operation has no such matrix among its factors.
+    """
+    if operation is Operation.DATA_GRADIENT:
+        raise Refused("this operation multiplies no W; both factors of `dense` are random numbers here")
+    weights = operands.random_weights()
+    return dataclasses.replace(dense(operands), values=weights, variant="dense, random numbers", weights=weights)
 
 
 def bcoo(operands: Operands) -> Product:

@@ -53,7 +53,8 @@ def measure(
 ) -> dict[str, Any]:
     """One case's record, ready for JSON. What fails is in it with its reason; nothing is raised for it."""
     start = time.perf_counter()
-    reference = make_reference(operands, case.operation, choose_spots(case.config.size, seed))
+    spots = choose_spots(case.config.size, seed)
+    reference = make_reference(operands, case.operation, spots)
     records: dict[str, dict[str, Any]] = {}
     ready: dict[str, Contender] = {}
     for name, make in makers.items():
@@ -62,7 +63,9 @@ def measure(
             with warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")  # a slower implementation than asked for is told of every time
                 contender = make(case, operands)
-                check, seconds = _check(contender, reference)
+                own = contender.weights
+                wanted = reference if own is None else make_reference(operands, case.operation, spots, own)
+                check, seconds = _check(contender, wanted)
             records[name] = {"variant": contender.variant, "check": check}
             if told:
                 records[name]["notes"] = list(dict.fromkeys(f"{w.category.__name__}: {w.message}" for w in told))

@@ -53,12 +53,27 @@ class Operands:
         """The dense operand that changes from call to call: X, or dY of a gradient."""
         return self.x if operation in (Operation.FORWARD, Operation.LAYER) else self.dy
 
-    def factors(self, operation: Operation) -> tuple[jax.Array, jax.Array, bool, bool]:
-        """The two dense matrices whose product the operation is, and which of them is to be transposed."""
+    def random_weights(self) -> jax.Array:
+        """Random numbers in every place of W, made on need; as large as leaves products with them as they are."""
+        if "random weights" not in self.copies:
+            full, scale = _numbers(jax.random.key(0), self.config.size, self.x.dtype)[0], self.config.size**-0.5
+            self.copies["random weights"] = full * jnp.asarray(scale, full.dtype)
+        return self.copies["random weights"]
+
+    def factors(
+        self, operation: Operation, weights: jax.Array | None = None
+    ) -> tuple[jax.Array, jax.Array, bool, bool]:
+        """The two dense matrices whose product the operation is, and which of them is to be transposed.
+
+        Args:
+          operation: the product.
+          weights: in place of W.
+        """
+        w = self.dense if weights is None else weights
         return {
-            Operation.FORWARD: (self.dense, self.x, False, False),
-            Operation.LAYER: (self.x, self.dense, False, False),
-            Operation.DENSE_GRADIENT: (self.dense, self.dy, True, False),
+            Operation.FORWARD: (w, self.x, False, False),
+            Operation.LAYER: (self.x, w, False, False),
+            Operation.DENSE_GRADIENT: (w, self.dy, True, False),
             Operation.DATA_GRADIENT: (self.dy, self.x, False, True),
         }[operation]
 

@@ -18,6 +18,7 @@ _STYLES = {
     "jax_bsk": ("#c0392b", "o", "-"),
     "jax_bsk-constant": ("#e67e22", "o", "--"),
     "dense": ("#1e8449", "^", "--"),
+    "dense-random": ("#7dcea0", "v", "--"),
     "torch-bsr": ("#2471a3", "s", "--"),
     "torch-bsr-tuned": ("#5dade2", "s", "-"),
     "cusparse-csr": ("#8e44ad", "D", ":"),
@@ -49,7 +50,7 @@ def _draw(report: dict[str, Any], cases: list[dict[str, Any]], title: str, path:
     axes = list(figure.subplots(1, len(sizes), sharey=True, squeeze=False)[0])
     unit, factor = unit_of(report)
     for ax, size in zip(axes, sizes, strict=True):
-        _lines(ax, sorted((c for c in cases if c["size"] == size), key=lambda c: c["density"]), factor)
+        lines(ax, sorted((c for c in cases if c["size"] == size), key=lambda c: c["density"]), factor)
         ax.set_title(f"{size:,}", fontsize=10)
         ax.set_xlabel("stored share of the blocks")
         ax.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -66,7 +67,8 @@ def _draw(report: dict[str, Any], cases: list[dict[str, Any]], title: str, path:
     figure.savefig(path)
 
 
-def _lines(ax: Axes, cases: list[dict[str, Any]], factor: float) -> None:
+def lines(ax: Axes, cases: list[dict[str, Any]], factor: float) -> None:
+    """A line a contender through its rates, over the stored share; cases sorted by it, factor: of the unit."""
     for name in dict.fromkeys(name for case in cases for name in case["contenders"]):
         found = [(case["density"], case["contenders"].get(name, {})) for case in cases]
         points = [(x, record["useful_flops_per_second"] / factor) for x, record in found if "seconds" in record]

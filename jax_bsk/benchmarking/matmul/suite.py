@@ -8,7 +8,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,19 +84,43 @@ def _measure(args: argparse.Namespace, chosen: list[Case], output: Path | None, 
     }
     start = time.perf_counter()
     with Progress(len(chosen), args.quiet) as progress:
-        for record in _records(args, chosen, rounds, start + budget if budget else None, progress):
+        for record in records(
+            chosen,
+            lambda case: args.contenders,
+            args.implementation,
+            rounds=rounds,
+            seed=args.seed,
+            deadline=start + budget if budget else None,
+            on_case=lambda case: progress.step(case.name),
+        ):
             result["not_measured" if isinstance(record, str) else "cases"].append(record)
             if output is not None:
                 report.write(result, output)
     return result
 
 
-def _records(
-    args: argparse.Namespace, chosen: list[Case], rounds: int, deadline: float | None, progress: Progress
+def records(
+    chosen: Sequence[Case],
+    names: Callable[[Case], Sequence[str]],
+    implementation: str | None,
+    *,
+    rounds: int,
+    seed: int,
+    deadline: float | None,
+    on_case: Callable[[Case], None] = lambda case: None,
 ) -> Iterator[dict[str, Any] | str]:
-    """The record of each case in order, or why there is none; neighbours of one config share their operands."""
-    known = contenders.makers(args.implementation)
-    makers = {name: known[name] for name in dict.fromkeys(args.contenders)}
+    """The record of each case in order, or why there is none; neighbours of one config share their operands.
+
+    Args:
+      chosen: the cases.
+      names: contenders of a case.
+      implementation: of jax_bsk; None for its own choice.
+      rounds: samples of each time.
+      seed: of operands and patterns.
+      deadline: on `time.perf_counter`, after which no case is begun.
+      on_case: called before each.
+    """
+    known = contenders.makers(implementation)
     rates = measure.Rates()
     operands: Operands | None = None
     for i, case in enumerate(chosen):
@@ -104,12 +128,13 @@ def _records(
             left = ", ".join(case.name for case in chosen[i:])
             yield f"the time of --budget is spent before {left}"
             return
-        progress.step(case.name)
+        on_case(case)
         try:
             if operands is None or operands.config != case.config:
                 operands = None  # frees the last ones before the next are made
-                operands = Operands(case.config, args.seed)
-            yield measure.measure(case, operands, makers, rates, rounds=rounds, seed=args.seed)
+                operands = Operands(case.config, seed)
+            makers = {name: known[name] for name in dict.fromkeys(names(case))}
+            yield measure.measure(case, operands, makers, rates, rounds=rounds, seed=seed)
         except Exception as error:  # the cases before it took minutes, and those after it may well run
             operands = None
             yield _failure(case, first_line(error))
