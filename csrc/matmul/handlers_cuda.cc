@@ -10,7 +10,7 @@
 namespace jax_bsk::matmul {
 namespace {
 
-ffi::Error CheckWorkspace(const Output& workspace, int64_t words) {
+ffi::Error CheckWorkspace(Output& workspace, int64_t words) {
   JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::S32));
   if (const auto given = static_cast<int64_t>(workspace->element_count()); given < words) {
     return ffi::Error::InvalidArgument("jax_bsk: workspace has " + std::to_string(given) + " words, and at least " +

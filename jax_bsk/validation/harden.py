@@ -22,7 +22,7 @@ from jax_bsk.validation import kernels, provenance
 from jax_bsk.validation.outcome import Check, StageResult, failed, judged, skipped
 from jax_bsk.validation.settings import Clock, Level, Settings
 
-REPEATS = {("cuda", Level.QUICK): 100, ("cuda", Level.FULL): 1000, ("cpu", Level.QUICK): 10, ("cpu", Level.FULL): 100}
+REPEATS = {("cuda", Level.QUICK): 100, ("cuda", Level.FULL): 500, ("cpu", Level.QUICK): 10, ("cpu", Level.FULL): 100}
 PRODUCT_REPEATS = {
     ("cuda", Level.QUICK): 100,
     ("cuda", Level.FULL): 500,
