@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax_bsk.benchmarking.matmul.cases import Operation
 from jax_bsk.benchmarking.matmul.contenders import OURS
 from jax_bsk.validation import products
 from jax_bsk.validation.markdown import milliseconds, share, table
@@ -100,6 +101,20 @@ def matmul() -> str:
     return f"{found}\n\nOf {len(words)} goals: {counts}.{''.join(f' Not met: {text}.' for text in short)}"
 
 
+def matmul_cpu() -> str:
+    """Products on CPU cores: a row a type and sparsity; useful rate of each, and the dense product's time / its."""
+    cells: dict[tuple[str, float], dict[str, str]] = {}
+    for case in read(RESULTS / "matmul-cpu.json")["cases"]:
+        ours, dense = case["contenders"][OURS], case["contenders"]["dense"]
+        text = f"{ours['useful_flops_per_second'] / 1e9:.0f} GFLOP/s, {dense['seconds'] / ours['seconds']:.1f}x"
+        cells.setdefault((case["dtype"], case["sparsity"]), {})[case["operation"]] = text
+    names = [Operation.FORWARD, Operation.LAYER, Operation.DENSE_GRADIENT, Operation.DATA_GRADIENT]
+    rows = [
+        [dtype, share(sparsity), *(found[name.value] for name in names)] for (dtype, sparsity), found in cells.items()
+    ]
+    return table(["", "sparsity", *(name.formula for name in names)], rows)
+
+
 def method() -> str:
     report, data = read(REPORT), benchmark()
     versions = data["versions"]
@@ -151,6 +166,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "forward": with_torch("forward"),
     "backward": with_torch("backward"),
     "matmul": matmul,
+    "matmul-cpu": matmul_cpu,
     "training-step": training_step,
     "scaling": scaling,
 }

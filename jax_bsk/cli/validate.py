@@ -38,6 +38,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--jobs", type=int, help="processes beside each other; default: what the cores allow")
     parser.add_argument("--programs", type=Path, metavar="DIR", help="built check programs (see tests/csrc)")
     parser.add_argument("--no-peers", action="store_true", help="measure jax_bsk alone")
+    parser.add_argument(
+        "--resume", action="store_true", help="benchmark: go on with what a run that was cut short has left in DIR"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     return parser
 
@@ -55,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         jobs=args.jobs,
         programs=None if args.programs is None else args.programs.resolve(),
         peers=not args.no_peers,
+        resume=args.resume,
         quiet=args.quiet,
     )
     stages = [name for name in STAGES if args.stage is None or name in args.stage]

@@ -14,6 +14,7 @@ from jax_bsk.benchmarking.cases import Case
 from jax_bsk.benchmarking.passes import Pass
 from jax_bsk.support.progress import Progress
 from jax_bsk.validation import products, provenance, targets
+from jax_bsk.validation.measured import Measured
 from jax_bsk.validation.outcome import Check, StageResult, failed, passed, skipped
 from jax_bsk.validation.settings import Clock, Level, Settings
 
@@ -58,12 +59,18 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     records: list[dict[str, Any]] = []
     options = {"with_peers": settings.peers, "rounds": ROUNDS[settings.level], "seed": settings.seed}
     named = [(name, case) for name, cases in sets.items() for case in cases]
-    measured = runs.records([case for _, case in named], implementation=implementation, **options)
+    kept = Measured(settings)
+    new = runs.records([case for _, case in named if case.name not in kept], implementation=implementation, **options)
     reserved = products.SECONDS[settings.level]
     with Progress(len(named) + len(products.chosen(settings.level, on_gpu)), settings.quiet) as progress:
         for name, case in named:
             progress.step(f"{name}: {case.name}")
-            record = next(measured)
+            if case.name not in kept:
+                record = next(new)
+                if "seconds" in record["jax_bsk"]:
+                    kept.keep(case.name, record)
+            else:
+                record = kept[case.name]
             measure.judge(record, surroundings["devices"][0]["name"], case.measured)
             if "useful_flops" in record:
                 record["floor"] = targets.floor(record, rates[case.dtype], bandwidth)
@@ -71,7 +78,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
             if clock.left < reserved:
                 break
         device = surroundings["devices"][0]
-        found, of_products = products.measure(settings, clock, implementation, device, progress.step)
+        found, of_products = products.measure(settings, clock, implementation, device, kept, progress.step)
     _write(settings.out / "benchmark.csv", records)
     data: dict[str, Any] = surroundings | {
         "implementation": implementation,
@@ -81,6 +88,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
         "cases": [_without_samples(record) for record in records],
         "tiers": grid.met_tiers([record for record in records if record["set"] == "tiers"]),
         "matmul": of_products,
+        "taken_up": kept.taken_up,  # cases of an earlier run that was cut short
     }
     return StageResult("benchmark", (*_judge(records, len(named), data), *found), data)
 

@@ -9,6 +9,7 @@ from typing import Any
 from jax_bsk.benchmarking.matmul import cases, goals, report, suite
 from jax_bsk.benchmarking.matmul.cases import Case, Config, Grid, Operation
 from jax_bsk.benchmarking.matmul.contenders import CUSPARSE, DENSE, DENSE_RANDOM, OURS, TORCH_BSR
+from jax_bsk.validation.measured import Measured
 from jax_bsk.validation.outcome import Check, failed, passed, skipped
 from jax_bsk.validation.settings import Clock, Level, Settings
 
@@ -45,26 +46,35 @@ def contenders(case: Case, *, peers: bool) -> tuple[str, ...]:
 
 
 def measure(
-    settings: Settings, clock: Clock, implementation: str, device: dict[str, Any], on_case: Callable[[str], None]
+    settings: Settings,
+    clock: Clock,
+    implementation: str,
+    device: dict[str, Any],
+    kept: Measured,
+    on_case: Callable[[str], None],
 ) -> tuple[list[Check], dict[str, Any]]:
     """Measures while there is time; the checks, and what the report has of them."""
     wanted = chosen(settings.level, implementation == "cuda")
     seconds = max(0.0, min(SECONDS[settings.level], clock.left))
     records: list[dict[str, Any]] = []
     not_measured: list[str] = []
-    for record in suite.records(
-        wanted,
+    new = suite.records(
+        [case for case in wanted if case.name not in kept],
         lambda case: contenders(case, peers=settings.peers),
         implementation,
         rounds=ROUNDS[settings.level],
         seed=settings.seed,
         deadline=time.perf_counter() + seconds,
-        on_case=lambda case: on_case(f"products: {case.name}"),
-    ):
-        if isinstance(record, str):
-            not_measured.append(record)
-        else:
+    )
+    for case in wanted:
+        on_case(f"products: {case.name}")
+        record = kept[case.name] if case.name in kept else next(new, None)
+        if isinstance(record, dict):
+            if case.name not in kept and "seconds" in record["contenders"].get(OURS, {}):
+                kept.keep(case.name, record)
             records.append(record)
+        elif record is not None:  # why this one and those after it were not begun
+            not_measured.append(record)
     report.write_csv(records, settings.out / "matmul.csv")
     # A quick run measures no case that has one.
     rows = goals.judge(records, device) if settings.level is Level.FULL else []

@@ -11,6 +11,8 @@ from jax_bsk.support import environment
 from jax_bsk.support.git_tree import tree_hash
 
 PACKAGE = Path(jax_bsk.__file__).parent
+# What may not differ between the stages of one report: all that says which code ran on what.
+SAME = ("csrc_tree", "package_tree", "library_tree", "implementation", "device", "level")
 
 
 def checkout() -> Path | None:

@@ -29,8 +29,6 @@ from jax_bsk.validation.outcome import Check, StageResult, Verdict, finite, judg
 from jax_bsk.validation.settings import STAGES, Clock, Level, Settings
 
 SCHEMA = 1
-# What may differ between the stages of one report: nothing that says which code ran on what.
-SAME = ("csrc_tree", "package_tree", "library_tree", "implementation", "device", "level")
 
 
 def run(settings: Settings, clock: Clock) -> StageResult:
@@ -90,6 +88,8 @@ def assemble(settings: Settings, stages: dict[str, StageResult]) -> dict[str, An
 def _one_code(stages: dict[str, StageResult]) -> Check:
     """Stages may be run one by one, days apart: of other code they are another report."""
     found = {
-        json.dumps([result.provenance.get(key) for key in SAME]) for result in stages.values() if result.provenance
+        json.dumps([result.provenance.get(key) for key in provenance.SAME])
+        for result in stages.values()
+        if result.provenance
     }
     return judged("stages of one code and machine", len(found) <= 1, f"{len(found)} combinations of hashes and devices")

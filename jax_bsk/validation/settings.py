@@ -63,6 +63,7 @@ class Settings:
       programs: a folder with the check programs (cuda_check and others, see tests/csrc), built already; None builds
         them where there is a checkout and an nvcc.
       peers: whether other implementations are measured, too.
+      resume: the stage benchmark goes on with what a run that was cut short has left in `out`.
       quiet: no progress on standard error.
     """
 
@@ -73,6 +74,7 @@ class Settings:
     jobs: int | None = None
     programs: Path | None = None
     peers: bool = True
+    resume: bool = False
     quiet: bool = False
 
     def to_json(self) -> dict[str, Any]:

@@ -160,11 +160,12 @@ Rows = list[list[int]]
 
 
 def _lists(rng: np.random.Generator, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """indptr and indices, with room for every block and more unless they are constants; with the case's fault."""
+    """indptr and indices, with the case's fault; room for every block and more, unless they are one constant list."""
     rows = PATTERNS[case.pattern](rng, case)
     indptr = np.cumsum([0, *map(len, rows)]).astype(np.int32)
     listed = np.array([c for row in rows for c in row], np.int32)
-    room = listed.size if case.lists == "constant" else math.prod(case.grid) + SPARE
+    exact = case.lists == "constant" and "lists" not in case.mapped  # mapped lists are of one length
+    room = listed.size if exact else math.prod(case.grid) + SPARE
     indices = np.full(room, -1, np.int32)
     indices[: listed.size] = listed
     if case.fault is not None and listed.size:
