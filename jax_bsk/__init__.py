@@ -17,6 +17,7 @@ from jax_bsk.bsr import BSR as BSR
 from jax_bsk.masks import BlockMask as BlockMask
 from jax_bsk.matmul import sampled_matmul as sampled_matmul
 from jax_bsk.matmul import sparse_matmul as sparse_matmul
+from jax_bsk.nsa import nsa_attention as nsa_attention
 from jax_bsk.sparsek import sparsek as sparsek
 
 _register()

@@ -44,8 +44,8 @@ def nsa(
 
     Differs from the paper: there each query chooses, here each block of queries does, by the sum of its queries'
     importance. The paper compresses by a learned function, trained through its compressed branch: give its result as
-    `compressed_key`; without it, keys are compressed by their mean. The compressed and the sliding-window branch are
-    attention calls of their own and not part of this selection.
+    `compressed_key`; without it, keys are compressed by their mean. `jax_bsk.nsa_attention` is the whole of NSA: this
+    selection, the compressed and the sliding-window branch.
 
     Args:
       query: BTNH or TNH, floating; query t stands at position t. Causal.
@@ -76,32 +76,38 @@ def nsa(
             f"{selection_block}"
         )
     required = _required(known, initial_blocks, local_blocks)
-    if compressed_key is None:
-        compressed = _strided_means(k, length, stride)
-    else:
-        compressed = jax.lax.stop_gradient(jnp.asarray(compressed_key))
-        compressed = compressed[None] if compressed.ndim == 3 else compressed
-        expected = (k.shape[0], _count(k.shape[1], length, stride), *k.shape[2:])
-        if compressed.shape != expected:
-            raise ValueError(f"compressed_key has shape {expected} for these keys, got {compressed.shape}")
-        if not jnp.issubdtype(compressed.dtype, jnp.floating):
-            raise TypeError(f"compressed_key is a floating-point array, got {compressed.dtype}")
+    compressed = jax.lax.stop_gradient(compress(k, length, stride, compressed_key, "compressed_key"))
     scores = _importance(q, compressed, known, length, stride, logits_scale(q.shape[3], scale))
     return for_query_heads(choose_top_k(scores, top_k, required, known), q.shape[2])
 
 
-def _count(keys: int, length: int, stride: int) -> int:
-    """Compressed keys: those whose keys are all there."""
-    return max(0, (keys - length) // stride + 1)
+def compress(x: jax.Array, length: int, stride: int, given: ArrayLike | None, name: str) -> jax.Array:
+    """What stands for each stretch [i d, i d + l) of keys or values that is all there: what is given, or the mean.
 
+    Args:
+      x: [B, S, K, H].
+      length, stride: l and d; d divides l.
+      given: [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), or None.
+      name: of what is given, for errors.
 
-def _strided_means(key: jax.Array, length: int, stride: int) -> jax.Array:
-    """Means over [i d, i d + l) of [B, S, K, H], made of sums over d keys."""
-    batch, keys, heads, size = key.shape
-    count, parts = _count(keys, length, stride), length // stride
-    cells = key[:, : keys // stride * stride].astype(statistics_dtype(key))
-    cells = cells.reshape(batch, keys // stride, stride, heads, size).sum(2)
-    return sum((cells[:, n : n + count] for n in range(parts)), jnp.zeros((), cells.dtype)) / length
+    Returns:
+      [B, C, K, H], of the type of what is given; means are in float32 (float64 for float64).
+    """
+    batch, keys, heads, size = x.shape
+    count, parts = max(0, (keys - length) // stride + 1), length // stride
+    if given is None:
+        # Of sums over d keys, which neighbours share.
+        cells = x[:, : keys // stride * stride].astype(statistics_dtype(x))
+        cells = cells.reshape(batch, keys // stride, stride, heads, size).sum(2)
+        return sum((cells[:, n : n + count] for n in range(parts)), jnp.zeros((), cells.dtype)) / length
+    array = jnp.asarray(given)
+    array = array[None] if array.ndim == 3 else array
+    expected = (batch, count, heads, size)
+    if array.shape != expected:
+        raise ValueError(f"{name} has shape {expected} for {keys} tokens, got {array.shape}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} is a floating-point array, got {array.dtype}")
+    return array
 
 
 def _importance(
