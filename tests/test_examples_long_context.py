@@ -1,0 +1,96 @@
+"""The long-context example runs with every kind of attention, and asks what its sequences can answer."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import jax_bsk
+
+EXAMPLE = Path(jax_bsk.__file__).parents[1] / "examples" / "long_context.py"
+
+
+@pytest.fixture(scope="module")
+def example():
+    spec = importlib.util.spec_from_file_location("long_context", EXAMPLE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(autouse=True)
+def implicit_promotion():
+    """Flax's norms and optax's optimizers rely on it."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
+def tiny(example):
+    return example.Config(
+        steps=3, length=256, batch=2, needles=4, questions=2, heads=2, head_dim=8, top_k=3, test_sequences=4
+    )
+
+
+def test_every_kind_trains_and_is_reported(example, tiny, tmp_path, capsys):
+    runs = [example.train(kind, tiny) for kind in example.KINDS]
+    example.report(runs, tmp_path)
+    printed = capsys.readouterr().out
+    assert all(kind in printed for kind in example.KINDS), printed
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert list(summary) == list(example.KINDS)
+    for kind, run in summary.items():
+        assert len(run["losses"]) == len(run["accuracies"]) == 3, kind
+        assert np.isfinite(run["losses"]).all(), (kind, run["losses"])
+        assert 0 <= run["accuracy"] <= 1, kind
+        assert run["step_seconds"] > 0, kind
+        assert run["peak_memory_bytes"] > 0, kind
+    assert (tmp_path / "long_context.png").stat().st_size > 1000
+    # 8 x 8 blocks: causal 36; at most 3 a row: 1 + 2 + 6 x 3; the window's first keys lie in one block more.
+    shares = {kind: run["visited_share"] * 64 for kind, run in summary.items()}
+    assert shares == pytest.approx({"full": 36, "window": 26, "moba": 21, "window+moba": 21})
+
+
+def test_the_command_runs_a_kind_in_its_own_process(example, tmp_path):
+    example.main(f"--output {tmp_path} --kinds window --length 512 --steps 2 --batch 2 --seed 3".split())
+    run = json.loads((tmp_path / "summary.json").read_text())["window"]
+    config = run["config"]
+    assert (config["length"], config["steps"], config["batch"], config["seed"]) == (512, 2, 2, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["long_context.png", "summary.json"]
+
+
+def test_a_gpus_settings_fit_together(example):
+    config = example.Config.for_backend("gpu")
+    tokens = jax.ShapeDtypeStruct((1, config.length), np.int32)
+    for kind in example.KINDS:
+        logits, share = jax.eval_shape(lambda x, kind=kind: example.Model(config, kind, nnx.Rngs(0))(x), tokens)
+        assert logits.shape == (1, config.questions * config.block, config.vocabulary), kind
+        assert share.shape == (), kind
+
+
+def test_questions_are_answered_by_the_needles(example, tiny):
+    tokens, answers = example.sequences(tiny, 50, np.random.default_rng(0))
+    assert tokens.shape == (50, 256)
+    assert answers.shape == (50, 64)
+    for row, answer in zip(tokens, answers, strict=True):
+        places = np.flatnonzero(row[: tiny.context] < 16)
+        values = dict(zip(row[places], row[places + 1], strict=True))
+        assert len(values) == tiny.needles
+        assert all(16 <= value < 32 for value in values.values())
+        np.testing.assert_array_equal([values[key] for key in row[tiny.context :]], answer)
+
+
+def test_a_length_that_does_not_fit_is_refused(example):
+    for length in (1000, 256):
+        with pytest.raises(ValueError, match=f"multiple of 32 .* got {length}"):
+            example.Config(length=length)
