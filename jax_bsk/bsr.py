@@ -16,7 +16,6 @@ import jax.export
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.masks._transpose import rows_of_entries, transpose_host, transpose_traced
 from jax_bsk.masks.algebra import is_traced
 
 
@@ -95,7 +94,7 @@ class BSR:
           block_size: of either side, or (rows, columns).
           keep: bool [rows of blocks, columns of blocks], with values; None keeps what is not 0.
         """
-        bm, bk = _pair(block_size)
+        bm, bk = pair_of(block_size)
         if array.ndim != 2:
             raise ValueError(f"array is a matrix [M, K], got {array.shape}")
         xp = jnp if isinstance(array, jax.Array) else np
@@ -119,7 +118,7 @@ class BSR:
         cls, key: jax.Array, shape: tuple[int, int], density: float, block_size: int | tuple[int, int] = 128, dtype=None
     ) -> Self:
         """Normal numbers in blocks drawn at random: as many as give that density, to half a block."""
-        bm, bk = _pair(block_size)
+        bm, bk = pair_of(block_size)
         rows, columns = -(-shape[0] // bm), -(-shape[1] // bk)
         count = round(density * rows * columns)
         if not 0 <= count <= rows * columns:
@@ -193,38 +192,33 @@ class BSR:
 
     def row_ids(self) -> Any:
         """int32 [entries]: the row of each; -1 past the end, and in rows whose offsets cannot be followed."""
-        if is_traced(self.indptr):
-            offsets = jnp.asarray(self.indptr)
-            at, rows = self._row_starts(offsets, jnp)
-            starts = jnp.full(self.entries + 1, -1, jnp.int32).at[at].max(rows)
-            entry = jnp.arange(self.entries, dtype=jnp.int32)
-            row = starts[jnp.maximum(jax.lax.cummax(jnp.where(starts[:-1] >= 0, entry, -1)), 0)]
-            ends = jnp.concatenate([offsets[1:], jnp.zeros(1, offsets.dtype)])
-            return jnp.where(entry < ends[row], row, -1)
-        offsets = np.asarray(self.indptr)
-        at, rows = self._row_starts(offsets, np)
-        starts = np.full(self.entries + 1, -1, np.int32)
-        np.maximum.at(starts, at, rows)
-        entry = np.arange(self.entries, dtype=np.int32)
-        row = starts[np.maximum(np.maximum.accumulate(np.where(starts[:-1] >= 0, entry, -1)), 0)]
-        return np.where(entry < np.append(offsets[1:], 0)[row], row, -1).astype(np.int32)
-
-    def _row_starts(self, offsets: Any, xp: Any) -> tuple[Any, Any]:
-        """Where the rows begin that have entries and make sense; the others past the last entry."""
+        xp = jnp if is_traced(self.indptr) else np
+        offsets = xp.asarray(self.indptr)
         begin, end = offsets[:-1], offsets[1:]
         sound = (begin >= 0) & (begin < end) & (end <= self.entries)
-        return xp.where(sound, begin, self.entries), xp.arange(begin.shape[0], dtype=np.int32)
+        # Rows without entries begin past all of them, and one more, so that there always is one.
+        begin = xp.concatenate([xp.where(sound, begin, self.entries), xp.full(1, self.entries, offsets.dtype)])
+        end = xp.concatenate([end, xp.zeros(1, offsets.dtype)])
+        entry = xp.arange(self.entries, dtype=offsets.dtype)
+        order = xp.argsort(begin, stable=True)
+        row = order[xp.searchsorted(begin[order], entry, side="right") - 1]
+        return xp.where((begin[row] <= entry) & (entry < end[row]), row, -1).astype(np.int32)
 
     def columns(self) -> tuple[Any, Any, Any]:
-        """The same lists column by column: offsets [columns + 1], rows [entries], and which entry each one is."""
+        """The same lists column by column: offsets [columns + 1], rows [entries], and which entry each one is.
+
+        Entries that belong to no row, or name no column, are left out: what is past the end is -1.
+        """
         if self.column_lists is not None:
             return self.column_lists
-        traced = is_traced(self.indptr) or is_traced(self.indices)
-        order = np.arange(self.entries, dtype=np.int32)
-        indptr, indices, order = (x[None, None] for x in (self.indptr, self.indices, order))
-        transpose = transpose_traced if traced else transpose_host
-        offsets, rows, entries = transpose(indptr, indices, order, self.grid[1])
-        return offsets[0, 0], rows[0, 0], entries[0, 0]
+        xp = jnp if is_traced(self.indptr) or is_traced(self.indices) else np
+        rows, indices, count = xp.asarray(self.row_ids()), xp.asarray(self.indices), self.grid[1]
+        column = xp.where((rows >= 0) & (indices >= 0) & (indices < count), indices, count)
+        order = xp.argsort(column, stable=True).astype(np.int32)
+        column = column[order]
+        offsets = xp.searchsorted(column, xp.arange(count + 1, dtype=column.dtype)).astype(np.int32)
+        listed = column < count
+        return offsets, xp.where(listed, rows[order], -1), xp.where(listed, order, -1)
 
     @property
     def T(self) -> Self:
@@ -250,7 +244,7 @@ class BSR:
             raise ValueError(
                 f"invalid BSR: row {row} has entries {begin[row]} to {end[row]}, of {self.entries} that there are"
             )
-        rows = rows_of_entries(offsets, self.entries)
+        rows = self.row_ids()
         bad = (rows >= 0) & ((indices < 0) | (indices >= self.grid[1]))
         if bad.any():
             entry = int(np.argmax(bad))
@@ -274,7 +268,8 @@ jax.export.register_pytree_node_serialization(
 )
 
 
-def _pair(block_size: int | tuple[int, int]) -> tuple[int, int]:
+def pair_of(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Rows and columns of a block, from either or one number for both."""
     pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
     bm, bk = (operator.index(size) for size in pair)
     if min(bm, bk) < 1:

@@ -42,7 +42,8 @@ def sparse_matmul(
     Returns:
       a @ b. Differentiable in both factors, any number of times in reverse: the gradient of a `BSR` has its blocks
       alone (the sampled product of `sampled_matmul`), no dense gradient is ever made. A row of blocks whose lists
-      cannot be followed is NaN.
+      cannot be followed is NaN where the product walks rows; where it walks columns (`transpose`, or a dense factor on
+      the left, not both) that row counts for nothing.
 
     Raises:
       TypeError: neither or both factors are a `BSR`.

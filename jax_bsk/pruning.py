@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jax_bsk.bsr import BSR, _pair
+from jax_bsk.bsr import BSR, pair_of
 from jax_bsk.masks.algebra import is_traced
 
 Norm = Literal["l2", "l1", "max"]
@@ -52,7 +52,7 @@ def magnitude_mask(
         raise ValueError(f'norm is "l2", "l1" or "max", got {norm!r}')
     if kernel.ndim != 2:
         raise ValueError(f"kernel is a matrix [M, K], got {kernel.shape}; prune the matrices of a stack one by one")
-    bm, bk = _pair(block_size)
+    bm, bk = pair_of(block_size)
     kernel = np.asarray(kernel)
     m, k = kernel.shape
     rows, columns = -(-m // bm), -(-k // bk)

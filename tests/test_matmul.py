@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -84,6 +86,32 @@ def test_a_bad_list_poisons_its_row_alone(change):
     np.testing.assert_allclose(out[:64], (dense @ np.asarray(right, np.float64))[:64], atol=2e-5)
     with pytest.raises(ValueError, match="row 2"):
         bad.check()
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", ["cpu", "xla"])
+def test_a_bad_offset_takes_no_other_row_with_it(name, traced):
+    # The offset between rows 2 and 3: both cannot be followed, those after them can.
+    matrix, dense, right, left = make((192, 64), (32, 16), 0.6)
+    indptr = np.array(matrix.indptr)
+    indptr[3] = 10_000
+    kept = dense.copy()
+    kept[64:128] = 0
+
+    def run(indptr):
+        bad = BSR(matrix.data, indptr, matrix.indices, matrix.shape)
+        gradient = jax.grad(lambda data: sparse_matmul(left, bad.with_data(data), implementation=name).sum())(bad.data)
+        products = (sparse_matmul(bad, right, implementation=name), sparse_matmul(left, bad, implementation=name))
+        return *products, gradient, bad.row_ids()
+
+    by_rows, by_columns, gradient, row_ids = (jax.jit(run) if traced else run)(indptr)
+    wrong = np.isnan(by_rows).any(1)
+    assert wrong.tolist() == np.isnan(by_rows).all(1).tolist() == [64 <= row < 128 for row in range(192)]
+    np.testing.assert_allclose(by_rows[128:], (dense @ np.asarray(right, np.float64))[128:], atol=2e-5)
+    np.testing.assert_allclose(by_columns, np.asarray(left, np.float64) @ kept, atol=3e-5)
+    rows = np.repeat(np.arange(6), np.diff(matrix.indptr))
+    assert np.asarray(row_ids).tolist() == np.where((rows == 2) | (rows == 3), -1, rows).tolist()
+    assert ((np.abs(gradient).max((1, 2)) > 0) == (np.asarray(row_ids) >= 0)).all()
 
 
 def test_transformations():
@@ -199,6 +227,32 @@ def test_lists_as_arguments_and_as_constants_give_the_same_bits():
     bare = jax.jit(pull)(BSR(matrix.data, matrix.indptr, matrix.indices, matrix.shape), right, left)
     for other in (arguments, bare):
         jax.tree.map(np.testing.assert_array_equal, other, constants)
+
+
+def test_the_cuda_call_has_rows_of_whole_16_bytes():
+    # What the copy engine asks for; sizes that have none are padded, and the result is cut.
+    matrix = BSR.random(jax.random.key(0), (301, 499), 0.4, 64, dtype=jnp.bfloat16)
+    right, left = jnp.ones((499, 77), jnp.bfloat16), jnp.ones((77, 301), jnp.bfloat16)
+
+    def all_of_them(data, right, left):
+        def products(data, right, left):
+            here = matrix.with_data(data)
+            return sparse_matmul(here, right), sparse_matmul(left, here)
+
+        out, vjp = jax.vjp(products, data, right, left)
+        return out, vjp(out)
+
+    arguments = matrix.data, right, left
+    exported = jax.export.export(jax.jit(all_of_them), platforms=["cuda"], disabled_checks=jax_bsk.export_checks())(
+        *arguments
+    )
+    calls = [line for line in exported.mlir_module().splitlines() if "@jax_bsk_matmul_" in line]
+    assert len(calls) == 6
+    for line in calls:
+        types = re.findall(r"tensor<([\dx]+)xbf16>", line.split(" : ")[-1])
+        assert types
+        assert all(int(shape.split("x")[-1]) % 8 == 0 for shape in types), line
+    assert [x.shape for x in exported.out_avals[:2]] == [(301, 77), (77, 499)]
 
 
 def test_export():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from typing import Any
 
@@ -106,15 +105,8 @@ def _check(case: Case, contender: Contender, references: dict[str, Reference]) -
 
 
 def _times(timing: Timing, calls: int, flops: float) -> dict[str, Any]:
-    samples = [sample / calls for sample in timing.samples]
-    seconds = statistics.median(samples)
-    return {
-        "seconds": seconds,
-        "least_seconds": min(samples),
-        "samples": samples,
-        "calls_per_sample": timing.calls_per_sample * calls,
-        "useful_flops_per_second": flops / seconds,
-    }
+    one = timing.of_one(calls)
+    return one.to_json() | {"useful_flops_per_second": flops / one.median}
 
 
 def judge(record: dict[str, Any], device: str, measured: Pass = Pass.FORWARD) -> None:

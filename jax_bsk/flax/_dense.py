@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.bsr import BSR, _pair
+from jax_bsk.bsr import BSR, pair_of
 from jax_bsk.flax._attention_fn import Implementation
 from jax_bsk.masks.algebra import is_traced
 from jax_bsk.matmul import sparse_matmul
@@ -49,7 +49,7 @@ class BlockPattern:
           TypeError: a traced pattern, or an array that is not bool.
         """
         if isinstance(pattern, BlockPattern | BSR):
-            if block_size is not None and _pair(block_size) != pattern.block_size:
+            if block_size is not None and pair_of(block_size) != pattern.block_size:
                 raise ValueError(f"pattern has blocks of {pattern.block_size}, so leave out block_size={block_size}")
             if isinstance(pattern, BlockPattern):
                 return pattern
@@ -61,7 +61,7 @@ class BlockPattern:
             raise TypeError(f"pattern is boolean (kernel != 0, or jax_bsk.pruning.magnitude_mask), got {mask.dtype}")
         if mask.ndim != 2:
             raise ValueError(f"pattern is a bool for each block, [rows, columns of blocks], got {mask.shape}")
-        return cls._of_mask(mask, _pair(DEFAULT_BLOCK_SIZE if block_size is None else block_size), None)
+        return cls._of_mask(mask, pair_of(DEFAULT_BLOCK_SIZE if block_size is None else block_size), None)
 
     @classmethod
     def _of_mask(cls, mask: np.ndarray, block_size: tuple[int, int], shape: tuple[int, int] | None) -> BlockPattern:
@@ -144,7 +144,7 @@ def resolve_pattern(
         )
     if density is None:
         return BlockPattern.of(pattern, block_size).for_shape(shape)
-    return _drawn(shape, density, _pair(DEFAULT_BLOCK_SIZE if block_size is None else block_size), seed)
+    return _drawn(shape, density, pair_of(DEFAULT_BLOCK_SIZE if block_size is None else block_size), seed)
 
 
 @functools.lru_cache(64)  # Linen asks in each call
@@ -218,8 +218,7 @@ def sparse_dense(
         raise ValueError(f"inputs are [..., in_features={matrix.shape[0]}], got {inputs.shape}")
     operands = (inputs, kernel) if bias is None else (inputs, kernel, bias)
     dtype = jnp.result_type(*operands) if dtype is None else dtype
-    options: dict[str, Any] = {} if implementation is None else {"implementation": implementation}
-    out = sparse_matmul(inputs.astype(dtype), matrix.astype(dtype), **options)
+    out = sparse_matmul(inputs.astype(dtype), matrix.astype(dtype), implementation=implementation)
     return out if bias is None else out + bias.astype(dtype)
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jax_bsk._dispatch import Implementation
 from jax_bsk.benchmarking.matmul import cases, goals, report, suite
 from jax_bsk.benchmarking.matmul.cases import Case, Config, Grid, Operation
 from jax_bsk.benchmarking.matmul.contenders import CUSPARSE, DENSE, DENSE_RANDOM, OURS, TORCH_BSR
@@ -48,7 +49,7 @@ def contenders(case: Case, *, peers: bool) -> tuple[str, ...]:
 def measure(
     settings: Settings,
     clock: Clock,
-    implementation: str,
+    implementation: Implementation,
     device: dict[str, Any],
     kept: Measured,
     on_case: Callable[[str], None],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax_bsk
 from jax_bsk import _compat, _ffi
@@ -21,7 +21,7 @@ def checkout() -> Path | None:
     return root if (root / "csrc").is_dir() and (root / "tests" / "csrc").is_dir() else None
 
 
-def implementation() -> str:
+def implementation() -> Literal["cpu", "cuda"]:
     """The native implementation that is looked at: "cuda" where JAX runs on an NVIDIA GPU, else "cpu"."""
     return "cuda" if _compat.default_platform() == "cuda" else "cpu"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
+from typing import Any
 
 # Calls so short that their dispatch counts are chained in one program, each fed by the one before.
 CHAINED_CALLS, LARGEST_CHAINED = 10, 4096
@@ -84,6 +85,11 @@ class Case:
     def name(self) -> str:
         c = self.config
         return f"{self.operation.value} {c.size} sparsity {c.sparsity:g} block {c.block} {c.dtype}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of its case, also where nothing could be measured."""
+        return {"name": self.name, "operation": self.operation.value, **dataclasses.asdict(self.config)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jax_bsk._dispatch import Implementation
 from jax_bsk.benchmarking.matmul import jax_products, torch_products
 from jax_bsk.benchmarking.matmul.cases import Case
 from jax_bsk.benchmarking.matmul.contender import Contender, of_jax
@@ -20,7 +21,7 @@ NAMES = (OURS, OURS_CONSTANT, DENSE, DENSE_RANDOM, TORCH_BSR, "torch-bsr-tuned",
 DEFAULT = (OURS, DENSE, TORCH_BSR, CUSPARSE, "bcoo")
 
 
-def makers(implementation: str | None) -> dict[str, Maker]:
+def makers(implementation: Implementation | None) -> dict[str, Maker]:
     """A maker a name; the implementation is that of jax_bsk, None its own choice."""
     return {
         OURS: lambda case, o: of_jax(case, o, jax_products.ours(o, implementation, constant=False)),

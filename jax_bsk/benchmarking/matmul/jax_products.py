@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import sparse
 
 from jax_bsk import BSR, sparse_matmul
+from jax_bsk._dispatch import Implementation
 from jax_bsk.benchmarking.contender import Refused
 from jax_bsk.benchmarking.matmul.cases import Operation
 from jax_bsk.benchmarking.matmul.contender import Product, need_memory
@@ -20,9 +21,8 @@ from jax_bsk.benchmarking.matmul.operands import Operands
 _PLAIN = (((1,), (0,)), ((), ()))  # dimension numbers of a @ b
 
 
-def ours(operands: Operands, implementation: str | None, constant: bool) -> Product:
+def ours(operands: Operands, implementation: Implementation | None, constant: bool) -> Product:
     """`sparse_matmul`; the lists of the matrix are arguments of the jit, or constants of the program."""
-    options: dict[str, Any] = {} if implementation is None else {"implementation": implementation}
     matrix = operands.host if constant else operands.matrix
     shape, lists = matrix.shape, (matrix.indptr, matrix.indices, matrix.column_lists)
 
@@ -31,8 +31,8 @@ def ours(operands: Operands, implementation: str | None, constant: bool) -> Prod
         return BSR(values, indptr, indices, shape, columns)
 
     return Product(
-        left=lambda values, places, x: sparse_matmul(of(values, places), x, **options),
-        right=lambda x, values, places: sparse_matmul(x, of(values, places), **options),
+        left=lambda values, places, x: sparse_matmul(of(values, places), x, implementation=implementation),
+        right=lambda x, values, places: sparse_matmul(x, of(values, places), implementation=implementation),
         values=operands.matrix.data,
         places=() if constant else lists,
         dense=lambda values, places: of(values, places).to_dense(),

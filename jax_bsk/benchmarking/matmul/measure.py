@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 import warnings
 from collections.abc import Mapping
@@ -85,13 +84,7 @@ def measure(
         records[name] |= _times(result, ready[name].calls, case)
     _add_ratios(records)
     config = case.config
-    return {
-        "name": case.name,
-        "operation": case.operation.value,
-        "size": config.size,
-        "sparsity": config.sparsity,
-        "block": config.block,
-        "dtype": config.dtype,
+    return case.facts | {
         "stored_blocks": config.stored_blocks,
         "density": config.density,
         "useful_flops": config.useful_flops,
@@ -129,16 +122,9 @@ def _time(ready: dict[str, Contender], rounds: int, records: dict[str, dict[str,
 
 
 def _times(timing: Timing, calls: int, case: Case) -> dict[str, Any]:
-    samples = [sample / calls for sample in timing.samples]
-    seconds = statistics.median(samples)
-    return {
-        "seconds": seconds,
-        "least_seconds": min(samples),
-        "samples": samples,
-        "calls_per_sample": timing.calls_per_sample * calls,
-        "chained_calls": calls,
-        "useful_flops_per_second": case.config.useful_flops / seconds,
-    }
+    one = timing.of_one(calls)
+    rate = case.config.useful_flops / one.median
+    return one.to_json() | {"chained_calls": calls, "useful_flops_per_second": rate}
 
 
 def _add_ratios(records: dict[str, dict[str, Any]]) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from jax_bsk import _compat
+from jax_bsk._dispatch import Implementation
 from jax_bsk.benchmarking.contender import first_line
 from jax_bsk.benchmarking.matmul import contenders, measure, options, report
 from jax_bsk.benchmarking.matmul.cases import Case
@@ -102,7 +103,7 @@ def _measure(args: argparse.Namespace, chosen: list[Case], output: Path | None, 
 def records(
     chosen: Sequence[Case],
     names: Callable[[Case], Sequence[str]],
-    implementation: str | None,
+    implementation: Implementation | None,
     *,
     rounds: int,
     seed: int,
@@ -142,14 +143,7 @@ def records(
 
 def _failure(case: Case, reason: str) -> dict[str, Any]:
     """The record of a case whose operands or reference could not be made."""
-    config = case.config
-    return {
-        "name": case.name,
-        "operation": case.operation.value,
-        "size": config.size,
-        "sparsity": config.sparsity,
-        "block": config.block,
-        "dtype": config.dtype,
+    return case.facts | {
         "contenders": {contenders.OURS: {"failed": f"before any contender ran: {reason}"}},
         "ok": False,
     }
