@@ -113,9 +113,22 @@ inline ffi::Error ReadLengths(const Operand& lengths, const Shape& shape, Length
   return ffi::Error::Success();
 }
 
+// [B, N, capacity], a number an entry of `list`; or without numbers, for none.
+inline ffi::Error ReadGates(const char* name, const Operand& gates, const Shape& shape, const BlockList& list,
+                            ffi::DataType stats, void** data) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType(name, gates, stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank(name, gates, 3));
+  *data = nullptr;
+  if (gates.dimensions().back() == 0) return ffi::Error::Success();
+  JAX_BSK_RETURN_IF_ERROR(CheckShape(name, gates, {{shape.batch}, {shape.heads}, {list.capacity}}));
+  *data = gates.untyped_data();
+  return ffi::Error::Success();
+}
+
 inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Operand& value, const ListOperands& rows,
-                              const Operand& bit_tiles, const Operand& lengths, const Operand& sinks, Output& out,
-                              Output& lse, const Attributes& attributes, ForwardParams* params) {
+                              const Operand& bit_tiles, const Operand& lengths, const Operand& sinks,
+                              const Operand& gates, Output& out, Output& lse, const Attributes& attributes,
+                              ForwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
@@ -126,6 +139,8 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
   JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
   JAX_BSK_RETURN_IF_ERROR(CheckType("sinks", sinks, stats));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("sinks", sinks, {{shape.batch, true}, {shape.heads, true}}));
+  void* gate_values;
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", gates, shape, params->rows, stats, &gate_values));
   JAX_BSK_RETURN_IF_ERROR(CheckType("out", *out, query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("out", *out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
   JAX_BSK_RETURN_IF_ERROR(CheckType("lse", *lse, stats));
@@ -136,6 +151,7 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
   params->sinks = sinks.untyped_data();
   params->sinks_batch = MergeLeading(sinks, 1)[0];
   params->sinks_heads = sinks.dimensions().back();
+  params->gates = gate_values;
   params->out = out->untyped_data();
   params->lse = lse->untyped_data();
   return ffi::Error::Success();
@@ -144,8 +160,8 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
 inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const Operand& key, const Operand& value,
                                const Operand& lse, const Operand& delta, const ListOperands& rows,
                                const ListOperands& cols, const Operand& bit_tiles, const Operand& lengths,
-                               Output& dquery, Output& dkey, Output& dvalue, const Attributes& attributes,
-                               BackwardParams* params) {
+                               const Operand& row_gates, const Operand& col_gates, Output& dquery, Output& dkey,
+                               Output& dvalue, Output& dgates, const Attributes& attributes, BackwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
@@ -169,6 +185,15 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
   JAX_BSK_RETURN_IF_ERROR(CheckShape("dkey", *dkey, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.head_dim}}));
   JAX_BSK_RETURN_IF_ERROR(CheckType("dvalue", *dvalue, query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("dvalue", *dvalue, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.value_dim}}));
+  void *row_values, *col_values;
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("row_gates", row_gates, shape, params->rows, stats, &row_values));
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("col_gates", col_gates, shape, params->cols, stats, &col_values));
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("dgates", *dgates, shape, params->cols, stats, &params->dgates));
+  if ((row_values == nullptr) != (col_values == nullptr) || (row_values == nullptr) != (params->dgates == nullptr)) {
+    return ffi::Error::InvalidArgument("jax_bsk: row_gates, col_gates and dgates come together or not at all");
+  }
+  params->row_gates = row_values;
+  params->col_gates = col_values;
   params->dout = dout.untyped_data();
   params->query = query.untyped_data();
   params->key = key.untyped_data();
@@ -194,6 +219,7 @@ auto BindForwardOperands(Binding binding) {
       .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
       .template Arg<Operand>()  // lengths [B|1, 2]
       .template Arg<Operand>()  // sinks [B|1, N|1]
+      .template Arg<Operand>()  // gates [B, N, capacity], or [.., 0] for none
       .template Ret<Operand>()  // out [B, T, N, Hv]
       .template Ret<Operand>()  // lse [B, N, T]
       .template Attr<int64_t>("block_q")
@@ -220,9 +246,12 @@ auto BindBackwardOperands(Binding binding) {
       .template Arg<Operand>()  // col_tiles [B|1, N|1, capacity]
       .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
       .template Arg<Operand>()  // lengths [B|1, 2]
+      .template Arg<Operand>()  // row_gates [B, N, capacity], or [.., 0] for none
+      .template Arg<Operand>()  // col_gates, likewise
       .template Ret<Operand>()  // dquery
       .template Ret<Operand>()  // dkey
       .template Ret<Operand>()  // dvalue
+      .template Ret<Operand>()  // dgates, as col_gates
       .template Attr<int64_t>("block_q")
       .template Attr<int64_t>("block_kv")
       .template Attr<float>("scale")

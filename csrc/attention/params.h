@@ -72,10 +72,11 @@ struct ForwardParams {
   const void* sinks;  // stats [sinks_batch, sinks_heads], each 1 or B / N; -inf = no sink
   int64_t sinks_batch;
   int64_t sinks_heads;
-  float scale;     // logits = scale * q.k, before the soft cap
-  float soft_cap;  // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
-  void* out;       // [B, T, N, value_dim], dtype
-  void* lse;       // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink
+  const void* gates;  // stats [B, N, rows.capacity]: factor of each visited block's normalised probabilities; null: 1
+  float scale;        // logits = scale * q.k, before the soft cap
+  float soft_cap;     // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
+  void* out;          // [B, T, N, value_dim], dtype
+  void* lse;          // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink, without the gates
 };
 
 // Below this scale (and for negative ones) a row's largest product need not be its largest logit, or the product of
@@ -95,6 +96,11 @@ struct BackwardParams {
   BlockList cols;     // key-major, for dK and dV
   BitTiles tiles;
   Lengths lengths;
+  // Gates, or null, all three of them: with g a block's gate, dS = P (g dO V^T - delta), dV += g P^T dO, and the gate's
+  // own gradient is the sum of P o (dO V^T) over the block.
+  const void* row_gates;  // stats [B, N, rows.capacity]
+  const void* col_gates;  // stats [B, N, cols.capacity]: the same numbers in the key-major lists' order
+  void* dgates;           // stats [B, N, cols.capacity], in that order; what no sound row has may be left as it was
   float scale;
   float soft_cap;
   void* dquery;  // [B, T, N, head_dim], dtype
