@@ -6,6 +6,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "attention/gates.h"
 #include "attention/launch.h"
 #include "attention/prepare.h"
 #include "attention/sm80/config.h"
@@ -25,24 +26,26 @@ using device::kMaxInt;
 // Exists to be asked for: whether this build holds code for a device.
 __global__ void ProbeKernel() {}
 
-// What a portable kernel is chosen by.
-struct Choice {
-  DType dtype;
-  int dim;        // of rows in shared memory
-  int row_tiles;  // of the forward, see sm80::ForwardConfig
-};
+template <typename Params>
+bool Plain(const Params& params) {
+  return params.soft_cap == 0.f && params.scale > kLeastPlainScale;
+}
 
-Choice Choose(const Shape& shape, DType dtype) {
-  const int64_t dim = std::max(shape.head_dim, shape.value_dim);
-  Choice choice{dtype, dim <= 64 ? 64 : dim <= 128 ? 128 : 256, 1};
-  if (shape.block_q % 128 == 0 && choice.dim <= 128 && dtype != DType::kF32) choice.row_tiles = 2;
-  return choice;
+bool Gated(const ForwardParams& params) { return params.gates != nullptr; }
+bool Gated(const BackwardParams& params) { return params.dgates != nullptr; }
+
+// Hopper's kernels have no registers for gates beside what a soft cap needs.
+template <typename Params>
+bool HopperTakesGates(const Params& params) {
+  return !Gated(params) || Plain(params);
 }
 
 // Tiles of 128 queries share keys and values between two warpgroups, but too few of them leave multiprocessors idle.
 ForwardKernel ChooseKernel(const ForwardParams& params, const DeviceFacts& facts) {
   const Shape& shape = params.shape;
-  if (facts.capability != 90 || params.dtype == DType::kF32) return ForwardKernel::kPortable;
+  if (facts.capability != 90 || params.dtype == DType::kF32 || !HopperTakesGates(params)) {
+    return ForwardKernel::kPortable;
+  }
   const int64_t tiles = shape.batch * shape.heads * CeilDiv(shape.q_len, 128);
   return shape.block_q == 128 && tiles >= facts.multiprocessors ? ForwardKernel::kRows128 : ForwardKernel::kRows64;
 }
@@ -50,38 +53,65 @@ ForwardKernel ChooseKernel(const ForwardParams& params, const DeviceFacts& facts
 // Tiles of 128 keys need half the copies, but too few of them leave multiprocessors idle.
 BackwardKernel ChooseKernel(const BackwardParams& params, const DeviceFacts& facts) {
   const Shape& shape = params.shape;
-  if (facts.capability != 90 || params.dtype == DType::kF32) return BackwardKernel::kPortable;
+  if (facts.capability != 90 || params.dtype == DType::kF32 || !HopperTakesGates(params)) {
+    return BackwardKernel::kPortable;
+  }
   const int64_t tiles = shape.batch * shape.kv_heads * CeilDiv(shape.kv_len, 128);
   const bool large = shape.block_kv == 128 && std::max(shape.head_dim, shape.value_dim) <= 128;
   return large && tiles >= facts.multiprocessors ? BackwardKernel::kKeys128 : BackwardKernel::kKeys64;
 }
 
-// Calls visit(Config{}) with the configuration of a portable kernel; what has no kernel gives `otherwise`.
-template <typename Result, typename Visit>
-Result VisitPortable(const Choice& choice, Result otherwise, Visit visit) {
-  using sm80::ForwardConfig;
-  const auto sixteen_bits = [&](auto zero) -> Result {
-    using Element = decltype(zero);
-    if (choice.dim == 64) {
-      return choice.row_tiles == 2 ? visit(ForwardConfig<Element, 64, 2>{}) : visit(ForwardConfig<Element, 64, 1>{});
-    }
-    if (choice.dim == 128) {
-      return choice.row_tiles == 2 ? visit(ForwardConfig<Element, 128, 2>{}) : visit(ForwardConfig<Element, 128, 1>{});
-    }
-    return visit(ForwardConfig<Element, 256, 1>{});
+// Calls visit(zero of the type, whether there are gates, as a constant).
+template <typename Params, typename Result, typename Visit>
+Result VisitPortableType(const Params& params, Result otherwise, Visit visit) {
+  const auto with_type = [&](auto zero) -> Result {
+    return Gated(params) ? visit(zero, std::true_type()) : visit(zero, std::false_type());
   };
-  switch (choice.dtype) {
+  switch (params.dtype) {
     case DType::kBF16:
-      return sixteen_bits(__nv_bfloat16{});
+      return with_type(__nv_bfloat16{});
     case DType::kF16:
-      return sixteen_bits(__half{});
+      return with_type(__half{});
     case DType::kF32:
-      if (choice.dim == 64) return visit(ForwardConfig<float, 64, 1>{});
-      if (choice.dim == 128) return visit(ForwardConfig<float, 128, 1>{});
-      return visit(ForwardConfig<float, 256, 1>{});
+      return with_type(float{});
     default:
       return otherwise;
   }
+}
+
+// Calls visit(Config{}) with the configuration of a portable kernel; what has no kernel gives `otherwise`.
+template <typename Result, typename Visit>
+Result VisitPortable(const ForwardParams& params, Result otherwise, Visit visit) {
+  using sm80::ForwardConfig;
+  const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
+  const auto with_gates = [&](auto zero, auto gated) -> Result {
+    using Element = decltype(zero);
+    constexpr bool kGated = decltype(gated)::value;
+    if constexpr (sizeof(Element) == 2) {
+      if (params.shape.block_q % 128 == 0 && dim <= 128) {
+        return dim <= 64 ? visit(ForwardConfig<Element, 64, 2, kGated>{})
+                         : visit(ForwardConfig<Element, 128, 2, kGated>{});
+      }
+    }
+    if (dim <= 64) return visit(ForwardConfig<Element, 64, 1, kGated>{});
+    if (dim <= 128) return visit(ForwardConfig<Element, 128, 1, kGated>{});
+    return visit(ForwardConfig<Element, 256, 1, kGated>{});
+  };
+  return VisitPortableType(params, otherwise, with_gates);
+}
+
+template <typename Result, typename Visit>
+Result VisitPortable(const BackwardParams& params, Result otherwise, Visit visit) {
+  using sm80::BackwardConfig;
+  const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
+  const auto with_gates = [&](auto zero, auto gated) -> Result {
+    using Element = decltype(zero);
+    constexpr bool kGated = decltype(gated)::value;
+    if (dim <= 64) return visit(BackwardConfig<Element, 64, kGated>{});
+    if (dim <= 128) return visit(BackwardConfig<Element, 128, kGated>{});
+    return visit(BackwardConfig<Element, 256, kGated>{});
+  };
+  return VisitPortableType(params, otherwise, with_gates);
 }
 
 // Calls visit(zero of the type, integral constant of the columns) for a kernel of Hopper's.
@@ -104,17 +134,16 @@ Result VisitHopper(const Shape& shape, DType dtype, Result otherwise, Visit visi
   }
 }
 
-template <typename Params>
-bool Plain(const Params& params) {
-  return params.soft_cap == 0.f && params.scale > kLeastPlainScale;
-}
-
 template <typename Result, typename Visit>
 Result VisitHopperForward(const ForwardParams& params, ForwardKernel kernel, Result otherwise, Visit visit) {
   return VisitHopper(params.shape, params.dtype, otherwise, [&](auto zero, auto dim) -> Result {
     using Element = decltype(zero);
     using sm90::ForwardConfig;
     constexpr int kDim = decltype(dim)::value;
+    if (Gated(params)) {  // and plain: HopperTakesGates
+      return kernel == ForwardKernel::kRows128 ? visit(ForwardConfig<Element, kDim, 2, true, true>{})
+                                               : visit(ForwardConfig<Element, kDim, 1, true, true>{});
+    }
     if (kernel == ForwardKernel::kRows128) {
       return Plain(params) ? visit(ForwardConfig<Element, kDim, 2, true>{})
                            : visit(ForwardConfig<Element, kDim, 2, false>{});
@@ -132,38 +161,19 @@ Result VisitHopperBackward(const BackwardParams& params, BackwardKernel kernel, 
     constexpr int kDim = decltype(dim)::value;
     if constexpr (kDim <= 128) {
       if (kernel == BackwardKernel::kKeys128) {
+        if (Gated(params)) return visit(BackwardConfig<Element, kDim, false, true, true>{});
         return Plain(params) ? visit(BackwardConfig<Element, kDim, false, true>{})
                              : visit(BackwardConfig<Element, kDim, false, false>{});
       }
     }
+    if (Gated(params)) return visit(BackwardConfig<Element, kDim, true, true, true>{});
     return Plain(params) ? visit(BackwardConfig<Element, kDim, true, true>{})
                          : visit(BackwardConfig<Element, kDim, true, false>{});
   });
 }
 
-template <typename Result, typename Visit>
-Result VisitPortableBackward(const Choice& choice, Result otherwise, Visit visit) {
-  using sm80::BackwardConfig;
-  const auto with_dtype = [&](auto zero) -> Result {
-    using Element = decltype(zero);
-    if (choice.dim == 64) return visit(BackwardConfig<Element, 64>{});
-    if (choice.dim == 128) return visit(BackwardConfig<Element, 128>{});
-    return visit(BackwardConfig<Element, 256>{});
-  };
-  switch (choice.dtype) {
-    case DType::kBF16:
-      return with_dtype(__nv_bfloat16{});
-    case DType::kF16:
-      return with_dtype(__half{});
-    case DType::kF32:
-      return with_dtype(float{});
-    default:
-      return otherwise;
-  }
-}
-
 sm90::BackwardLayout Layout(const BackwardParams& params, int tile_kv, int64_t bytes) {
-  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv, bytes);
+  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv, GateSumCount(params), bytes);
 }
 
 // What forward and backward refuse alike.
@@ -194,10 +204,11 @@ std::string ShapeRefusal(const Shape& shape, DType dtype, std::initializer_list<
   return "";
 }
 
-std::string ListRefusal(const BitTiles& tiles, std::initializer_list<const BlockList*> lists) {
-  bool too_large = tiles.count > kMaxInt;
+// `words` of gates, or of what is kept for each.
+std::string ListRefusal(const BitTiles& tiles, std::initializer_list<const BlockList*> lists, int64_t words) {
+  bool too_large = tiles.count > kMaxInt || words > kMaxInt;
   for (const BlockList* list : lists) too_large |= list->capacity > kMaxInt || list->ids_end > kMaxInt;
-  return too_large ? "the CUDA kernels take block lists and bit tiles of fewer than 2^31 entries" : "";
+  return too_large ? "the CUDA kernels take block lists, bit tiles and gates of fewer than 2^31 entries" : "";
 }
 
 // Whether the device can run kernels of this build; `shared_bytes(facts)` is what the kernel for it would need.
@@ -234,14 +245,16 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   const void* bits = params.tiles.count > 0 ? params.tiles.words : nullptr;
   std::string reason =
       ShapeRefusal(params.shape, params.dtype, {params.query, params.key, params.value, params.out, bits});
-  if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows});
+  if (reason.empty())
+    reason = ListRefusal(params.tiles, {&params.rows},
+                         !Gated(params) ? 0 : params.shape.batch * params.shape.heads * params.rows.capacity);
   if (!reason.empty()) return reason;
   return DeviceRefusal(device, [&](const DeviceFacts& facts) {
     const ForwardKernel kernel = ChooseKernel(params, facts);
     if (kernel == ForwardKernel::kPortable) {
-      return VisitPortable(
-          Choose(params.shape, params.dtype), std::optional<int>(),
-          [](auto config) -> std::optional<int> { return sm80::ForwardSharedBytes<decltype(config)>(); });
+      return VisitPortable(params, std::optional<int>(), [](auto config) -> std::optional<int> {
+        return sm80::ForwardSharedBytes<decltype(config)>();
+      });
     }
     return VisitHopperForward(params, kernel, std::optional<int>(), [](auto config) -> std::optional<int> {
       return sm90::ForwardSharedBytes<decltype(config)>();
@@ -253,14 +266,14 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
   std::string reason =
       ShapeRefusal(params.shape, params.dtype,
                    {params.dout, params.query, params.key, params.value, params.dquery, params.dkey, params.dvalue});
-  if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows, &params.cols});
+  if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows, &params.cols}, GateSumCount(params));
   if (!reason.empty()) return reason;
   return DeviceRefusal(device, [&](const DeviceFacts& facts) -> std::optional<int> {
     const BackwardKernel kernel = ChooseKernel(params, facts);
     if (kernel == BackwardKernel::kPortable) {
-      return VisitPortableBackward(
-          Choose(params.shape, params.dtype), std::optional<int>(),
-          [](auto config) -> std::optional<int> { return sm80::BackwardSharedBytes<decltype(config)>(); });
+      return VisitPortable(params, std::optional<int>(), [](auto config) -> std::optional<int> {
+        return sm80::BackwardSharedBytes<decltype(config)>();
+      });
     }
     return VisitHopperBackward(params, kernel, std::optional<int>(), [](auto config) -> std::optional<int> {
       return sm90::BackwardSharedBytes<decltype(config)>();
@@ -280,9 +293,9 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
   if (scope.error() != cudaSuccess) return scope.error();
   DeviceFacts facts;
   if (const cudaError_t error = ReadDevice(device, &facts); error != cudaSuccess) return error;
-  if (kernel == ForwardKernel::kAutomatic) kernel = ChooseKernel(params, facts);
+  if (kernel == ForwardKernel::kAutomatic || !HopperTakesGates(params)) kernel = ChooseKernel(params, facts);
   if (kernel == ForwardKernel::kPortable) {
-    return VisitPortable(Choose(shape, params.dtype), cudaErrorNotSupported,
+    return VisitPortable(params, cudaErrorNotSupported,
                          [&](auto config) { return sm80::LaunchForward<decltype(config)>(params, stream); });
   }
   return VisitHopperForward(params, kernel, cudaErrorNotSupported, [&](auto config) {
@@ -292,6 +305,34 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
 
 int64_t BackwardWorkspace(const BackwardParams& params) { return Layout(params, 64, 0).least_bytes; }
 
+namespace {
+
+// Everything but dgates, of which the sums are left in the workspace.
+cudaError_t LaunchGradients(const BackwardParams& params, const sm90::BackwardLayout& layout, int32_t* words,
+                            int multiprocessors, cudaStream_t stream, BackwardKernel kernel) {
+  const Shape& shape = params.shape;
+  const auto floats = [&](int64_t offset) { return reinterpret_cast<float*>(words + offset); };
+  const auto portable = [&](const sm80::BackwardMarks& marks) {
+    return VisitPortable(params, cudaErrorNotSupported, [&](auto config) {
+      return sm80::LaunchBackward<decltype(config)>(params, marks, floats(layout.gate_sums_offset), stream);
+    });
+  };
+  if (kernel == BackwardKernel::kPortable || shape.q_len == 0 || shape.kv_len == 0) return portable({});
+
+  // Preparation; the gradients; and what could not be exact there once more by the portable kernels.
+  const Preparation preparation{words, layout.matches_offset, reinterpret_cast<int2*>(words + layout.matches_offset),
+                                floats(layout.statistics_offset)};
+  cudaError_t error = LaunchPrepare(params, preparation, stream);
+  if (error != cudaSuccess) return error;
+  error = VisitHopperBackward(params, kernel, cudaErrorNotSupported, [&](auto config) {
+    return sm90::LaunchBackward<decltype(config)>(params, layout, words, multiprocessors, stream);
+  });
+  if (error != cudaSuccess) return error;
+  return portable({words + layout.suspect_queries_offset, words + layout.suspect_keys_offset, multiprocessors});
+}
+
+}  // namespace
+
 cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_t bytes, int device,
                            cudaStream_t stream, BackwardKernel kernel) {
   const Shape& shape = params.shape;
@@ -300,26 +341,16 @@ cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_
   if (scope.error() != cudaSuccess) return scope.error();
   DeviceFacts facts;
   if (cudaError_t error = ReadDevice(device, &facts); error != cudaSuccess) return error;
-  if (kernel == BackwardKernel::kAutomatic) kernel = ChooseKernel(params, facts);
-  const auto portable = [&](const sm80::BackwardMarks& marks) {
-    return VisitPortableBackward(Choose(shape, params.dtype), cudaErrorNotSupported, [&](auto config) {
-      return sm80::LaunchBackward<decltype(config)>(params, marks, stream);
-    });
-  };
-  if (kernel == BackwardKernel::kPortable || shape.q_len == 0 || shape.kv_len == 0) return portable({});
-
-  // Preparation; the gradients; and what could not be exact there once more by the portable kernels.
+  if (kernel == BackwardKernel::kAutomatic || !HopperTakesGates(params)) kernel = ChooseKernel(params, facts);
   const sm90::BackwardLayout layout = Layout(params, kernel == BackwardKernel::kKeys128 ? 128 : 64, bytes);
-  int32_t* words = static_cast<int32_t*>(workspace);
-  const Preparation preparation{words, layout.matches_offset, reinterpret_cast<int2*>(words + layout.matches_offset),
-                                reinterpret_cast<float*>(words + layout.statistics_offset)};
-  cudaError_t error = LaunchPrepare(params, preparation, stream);
+  auto* words = static_cast<int32_t*>(workspace);
+  auto* gate_sums = reinterpret_cast<float*>(words + layout.gate_sums_offset);
+
+  cudaError_t error = ClearGateSums(params, gate_sums, stream);
   if (error != cudaSuccess) return error;
-  error = VisitHopperBackward(params, kernel, cudaErrorNotSupported, [&](auto config) {
-    return sm90::LaunchBackward<decltype(config)>(params, layout, workspace, facts.multiprocessors, stream);
-  });
+  error = LaunchGradients(params, layout, words, facts.multiprocessors, stream, kernel);
   if (error != cudaSuccess) return error;
-  return portable({words + layout.suspect_queries_offset, words + layout.suspect_keys_offset, facts.multiprocessors});
+  return LaunchSumGates(params, gate_sums, stream);
 }
 
 }  // namespace jax_bsk::attention::cuda

@@ -72,6 +72,17 @@ __device__ __forceinline__ ListRow FindRow(const BlockList& list, int batch, int
   return MakeRow(list, table, __ldg(offsets), __ldg(offsets + 1));
 }
 
+// Where the gate of the entry at `position` of the list's arrays lies: gates are [batch, heads, capacity] whatever the
+// lists share.
+__device__ __forceinline__ int GateIndex(const BlockList& list, int64_t head_count, int batch, int head,
+                                         int64_t position) {
+  const int64_t skipped = batch * head_count + head - TableIndex(list.batch, list.heads, batch, head);
+  return static_cast<int>(skipped * list.capacity + position);
+}
+__device__ __forceinline__ float ReadGate(const void* gates, int index) {
+  return __ldg(static_cast<const float*>(gates) + index);
+}
+
 // Walks one row of a block list in steps of kTile queries or keys, leaving out steps that begin at or past `limit`.
 // Stops at the first thing that cannot be true and calls the row poisoned. The next entry is always loaded one entry
 // ahead, so that no step waits for global memory.
@@ -129,6 +140,9 @@ class BlockWalker {
   }
 
   __device__ bool poisoned() const { return left_ < 0; }
+
+  // Of the last step's entry in the list's arrays.
+  __device__ __forceinline__ int64_t position() const { return left_ > 0 ? position_ - 2 : position_ - 1; }
 
  private:
   __device__ __forceinline__ void LoadEntry() {

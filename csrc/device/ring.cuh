@@ -23,8 +23,9 @@ struct Ring {
 // A word of shared memory that one lane reads for all: what the lane releases afterwards it has then read itself, also
 // as far as compute-sanitizer can tell (it does not see that a converged warp reads together). And one the compiler
 // knows to be the same in all lanes: products are not issued under divergence.
-__device__ __forceinline__ int ReadShared(const int& word) {
-  int x = 0;
+template <typename Word>
+__device__ __forceinline__ Word ReadShared(const Word& word) {
+  Word x = 0;
   if (device::ThreadHere() % 32 == 0) x = word;
   return __shfl_sync(0xFFFFFFFFu, x, 0);
 }

@@ -70,6 +70,13 @@ __device__ __forceinline__ float QuadSum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
+// Sum over the lanes of a warp.
+__device__ __forceinline__ float WarpSum(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
+  return x;
+}
+
 // Running softmax of a thread's two rows of one m16 tile, in units of log2.
 struct OnlineSoftmax {
   float max[2] = {-Infinity(), -Infinity()};  // of the row

@@ -47,7 +47,7 @@ struct Case {
   int batch = 2, q_len = 300, kv_len = 333, heads = 4, kv_heads = 2, head_dim = 64, value_dim = 64;
   int block_q = 64, block_kv = 64;
   Pattern pattern = Pattern::kRandom;
-  bool lengths = false, sinks = false, per_head = false, per_batch = false;
+  bool lengths = false, sinks = false, per_head = false, per_batch = false, gates = false;
   float scale = 0.f, soft_cap = 0.f;  // scale 0: 1 / sqrt(head_dim)
   Fault fault = Fault::kNone;
   float amplitude = 1.f;  // of the queries
@@ -63,8 +63,9 @@ struct Mask {
   int batch, heads, q_blocks, kv_blocks, capacity = 0, tiles_count = 0;
   std::vector<uint8_t> dense;  // [batch, heads, q_len, kv_len]
   std::vector<int32_t> offsets, ids, tiles, col_offsets, col_ids, col_tiles;
-  std::vector<uint32_t> words;  // [1, 1, count, block_q, block_kv / 32]
-  double visited = 0;           // blocks of all (batch, head) pairs given
+  std::vector<int32_t> places, col_places;  // [batch, heads, q_blocks, kv_blocks]: of the block's entry in either list
+  std::vector<uint32_t> words;              // [1, 1, count, block_q, block_kv / 32]
+  double visited = 0;                       // blocks of all (batch, head) pairs given
 };
 
 Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
@@ -121,13 +122,15 @@ Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
       }
     }
     const auto list = [&](int rows, int columns, const std::function<int(int, int)>& at, std::vector<int32_t>& offsets,
-                          std::vector<int32_t>& ids, std::vector<int32_t>& tiles) {
+                          std::vector<int32_t>& ids, std::vector<int32_t>& tiles,
+                          const std::function<int32_t&(int, int)>& place) {
       int used = 0;
       offsets.push_back(0);
       for (int i = 0; i < rows; ++i) {
         for (const bool full : {false, true})
           for (int j = 0; j < columns; ++j)
             if (at(i, j) >= -1 && (at(i, j) == -1) == full) {
+              place(i, j) = used;
               ids.push_back(j);
               tiles.push_back(at(i, j));
               ++used;
@@ -140,8 +143,14 @@ Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
         tiles.push_back(-1);
       }
     };
-    list(nq, nk, [&](int i, int j) { return kind[i * nk + j]; }, mask.offsets, mask.ids, mask.tiles);
-    list(nk, nq, [&](int j, int i) { return kind[i * nk + j]; }, mask.col_offsets, mask.col_ids, mask.col_tiles);
+    const size_t first = mask.places.size();
+    mask.places.resize(first + nq * nk, -1), mask.col_places.resize(first + nq * nk, -1);
+    list(
+        nq, nk, [&](int i, int j) { return kind[i * nk + j]; }, mask.offsets, mask.ids, mask.tiles,
+        [&](int i, int j) -> int32_t& { return mask.places[first + i * nk + j]; });
+    list(
+        nk, nq, [&](int j, int i) { return kind[i * nk + j]; }, mask.col_offsets, mask.col_ids, mask.col_tiles,
+        [&](int j, int i) -> int32_t& { return mask.col_places[first + i * nk + j]; });
   }
   mask.visited /= 2;
   return mask;
@@ -200,11 +209,31 @@ Shape ShapeOf(const Case& c) {
           (c.kv_len + c.block_kv - 1) / c.block_kv};
 }
 
+// A number for each visited block of each (batch, head), in the order of either list; none: empty.
+struct Gates {
+  std::vector<float> rows, cols;  // [batch, heads, capacity]
+  Gates() = default;
+  Gates(const Case& c, const Mask& m, std::mt19937& rng) {
+    std::uniform_real_distribution<float> uniform(-0.5f, 1.5f);
+    const size_t blocks = size_t(m.q_blocks) * m.kv_blocks;
+    rows.assign(size_t(c.batch) * c.heads * m.capacity, NAN);  // of no entry: must not be used
+    cols = rows;
+    for (int row = 0; row < c.batch * c.heads; ++row)
+      for (size_t block = 0; block < blocks; ++block) {
+        const size_t table = size_t(m.batch == 1 ? 0 : row / c.heads) * m.heads + (m.heads == 1 ? 0 : row % c.heads);
+        if (m.places[table * blocks + block] < 0) continue;
+        const float gate = block % 7 == 3 ? 0.f : uniform(rng);
+        rows[size_t(row) * m.capacity + m.places[table * blocks + block]] = gate;
+        cols[size_t(row) * m.capacity + m.col_places[table * blocks + block]] = gate;
+      }
+  }
+};
+
 // Everything a case has on the device.
 struct Problem {
   Problem(const Case& c, const Mask& m, const std::vector<uint8_t>& q, const std::vector<uint8_t>& k,
           const std::vector<uint8_t>& v, const std::vector<uint8_t>& d, const std::vector<int32_t>& lengths,
-          const std::vector<float>& sinks, float scale)
+          const std::vector<float>& sinks, float scale, const Gates& g = {})
       : query(q),
         key(k),
         value(v),
@@ -218,15 +247,19 @@ struct Problem {
         words(m.words),
         pairs(lengths),
         sink(sinks),
+        gates(g.rows),
+        col_gates(g.cols),
         workspace(4 * cuda::ForwardWorkspace(ShapeOf(c)), 0x7F),  // garbage, as XLA hands it out
         out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
         delta(size_t(c.batch) * c.q_len * c.heads * 4),
-        gradient_bytes(BackwardBytes(c, m)),
+        gradient_bytes(BackwardBytes(c, m, !g.rows.empty())),
         gradient_workspace(gradient_bytes),
         dquery(q.size(), 0xFF),
         dkey(k.size(), 0xFF),
-        dvalue(v.size(), 0xFF) {
+        dvalue(v.size(), 0xFF),
+        dgates(g.cols.size() * 4, 0xFF) {
+    const auto numbers = [&](const Device& d) { return g.rows.empty() ? nullptr : d.data(); };
     const auto i32 = [](const Device& d) { return static_cast<const int32_t*>(d.data()); };
     const Shape shape = ShapeOf(c);
     const BlockList rows{i32(offsets), i32(ids), i32(tiles), m.batch, m.heads, m.q_blocks, m.kv_blocks, m.capacity};
@@ -234,13 +267,17 @@ struct Problem {
                          m.heads,          m.kv_blocks,  m.q_blocks,     m.capacity};
     const BitTiles bits{static_cast<const uint32_t*>(words.data()), 1, 1, m.tiles_count};
     const Lengths limit{i32(pairs), int64_t(lengths.size() / 2)};
-    forward = {shape,       c.dtype, query.data(),          key.data(), value.data(), rows,       bits,      limit,
-               sink.data(), 1,       int64_t(sinks.size()), scale,      c.soft_cap,   out.data(), lse.data()};
-    backward = {shape, c.dtype, dout.data(), query.data(), key.data(), value.data(),  lse.data(),  delta.data(), rows,
-                cols,  bits,    limit,       scale,        c.soft_cap, dquery.data(), dkey.data(), dvalue.data()};
+    forward = {shape, c.dtype,    query.data(), key.data(), value.data(),          rows,
+               bits,  limit,      sink.data(),  1,          int64_t(sinks.size()), numbers(gates),
+               scale, c.soft_cap, out.data(),   lse.data()};
+    backward = {shape,           c.dtype, dout.data(), query.data(),  key.data(),  value.data(),   lse.data(),
+                delta.data(),    rows,    cols,        bits,          limit,       numbers(gates), numbers(col_gates),
+                numbers(dgates), scale,   c.soft_cap,  dquery.data(), dkey.data(), dvalue.data()};
   }
-  static int64_t BackwardBytes(const Case& c, const Mask& m) {
+  static int64_t BackwardBytes(const Case& c, const Mask& m, bool gated) {
     BackwardParams params{};
+    int somewhere;
+    if (gated) params.dgates = &somewhere;
     params.shape = ShapeOf(c);
     params.rows.batch = params.cols.batch = m.batch;
     params.rows.heads = params.cols.heads = m.heads;
@@ -251,13 +288,14 @@ struct Problem {
   // Of the forward, or of the forward and the backward after it.
   std::vector<Device*> Results(bool backward) {
     if (!backward) return {&out, &lse};
-    return {&out, &lse, &dquery, &dkey, &dvalue};
+    return {&out, &lse, &dquery, &dkey, &dvalue, &dgates};
   }
 
-  Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink, workspace;
+  Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink, gates,
+      col_gates, workspace;
   Device out, lse, delta;
   int64_t gradient_bytes;
-  Device gradient_workspace, dquery, dkey, dvalue;
+  Device gradient_workspace, dquery, dkey, dvalue, dgates;
   ForwardParams forward;
   BackwardParams backward;
 };
@@ -310,6 +348,13 @@ std::vector<Named<cuda::BackwardKernel>> BackwardKernels(const Case& c) {
   return kernels;
 }
 
+// 0 where there is no entry: nobody reads what is there.
+std::vector<float> Visited(std::vector<float> gradient, const std::vector<float>& gates) {
+  for (size_t i = 0; i < gates.size(); ++i)
+    if (std::isnan(gates[i])) gradient[i] = 0;
+  return gradient;
+}
+
 bool RunCase(const Case& c) {
   std::mt19937 rng(1234);
   Mask mask = MakeMask(c, rng);
@@ -341,6 +386,14 @@ bool RunCase(const Case& c) {
   const auto attends = [&](int b, int n, int t, int s) {
     const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
     return t < limit(b, 0) && s < limit(b, 1) && mask.dense[(table * T + t) * S + s];
+  };
+
+  const Gates gates = c.gates ? Gates(c, mask, rng) : Gates();
+  // Of the block of a pair, in the order of either list.
+  const auto gate_place = [&](const std::vector<int32_t>& places, int b, int n, int t, int s) {
+    const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
+    const size_t block = size_t(t / c.block_q) * mask.kv_blocks + s / c.block_kv;
+    return (size_t(b) * N + n) * mask.capacity + places[table * mask.q_blocks * mask.kv_blocks + block];
   };
 
   // The bytes before anything is spoiled are the reference's input.
@@ -380,9 +433,9 @@ bool RunCase(const Case& c) {
 
   // Reference.
   std::vector<double> out(query.size() / D * V), lse(size_t(B) * N * T, -INFINITY), dquery(query.size()),
-      dkey(key.size()), dvalue(value.size());
-  std::vector<uint8_t> bad_out(size_t(B) * T * N), bad_lse(size_t(B) * N * T), bad_dquery(size_t(B) * T * N),
-      bad_key(size_t(B) * S * K);
+      dkey(key.size()), dvalue(value.size()), dgates(gates.cols.size());
+  std::vector<uint8_t> bad_gates(dgates.size()), bad_out(size_t(B) * T * N), bad_lse(size_t(B) * N * T),
+      bad_dquery(size_t(B) * T * N), bad_key(size_t(B) * S * K);
   auto dlse = Normal(lse.size(), rng);
   std::vector<double> probs(S), slopes(S), logits(S);
   for (int b = 0; b < B; ++b)
@@ -424,17 +477,26 @@ bool RunCase(const Case& c) {
         for (int s = 0; s < S; ++s) {
           if (!attends(b, n, t, s)) continue;
           probs[s] /= total;
-          for (int d = 0; d < V; ++d) out[row * V + d] += probs[s] * value[((size_t(b) * S + s) * K + kv) * V + d];
+          const double gate = c.gates ? gates.rows[gate_place(mask.places, b, n, t, s)] : 1;
+          for (int d = 0; d < V; ++d)
+            out[row * V + d] += gate * probs[s] * value[((size_t(b) * S + s) * K + kv) * V + d];
         }
         for (int d = 0; d < V; ++d) delta += out[row * V + d] * dout[row * V + d];
         for (int s = 0; s < S; ++s) {
           if (!attends(b, n, t, s)) continue;
           const size_t at = (size_t(b) * S + s) * K + kv;
           bad_key[at] |= bad_gradient;
+          const double gate = c.gates ? gates.rows[gate_place(mask.places, b, n, t, s)] : 1;
           double dprob = 0;
           for (int d = 0; d < V; ++d) {
             dprob += double(dout[row * V + d]) * value[at * V + d];
-            dvalue[at * V + d] += probs[s] * dout[row * V + d];
+            dvalue[at * V + d] += gate * probs[s] * dout[row * V + d];
+          }
+          if (c.gates) {
+            const size_t place = gate_place(mask.col_places, b, n, t, s);
+            dgates[place] += probs[s] * dprob;
+            bad_gates[place] |= bad_gradient;
+            dprob *= gate;
           }
           const double dscore = probs[s] * (dprob - delta) * (c.soft_cap != 0 ? slopes[s] : 1) * scale;
           for (int d = 0; d < D; ++d) {
@@ -449,10 +511,20 @@ bool RunCase(const Case& c) {
       for (int n = mask.heads == 1 || first ? 0 : N - 1; n < (mask.heads == 1 || !first ? N : 1); ++n)
         for (int s = poisoned_col * c.block_kv; s < std::min((poisoned_col + 1) * c.block_kv, limit(b, 1)); ++s)
           bad_key[(size_t(b) * S + s) * K + n / (N / K)] = 1;
+    // With a list of the group that cannot be followed, the gradients of all its gates there are NaN.
+    for (int b = 0; c.gates && b < B; ++b)
+      for (int n = 0; n < N; ++n)
+        for (int i = 0; i < mask.q_blocks; ++i) {
+          const int s = poisoned_col * c.block_kv;
+          const size_t place = gate_place(mask.col_places, b, n, i * c.block_q, s);
+          if (place + 1 != (size_t(b) * N + n) * mask.capacity && bad_key[(size_t(b) * S + s) * K + n / (N / K)]) {
+            bad_gates[place] = 1;
+          }
+        }
   }
 
   // On the device: every forward kernel.
-  Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale);
+  Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale, gates);
   cudaStream_t stream;
   CUDA_OK(cudaStreamCreate(&stream));
   Comparison compare;
@@ -460,7 +532,7 @@ bool RunCase(const Case& c) {
   const double epsilon = Epsilon(c.dtype), spread = std::max({1.f, c.amplitude, c.jump});
   const auto guards = [&] {
     for (const Device* d : {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue,
-                            &problem.workspace, &problem.gradient_workspace})
+                            &problem.dgates, &problem.workspace, &problem.gradient_workspace})
       if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
   };
   for (const auto& [name, kernel, unused] : ForwardKernels(c)) {
@@ -506,6 +578,11 @@ bool RunCase(const Case& c) {
     compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
     compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
     compare.Check("dv", Decode(problem.dvalue.Bytes(), c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
+    if (c.gates) {
+      // Probabilities and their gradients are float32 here whatever the type.
+      compare.Check("dg", Visited(Decode(problem.dgates.Bytes(), DType::kF32), gates.cols), dgates, bad_gates, 1,
+                    std::ldexp(1., -18), 2 * spread);
+    }
     guards();
     compare.passed &= Repeats(problem.Results(true), stream, launch);
   }
@@ -528,7 +605,7 @@ bool TimeCase(Case c, double density) {
   const size_t tokens = size_t(c.batch) * c.q_len, kv_tokens = size_t(c.batch) * c.kv_len;
   Problem p(c, mask, random(tokens * c.heads * c.head_dim), random(kv_tokens * c.kv_heads * c.head_dim),
             random(kv_tokens * c.kv_heads * c.value_dim), random(tokens * c.heads * c.value_dim), {c.q_len, c.kv_len},
-            {-INFINITY}, 1.f / std::sqrt(float(c.head_dim)));
+            {-INFINITY}, 1.f / std::sqrt(float(c.head_dim)), c.gates ? Gates(c, mask, rng) : Gates());
   const double pairs = mask.visited * c.block_q * c.block_kv * c.heads * c.batch;
   for (const bool backward : {false, true}) {
     const auto launch = [&] { backward ? Backward(p, nullptr) : Forward(p, nullptr); };
@@ -720,6 +797,51 @@ std::vector<Case> Cases() {
     fault("bad-tile", F::kBadTile), fault("negative-tile", F::kNegativeTile), fault("bad-offsets", F::kOffsets);
     fault("overflow", F::kOverflow), fault("bad-col", F::kBadCol);
   }
+  // Gates: every kernel and type, and what else may be wrong at the same time.
+  const auto gated = [&](const char* name, const std::function<void(Case&)>& change) {
+    add(name, [&](Case& c) { c.gates = true, change(c); });
+  };
+  gated("gates", [](Case&) {});
+  gated("gates-b128", [](Case& c) { c.block_q = c.block_kv = 128, c.q_len = 520, c.kv_len = 600; });
+  gated("gates-q128", [](Case& c) { c.block_q = 128, c.per_head = true, c.lengths = true; });
+  gated("gates-kv128", [](Case& c) { c.block_kv = 128, c.per_batch = true, c.sinks = true; });
+  gated("gates-lengths-b128", [](Case& c) {
+    c.lengths = true, c.block_q = c.block_kv = 128, c.pattern = P::kFull, c.q_len = 513, c.kv_len = 500;
+  });
+  gated("gates-causal-d128-b128", [](Case& c) {
+    c.pattern = P::kCausal, c.head_dim = c.value_dim = 128, c.q_len = c.kv_len = 520, c.block_q = c.block_kv = 128;
+  });
+  gated("gates-many-d128", [&](Case& c) {
+    many(c), c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 128, c.lengths = c.sinks = true;
+  });
+  gated("gates-many-kv64-d128", [&](Case& c) { many(c), c.block_q = 128, c.head_dim = c.value_dim = 128; });
+  gated("gates-f32", [](Case& c) { c.dtype = DType::kF32; });
+  gated("gates-f32-d128-b128",
+        [](Case& c) { c.dtype = DType::kF32, c.head_dim = c.value_dim = 128, c.block_q = c.block_kv = 128; });
+  gated("gates-f32-d256", [](Case& c) { c.dtype = DType::kF32, c.head_dim = c.value_dim = 256; });
+  gated("gates-cap-b128", [](Case& c) { c.soft_cap = 10.f, c.block_q = c.block_kv = 128; });
+  gated("gates-jump-200", [](Case& c) { c.jump = 200.f, c.pattern = P::kFull, c.q_len = 400, c.kv_len = 900; });
+  gated("gates-empty", [](Case& c) { c.pattern = P::kEmpty; });
+  for (const DType dtype : {DType::kBF16, DType::kF16})
+    for (const int dim : {64, 96, 128, 256}) {
+      static std::vector<std::string> names;
+      names.reserve(16);
+      names.push_back(std::string("gates-instance-") + (dtype == DType::kF16 ? "f16" : "bf16") + "-d" +
+                      std::to_string(dim));
+      gated(names.back().c_str(), [&](Case& c) {
+        c.dtype = dtype, c.head_dim = c.value_dim = dim, c.block_q = c.block_kv = 128, c.q_len = c.kv_len = 700;
+        c.batch = 1, c.heads = 2, c.kv_heads = 1, c.lengths = c.sinks = true;
+      });
+    }
+  for (const auto& [name, f] : {std::pair{"gates-nan-key", F::kKey},
+                                {"gates-nan-value", F::kValue},
+                                {"gates-inf-value", F::kInfValue},
+                                {"gates-nan-query", F::kQuery},
+                                {"gates-nan-dout", F::kDout},
+                                {"gates-bad-id", F::kBadId},
+                                {"gates-bad-col", F::kBadCol},
+                                {"gates-bad-first-col", F::kBadFirstCol}})
+    gated(name, [f = f](Case& c) { c.fault = f, c.per_head = true; });
   // A list that cannot be followed, and the other heads of its group, whose lists can.
   add("bad-first-col", [](Case& c) { c.fault = F::kBadFirstCol, c.per_head = true; });
   add("bad-first-col-b128", [](Case& c) {
@@ -737,10 +859,10 @@ struct Timing {
 std::vector<Timing> Timings() {
   std::vector<Timing> timings;
   const auto add = [&](const char* name, int batch, int heads, int kv_heads, int length, int dim, Pattern pattern,
-                       double density, DType dtype = DType::kBF16) {
+                       double density, DType dtype = DType::kBF16, bool gates = false) {
     Case c{name};
     c.dtype = dtype, c.batch = batch, c.q_len = c.kv_len = length, c.heads = heads, c.kv_heads = kv_heads;
-    c.head_dim = c.value_dim = dim, c.block_q = c.block_kv = 128, c.pattern = pattern;
+    c.head_dim = c.value_dim = dim, c.block_q = c.block_kv = 128, c.pattern = pattern, c.gates = gates;
     timings.push_back({name, c, density});
   };
   add("time-d128-full", 2, 16, 16, 4096, 128, Pattern::kFull, 1);
@@ -750,6 +872,9 @@ std::vector<Timing> Timings() {
   add("time-d64-causal", 4, 16, 16, 4096, 64, Pattern::kCausal, 1);
   add("time-d256-full", 1, 16, 16, 4096, 256, Pattern::kFull, 1);
   add("time-f32-d64-full", 1, 8, 8, 2048, 64, Pattern::kFull, 1, DType::kF32);
+  add("time-gates-d128-random", 2, 16, 4, 4096, 128, Pattern::kRandom, 0.25, DType::kBF16, true);
+  add("time-gates-d128-causal", 2, 16, 16, 4096, 128, Pattern::kCausal, 1, DType::kBF16, true);
+  add("time-gates-d64-causal", 4, 16, 16, 4096, 64, Pattern::kCausal, 1, DType::kBF16, true);
   return timings;
 }
 

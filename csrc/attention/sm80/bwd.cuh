@@ -1,7 +1,7 @@
 // Backward attention over block lists, sm_80 and newer, in two kernels without atomics, so that results are bit-equal
 // from run to run: dQ walks the query-major list, dK and dV walk the key-major one. With x = scale q.k and
-//   P = exp(cap(x) - lse),  dP = dO V^T,  dS = P (dP - delta) cap'(x):
-//   dQ = scale dS K,  dK = scale dS^T Q,  dV = P^T dO.
+//   P = exp(cap(x) - lse),  dP = dO V^T,  dS = P (gate dP - delta) cap'(x):
+//   dQ = scale dS K,  dK = scale dS^T Q,  dV = gate P^T dO,  dgate = the sum of P o dP.
 #pragma once
 
 #include "attention/sm80/config.h"
@@ -12,9 +12,9 @@
 
 namespace jax_bsk::attention::cuda::sm80 {
 
-// From x = q.k and dP of one pair to P and dS, in place.
+// From x = q.k and dP of one pair to P and dS, in place. A gate of 1 changes no bit.
 template <typename Map>
-__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row,
+__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, float gate,
                                              const Map& map) {
   float slope = 1.f;
   if (!map.plain) {
@@ -22,7 +22,7 @@ __device__ __forceinline__ void PairGradient(float& product, float& dprob, const
     slope = map.Slope(product);
   }
   product = device::Exp2(fmaf(product, map.multiplier, -row.lse));
-  dprob = product * (dprob - row.delta) * slope;
+  dprob = product * fmaf(gate, dprob, -row.delta) * slope;
 }
 
 template <typename Config>
@@ -70,6 +70,11 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
   device::BlockWalker<kTileKv> walker(params.rows, params.tiles, batch, head, q_start / block_q, block_kv, limit.key);
   device::Step step;
   bool more = walker.Next(step) && q_rows > 0;
+  const auto read_gate = [&] {
+    return device::ReadGate(params.row_gates,
+                            device::GateIndex(params.rows, shape.heads, batch, head, walker.position()));
+  };
+  float next_gate = Config::kGated && more ? read_gate() : 1.f;
   if (thread < 2) shared.bad_keys[thread] = 0;
   if (more) {
     device::LoadTileAsync<kThreads>(shared.query, query, query_stride, q_rows, head_dim, thread);
@@ -94,7 +99,9 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
 
   while (more) {
     const device::Step now = step;
+    const float gate = next_gate;
     more = walker.Next(step);
+    if (Config::kGated && more) next_gate = read_gate();
 
     // Values are here, and nobody reads the previous keys any more: fetch these keys during dO V^T.
     device::WaitForCopies();
@@ -135,7 +142,7 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
 #pragma unroll
     for (int n = 0; n < kTileKv / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) PairGradient(scores[0][n][e], dscores[0][n][e], rows[e / 2], map);
+      for (int e = 0; e < 4; ++e) PairGradient(scores[0][n][e], dscores[0][n][e], rows[e / 2], gate, map);
     if (masked) {
 #pragma unroll
       for (int n = 0; n < kTileKv / 8; ++n)
@@ -174,6 +181,8 @@ struct KeyShared {
   uint32_t attended[Config::kKeyTileQ][2];        // [query][key / 32], when the step has a bit tile
   uint32_t bad_queries[2];                        // see device::CleanRows
   uint32_t bad_douts[2];
+  // Each thread's P o dP, of the 64 x 64 pairs that the current step is part of: for want of registers.
+  float gate_sums[Config::kGated ? Config::kKeyThreads : 1];
   int next_tile;  // see ForSelected
 };
 
@@ -201,17 +210,39 @@ class GroupWalker {
     return true;
   }
   __device__ bool poisoned() const { return walker_.poisoned(); }
+  __device__ int64_t position() const { return walker_.position(); }
 
  private:
   int batch_, head_, last_head_, kv_block_;
   device::BlockWalker<kTileQ> walker_;
 };
 
+// The first of four words, one a warp, for 64 x 64 pairs of a visited block: see attention/gates.h.
+__device__ __forceinline__ int64_t GateSumPlace(const Shape& shape, int gate, int kv_start, int q_offset) {
+  const int q_pieces = static_cast<int>(shape.block_q) / 64, kv_pieces = static_cast<int>(shape.block_kv) / 64;
+  return 4 * ((int64_t{gate} * kv_pieces + kv_start / 64 % kv_pieces) * q_pieces + q_offset / 64);
+}
+
+// NaN for the gates of every block that visits these keys, as their dK and dV are: the steps ended before their time.
+template <int kThreads>
+__device__ __forceinline__ void SpoilGateSums(const BackwardParams& params, float* gate_sums, int batch, int kv_head,
+                                              int kv_start, int thread) {
+  const Shape& shape = params.shape;
+  const int group = static_cast<int>(shape.heads / shape.kv_heads);
+  for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+    const device::ListRow row = device::FindRow(params.cols, batch, head, kv_start / static_cast<int>(shape.block_kv));
+    for (int entry = thread; entry < row.length; entry += kThreads) {
+      const int gate = device::GateIndex(params.cols, shape.heads, batch, head, row.begin + entry);
+      gate_sums[GateSumPlace(shape, gate, kv_start, 0)] = device::QuietNan();
+    }
+  }
+}
+
 // dK and dV of 64 keys of one key/value head; the query heads of the group are visited in turn. Scores are transposed
 // here: rows are keys, columns queries.
 template <typename Config>
 __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const BackwardParams& params,
-                                                const int tile) {
+                                                float* gate_sums, const int tile) {
   using Element = typename Config::Element;
   constexpr int kThreads = Config::kKeyThreads, kTileQ = Config::kKeyTileQ, kDim = Config::kDim;
 
@@ -255,6 +286,9 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   device::Step step;
   int head = 0;
   bool more = walker.Next(step, head) && kv_rows > 0;
+  const auto gate_index = [&] { return device::GateIndex(params.cols, shape.heads, batch, head, walker.position()); };
+  int next_gate = Config::kGated && more ? gate_index() : 0;
+  if constexpr (Config::kGated) shared.gate_sums[thread] = 0.f;
   if (thread < 2) shared.bad_queries[thread] = shared.bad_douts[thread] = 0;
   if (more) {
     device::LoadTileAsync<kThreads>(shared.key, static_cast<const Element*>(params.key) + key_offset, key_stride,
@@ -273,8 +307,9 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
 
   while (more) {
     const device::Step now = step;
-    const int now_head = head;
+    const int now_head = head, now_gate = next_gate;
     more = walker.Next(step, head);
+    if (Config::kGated && more) next_gate = gate_index();
 
     // Output gradients are here, and nobody reads anything else of the previous step any more: fetch the queries,
     // their statistics and their masks during V dO^T.
@@ -282,7 +317,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     __syncthreads();
     load_query(now, now_head);
     device::RowStatistics row = device::RowStatistics::None();
-    uint32_t word = 0;
+    uint32_t word = Config::kGated ? ~0u : 0;
     if (thread < kTileQ && now.start + thread < limit.query) {
       const int64_t index = (int64_t{batch} * heads + now_head) * shape.q_len + now.start + thread;
       row = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + index),
@@ -293,6 +328,8 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
           device::BitTileRow(params.tiles, batch, now_head, now.tile, now.offset + thread / 2, block_q, block_kv) +
           kv_start % block_kv / 32 + thread % 2);
     }
+    // Keys past the length have rows of their own in the products, but not in the gate's sum.
+    if (Config::kGated) word &= static_cast<uint32_t>(device::FirstBits(kv_rows - 32 * (thread % 2)));
     uint64_t bad = 0;
     if (now.tile >= 0) bad = device::CleanRows<kThreads>(shared.dout, shared.bad_douts, thread);
     float dscores[1][kTileQ / 8][4];
@@ -309,20 +346,44 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     device::Clear(scores);
     device::MultiplyRows(scores, shared.key, warp_row, shared.query);
 
-#pragma unroll
-    for (int n = 0; n < kTileQ / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        PairGradient(scores[0][n][e], dscores[0][n][e], shared.rows[8 * n + 2 * t + e % 2], map);
-    if (now.tile >= 0) {
+    if constexpr (Config::kGated) {
+      const float gate = device::ReadGate(params.col_gates, now_gate);  // not earlier, for want of registers
+      float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < kTileQ / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
+          float &prob = scores[0][n][e], &dscore = dscores[0][n][e], dprob = dscore;
+          PairGradient(prob, dscore, shared.rows[8 * n + 2 * t + e % 2], gate, map);
           const int column = 8 * n + 2 * t + e % 2, bit = (warp_row + 8 * (e / 2) + g) % 32;
-          if (bad >> column & 1) scores[0][n][e] = dscores[0][n][e] = device::QuietNan();
-          if (!(shared.attended[column][warp_row / 32] >> bit & 1)) scores[0][n][e] = dscores[0][n][e] = 0.f;
+          if (bad >> column & 1) prob = dscore = dprob = device::QuietNan();
+          if (!(shared.attended[column][warp_row / 32] >> bit & 1)) prob = dscore = dprob = 0.f;
+          sum = fmaf(prob, dprob, sum);
+          prob *= gate;
         }
+      sum += shared.gate_sums[thread];
+      if (makes_dkey && (!more || step.start != now.start + kTileQ || step.start % 64 == 0)) {
+        sum = device::WarpSum(sum);
+        if (lane == 0) gate_sums[GateSumPlace(shape, now_gate, kv_start, now.offset) + warp] = sum;
+        sum = 0.f;
+      }
+      shared.gate_sums[thread] = sum;
+    } else {
+#pragma unroll
+      for (int n = 0; n < kTileQ / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          PairGradient(scores[0][n][e], dscores[0][n][e], shared.rows[8 * n + 2 * t + e % 2], 1.f, map);
+      if (now.tile >= 0) {
+#pragma unroll
+        for (int n = 0; n < kTileQ / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            const int column = 8 * n + 2 * t + e % 2, bit = (warp_row + 8 * (e / 2) + g) % 32;
+            if (bad >> column & 1) scores[0][n][e] = dscores[0][n][e] = device::QuietNan();
+            if (!(shared.attended[column][warp_row / 32] >> bit & 1)) scores[0][n][e] = dscores[0][n][e] = 0.f;
+          }
+      }
     }
     if (makes_dvalue) device::MultiplyColumns(dvalue, scores, shared.dout);
 
@@ -335,6 +396,9 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   // Epilogue. Keys at and past the length get 0.
   device::WaitForCopies();
   __syncthreads();
+  if constexpr (Config::kGated) {
+    if (walker.poisoned()) SpoilGateSums<kThreads>(params, gate_sums, batch, kv_head, kv_start, thread);
+  }
   const auto finish_rows = [&](device::RowFinish(&finish)[2], float scale) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -406,33 +470,36 @@ __global__ void __launch_bounds__(Config::kQueryThreads, 2)
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kKeyThreads, 256 / Config::kKeyThreads)
-    KeyGradientKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Selection selection) {
+    KeyGradientKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Selection selection,
+                      float* gate_sums) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<KeyShared<Config>*>(shared_bytes);
   ForSelected(selection, Config::kKeyThreads, shared.next_tile,
-              [&](int tile) { KeyGradientTile<Config>(shared, params, tile); });
+              [&](int tile) { KeyGradientTile<Config>(shared, params, gate_sums, tile); });
 }
 
 template <typename Config>
-cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& marks, cudaStream_t stream) {
+cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& marks, float* gate_sums,
+                           cudaStream_t stream) {
   constexpr int kQueryBytes = static_cast<int>(sizeof(QueryShared<Config>));
   constexpr int kKeyBytes = static_cast<int>(sizeof(KeyShared<Config>));
   static_assert(kQueryBytes <= BackwardSharedBytes<Config>() && kKeyBytes <= BackwardSharedBytes<Config>());
   const Shape& shape = params.shape;
-  const auto launch = [&](auto kernel, int threads, int bytes, int64_t length, int64_t heads,
-                          const int32_t* marked) -> cudaError_t {
+  const auto launch = [&](auto kernel, int threads, int bytes, int64_t length, int64_t heads, const int32_t* marked,
+                          auto... more) -> cudaError_t {
     const int tiles = static_cast<int>((length + kTile - 1) / kTile * heads * shape.batch);
     if (tiles == 0) return cudaSuccess;
     const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (error != cudaSuccess) return error;
     const int span = marked == nullptr ? 1 : (tiles + marks.ctas - 1) / marks.ctas;
-    kernel<<<(tiles + span - 1) / span, threads, bytes, stream>>>(params, Selection{marked, tiles, span});
+    kernel<<<(tiles + span - 1) / span, threads, bytes, stream>>>(params, Selection{marked, tiles, span}, more...);
     return cudaGetLastError();
   };
   const cudaError_t error =
       launch(QueryGradientKernel<Config>, Config::kQueryThreads, kQueryBytes, shape.q_len, shape.heads, marks.queries);
   if (error != cudaSuccess) return error;
-  return launch(KeyGradientKernel<Config>, Config::kKeyThreads, kKeyBytes, shape.kv_len, shape.kv_heads, marks.keys);
+  return launch(KeyGradientKernel<Config>, Config::kKeyThreads, kKeyBytes, shape.kv_len, shape.kv_heads, marks.keys,
+                gate_sums);
 }
 
 }  // namespace jax_bsk::attention::cuda::sm80

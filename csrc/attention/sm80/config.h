@@ -16,11 +16,14 @@ namespace jax_bsk::attention::cuda::sm80 {
 // divides every supported block.
 constexpr int kTile = 64;
 
+// kGated: with gates, which take registers that the others would miss.
+//
 // Four warps, each with 16 * kRowTiles query rows. Two row tiles a warp halve the shared memory traffic of keys and
 // values per product, where the accumulators leave room (up to 128 dimensions) and blocks are 128 queries.
-template <typename Element_, int kDim_, int kRowTiles_>
+template <typename Element_, int kDim_, int kRowTiles_, bool kGated_ = false>
 struct ForwardConfig {
   using Element = Element_;
+  static constexpr bool kGated = kGated_;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
   static constexpr int kRowTiles = kRowTiles_;
   static constexpr int kThreads = 128;
@@ -32,16 +35,18 @@ struct ForwardConfig {
 // dQ: four warps over 64 queries. dK and dV: four warps over 64 keys, each with both accumulators (kDim registers). At
 // 128 dimensions this leaves registers for 32 queries at a time; at 256 it is all there is, so eight warps share the
 // work: four make dV and four dK, from the same tiles.
-template <typename Element_, int kDim_>
+template <typename Element_, int kDim_, bool kGated_ = false>
 struct BackwardConfig {
   using Element = Element_;
   static constexpr int kDim = kDim_;
+  static constexpr bool kGated = kGated_;
   static constexpr bool kSplit = kDim > 128;
   static constexpr int kQueryTileKv = kDim > 128 ? 32 : 64;  // keys at a time for dQ
-  static constexpr int kKeyTileQ =                           // queries at a time for dK and dV
-      kDim <= 64                      ? 64
-      : kDim * sizeof(Element) <= 512 ? 32
-                                      : 16;
+  static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Element));
+  static constexpr int kKeyTileQ =  // queries at a time for dK and dV
+      kDim <= 64                                         ? 64
+      : kRowBytes < 512 || (kRowBytes == 512 && !kGated) ? 32
+                                                         : 16;
   static constexpr int kQueryThreads = 128;
   static constexpr int kKeyThreads = kSplit ? 256 : 128;
 };
@@ -70,7 +75,9 @@ struct BackwardMarks {
   const int32_t* keys = nullptr;     // [batch, kv_heads, tiles]
   int ctas = 1;                      // that look at marks
 };
+// `gate_sums` as in attention/gates.h, for params with gates.
 template <typename Config>
-cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& marks, cudaStream_t stream);
+cudaError_t LaunchBackward(const BackwardParams& params, const BackwardMarks& marks, float* gate_sums,
+                           cudaStream_t stream);
 
 }  // namespace jax_bsk::attention::cuda::sm80

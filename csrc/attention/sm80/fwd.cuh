@@ -52,6 +52,10 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
   device::BlockWalker<kTileKv> walker(params.rows, params.tiles, batch, head, q_start / block_q, block_kv, limit.key);
   device::Step step;
   bool more = walker.Next(step) && q_rows > 0;
+  const auto read_gate = [&] {
+    return device::ReadGate(params.gates, device::GateIndex(params.rows, shape.heads, batch, head, walker.position()));
+  };
+  float next_gate = Config::kGated && more ? read_gate() : 1.f;
   if (thread < 2) shared.bad_values[thread] = 0;
   if (more) {
     device::LoadTileAsync<kThreads>(shared.query, query, query_stride, q_rows, head_dim, thread);
@@ -65,7 +69,9 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
 
   while (more) {
     const device::Step now = step;
+    const float gate = next_gate;
     more = walker.Next(step);
+    if (Config::kGated && more) next_gate = read_gate();
 
     // Keys are here, and nobody reads the previous values any more: fetch these values during Q K^T and the softmax.
     device::WaitForCopies();
@@ -121,6 +127,12 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
       for (int n = 0; n < kDim / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e) out[m][n][e] *= rescale[e / 2];
+      if constexpr (Config::kGated) {
+#pragma unroll
+        for (int n = 0; n < kTileKv / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) probs[m][n][e] *= gate;
+      }
     }
 
     // Values are here, and nobody reads these keys any more: fetch the next keys during P V.

@@ -1,7 +1,8 @@
 // A consumer warpgroup of the Hopper backward. With x = q.k, P = exp(cap(scale x) - lse), dP = dO V^T and
-// dS = P (dP - delta) cap'(scale x), all of them transposed here (rows are keys, columns queries):
-//   an item of keys    dV += P^T dO, dK += dS^T Q for each step, and dS to the workspace;
+// dS = P (gate dP - delta) cap'(scale x), all of them transposed here (rows are keys, columns queries):
+//   an item of keys    dV += gate P^T dO, dK += dS^T Q for each step, and dS to the workspace; dgate += P o dP;
 //   an item of queries dQ += dS K.
+// Gates are for plain logits only.
 #pragma once
 
 #include "attention/sm90/bwd_shared.cuh"
@@ -165,13 +166,19 @@ class BackwardConsumer {
       device::sm90::Pin(scores);
       Probabilities(scores, rows);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
-      LoadStatistics(rows, shared_.statistics[stage][1]);
+      if constexpr (!Config::kGated) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
       device::sm90::Pin(rows);
       // Never blocks: a branch that keeps ptxas from moving the next wait up above the exponentials.
       device::sm90::Wait(shared_.open, 1);
       device::sm90::WaitForProducts<0>();
       device::sm90::Pin(dscores);
+      if constexpr (Config::kGated) {
+        StoreGateSum(stage, ProductSum(scores, dscores));
+        Scale(dscores, Gate(stage));
+        device::sm90::Pin(dscores);
+        LoadStatistics(rows, shared_.statistics[stage][1]);  // not earlier: the sum needs the registers
+      }
       SubtractDelta(dscores, rows);
     } else {
       // Nothing overlaps here: there are no registers for the slopes as well.
@@ -189,7 +196,11 @@ class BackwardConsumer {
     }
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
     uint32_t packed_probs[kPacked], packed_scores[kPacked];
-    Pack(packed_probs, scores);
+    if constexpr (Config::kGated) {
+      PackScaled(packed_probs, scores, Gate(stage));
+    } else {
+      Pack(packed_probs, scores);
+    }
 #pragma unroll
     for (int i = 0; i < kScores; ++i) dscores[i] *= scores[i];
     Pack(packed_scores, dscores);
@@ -228,7 +239,11 @@ class BackwardConsumer {
     Probabilities(scores, rows);
     if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     uint32_t packed[kPacked];
-    Pack(packed, scores);
+    if constexpr (Config::kGated) {
+      PackScaled(packed, scores, Gate(stage));
+    } else {
+      Pack(packed, scores);
+    }
     device::sm90::Pin(packed);
     device::sm90::Pin(dvalue);
     device::sm90::FenceProducts();
@@ -255,10 +270,19 @@ class BackwardConsumer {
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(dscores);
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
+    const auto* slots = reinterpret_cast<const float4*>(shared_.probs[place.Stage()]) + Thread();
+    if constexpr (Config::kGated) {
+      float sum = 0.f;
+      ForQuads(dscores, [&](int i, const float4& x) {
+        const float4 probs = slots[i * kWarpgroup];
+        sum = AddPair(probs.x, x.x, AddPair(probs.y, x.y, AddPair(probs.z, x.z, AddPair(probs.w, x.w, sum))));
+      });
+      StoreGateSum(stage, sum);
+      Scale(dscores, Gate(stage));
+    }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][1]);
     SubtractDelta(dscores, rows);
-    const auto* slots = reinterpret_cast<const float4*>(shared_.probs[place.Stage()]) + Thread();
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
       const float4 probs = slots[i * kWarpgroup];
@@ -321,6 +345,30 @@ class BackwardConsumer {
     for (int i = 0; i < kScores; ++i) dscores[i] -= delta[i / 4 * 2 + i % 2];
   }
 
+  // ---- Gates
+  __device__ __forceinline__ float Gate(int stage) const { return ReadShared(shared_.gates[stage].gate); }
+  __device__ __forceinline__ static void Scale(float (&x)[kScores], float factor) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] *= factor;
+  }
+  // P dP of a pair; where P is 0 the pair may not attend, and dP be anything.
+  __device__ __forceinline__ static float AddPair(float prob, float dprob, float sum) {
+    return fmaf(prob, prob == 0.f ? 0.f : dprob, sum);
+  }
+  __device__ __forceinline__ static float ProductSum(const float (&probs)[kScores], const float (&dprobs)[kScores]) {
+    float sum[2] = {0.f, 0.f};
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) sum[i % 2] = AddPair(probs[i], dprobs[i], sum[i % 2]);
+    return sum[0] + sum[1];
+  }
+  // Of this warp's pairs of P o dP.
+  __device__ __forceinline__ void StoreGateSum(int stage, float sum) {
+    sum = device::WarpSum(sum);
+    const int sums = ReadShared(shared_.gates[stage].sums);
+    const int group = Config::kSplit ? 0 : group_ * static_cast<int>(params_.shape.block_q / 64);
+    if (device::sm90::ElectLane()) plan_.gate_sums[sums + 4 * group + Thread() / 32] = sum;
+  }
+
   template <typename Visit>
   __device__ __forceinline__ static void ForQuads(const float (&x)[kScores], Visit visit) {
 #pragma unroll
@@ -331,6 +379,11 @@ class BackwardConsumer {
   __device__ __forceinline__ void Pack(uint32_t (&packed)[kPacked], const float (&x)[kScores]) {
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) packed[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
+  }
+
+  __device__ __forceinline__ void PackScaled(uint32_t (&packed)[kPacked], const float (&x)[kScores], float factor) {
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) packed[i] = device::PackPair<Element>(factor * x[2 * i], factor * x[2 * i + 1]);
   }
 
   // 0 for pairs that do not attend: dP of such a pair then gives 0 or, not being finite, a suspect.

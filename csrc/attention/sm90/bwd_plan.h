@@ -33,12 +33,14 @@ struct BackwardLayout {
   int64_t suspect_queries_offset;
   int64_t matches_offset;     // two words for each entry of the query-major lists
   int64_t statistics_offset;  // 128 words for each 64 queries of a head
+  int64_t gate_sums_offset;   // what gates.h says
   int64_t pieces_offset;      // in bytes
   int64_t slot_pieces;        // of a unit
   int64_t least_bytes;        // that a workspace must have
 
   // Units are as large as a workspace of `bytes` allows.
-  BackwardLayout(const Shape& shape, const BlockList& rows, const BlockList& cols, int tile_kv, int64_t bytes) {
+  BackwardLayout(const Shape& shape, const BlockList& rows, const BlockList& cols, int tile_kv, int64_t gate_sums,
+                 int64_t bytes) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t kv_rows = shape.batch * shape.kv_heads, query_rows = shape.batch * shape.heads;
     key_tiles = ceil_div(shape.kv_len, tile_kv);
@@ -46,7 +48,8 @@ struct BackwardLayout {
     suspect_queries_offset = suspect_keys_offset + kv_rows * ceil_div(shape.kv_len, 64);
     matches_offset = ceil_div(suspect_queries_offset + query_rows * ceil_div(shape.q_len, 64), 2) * 2;
     statistics_offset = ceil_div(matches_offset + 2 * rows.batch * rows.heads * rows.capacity, 32) * 32;
-    pieces_offset = ceil_div(4 * (statistics_offset + query_rows * ceil_div(shape.q_len, 64) * 128), 1024) * 1024;
+    gate_sums_offset = statistics_offset + query_rows * ceil_div(shape.q_len, 64) * 128;
+    pieces_offset = ceil_div(4 * (gate_sums_offset + gate_sums), 1024) * 1024;
 
     const int64_t group = shape.heads / std::max<int64_t>(shape.kv_heads, 1);
     const int64_t head_pieces = group * cols.capacity * (shape.block_q / 64) * (shape.block_kv / 64);

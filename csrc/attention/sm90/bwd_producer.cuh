@@ -227,6 +227,12 @@ class BackwardLoader {
     // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
     // place and for queries its match's.
     int slot = SlotBase(item, head_in_item);
+    int sums = 0;  // of the first entry's gate
+    if (Config::kGated && keys) {
+      const int gate = device::GateIndex(list, params_.shape.heads, item.batch, head, row.begin);
+      sums = 4 * (gate * plan_.entry_pieces + (item.start / 64 & (static_cast<int>(params_.shape.block_kv) / 64 - 1)) *
+                                                  static_cast<int>(params_.shape.block_q / 64));
+    }
     if (keys) {
       const int64_t table = device::TableIndex(list.batch, list.heads, item.batch, head);
       slot += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_pieces +
@@ -263,6 +269,7 @@ class BackwardLoader {
         tile_ = other;
         const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
         pieces_ = slot + (keys ? entry : other) * plan_.entry_pieces + offset / 64 * stride;
+        gate_sums_ = sums + 4 * (entry * plan_.entry_pieces + offset / 64);
       }
     }
     return true;
@@ -314,6 +321,9 @@ class BackwardLoader {
     const bool keys = item.kind == BackwardItem::kKeys;
     Barrier& full = shared_.full[place];
     const int block_q = static_cast<int>(params_.shape.block_q);
+    if (Config::kGated && keys) {
+      shared_.gates[place] = {device::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_pieces)), gate_sums_};
+    }
     const int pieces_bytes = block_q / 64 * kPieceElements * 2;
     device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + 512 : pieces_bytes));
     const int head = keys ? head_ : head_ / plan_.group;
@@ -351,7 +361,7 @@ class BackwardLoader {
 
   // The pending step.
   bool pending_ = false;
-  int start_ = 0, tile_ = -1, pieces_ = 0;
+  int start_ = 0, tile_ = -1, pieces_ = 0, gate_sums_ = 0;
   int head_ = 0;  // query head
 };
 

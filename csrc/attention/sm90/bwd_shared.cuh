@@ -41,7 +41,8 @@ struct BackwardPlan {
   int32_t* suspect_queries;  // [batch, heads, 64 queries]
   const int2* matches;       // see Preparation
   const float* statistics;
-  void* pieces;  // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
+  float* gate_sums;  // see gates.h
+  void* pieces;      // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
 };
 
 // What a CTA works on next, from the scheduler to everyone else.
@@ -61,6 +62,12 @@ struct BackwardItem {
 // is the only step; kSuspect, with kLast: the list cannot be followed, the exact kernel decides.
 struct StepFlag {
   static constexpr int kLast = 1, kVoid = 2, kMasked = 4, kBits = 8, kSuspect = 16;
+};
+
+// Of a step of keys with a gate.
+struct GateStep {
+  float gate;
+  int sums;  // in gates.h's: those of the CTA's first 64 keys
 };
 
 // What the storer is told of a step of keys.
@@ -91,6 +98,7 @@ struct BackwardShared {
   alignas(16) uint8_t bits[kStages][64 * 16];    // bit tile of a step: [query][keys of the block / 8]
   alignas(16) float statistics[kStages][2][64];  // of the queries: lse, delta, as RowStatistics has them
   int flags[kPlaces];                            // of a step
+  GateStep gates[Config::kGated ? kStages : 1];  // of a step of keys
   StoreOrder orders[kOrders];                    // of the CTA's steps of keys
   BackwardItem items[kItems];
   Barrier full_item[kItems], empty_item[kItems];

@@ -23,12 +23,13 @@ constexpr int kMaxPieces = 2;       // pieces of a key/value tile that come from
 //   fill
 //      the chip.
 // kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product.
-template <typename Element_, int kDim_, int kConsumers_, bool kPlain_>
+// kGated: with gates, which take registers that the others would miss; only where kPlain.
+template <typename Element_, int kDim_, int kConsumers_, bool kPlain_, bool kGated_ = false>
 struct ForwardConfig {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kConsumers = kConsumers_;
-  static constexpr bool kPlain = kPlain_;
+  static constexpr bool kPlain = kPlain_, kGated = kGated_;
 
   static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
   static constexpr int kTileQ = kWarpgroupRows * kConsumers;
@@ -67,13 +68,13 @@ constexpr int ForwardSharedBytes() {
 //   kSplit false  each consumer warpgroup has 64 of 128 keys and makes both gradients.
 //          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, few
 //                 tiles, and 256 dimensions, whose two gradients do not fit in one warpgroup's registers.
-// kPlain as above.
-template <typename Element_, int kDim_, bool kSplit_, bool kPlain_>
+// kPlain and kGated as above.
+template <typename Element_, int kDim_, bool kSplit_, bool kPlain_, bool kGated_ = false>
 struct BackwardConfig {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr bool kSplit = kSplit_;
-  static constexpr bool kPlain = kPlain_;
+  static constexpr bool kPlain = kPlain_, kGated = kGated_;
 
   static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
   static constexpr int kConsumers = 2;

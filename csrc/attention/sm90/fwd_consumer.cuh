@@ -372,8 +372,16 @@ class ForwardConsumer {
     }
   }
 
-  // Probabilities as the next product's operand. Written while no product is in flight.
-  __device__ __forceinline__ void KeepProbabilities(const float (&x)[kLogits]) {
+  // Probabilities as the next product's operand, times their gates. Written while no product is in flight.
+  __device__ __forceinline__ void KeepProbabilities(float (&x)[kLogits]) {
+    if constexpr (Config::kGated) {
+#pragma unroll
+      for (int piece = 0; piece < kTileKv / 64; ++piece) {
+        const float gate = ReadShared(shared_.gates[step_ % (2 * Shared::kKeyStages)][piece]);
+#pragma unroll
+        for (int i = 0; i < 32; ++i) x[32 * piece + i] *= gate;
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kProbs; ++i) probs_[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
   }

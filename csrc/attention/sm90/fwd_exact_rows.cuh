@@ -63,6 +63,10 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
       float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
       if constexpr (!Config::kPlain) x = map(x);
       prob = device::Exp2(fmaf(x, map.multiplier, -lse * device::kLog2E));
+      if constexpr (Config::kGated) {
+        prob *= device::ReadGate(params.gates,
+                                 device::GateIndex(params.rows, shape.heads, tile.batch, tile.head, walker.position()));
+      }
     }
     // A pair of columns a lane.
     bool finite = false;

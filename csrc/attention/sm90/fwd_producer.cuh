@@ -130,6 +130,7 @@ class ForwardLoader {
   struct Blocks {
     int start[kMaxPieces];
     int tile[kMaxPieces];
+    float gate[kMaxPieces];  // with gates
   };
 
   __device__ __forceinline__ void Load(const TileHeader& header) {
@@ -137,20 +138,28 @@ class ForwardLoader {
     device::Step next;
     // A list may still have nothing within the length, or nothing sound: then one step of keys past the end, where the
     // copy engine fills in zeros and no key is attended to.
-    if (!walker.Next(next)) next = {plan_.past_end, 0, -1};
+    float gate = 1.f;
+    const auto read_gate = [&](bool there) {
+      if constexpr (Config::kGated) {
+        if (there) gate = ReadGate(walker.position(), header);
+      }
+      return there;
+    };
+    if (!read_gate(walker.Next(next))) next = {plan_.past_end, 0, -1};
 
     // K0 K1 V0 K2 V1 ..: the keys of a step are needed one product before the values of the one before.
     bool more = true;
     for (bool first = true; more; first = false) {
-      Blocks now{{next.start, next.start + 64}, {next.tile, next.tile}};
-      more = walker.Next(next);
+      Blocks now{{next.start, next.start + 64}, {next.tile, next.tile}, {gate, gate}};
+      more = read_gate(walker.Next(next));
       if (TwoPieces()) {
         now.start[1] = plan_.past_end;
         now.tile[1] = -1;
         if (more) {
           now.start[1] = next.start;
           now.tile[1] = next.tile;
-          more = walker.Next(next);
+          now.gate[1] = gate;
+          more = read_gate(walker.Next(next));
         }
       }
       int flags = headers_.count % headers_.kPeriod << StepInfo::kHeader;
@@ -160,6 +169,11 @@ class ForwardLoader {
       ++step_;
     }
     LoadValues(step_ - 1, header);
+  }
+
+  __device__ __forceinline__ float ReadGate(int64_t position, const TileHeader& header) const {
+    return device::ReadGate(params_.gates,
+                            device::GateIndex(params_.rows, params_.shape.heads, header.batch, header.head, position));
   }
 
   // Whether a tile's keys come from two blocks.
@@ -197,6 +211,10 @@ class ForwardLoader {
     if (device::sm90::ElectLane()) {
       Barrier& full = shared_.full_key[stage];
       shared_.Step(step_) = StepInfo{{blocks.start[0], blocks.start[1]}, limit, flags};
+      if constexpr (Config::kGated) {
+        float (&gates)[kMaxPieces] = shared_.gates[step_ % (2 * Shared::kKeyStages)];
+        gates[0] = blocks.gate[0], gates[1] = blocks.gate[1];
+      }
       if (flags & StepInfo::kBits) LoadBits(stage, 0, blocks.tile[0], header, full);
       if (flags & StepInfo::kBits << 1 && TwoPieces()) LoadBits(stage, 1, blocks.tile[1], header, full);
       LoadTile(shared_.key[stage], plan_.key, full, blocks.start, header);

@@ -59,6 +59,7 @@ struct ForwardShared {
   // Twice the stages: a consumer may read a step's entry until it has finished the step, though the keys' buffer has
   // gone back to the producer.
   StepInfo steps[2 * kKeyStages];
+  float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];  // of each 64 keys of a step, likewise
   TileHeader headers[kHeaders];
   int last_suspect;             // see ForwardConsumer::NoteSuspect
   int suspect_noted[kHeaders];  // number of the tile that a header's place last noted

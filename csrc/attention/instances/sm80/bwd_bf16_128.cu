@@ -3,6 +3,6 @@
 namespace jax_bsk::attention::cuda::sm80 {
 
 template cudaError_t LaunchBackward<BackwardConfig<__nv_bfloat16, 128>>(const BackwardParams&, const BackwardMarks&,
-                                                                        cudaStream_t);
+                                                                        float*, cudaStream_t);
 
 }  // namespace jax_bsk::attention::cuda::sm80

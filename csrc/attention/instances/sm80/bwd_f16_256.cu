@@ -2,7 +2,7 @@
 
 namespace jax_bsk::attention::cuda::sm80 {
 
-template cudaError_t LaunchBackward<BackwardConfig<__half, 256>>(const BackwardParams&, const BackwardMarks&,
+template cudaError_t LaunchBackward<BackwardConfig<__half, 256>>(const BackwardParams&, const BackwardMarks&, float*,
                                                                  cudaStream_t);
 
 }  // namespace jax_bsk::attention::cuda::sm80

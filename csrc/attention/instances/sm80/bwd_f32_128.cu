@@ -2,7 +2,7 @@
 
 namespace jax_bsk::attention::cuda::sm80 {
 
-template cudaError_t LaunchBackward<BackwardConfig<float, 128>>(const BackwardParams&, const BackwardMarks&,
+template cudaError_t LaunchBackward<BackwardConfig<float, 128>>(const BackwardParams&, const BackwardMarks&, float*,
                                                                 cudaStream_t);
 
 }  // namespace jax_bsk::attention::cuda::sm80
