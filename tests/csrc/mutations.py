@@ -35,6 +35,10 @@ FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64.cu",)
 FORWARD_128 = ("attention/instances/sm90/fwd_bf16_128.cu",)
 BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64.cu",)
 BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128.cu",)
+GATED_FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64_gated.cu",)
+GATED_BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64_gated.cu",)
+GATED_BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128_gated.cu",)
+GATED_PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64_gated.cu",)
 PREPARE = ("attention/prepare.cu",)
 PRODUCT = ("matmul/instances/product_bf16.cu",)
 SAMPLED = ("matmul/instances/sampled_bf16.cu",)
@@ -583,7 +587,82 @@ CPU_KERNELS = (
     ),
 )
 
-MUTATIONS = FORWARD + BACKWARD + MATMUL + PORTABLE + CPU_KERNELS
+GATES = (
+    Mutation(
+        name="gates-forward-piece",
+        what="the second 64 keys of a step are multiplied by the gate of the first",
+        file="attention/sm90/fwd_producer.cuh",
+        before="gates[1] = blocks.gate[1];",
+        after="gates[1] = blocks.gate[0];",
+        instances=GATED_FORWARD_64,
+        cases=("gates", "gates-q128"),
+    ),
+    Mutation(
+        name="gates-forward-exact-rows",
+        what="rows that are computed once more, for a value that is not finite, leave the gates out",
+        file="attention/sm90/fwd_exact_rows.cuh",
+        before="prob *= device::ReadGate",
+        after="(void)device::ReadGate",
+        instances=GATED_FORWARD_64,
+        cases=("gates-nan-value", "gates-inf-value"),
+    ),
+    Mutation(
+        name="gates-head",
+        what="all heads that share a list have the gates of its first",
+        file="device/block_list.cuh",
+        before="batch * head_count + head - TableIndex(list.batch, list.heads, batch, head);",
+        after="batch * head_count - TableIndex(list.batch, list.heads, batch, head);",
+        instances=GATED_BACKWARD_64,
+        cases=("gates", "gates-kv128"),
+    ),
+    Mutation(
+        name="gates-backward-values",
+        what="dV is that without gates",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="PackScaled(packed_probs, scores, Gate(stage));",
+        after="Pack(packed_probs, scores);",
+        instances=GATED_BACKWARD_128,
+        cases=("gates-causal-d128-b128", "gates-many-d128"),
+    ),
+    Mutation(
+        name="gates-backward-scores",
+        what="dS is that without gates, for blocks of 128 keys",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="Scale(dscores, Gate(stage));\n        device::sm90::Pin(dscores);",
+        after="device::sm90::Pin(dscores);",
+        instances=GATED_BACKWARD_128,
+        cases=("gates-causal-d128-b128", "gates-many-d128"),
+    ),
+    Mutation(
+        name="gates-backward-sums",
+        what="the second warpgroup's part of a gate's gradient overwrites the first's",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="const int group = Config::kSplit ? 0 : group_ *",
+        after="const int group = Config::kSplit ? 0 : 0 * group_ *",
+        instances=GATED_BACKWARD_128,
+        cases=("gates-causal-d128-b128", "gates-many-d128"),
+    ),
+    Mutation(
+        name="gates-backward-step",
+        what="the gates' gradients are in the order of steps, not of the blocks' quarters",
+        file="attention/sm90/bwd_producer.cuh",
+        before="gate_sums_ = sums + 4 * (entry * plan_.entry_pieces + offset / 64);",
+        after="gate_sums_ = sums + 4 * entry * plan_.entry_pieces;",
+        instances=GATED_BACKWARD_128,
+        cases=("gates-causal-d128-b128", "gates-many-d128"),
+    ),
+    Mutation(
+        name="gates-portable-sums",
+        what="a gate's gradient has those of the steps before in it",
+        file="attention/sm80/bwd.cuh",
+        before="        sum = 0.f;\n",
+        after="",
+        instances=GATED_PORTABLE_BACKWARD,
+        cases=("gates", "gates-b128"),
+    ),
+)
+
+MUTATIONS = FORWARD + BACKWARD + GATES + MATMUL + PORTABLE + CPU_KERNELS
 
 
 # ---- Copies
