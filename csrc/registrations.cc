@@ -5,12 +5,14 @@ namespace jax_bsk {
 
 Handlers Registrations() {
   Handlers all = attention::Registrations();
+  all.merge(lists::Registrations());
   all.merge(matmul::Registrations());
   return all;
 }
 
 Facts BuildInfo() {
   Facts all = attention::BuildInfo();
+  all.merge(lists::BuildInfo());
   all.merge(matmul::BuildInfo());
   return all;
 }

@@ -181,7 +181,9 @@ struct KeyShared {
   uint32_t attended[Config::kKeyTileQ][2];        // [query][key / 32], when the step has a bit tile
   uint32_t bad_queries[2];                        // see device::CleanRows
   uint32_t bad_douts[2];
-  // Each thread's P o dP, of the 64 x 64 pairs that the current step is part of: for want of registers.
+  // For want of registers: the place of the current step's gate; each thread's P o dP, of the 64 x 64 pairs that the
+  // step is part of.
+  int gate;
   float gate_sums[Config::kGated ? Config::kKeyThreads : 1];
   int next_tile;  // see ForSelected
 };
@@ -287,7 +289,6 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   int head = 0;
   bool more = walker.Next(step, head) && kv_rows > 0;
   const auto gate_index = [&] { return device::GateIndex(params.cols, shape.heads, batch, head, walker.position()); };
-  int next_gate = Config::kGated && more ? gate_index() : 0;
   if constexpr (Config::kGated) shared.gate_sums[thread] = 0.f;
   if (thread < 2) shared.bad_queries[thread] = shared.bad_douts[thread] = 0;
   if (more) {
@@ -307,9 +308,9 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
 
   while (more) {
     const device::Step now = step;
-    const int now_head = head, now_gate = next_gate;
+    const int now_head = head;
+    if (Config::kGated && thread == 0) shared.gate = gate_index();
     more = walker.Next(step, head);
-    if (Config::kGated && more) next_gate = gate_index();
 
     // Output gradients are here, and nobody reads anything else of the previous step any more: fetch the queries,
     // their statistics and their masks during V dO^T.
@@ -347,7 +348,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     device::MultiplyRows(scores, shared.key, warp_row, shared.query);
 
     if constexpr (Config::kGated) {
-      const float gate = device::ReadGate(params.col_gates, now_gate);  // not earlier, for want of registers
+      const float gate = device::ReadGate(params.col_gates, shared.gate);  // not earlier, for want of registers
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < kTileQ / 8; ++n)
@@ -364,7 +365,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
       sum += shared.gate_sums[thread];
       if (makes_dkey && (!more || step.start != now.start + kTileQ || step.start % 64 == 0)) {
         sum = device::WarpSum(sum);
-        if (lane == 0) gate_sums[GateSumPlace(shape, now_gate, kv_start, now.offset) + warp] = sum;
+        if (lane == 0) gate_sums[GateSumPlace(shape, shared.gate, kv_start, now.offset) + warp] = sum;
         sum = 0.f;
       }
       shared.gate_sums[thread] = sum;

@@ -1,0 +1,28 @@
+// XLA FFI handlers of the list calls on the CPU: buffers -> checked parameters -> workers on XLA's thread pool.
+#include "ffi/pool.h"
+#include "lists/buffers.h"
+#include "lists/cpu.h"
+#include "registrations.h"
+
+namespace jax_bsk::lists {
+namespace {
+
+ffi::Future TransposeHandler(ffi::ThreadPool pool, Operand offsets, Operand ids, Operand tiles, Output col_offsets,
+                             Output row_ids, Output col_tiles, Output order, int64_t columns,
+                             std::string_view version) {
+  TransposeParams params{};
+  ffi::Error error =
+      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, order, columns, version, &params);
+  if (error.failure()) return Completed(error);
+  return RunOnPool(pool, params, params.tables, &cpu::RunTransposeTasks);
+}
+
+XLA_FFI_DEFINE_HANDLER(kTranspose, TransposeHandler, BindTransposeOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+
+}  // namespace
+
+Handlers Registrations() { return {{kListsTranspose, kTranspose}}; }
+
+Facts BuildInfo() { return {}; }
+
+}  // namespace jax_bsk::lists

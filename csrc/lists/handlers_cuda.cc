@@ -1,0 +1,34 @@
+// XLA FFI handlers of the list calls on CUDA: buffers -> checked parameters -> launch. They allocate nothing and launch
+// the same kernel whatever the buffers hold, so XLA may record them in a CUDA graph.
+#include <cuda_runtime.h>
+
+#include "ffi/launch.h"
+#include "lists/buffers.h"
+#include "lists/launch.h"
+#include "registrations.h"
+
+namespace jax_bsk::lists {
+namespace {
+
+ffi::Error TransposeHandler(cudaStream_t stream, int32_t device, Operand offsets, Operand ids, Operand tiles,
+                            Output col_offsets, Output row_ids, Output col_tiles, Output order, int64_t columns,
+                            std::string_view version) {
+  TransposeParams params{};
+  JAX_BSK_RETURN_IF_ERROR(
+      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, order, columns, version, &params));
+  if (std::string reason = cuda::TransposeRefusal(params); !reason.empty()) return Refusal(reason);
+  return LaunchResult("the transpose of block lists", cuda::LaunchTranspose(params, device, stream));
+}
+
+XLA_FFI_DEFINE_HANDLER(
+    kTranspose, TransposeHandler,
+    BindTransposeOperands(ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>()),
+    {ffi::Traits::kCmdBufferCompatible});
+
+}  // namespace
+
+Handlers Registrations() { return {{kListsTranspose, kTranspose}}; }
+
+Facts BuildInfo() { return {{"lists_max_words", cuda::Limits::kMaxWords}}; }
+
+}  // namespace jax_bsk::lists

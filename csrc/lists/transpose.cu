@@ -1,0 +1,194 @@
+// Block lists transposed by a counting sort, one CTA a table. Warps have consecutive parts of the entries and counters
+// of their own, so that the order is stable and no bit depends on which warp comes first.
+#include <algorithm>
+
+#include "device/host.h"
+#include "lists/launch.h"
+
+namespace jax_bsk::lists::cuda {
+namespace {
+
+constexpr int kMaxWarps = 32;
+
+struct Table {
+  int rows, keys, capacity;  // keys: 2 column, + 1 without a tile
+  const int32_t *offsets, *ids, *tiles;
+  int32_t *col_offsets, *row_ids, *col_tiles, *order;
+
+  __device__ Table(const TransposeParams& p, int64_t table)
+      : rows(static_cast<int>(p.rows)),
+        keys(2 * static_cast<int>(p.columns)),
+        capacity(static_cast<int>(p.capacity)),
+        offsets(p.offsets + table * (p.rows + 1)),
+        ids(p.ids + table * p.capacity),
+        tiles(p.tiles + table * p.capacity),
+        col_offsets(p.col_offsets + table * (p.columns + 1)),
+        row_ids(p.row_ids + table * p.capacity),
+        col_tiles(p.col_tiles + table * p.capacity),
+        order(p.order + table * p.capacity) {}
+
+  // Of an entry; -1 where it does not count.
+  __device__ int Key(int entry, int& tile) const {
+    const int id = __ldg(ids + entry);
+    tile = __ldg(tiles + entry);
+    return id >= 0 && id < keys / 2 ? 2 * id + (tile == -1) : -1;
+  }
+};
+
+// One warp: the running maxima of the offsets, clipped to the capacity.
+__device__ void ReadOffsets(const Table& table, int* offsets) {
+  const int lane = threadIdx.x % 32;
+  int largest = 0;  // what is below 0 counts as 0
+  for (int first = 0; first <= table.rows; first += 32) {
+    int x = first + lane <= table.rows ? min(__ldg(table.offsets + first + lane), table.capacity) : 0;
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(0xFFFFFFFFu, x, step);
+      if (lane >= step) x = max(x, before);
+    }
+    x = max(x, largest);
+    if (first + lane <= table.rows) offsets[first + lane] = x;
+    largest = __shfl_sync(0xFFFFFFFFu, x, 31);
+  }
+}
+
+// One warp: from the keys' totals to where they begin, and the columns' offsets; returns the sum.
+__device__ int Scan(const Table& table, int* totals) {
+  const int lane = threadIdx.x % 32;
+  int sum = 0;
+  for (int first = 0; first < table.keys; first += 32) {
+    const int key = first + lane, total = key < table.keys ? totals[key] : 0;
+    int x = total;
+    for (int step = 1; step < 32; step *= 2) {
+      const int before = __shfl_up_sync(0xFFFFFFFFu, x, step);
+      if (lane >= step) x += before;
+    }
+    if (key < table.keys) {
+      totals[key] = sum + x - total;
+      if (key % 2 == 0) table.col_offsets[key / 2] = sum + x - total;
+    }
+    sum += __shfl_sync(0xFFFFFFFFu, x, 31);
+  }
+  if (lane == 0) table.col_offsets[table.keys / 2] = sum;
+  return sum;
+}
+
+// The row that has an entry: the number of later offsets that are not beyond it.
+__device__ int FindRow(const int* offsets, int rows, int entry) {
+  int low = 0, high = rows;
+  while (low < high) {
+    const int middle = (low + high) / 2;
+    if (offsets[middle + 1] <= entry) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+__global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const TransposeParams params) {
+  extern __shared__ int words[];
+  const Table table(params, blockIdx.x);
+  const int warps = static_cast<int>(blockDim.x) / 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  int *const offsets = words, *const totals = offsets + table.rows + 1, *const counters = totals + table.keys;
+  int* const own = counters + warp * table.keys;
+  __shared__ int sum;
+
+  // ---- Offsets; counters of 0.
+  if (warp == 0) ReadOffsets(table, offsets);
+  for (int i = static_cast<int>(threadIdx.x); i < warps * table.keys; i += static_cast<int>(blockDim.x)) {
+    counters[i] = 0;
+  }
+  __syncthreads();
+
+  // ---- How many entries of each key a warp's part has.
+  const int begin = offsets[0], end = offsets[table.rows];
+  const int part = ((end - begin + warps - 1) / warps + 31) / 32 * 32;
+  const int first = begin + warp * part, last = min(end, first + part);
+  for (int entry = first + lane; entry < last; entry += 32) {
+    int tile;
+    const int key = table.Key(entry, tile);
+    if (key >= 0) atomicAdd(own + key, 1);
+  }
+  __syncthreads();
+
+  // ---- Where they begin.
+  for (int key = static_cast<int>(threadIdx.x); key < table.keys; key += static_cast<int>(blockDim.x)) {
+    int total = 0;
+    for (int i = 0; i < warps; ++i) total += counters[i * table.keys + key];
+    totals[key] = total;
+  }
+  __syncthreads();
+  if (warp == 0) {
+    const int all = Scan(table, totals);
+    if (lane == 0) sum = all;
+  }
+  __syncthreads();
+  for (int key = static_cast<int>(threadIdx.x); key < table.keys; key += static_cast<int>(blockDim.x)) {
+    int place = totals[key];
+    for (int i = 0; i < warps; ++i) {
+      const int count = counters[i * table.keys + key];
+      counters[i * table.keys + key] = place;
+      place += count;
+    }
+  }
+  __syncthreads();
+
+  // ---- The entries to their places, in order.
+  for (int base = first; base < last; base += 32) {
+    const int entry = base + lane;
+    int tile = 0;
+    const int key = entry < last ? table.Key(entry, tile) : -1;
+    const unsigned peers = __match_any_sync(0xFFFFFFFFu, key);
+    const int rank = __popc(peers & ((1u << lane) - 1));
+    const int place = key < 0 ? 0 : own[key] + rank;
+    __syncwarp();
+    if (key >= 0 && rank == 0) own[key] += __popc(peers);
+    __syncwarp();
+    if (key < 0) continue;
+    table.row_ids[place] = FindRow(offsets, table.rows, entry);
+    table.col_tiles[place] = tile;
+    table.order[place] = entry;
+  }
+  for (int place = sum + static_cast<int>(threadIdx.x); place < table.capacity; place += static_cast<int>(blockDim.x)) {
+    table.row_ids[place] = table.col_tiles[place] = table.order[place] = -1;
+  }
+}
+
+int64_t Words(const TransposeParams& params, int64_t warps) {
+  return params.rows + 1 + 2 * params.columns * (1 + warps);
+}
+
+}  // namespace
+
+std::string TransposeRefusal(const TransposeParams& params) {
+  if (Words(params, 1) > Limits::kMaxWords) {
+    return "the CUDA kernels transpose lists with rows + 4 columns below " + std::to_string(Limits::kMaxWords) +
+           ", not of " + std::to_string(params.rows) + " and " + std::to_string(params.columns);
+  }
+  if (params.capacity > device::kMaxInt - 64 || params.tables > device::kMaxInt) {
+    return "the CUDA kernels transpose fewer than 2^31 lists of fewer than 2^31 entries";
+  }
+  return "";
+}
+
+cudaError_t LaunchTranspose(const TransposeParams& params, int device, cudaStream_t stream) {
+  if (params.tables == 0) return cudaSuccess;
+  const device::DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+  device::DeviceFacts facts;
+  if (const cudaError_t error = ReadDevice(device, &facts); error != cudaSuccess) return error;
+  // A warp for each 128 entries, as far as their counters fit.
+  const int64_t most =
+      params.columns == 0 ? 1 : (facts.shared_bytes / 4 - 256 - Words(params, 0)) / (2 * params.columns);
+  const int64_t wanted = std::max<int64_t>(4, device::CeilDiv(params.capacity, 128));
+  const int64_t warps = std::max<int64_t>(1, std::min({most, wanted, int64_t{kMaxWarps}}));
+  const auto bytes = static_cast<int>(4 * Words(params, warps));
+  const cudaError_t error = cudaFuncSetAttribute(TransposeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  TransposeKernel<<<static_cast<unsigned>(params.tables), static_cast<unsigned>(32 * warps), bytes, stream>>>(params);
+  return cudaGetLastError();
+}
+
+}  // namespace jax_bsk::lists::cuda
