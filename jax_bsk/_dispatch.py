@@ -45,7 +45,6 @@ class AttentionFacts:
       block_q: Queries a block.
       block_kv: Keys a block.
       bias: Whether a bias is added to the logits.
-      gates: Whether the visited blocks have factors.
     """
 
     dtype: str
@@ -54,7 +53,6 @@ class AttentionFacts:
     block_q: int
     block_kv: int
     bias: bool
-    gates: bool = False
 
     function = "sparse_attention"
 
@@ -63,8 +61,6 @@ class AttentionFacts:
         reasons = []
         if self.bias:
             reasons.append("The native kernels take no bias; use implementation='xla', or express it as a mask.")
-        if self.gates:
-            reasons.append("The native kernels take no gates yet; use implementation='xla'.")
         if not info:
             return reasons
         if self.dtype not in info["dtypes"]:

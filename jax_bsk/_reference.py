@@ -225,7 +225,12 @@ def _attention(
     )
 
     schedule, used, poisoned = _schedule(
-        *(split_heads(x, 1) for x in (row_offsets, kv_blocks, tiles)), nk, bit_tiles.shape[2], gates is not None
+        split_heads(row_offsets, 1),
+        split_heads(kv_blocks, 1),
+        split_heads(tiles, 1),
+        nk,
+        bit_tiles.shape[2],
+        with_entries=gates is not None,
     )
     # Lists of a fixed capacity (traced ones) may be mostly padding: steps past the longest list are skipped.
     steps, chunk = schedule.rows.shape[-2:]
@@ -334,7 +339,7 @@ def _walk(schedule: _Schedule, operands: _Operands, soft_cap, active) -> tuple[A
     if bias is not None:
         bias = bias[:, :, :, schedule.rows, :, schedule.cols, :]  # [steps, chunk, b, k, g, block_q, block_kv]
     gates = operands.gates
-    if gates is not None and schedule.entries is not None:
+    if gates is not None and schedule.entries is not None:  # likewise
         gates = jnp.moveaxis(gates[..., schedule.entries], (-2, -1), (0, 1))  # [steps, chunk, b, k, g]
     schedule, operands = schedule._replace(entries=None), operands._replace(gates=None)
     xs = (schedule, bias, gates, active)

@@ -51,14 +51,13 @@ def sparse_attention(
               c(x) = \kappa \tanh(x / \kappa)
 
     computed blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691),
-    with the sum over the visited blocks only. With `gates`, query block i of a `BlockMask` that lists the entries e with
-    the key blocks j(e) gives
+    with the sum over the visited blocks only. With `gates` g, one number for each entry e of a `BlockMask`'s lists,
 
-    .. math:: O_i = \sum_e g_e P_{i j(e)} V_{j(e)},
+    .. math:: O_i = \sum_{e \in \mathrm{row}(i)} g_e P_{i, j(e)} V_{j(e)},
 
-    where the probabilities P are normalised over all visited blocks (and the sink) as without gates: each block's
-    contribution is multiplied after the softmax, whose log-sum-exp knows nothing of it. Works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and
-    sharded meshes; batch and heads shard without a collective.
+    where P is the softmax over all visited blocks (and the sink) as without gates and j(e) the entry's key block: what
+    a block contributes is multiplied after the softmax, and the log-sum-exp knows nothing of it. Works under `jit`,
+    `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded meshes; batch and heads shard without a collective.
 
     Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
 
@@ -116,7 +115,6 @@ def sparse_attention(
         block_q=block_mask.block_q,
         block_kv=block_mask.block_kv,
         bias=bias is not None,
-        gates=gates is not None,
     )
     chosen, named = _dispatch.choose(implementation, facts)
     if chosen == "xla":
@@ -139,9 +137,8 @@ def sparse_attention(
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
         sinks = np.full((1, 1), -np.inf, stats) if sinks is None else sinks.astype(stats)[None, :]
-        if not block_mask.is_traced:
-            block_mask = block_mask.transpose()  # on the host, once a mask; a traced one is transposed in the backward
-        out, lse = _attention_op.attend(call, query, key, value, sinks, block_mask, lengths)
+        gates = None if gates is None else gates.astype(stats)
+        out, lse = _attention_op.attend(call, query, key, value, sinks, gates, block_mask, lengths)
     lse = jnp.swapaxes(lse, 1, 2)
     if unbatched:
         out, lse = out[0], lse[0]
@@ -289,17 +286,13 @@ def _gates(gates: ArrayLike | None, mask: Any, sizes: tuple[int, int], unbatched
             "e.g. mask=CausalMask().bind(q_len, kv_len), and gates of shape [B|1, N|1, mask.kv_blocks.shape[-1]]"
         )
     array = _floating(gates, "gates")
-    shape = (*sizes, mask.kv_blocks.shape[-1])
     if array.ndim == 2 and unbatched:
         array = array[None]
-    if (
-        array.ndim != 3
-        or array.shape[2] != shape[2]
-        or any(n not in (1, m) for n, m in zip(array.shape, shape, strict=True))
-    ):
+    full = (*sizes, mask.kv_blocks.shape[-1])
+    if array.ndim != 3 or array.shape[2] != full[2] or any(array.shape[i] not in (1, full[i]) for i in (0, 1)):
         letters = "[N|1, capacity]" if unbatched else "[B|1, N|1, capacity]"
         raise ValueError(
-            f"gates is {letters} with (B, N, capacity) = {shape}, where capacity is mask.kv_blocks.shape[-1]; got "
+            f"gates is {letters} with (B, N, capacity) = {full}, where capacity is mask.kv_blocks.shape[-1]; got "
             f"shape {array.shape}"
         )
     return array

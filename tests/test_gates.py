@@ -78,13 +78,13 @@ def random_gates(mask, batch, heads, seed=0, dtype=np.float64):
     return jnp.asarray(np.where(rng.random(gates.shape) < 0.2, 0, gates), dtype)
 
 
-def test_values_and_gradients(x64):
+def test_values_and_gradients(x64, implementation):
     mask = BlockMask.from_dense(random_mask(0), block_size=32)
     operands = (*random_inputs(0, heads=4, kv_heads=2, dtype=jnp.float64), random_gates(mask, 2, 4))
 
     def ours(*args):
         *qkv, gates = args
-        return sparse_attention(*qkv, mask=mask, gates=gates, implementation="xla", return_residual=True)
+        return sparse_attention(*qkv, mask=mask, gates=gates, implementation=implementation, return_residual=True)
 
     def expected(*args):
         return reference(*args, mask)
