@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 from jax_bsk.attention import sparse_attention
 from jax_bsk.selection import sparsek
 from jax_bsk.selection._inputs import query_and_key, statistics_dtype
-from jax_bsk.selection._lists import for_query_heads
+from jax_bsk.selection._lists import for_query_heads, repeat_heads
 
 # Positions are counted in so many tokens: slopes are numbers near 1, and an optimizer's steps fit them.
 SLOPE_TOKENS = 1024
@@ -91,7 +91,7 @@ def sparsek_attention(
         block_size=block_size,
     )
     if gates.shape[1] == kv_heads and kv_heads not in (1, heads):
-        gates = jnp.repeat(gates, heads // kv_heads, axis=1)
+        (gates,) = repeat_heads([gates], heads // kv_heads)
     out = sparse_attention(
         q,
         k,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -82,14 +83,16 @@ def sparsek(
     if candidates is not None and positive(candidates, "candidates") < top_k:
         raise ValueError(f"candidates is at least top_k={top_k}, or None for all blocks; got {candidates}")
 
-    known = _known(array.shape[1] if q_len is None else q_len, array.shape[1], window, block_size)
+    grid = _grid(array.shape[1] if q_len is None else q_len, array.shape[1], block_size)
+    sizes = _Sizes(grid.q_len, grid.kv_len, (grid.block_q, grid.block_kv), window)
+    known = _known(sizes)
     blocks = int(known.prefixes.max(initial=0))
     means = block_means(array[..., None], known.window.block_kv)[..., 0]
     if not blocks:
         return known.window, jnp.ones((1, 1, known.window.kv_blocks.shape[-1]), means.dtype)
 
     def choose(means: jax.Array) -> tuple[_Lists, jax.Array]:
-        return jax.vmap(jax.vmap(lambda z: _choose(z, known, top_k, gate, candidates)))(means)
+        return _choose_heads(means, sizes, top_k, gate, candidates)
 
     lists, gates = _explicit.call(choose, [jnp.swapaxes(means[:, :blocks], 1, 2)], ["bh"])
     return dataclasses.replace(known.window, **lists._asdict()), gates
@@ -121,6 +124,15 @@ class WindowBlocksMask(Mask):
         return k // self.block_size[1] >= self.first_block(q)
 
 
+class _Sizes(NamedTuple):
+    """What decides shapes and windows."""
+
+    q_len: int
+    kv_len: int
+    block_size: tuple[int, int]
+    window: int
+
+
 class _Known(NamedTuple):
     """What is known before the scores are, on the host, by query block (and entry of the window's lists).
 
@@ -143,15 +155,23 @@ class _Lists(NamedTuple):
     tiles: jax.Array
 
 
-def _known(q_len: int, kv_len: int, window: int, block_size: int | tuple[int, int]) -> _Known:
-    grid = _grid(q_len, kv_len, block_size)
-    sizes = grid.block_q, grid.block_kv
-    blocks = WindowBlocksMask(window, sizes)
-    bound = as_block_mask(CausalMask() & blocks, q_len, kv_len, batch=1, heads=1, block_size=sizes)
+def _known(sizes: _Sizes) -> _Known:
+    q_len, kv_len, block_size, window = sizes
+    blocks = WindowBlocksMask(window, block_size)
+    bound = as_block_mask(CausalMask() & blocks, q_len, kv_len, batch=1, heads=1, block_size=block_size)
     first = blocks.first_block(np.arange(bound.nq, dtype=np.int64) * bound.block_q)
     offsets, tiles = bound.row_offsets[0, 0], bound.tiles[0, 0]
     before = np.concatenate([[0], np.cumsum(tiles >= 0)])[offsets]
     return _Known(bound, np.clip(first, 0, bound.nk).astype(np.int32), np.diff(before).astype(np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # one program where it is called outside of jit, too
+def _choose_heads(
+    z: jax.Array, sizes: _Sizes, top_k: int, gate: Gate, candidates: int | None
+) -> tuple[_Lists, jax.Array]:
+    """Lists and gates [B, G, ...] for scores [B, G, n]."""
+    known = _known(sizes)
+    return jax.vmap(jax.vmap(lambda z: _choose(z, known, top_k, gate, candidates)))(z)
 
 
 def _choose(z: jax.Array, known: _Known, top_k: int, gate: Gate, candidates: int | None) -> tuple[_Lists, jax.Array]:
