@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,7 +69,7 @@ CASES = {
 }
 
 
-def inputs(case: Case, seed: int = 0, dtype=np.float64) -> tuple[np.ndarray, ...]:
+def inputs(case: Case, seed: int = 0, dtype: Any = np.float64) -> tuple[np.ndarray, ...]:
     rng = np.random.default_rng(seed)
     query = rng.normal(size=(case.batch, case.q_len, case.heads, 8)) * 2
     key = rng.normal(size=(case.batch, case.kv_len, case.kv_heads, 8))
@@ -170,9 +171,12 @@ def test_choice_and_gates(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "gate"), [(n, "soft") for n in CASES] + [(n, "straight-through") for n in ("plain", "grouped", "slope")]
+    ("name", "gate", "implementation"),
+    [(n, "soft", "cpu") for n in CASES]
+    + [(n, "soft", "xla") for n in ("plain", "grouped")]
+    + [(n, "straight-through", "cpu") for n in ("plain", "grouped", "slope")],
 )
-def test_values_and_gradients(name, gate, x64):
+def test_values_and_gradients(name, gate, implementation, x64):
     """Gradients by central differences of the definition along random directions, each argument by itself.
 
     Straight-through gates are 1 + p - p0: 1 where they are, with p's derivative. The choice stays as it is.
@@ -188,20 +192,23 @@ def test_values_and_gradients(name, gate, x64):
 
     def actual(query, key, value, scores, slope):
         return sparsek_attention(
-            query, key, value, scores, slope=slope, gate=gate, **case.options, implementation="xla"
+            query, key, value, scores, slope=slope, gate=gate, **case.options, implementation=implementation
         )
 
-    point = (*arrays, slope)
+    point: Any = (*arrays, slope)
+    exact = implementation == "xla"  # the native kernel's exp has 1e-8
     out, grads = jax.jit(lambda *p: (actual(*p), jax.grad(loss_of(actual), tuple(range(5)))(*p)))(*point)
-    np.testing.assert_allclose(out, expected(*point), atol=1e-12)
+    np.testing.assert_allclose(out, expected(*point), atol=1e-12 if exact else 2e-7)
     rng, step = np.random.default_rng(1), 1e-6
     for n, grad in enumerate(grads):
         if name == "ties" and n >= 3:
             continue  # where scores are equal the definition has corners
         way = rng.normal(size=point[n].shape)
-        ahead, behind = ((*point[:n], point[n] + h * way, *point[n + 1 :]) for h in (step, -step))
+        ahead, behind = ([*point[:n], point[n] + h * way, *point[n + 1 :]] for h in (step, -step))
         slopes = (loss(expected(*ahead)) - loss(expected(*behind))) / (2 * step)
-        np.testing.assert_allclose((np.asarray(grad) * way).sum(), slopes, atol=2e-7, rtol=1e-6, err_msg=str(n))
+        np.testing.assert_allclose(
+            (np.asarray(grad) * way).sum(), slopes, atol=2e-7 if exact else 2e-5, rtol=1e-6, err_msg=str(n)
+        )
     if name not in ("as-many-as-there-are", "far-scores", "one-chosen"):
         assert np.abs(np.asarray(grads[3])).max() > 1e-4, name
 
@@ -210,7 +217,8 @@ def test_gradients_agree_between_modes(x64):
     """Forward mode against reverse mode, and second derivatives against differences of first ones."""
     case = Case(q_len=96, kv_len=96, window=1, top_k=1, heads=1, kv_heads=1, score_heads=1, spread=0.3)
     arrays = tuple(jnp.asarray(x) for x in inputs(case, 3))
-    scalar = loss_of(lambda *a: sparsek_attention(*a, gate="soft", **case.options, implementation="xla"))
+    options: dict[str, Any] = {**case.options, "gate": "soft", "implementation": "xla"}
+    scalar = loss_of(lambda q, k, v, u: sparsek_attention(q, k, v, u, **options))
     gradient = jax.jit(jax.grad(scalar, (0, 3)))
     rng = np.random.default_rng(4)
     ways = [jnp.asarray(rng.normal(size=x.shape)) for x in arrays]
@@ -229,7 +237,7 @@ def test_low_precision():
     case = Case(batch=2, heads=4)
     arrays = inputs(case, 5, np.float32)
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in arrays[:3])
-    attend = jax.jit(functools.partial(sparsek_attention, gate="soft", **case.options, implementation="xla"))
+    attend = jax.jit(functools.partial(sparsek_attention, gate="soft", **case.options))
     out, exact = attend(q, k, v, arrays[3]), attend(*(x.astype(jnp.float32) for x in (q, k, v)), arrays[3])
     assert out.dtype == jnp.bfloat16
     assert 0 < float(jnp.abs(out.astype(jnp.float32) - exact).max()) < 2**-7 * float(jnp.abs(exact).max())
@@ -252,9 +260,10 @@ def test_scores_of_minus_infinity():
     assert [int(mask[0, 0, 32 * i + 31, ::32].sum()) for i in range(6)] == [1, 1, 2, 2, 2, 2]
     chosen, _ = jax.jit(functools.partial(selection.sparsek, **case.options))(arrays[3])
     np.testing.assert_array_equal(chosen.to_dense(), mask)
-    attend = functools.partial(sparsek_attention, gate="soft", **case.options, implementation="xla")
+    attend = functools.partial(sparsek_attention, gate="soft", **case.options)
     out, grads = jax.jit(lambda *a: (attend(*a), jax.grad(loss_of(attend), (0, 1, 2, 3))(*a)))(*arrays)
-    np.testing.assert_allclose(out, reference(*arrays[:3], mask, gates), atol=1e-5)
+    query, key, value, _ = arrays
+    np.testing.assert_allclose(out, reference(query, key, value, mask, gates), atol=1e-5)
     assert all(np.isfinite(g).all() for g in grads)
     assert (np.asarray(grads[3])[:, 96:160] == 0).all()
 
@@ -264,7 +273,7 @@ def test_scores_that_are_no_numbers_reach_the_rows_that_choose_among_them(bad):
     case = Case(heads=1, kv_heads=1, score_heads=1, window=1)
     arrays = [x.astype(np.float32) for x in inputs(case, 7)]
     arrays[3][:, 70] = bad  # block 2
-    out = sparsek_attention(*arrays, **case.options, implementation="xla")
+    out = sparsek_attention(*arrays, **case.options)
     assert np.isfinite(out[:, : 3 * BLOCK]).all()
     assert np.isnan(out[:, 3 * BLOCK :]).all()
 
@@ -277,8 +286,8 @@ def test_nothing_to_choose_from(length):
     mask, gates = selection.sparsek(arrays[3], **case.options)
     assert not mask.is_traced
     assert mask.row_offsets.shape[:2] == gates.shape[:2] == (1, 1)
-    attend = functools.partial(sparsek_attention, **case.options, implementation="xla")
-    causal = sparse_attention(*arrays[:3], is_causal=True, implementation="xla")
+    attend = functools.partial(sparsek_attention, **case.options)
+    causal = sparse_attention(*arrays[:3], is_causal=True)
     np.testing.assert_allclose(attend(*arrays), causal, atol=1e-6)
     assert (np.asarray(jax.grad(loss_of(attend), 3)(*arrays)) == 0).all()
 
@@ -312,7 +321,7 @@ def test_the_window_leaves_no_key_between():
 def test_eager_is_jit_and_unbatched_is_batched():
     case = Case(batch=2, heads=4)
     arrays = [x.astype(np.float32) for x in inputs(case, 9)]
-    attend = functools.partial(sparsek_attention, **case.options, slope=0.5, implementation="xla")
+    attend = functools.partial(sparsek_attention, **case.options, slope=0.5)
     jitted = jax.jit(attend)(*arrays)
     assert_close(attend(*(x[0] for x in arrays)), jitted[0], 1e-6)
 
@@ -320,7 +329,7 @@ def test_eager_is_jit_and_unbatched_is_batched():
 def test_vmap_of_values_and_gradients():
     case = Case(batch=1, heads=4, spread=0.3)
     arrays = [np.stack([x, x[..., ::-1]]).astype(np.float32) for x in inputs(case, 10)]
-    attend = functools.partial(sparsek_attention, gate="soft", **case.options, implementation="xla")
+    attend = functools.partial(sparsek_attention, gate="soft", **case.options)
     step = jax.jit(lambda *a: (attend(*a), jax.grad(loss_of(attend), (0, 1, 2, 3))(*a)))
     mapped = jax.jit(jax.vmap(step))(*arrays)
     for n in range(2):
@@ -351,24 +360,24 @@ def test_batch_and_heads_split_without_collectives(axis_type):
         compiled = jax.jit(step).lower(scores, weights).compile()
         assert collectives(compiled) == []
         assert_close(compiled(scores, weights), expected, 1e-6)
-        if axis_type == AxisType.Auto:  # explicit axes need the native kernels, as for other traced masks
-            split = [jax.device_put(x, NamedSharding(mesh, P("data", None, "model", None))) for x in arrays[:3]]
-            attend = functools.partial(sparsek_attention, **case.options, implementation="xla")
-            assert_close(jax.jit(attend)(*split, scores), jax.jit(attend)(*arrays), 1e-5)
+        split = [jax.device_put(x, NamedSharding(mesh, P("data", None, "model", None))) for x in arrays[:3]]
+        attend = jax.jit(functools.partial(sparsek_attention, **case.options)).lower(*split, scores).compile()
+        assert collectives(attend) == []
+        out = attend(*split, scores)
+    assert_close(out, jax.jit(functools.partial(sparsek_attention, **case.options))(*arrays), 1e-6)
 
 
 def test_shard_map():
     case = Case(batch=8, heads=2)
-    scores = inputs(case, 12, np.float32)[3]
+    arrays = [x.astype(np.float32) for x in inputs(case, 12)]
+    attend = functools.partial(sparsek_attention, gate="soft", **case.options)
 
-    def step(scores):
-        mask, gates = selection.sparsek(scores, gate="soft", **case.options)
-        grad = jax.grad(lambda u: (selection.sparsek(u, gate="soft", **case.options)[1] ** 2).sum())(scores)
-        return mask.row_offsets, mask.kv_blocks, mask.tiles, gates, grad
+    def step(*arrays):
+        return attend(*arrays), jax.grad(lambda *a: jnp.sin(attend(*a)).sum(), (0, 1, 2, 3))(*arrays)
 
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=P("data"), out_specs=P("data")))
-    assert_close(mapped(scores), jax.jit(step)(scores), 1e-6)
+    mapped = jax.jit(jax.shard_map(step, mesh=mesh, in_specs=(P("data"),) * 4, out_specs=P("data")))
+    assert_close(mapped(*arrays), jax.jit(step)(*arrays), 1e-5)
 
 
 # ---- cost -----------------------------------------------------------------------------------------------------------
