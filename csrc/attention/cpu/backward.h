@@ -301,9 +301,11 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   bool poisoned = false;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const BlockRow row = ReadRow(p.cols, p.tiles.count, b, h, j);
-    poisoned |= row.poisoned;
-    if (row.poisoned && gated) continue;  // the other heads' gates have gradients of their own
-    if (poisoned) break;
+    if (row.poisoned) {
+      poisoned = true;
+      if (gated) continue;  // the other heads' gates have gradients of their own
+      break;
+    }
     const C* const gates = RowGates<const C>(p.col_gates, p.cols, s, b, h, row);
     C* const dgates = RowGates<C>(p.dgates, p.cols, s, b, h, row);
     const int64_t statistics = (b * s.heads + h) * s.q_len;
