@@ -8,6 +8,7 @@ from jax_bsk._errors import FallbackWarning as FallbackWarning
 from jax_bsk._errors import UnsupportedError as UnsupportedError
 from jax_bsk._ffi import export_checks as export_checks
 from jax_bsk._ffi import register as _register
+from jax_bsk._sparsek_attention import sparsek_attention as sparsek_attention
 from jax_bsk._sparsek_causal import SparseKCausal as SparseKCausal
 from jax_bsk._sparsek_causal import SparseKState as SparseKState
 from jax_bsk._sparsek_causal import sparsek_causal as sparsek_causal

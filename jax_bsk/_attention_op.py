@@ -4,7 +4,8 @@ Stands between `attention` (which validates, builds the block mask and picks an 
 the custom calls). Each layer has one duty:
 
 - `attend` (custom_vjp within): saves out and log-sum-exp, computes the row sums `delta` and the sinks' gradient, which
-  are cheap row-wise sums that XLA fuses, so that every native backward sees the same small set of operands;
+  are cheap row-wise sums that XLA fuses, and takes gates to the key-major order and their gradient back, so that every
+  native backward sees the same small set of operands;
 - custom_vmap: a mapped axis becomes a leading dimension of the operands (never merged into the batch here: merging
   makes a sharded batch all-gather);
 - custom_partitioning: batch and heads split over a mesh with no collective (`_partition`);
@@ -25,12 +26,13 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 
 from jax_bsk import _compat, _ffi, _partition
 from jax_bsk._errors import UnsupportedError
 from jax_bsk._native import like, primitive
 from jax_bsk.masks import BlockMask
+from jax_bsk.masks._entry_order import EntryOrder, reorder, with_entry_order
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
 RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse")
@@ -66,9 +68,12 @@ def _forward_shapes(query, key, value, *lists_and_more, call: NativeCall):
     return out, lse
 
 
-def _backward_shapes(dout, query, key, value, *stats_and_lists, call: NativeCall):
-    del dout, stats_and_lists, call
-    return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in (query, key, value))
+def _backward_shapes(dout, query, key, value, *stats_lists_and_gates, call: NativeCall):
+    del dout, call
+    shaped = [query, key, value]
+    if 4 + len(stats_lists_and_gates) == len(_partition.GATED_BACKWARD.operands):
+        shaped.append(stats_lists_and_gates[-1])
+    return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in shaped)
 
 
 _forward_p = primitive("jax_bsk_attention_forward", _forward_shapes, _ffi.attention_forward)
@@ -138,14 +143,20 @@ def _mapped(partitioned, dims: _partition.CallDims):
     return function
 
 
-_forward = _mapped(_partitioned(_forward_p, _partition.FORWARD), _partition.FORWARD)
-_backward = _mapped(_partitioned(_backward_p, _partition.BACKWARD), _partition.BACKWARD)
+def _layered(primitive, dims: _partition.CallDims):
+    return _mapped(_partitioned(primitive, dims), dims)
+
+
+_forward = _layered(_forward_p, _partition.FORWARD)
+_gated_forward = _layered(_forward_p, _partition.GATED_FORWARD)
+_backward = _layered(_backward_p, _partition.BACKWARD)
+_gated_backward = _layered(_backward_p, _partition.GATED_BACKWARD)
 
 
 # --- custom_vjp
 
 
-def attend(call: NativeCall, query, key, value, sinks, mask: BlockMask, lengths) -> tuple[jax.Array, jax.Array]:
+def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, lengths) -> tuple[jax.Array, jax.Array]:
     """Native block-sparse attention.
 
     Args:
@@ -154,24 +165,44 @@ def attend(call: NativeCall, query, key, value, sinks, mask: BlockMask, lengths)
       key: [B, S, K, H].
       value: [B, S, K, Hv].
       sinks: [B|1, N|1] logits of the sinks in the stats type, -inf for none.
-      mask: Block lists; the key-major ones are made in the backward when absent.
+      gates: [B|1, N|1, capacity] factors of the visited blocks in the stats type, or None.
+      mask: Block lists. The key-major ones are made on the host, once a mask; of a traced mask in the backward.
       lengths: int32 [B|1, 2], valid query and key/value lengths.
 
     Returns:
       out [B, T, N, Hv] and the log-sum-exp [B, N, T] in the stats type.
     """
-    query, key, value, sinks = _compat.match_varying(*_as_arrays(query, key, value, sinks))
-    return _attend(call, query, key, value, sinks, mask, lengths)
+    order = None
+    if gates is not None:
+        gates = _for_every_head(gates, query)
+    if not mask.is_traced:
+        mask, order = (mask.transpose(), None) if gates is None else with_entry_order(mask)
+    present = (query, key, value, sinks) if gates is None else (query, key, value, sinks, gates)
+    query, key, value, sinks, *rest = _compat.match_varying(*_as_arrays(*present))
+    return _attend(call, query, key, value, sinks, rest[0] if rest else None, mask, lengths, order)
+
+
+def _for_every_head(gates, query):
+    """[B|1, N|1, capacity] to [B, N, capacity], sharded as the query on an explicit mesh; its transpose is the sum."""
+    shape = (query.shape[0], query.shape[2], gates.shape[2])
+    source = jax.typeof(query)
+    explicit = AxisType.Explicit in source.sharding.mesh.axis_types
+    sharding = like(source, shape, gates.dtype, (0, 2, -1)).sharding if explicit else None
+    return gates if gates.shape == shape else jnp.broadcast_to(gates, shape, out_sharding=sharding)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call, query, key, value, sinks, mask, lengths):
-    return _call_forward(call, query, key, value, sinks, mask, lengths)
+def _attend(call, query, key, value, sinks, gates, mask, lengths, order):
+    del order
+    return _call_forward(call, query, key, value, sinks, gates, mask, lengths)
 
 
-def _call_forward(call, query, key, value, sinks, mask, lengths):
+def _call_forward(call, query, key, value, sinks, gates, mask, lengths):
     rows = (mask.row_offsets, mask.kv_blocks, mask.tiles, mask.bit_tiles)
-    return _once_differentiable(_forward, call, *_as_arrays(query, key, value, *rows, lengths, sinks))
+    args = _as_arrays(query, key, value, *rows, lengths, sinks)
+    if gates is None:
+        return _once_differentiable(_forward, call, *args)
+    return _once_differentiable(_gated_forward, call, *args, gates)
 
 
 def _as_arrays(*args):
@@ -191,24 +222,39 @@ def _once_differentiable_jvp(function, call, primals, tangents):
     raise UnsupportedError(call.platform or "native", [reason])
 
 
-def _attend_fwd(call, query, key, value, sinks, mask, lengths):
-    out, lse = _call_forward(call, query, key, value, sinks, mask, lengths)
+def _attend_fwd(call, query, key, value, sinks, gates, mask, lengths, order):
+    out, lse = _call_forward(call, query, key, value, sinks, gates, mask, lengths)
     out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUAL_NAMES, strict=True))
-    return (out, lse), (query, key, value, sinks, mask, lengths, out, lse)
+    return (out, lse), (query, key, value, sinks, gates, mask, lengths, order, out, lse)
 
 
 def _attend_bwd(call, residuals, cotangents):
-    query, key, value, sinks, mask, lengths, out, lse = residuals
+    query, key, value, sinks, gates, mask, lengths, order, out, lse = residuals
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
-    # dS = P o (dP - delta).
+    # dS = P o (dP - delta). With gates, of which O knows, the same: dS = P o (g dP - delta).
     delta = _row_products(dout, out, lse.dtype) - dlse
-    mask = mask.transpose()
+    if gates is None:
+        mask = mask.transpose()
+    elif order is None:
+        mask, order = with_entry_order(mask)
     rows = (mask.row_offsets, mask.kv_blocks, mask.tiles)
     cols = (mask.col_offsets, mask.q_blocks, mask.col_tiles)
-    args = (dout, query, key, value, lse, delta, *rows, *cols, mask.bit_tiles, lengths)
-    dquery, dkey, dvalue = _once_differentiable(_backward, call, *_as_arrays(*args))
-    return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, delta), None, None
+    args = _as_arrays(dout, query, key, value, lse, delta, *rows, *cols, mask.bit_tiles, lengths)
+    dgates = None
+    if gates is None:
+        dquery, dkey, dvalue = _once_differentiable(_backward, call, *args)
+    else:
+        args = (*args, gates, reorder(gates, order.entries))
+        dquery, dkey, dvalue, dgates = _once_differentiable(_gated_backward, call, *args)
+        dgates = _gates_gradient(dgates, order)
+    return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, delta), dgates, None, None, None
+
+
+def _gates_gradient(dgates, order: EntryOrder):
+    """From the key-major lists' order to the rows', and numbers for the entries that the kernels leave alone."""
+    fate = jnp.asarray(order.fate).astype(dgates.dtype)
+    return jnp.where(fate == 1, reorder(dgates, order.places), fate)
 
 
 def _row_products(dout, out, dtype):

@@ -136,17 +136,30 @@ class AttentionAttributes:
         }
 
 
+_FORWARD_OPERANDS, _BACKWARD_OPERANDS = 10, 16  # with gates
+NO_GATES = (1, 1, 0)  # shape of what stands in their place where there are none
+
+
 def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
     """Lowers to the forward call.
 
-    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks. Results: out, lse; on CUDA
-    also a workspace, which XLA allocates with the program's other buffers and nobody reads.
+    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks and, if there are any, gates.
+    Results: out, lse; on CUDA also a workspace, which XLA allocates with the program's other buffers and nobody reads.
     """
     results = list(ctx.avals_out)
+    stats = results[1].dtype
     if platform == "cuda":
         results.append(jax.core.ShapedArray((_forward_workspace(ctx.avals_in[0].shape),), np.dtype(np.int32)))
+    lower_ctx, operands = _without_gates(ctx, operands, _FORWARD_OPERANDS - len(operands), stats)
     lower = jax.ffi.ffi_lowering(ATTENTION_FORWARD)
-    return lower(ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
+    return lower(lower_ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
+
+
+def _without_gates(ctx, operands: Sequence[Any], missing: int, stats: np.dtype):
+    """Appends the operands that tell the call of no gates."""
+    none = np.zeros(NO_GATES, stats)
+    avals = [*ctx.avals_in, *[jax.core.ShapedArray(none.shape, stats)] * missing]
+    return ctx.replace(avals_in=avals), [*operands, *(_compat.mlir.ir_constant(none) for _ in range(missing))]
 
 
 def _forward_workspace(query_shape: Sequence[int]) -> int:
@@ -159,33 +172,43 @@ def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttrib
     """Lowers to the backward call.
 
     Operands: dout, query, key, value, lse, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks, col_tiles,
-    bit_tiles, lengths. Results: dquery, dkey, dvalue; on CUDA also a workspace, as for the forward.
+    bit_tiles, lengths and, if there are any, row_gates and col_gates. Results: dquery, dkey, dvalue and, with gates,
+    dgates in the order of col_gates; on CUDA also a workspace, as for the forward.
     """
     results = list(ctx.avals_out)
+    stats, missing = ctx.avals_in[4].dtype, _BACKWARD_OPERANDS - len(operands)
+    if missing:
+        results.append(jax.core.ShapedArray(NO_GATES, stats))
     if platform == "cuda":
-        shapes = [ctx.avals_in[i].shape for i in (1, 2, 7)]  # query, key, kv_blocks
-        size = _backward_workspace(*shapes, block_size=attributes.block_q * attributes.block_kv)
+        query, key, ids = (ctx.avals_in[i].shape for i in (1, 2, 7))
+        size = _backward_workspace(query, key, ids, (attributes.block_q, attributes.block_kv), results[3].shape)
         results.append(jax.core.ShapedArray((size,), np.dtype(np.uint8)))
+    lower_ctx, operands = _without_gates(ctx, operands, missing, stats)
     lower = jax.ffi.ffi_lowering(ATTENTION_BACKWARD)
-    return lower(ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
+    return lower(lower_ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
 
 
 def _backward_workspace(
-    query_shape: Sequence[int], key_shape: Sequence[int], ids_shape: Sequence[int], block_size: int
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+    ids_shape: Sequence[int],
+    block_size: tuple[int, int],
+    gates_shape: Sequence[int] = NO_GATES,
 ) -> int:
     """Bytes for the CUDA backward: what `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h` needs, and more for speed.
 
     The kernels keep dS (the gradient of the logits, in query's type) of three key/value heads' visited blocks or more;
     they are as fast as they can be with 1,056 tiles of 128 keys in each third. More than twice what dQ takes in
     float32, or 1 GiB, is spent on that only where three heads need it. So the workspace grows as the inputs and the
-    visited blocks do.
+    visited blocks do. With gates come four partial sums of each tile of 64 x 64 of each visited block.
     """
     *lead, q_len, heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[-3:-1]
     query_rows, kv_rows = math.prod(lead) * heads, math.prod(lead) * kv_heads
     q_tiles, kv_tiles = -(-q_len // 64), -(-kv_len // 64)
     words = 1 + 2 * kv_rows + kv_rows * kv_tiles + query_rows * q_tiles * 129 + 2 * math.prod(ids_shape) + 33
-    head_bytes = 2 * block_size * ids_shape[-1] * (heads // max(kv_heads, 1))
+    words += 4 * math.prod(gates_shape) * math.prod(-(-size // 64) for size in block_size)
+    head_bytes = 2 * math.prod(block_size) * ids_shape[-1] * (heads // max(kv_heads, 1))
     enough = -(-1056 // max(-(-kv_len // 128), 1))
     wanted = min(kv_rows, 3 * enough, max(3, max(8 * query_rows * q_len * head_dim, 1 << 30) // max(head_bytes, 1)))
     return 4 * words + 1024 + wanted * max(head_bytes, 1)

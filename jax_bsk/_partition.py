@@ -74,8 +74,13 @@ class CallDims:
         return query_rank - len(self.operands[self.query])
 
 
+GATES = "BN."  # [B, N, capacity], in every order
+
 FORWARD = CallDims(FORWARD_OPERANDS, FORWARD_RESULTS, query=0, key=1)
 BACKWARD = CallDims(BACKWARD_OPERANDS, BACKWARD_RESULTS, query=1, key=2)
+# The same calls with gates: their last operands, and of the backward the last result.
+GATED_FORWARD = CallDims((*FORWARD_OPERANDS, GATES), FORWARD_RESULTS, query=0, key=1)
+GATED_BACKWARD = CallDims((*BACKWARD_OPERANDS, GATES, GATES), (*BACKWARD_RESULTS, GATES), query=1, key=2)
 
 
 def _heads(heads: int, kv_heads: int, mesh: Mesh) -> tuple[str, str]:

@@ -40,6 +40,7 @@ def sparse_attention_xla(
     sinks: Array | None,
     scale: float | Array,
     soft_cap: float | None,
+    gates: Array | None = None,
 ) -> tuple[Array, Array]:
     """Attention over the visited blocks of ``mask``; arguments are trusted to be validated by the caller.
 
@@ -54,6 +55,7 @@ def sparse_attention_xla(
         sinks: ``[N]``, a logit per head which takes part in the denominator only, or None.
         scale: factor of the products of queries and keys.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``, or None.
+        gates: ``[B|1, N|1, capacity]``, a factor of each listed block's normalised probabilities, or None.
 
     Returns:
         out ``[B, T, N, Hv]`` in the dtype of ``query`` and lse ``[B, N, T]``, float32 (float64 for float64).
@@ -66,13 +68,14 @@ def sparse_attention_xla(
     if kv_len == 0:  # nothing to gather blocks from: one key block that no length reaches
         pad = [(0, 0), (0, 1), (0, 0), (0, 0)]
         key, value = jnp.pad(key, pad), jnp.pad(value, pad)
-        bias = None
+        bias = gates = None
     row_offsets, kv_blocks, tiles, known = _trim(mask.row_offsets, mask.kv_blocks, mask.tiles)
     return _attention(
         query,
         key,
         value,
         bias,
+        gates,
         lengths,
         sinks,
         scale,
@@ -115,6 +118,7 @@ class _Schedule(NamedTuple):
     cols: Array  # [..., steps, chunk] key block
     tiles: Array  # [..., steps, chunk] bit tile, -1 = full
     visit: Array  # [..., steps, chunk] False for padding and for entries of poisoned rows
+    entries: Array | None  # [..., steps, chunk] where the entry stands in the list; None where nobody asks
 
 
 class _Operands(NamedTuple):
@@ -131,6 +135,7 @@ class _Operands(NamedTuple):
     value_flaw: Any  # [nk, b, k, block_kv]
     bit_tiles: Any  # uint32 [n, b, k, g, block_q, block_kv / 32]
     bias: Any  # [b, k, g, nq, block_q, nk, block_kv]
+    gates: Any  # [b, k, g, capacity]
     q_end: Any  # int32 [b], valid queries
     kv_end: Any  # int32 [b], valid keys
 
@@ -146,6 +151,7 @@ _OPERAND_AXES = _Operands(
     value_flaw=(1, 2, None),
     bit_tiles=(1, 2, 3),
     bias=(0, 1, 2),
+    gates=(0, 1, 2),
     q_end=(0, None, None),
     kv_end=(0, None, None),
 )
@@ -157,6 +163,7 @@ def _attention(
     key,
     value,
     bias,
+    gates,
     lengths,
     sinks,
     scale,
@@ -194,6 +201,8 @@ def _attention(
             bias, [(0, 0), (0, 0), (0, nq * block_q - bias.shape[2]), (0, nk * block_kv - bias.shape[3])]
         ).reshape((*bias.shape[:2], nq, block_q, nk, block_kv))
         bias = split_heads(bias, 1)
+    if gates is not None:
+        gates = split_heads(gates.astype(dtype), 1)
     if lengths is None:
         q_end, kv_end = jnp.array([q_len]), jnp.array([kv_len])
     else:
@@ -210,12 +219,18 @@ def _attention(
         value_flaw=v_flaw,
         bit_tiles=split_heads(jnp.moveaxis(bit_tiles, 2, 0), 2),
         bias=bias,
+        gates=gates,
         q_end=q_end.astype(jnp.int32),
         kv_end=kv_end.astype(jnp.int32),
     )
 
     schedule, used, poisoned = _schedule(
-        split_heads(row_offsets, 1), split_heads(kv_blocks, 1), split_heads(tiles, 1), nk, bit_tiles.shape[2]
+        split_heads(row_offsets, 1),
+        split_heads(kv_blocks, 1),
+        split_heads(tiles, 1),
+        nk,
+        bit_tiles.shape[2],
+        with_entries=gates is not None,
     )
     # Lists of a fixed capacity (traced ones) may be mostly padding: steps past the longest list are skipped.
     steps, chunk = schedule.rows.shape[-2:]
@@ -253,7 +268,7 @@ def _attention(
     return out.astype(query.dtype), lse
 
 
-def _schedule(row_offsets: Array, kv_blocks: Array, tiles: Array, nk: int, n_tiles: int):
+def _schedule(row_offsets: Array, kv_blocks: Array, tiles: Array, nk: int, n_tiles: int, with_entries: bool):
     """Flattens lists ``[Lb, Lk, Lg, ..]``; returns the schedule, the entries used and the poisoned rows of each.
 
     Overlapping rows (decreasing offsets) can name more entries than the capacity: rows past it are poisoned too.
@@ -274,15 +289,15 @@ def _schedule(row_offsets: Array, kv_blocks: Array, tiles: Array, nk: int, n_til
         rows = jnp.minimum(jnp.searchsorted(ends, slot, side="right"), nq - 1).astype(jnp.int32)
         if capacity == 0:
             empty = jnp.zeros((0, chunk), jnp.int32)
-            return _Schedule(empty, empty, empty, empty.astype(bool)), ends[-1], bad_row
+            return _Schedule(empty, empty, empty, empty.astype(bool), None), ends[-1], bad_row
         entry = jnp.clip((start - ends + counts)[rows] + slot, 0, capacity - 1)
         cols, tiles = kv_blocks[entry], tiles[entry]
         visit = slot < ends[-1]
         bad_entry = visit & ((cols < 0) | (cols >= nk) | (tiles < -1) | (tiles >= n_tiles))
         bad_row = bad_row.at[rows].max(bad_entry)
         visit &= ~bad_row[rows]
-        fields = (rows, jnp.clip(cols, 0, nk - 1), tiles, visit)
-        return _Schedule(*(x.reshape(steps, chunk) for x in fields)), ends[-1], bad_row
+        fields = _Schedule(rows, jnp.clip(cols, 0, nk - 1), tiles, visit, entry if with_entries else None)
+        return jax.tree.map(lambda x: x.reshape(steps, chunk), fields), ends[-1], bad_row
 
     return jax.vmap(jax.vmap(jax.vmap(one)))(row_offsets, kv_blocks, tiles)
 
@@ -292,7 +307,7 @@ def _map_lists(walk, schedule: _Schedule, operands: _Operands, soft_cap, active)
 
     def call(level, schedule, operands):
         if level == 3:
-            return walk(_Schedule(*(x[0, 0, 0] for x in schedule)), operands, soft_cap, active)
+            return walk(jax.tree.map(lambda x: x[0, 0, 0], schedule), operands, soft_cap, active)
         axis = _LIST_AXES[level]
         if schedule.rows.shape[axis] == 1:
             return call(level + 1, schedule, operands)
@@ -306,7 +321,7 @@ def _map_lists(walk, schedule: _Schedule, operands: _Operands, soft_cap, active)
         in_axes = _Operands(*(mapped_axis(x, axes) for x, axes in zip(operands, _OPERAND_AXES, strict=True)))
 
         def one(schedule, operands):
-            schedule = _Schedule(*(jnp.expand_dims(x, axis) for x in schedule))
+            schedule = jax.tree.map(lambda x: jnp.expand_dims(x, axis), schedule)
             operands = _Operands(*(restore(x, a) for x, a in zip(operands, in_axes, strict=True)))
             return jax.tree.map(lambda x: jnp.squeeze(x, level + 1), call(level + 1, schedule, operands))
 
@@ -323,34 +338,41 @@ def _walk(schedule: _Schedule, operands: _Operands, soft_cap, active) -> tuple[A
     bias = operands.bias
     if bias is not None:
         bias = bias[:, :, :, schedule.rows, :, schedule.cols, :]  # [steps, chunk, b, k, g, block_q, block_kv]
-    xs = (schedule, bias, active)
+    gates = operands.gates
+    if gates is not None and schedule.entries is not None:  # likewise
+        gates = jnp.moveaxis(gates[..., schedule.entries], (-2, -1), (0, 1))  # [steps, chunk, b, k, g]
+    schedule, operands = schedule._replace(entries=None), operands._replace(gates=None)
+    xs = (schedule, bias, gates, active)
 
     def scan(body, init):
         def step(carry, x):
-            schedule, bias, active = x
+            schedule, bias, gates, active = x
             if active is None:
-                return body(carry, schedule, bias), None
-            return lax.cond(active, lambda c: body(c, schedule, bias), lambda c: c, carry), None
+                return body(carry, schedule, bias, gates), None
+            return lax.cond(active, lambda c: body(c, schedule, bias, gates), lambda c: c, carry), None
 
         return lax.scan(step, init, xs)[0] if schedule.rows.shape[0] else init
 
-    def maximum(row_max, entries, bias):
+    def maximum(row_max, entries, bias, gates):
+        del gates  # of normalised probabilities: no logit knows of them
         logits, attends = _logits(lax.stop_gradient(operands), entries, lax.stop_gradient(bias), soft_cap)
         found = jnp.where(attends, logits, -jnp.inf).max(-1)
         return row_max.at[entries.rows].max(found, indices_are_sorted=True, mode="promise_in_bounds")
 
     @jax.checkpoint
-    def contributions(operands, row_max, entries, bias, soft_cap):
+    def contributions(operands, row_max, entries, bias, gates, soft_cap):
         logits, attends = _logits(operands, entries, bias, soft_cap)
         relative = logits - _take(row_max, entries.rows)[..., None]
         # Zeros twice: without the inner one, a masked pair's exp might be inf and its derivative 0 * inf.
         probs = jnp.where(attends, jnp.exp(jnp.where(attends, relative, 0)), 0)
         value_flaw = _take(operands.value_flaw, entries.cols)[:, :, :, None, None, :]
         weights = probs + jnp.where(attends, value_flaw, 0)
+        if gates is not None:  # a NaN among them reaches only the rows that attend to its block
+            weights = jnp.where(attends, weights * gates[..., None, None], 0)
         return probs.sum(-1), jnp.einsum("cbkgqs,cbksd->cbkgqd", weights, _take(operands.value, entries.cols))
 
-    def add(carry, entries, bias):
-        parts = contributions(operands, safe_max, entries, bias, soft_cap)
+    def add(carry, entries, bias, gates):
+        parts = contributions(operands, safe_max, entries, bias, gates, soft_cap)
         return jax.tree.map(
             lambda c, x: c.at[entries.rows].add(x, indices_are_sorted=True, mode="promise_in_bounds"), carry, parts
         )

@@ -37,6 +37,7 @@ def sparse_attention(
     local_window_size: int | tuple[int | None, int | None] | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    gates: ArrayLike | None = None,
     implementation: Literal["cpu", "cuda", "xla"] | None = None,
     return_residual: bool = False,
 ) -> Any:
@@ -50,8 +51,13 @@ def sparse_attention(
               c(x) = \kappa \tanh(x / \kappa)
 
     computed blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691),
-    with the sum over the visited blocks only. Works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and
-    sharded meshes; batch and heads shard without a collective.
+    with the sum over the visited blocks only. With `gates` g, one number for each entry e of a `BlockMask`'s lists,
+
+    .. math:: O_i = \sum_{e \in \mathrm{row}(i)} g_e P_{i, j(e)} V_{j(e)},
+
+    where P is the softmax over all visited blocks (and the sink) as without gates and j(e) the entry's key block: what
+    a block contributes is multiplied after the softmax, and the log-sum-exp knows nothing of it. Works under `jit`,
+    `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded meshes; batch and heads shard without a collective.
 
     Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
 
@@ -70,6 +76,10 @@ def sparse_attention(
         on top of `mask`. None in the pair is unbounded.
       logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118).
       sinks: [N] logits that join each softmax's denominator and no value, as in gpt-oss (arXiv 2508.10925); learnable.
+      gates: [B|1, N|1, capacity] floating factors of the visited blocks, where `mask` is a `BlockMask` and capacity its
+        `kv_blocks.shape[-1]` (for TNH also [N|1, capacity]): number e of a head's gates belongs to entry e of that
+        head's `kv_blocks`, in row order, and what lies past the last entry means nothing. Of any sign; differentiable
+        (0 for what no row lists). They are used in float32 (float64 for float64 inputs).
       implementation: "cuda" or "cpu" (native kernels), "xla" (pure JAX: every platform, type and derivative), or None:
         the platform's native kernel and, where it cannot take the call, "xla" with one `FallbackWarning` saying why.
       return_residual: Also return the log-sum-exp.
@@ -96,6 +106,7 @@ def sparse_attention(
     bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
     lengths = _lengths(query_seq_lengths, key_value_seq_lengths, (batch, q_len, kv_len))
     sinks = _sinks(sinks, heads)
+    gates = _gates(gates, mask, (batch, heads), unbatched)
 
     facts = _dispatch.AttentionFacts(
         dtype=query.dtype.name,
@@ -108,7 +119,16 @@ def sparse_attention(
     chosen, named = _dispatch.choose(implementation, facts)
     if chosen == "xla":
         out, lse = sparse_attention_xla(
-            query, key, value, block_mask, bias=bias, lengths=lengths, sinks=sinks, scale=scale, soft_cap=soft_cap
+            query,
+            key,
+            value,
+            block_mask,
+            bias=bias,
+            lengths=lengths,
+            sinks=sinks,
+            scale=scale,
+            soft_cap=soft_cap,
+            gates=gates,
         )
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
@@ -117,9 +137,8 @@ def sparse_attention(
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
         sinks = np.full((1, 1), -np.inf, stats) if sinks is None else sinks.astype(stats)[None, :]
-        if not block_mask.is_traced:
-            block_mask = block_mask.transpose()  # on the host, once a mask; a traced one is transposed in the backward
-        out, lse = _attention_op.attend(call, query, key, value, sinks, block_mask, lengths)
+        gates = None if gates is None else gates.astype(stats)
+        out, lse = _attention_op.attend(call, query, key, value, sinks, gates, block_mask, lengths)
     lse = jnp.swapaxes(lse, 1, 2)
     if unbatched:
         out, lse = out[0], lse[0]
@@ -254,4 +273,26 @@ def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     array = _floating(sinks, "sinks")
     if array.shape != (heads,):
         raise ValueError(f"sinks has one logit a query head, shape ({heads},), got {array.shape}")
+    return array
+
+
+def _gates(gates: ArrayLike | None, mask: Any, sizes: tuple[int, int], unbatched: bool) -> jax.Array | None:
+    if gates is None:
+        return None
+    if not isinstance(mask, BlockMask):
+        given = "no mask" if mask is None else f"mask of type {type(mask).__name__}"
+        raise ValueError(
+            f"gates has one number for each entry of a BlockMask's lists, but the call has {given}; pass a BlockMask, "
+            "e.g. mask=CausalMask().bind(q_len, kv_len), and gates of shape [B|1, N|1, mask.kv_blocks.shape[-1]]"
+        )
+    array = _floating(gates, "gates")
+    if array.ndim == 2 and unbatched:
+        array = array[None]
+    full = (*sizes, mask.kv_blocks.shape[-1])
+    if array.ndim != 3 or array.shape[2] != full[2] or any(array.shape[i] not in (1, full[i]) for i in (0, 1)):
+        letters = "[N|1, capacity]" if unbatched else "[B|1, N|1, capacity]"
+        raise ValueError(
+            f"gates is {letters} with (B, N, capacity) = {full}, where capacity is mask.kv_blocks.shape[-1]; got "
+            f"shape {array.shape}"
+        )
     return array

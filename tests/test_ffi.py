@@ -82,14 +82,14 @@ def test_backward_workspace_is_what_the_kernels_need():
             (batch, q_len, heads, int(head_dim)),
             (batch, kv_len, kv_heads, int(head_dim)),
             (1, lists, capacity),
-            block_size=int(block_q * block_kv),
+            block_size=(int(block_q), int(block_kv)),
         )
         assert size >= least_backward_bytes(*shape, int(block_q), int(block_kv)), (shape, block_q, block_kv)
         lead = _ffi._backward_workspace(
             (1, batch, q_len, heads, int(head_dim)),
             (1, batch, kv_len, kv_heads, int(head_dim)),
             (1, 1, lists, capacity),
-            block_size=int(block_q * block_kv),
+            block_size=(int(block_q), int(block_kv)),
         )
         assert lead == size  # a mapped axis counts as batch
 
@@ -101,7 +101,7 @@ def test_backward_workspace_grows_as_the_inputs_do(heads, a_row):
 
     def size(length, batch=2):
         query = key = batch, length, heads, 128
-        return _ffi._backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=128 * 128)
+        return _ffi._backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=(128, 128))
 
     sizes = [size(1024 * 2**n) for n in range(8)]
     for shorter, longer in itertools.pairwise(sizes):
@@ -115,7 +115,7 @@ def test_backward_workspace_is_a_result_of_the_lowered_call():
     step = jax.jit(jax.grad(lambda x: jax_bsk.sparse_attention(x, x, x, is_causal=True).astype(jnp.float32).sum()))
     text = step.trace(x).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "@jax_bsk_attention_backward(" in line)
-    expected = _ffi._backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=128 * 128)
+    expected = _ffi._backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=(128, 128))
     assert f"tensor<{expected}xui8>" in call, call
 
 
@@ -185,11 +185,11 @@ LAYERS = [
     ["jax_bsk.validation"],
     ["jax_bsk.benchmarking", "jax_bsk.flax", "jax_bsk.testing"],
     ["jax_bsk"],
-    ["jax_bsk.nsa"],
-    ["jax_bsk.attention", "jax_bsk.matmul", "jax_bsk.selection", "jax_bsk._sparsek_causal"],
+    ["jax_bsk.nsa", "jax_bsk._sparsek_attention"],
+    ["jax_bsk.attention", "jax_bsk.matmul", "jax_bsk.selection"],
     ["jax_bsk._matmul_op"],
     ["jax_bsk._matmul_reference", "jax_bsk.pruning"],
-    ["jax_bsk.bsr"],
+    ["jax_bsk.bsr", "jax_bsk._sparsek_causal"],
     ["jax_bsk._dispatch", "jax_bsk._attention_op", "jax_bsk._matmul_partition", "jax_bsk._reference"],
     ["jax_bsk._partition", "jax_bsk._ffi", "jax_bsk._native", "jax_bsk.masks", "jax_bsk.support"],
     ["jax_bsk._compat", "jax_bsk._errors", "jax_bsk._version", "jax_bsk.sparsek"],

@@ -29,15 +29,11 @@ def transpose_host(row_offsets: np.ndarray, kv_blocks: np.ndarray, tiles: np.nda
     col_offsets = np.zeros((batch, heads, nk + 1), np.int32)
     q_blocks = np.full(kv_blocks.shape, -1, np.int32)
     col_tiles = np.full(kv_blocks.shape, -1, np.int32)
-    # 16-bit keys are sorted by radix, about six times faster.
-    dtype = np.uint16 if 2 * nk + 1 < 2**16 else np.int64
     for b in range(batch):
         for h in range(heads):
             rows = rows_of_entries(row_offsets[b, h], capacity)
             columns, numbers = kv_blocks[b, h], tiles[b, h]
-            entries = np.flatnonzero((rows >= 0) & (columns >= 0) & (columns < nk))
-            key = (2 * columns[entries] + (numbers[entries] == -1)).astype(dtype)
-            entries = entries[np.argsort(key, kind="stable")]
+            entries = column_entries(rows, columns, numbers, nk)
             counts = np.bincount(columns[entries], minlength=nk)
             np.cumsum(counts, out=col_offsets[b, h, 1:])
             q_blocks[b, h, : entries.size] = rows[entries]
@@ -53,21 +49,35 @@ def rows_of_entries(row_offsets: np.ndarray, capacity: int) -> np.ndarray:
     return rows
 
 
+def column_entries(rows: np.ndarray, columns: np.ndarray, numbers: np.ndarray, nk: int) -> np.ndarray:
+    """The entries of one list in key-major order, without those of no row or no column."""
+    entries = np.flatnonzero((rows >= 0) & (columns >= 0) & (columns < nk))
+    # 16-bit keys are sorted by radix, about six times faster.
+    dtype = np.uint16 if 2 * nk + 1 < 2**16 else np.int64
+    key = (2 * columns[entries] + (numbers[entries] == -1)).astype(dtype)
+    return entries[np.argsort(key, kind="stable")]
+
+
 def transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> ColumnLists:
     """JAX version, for arrays [B, H, ...] that may be traced: one stable sort along the last axis, no scatter."""
 
-    def one(row_offsets: Any, kv_blocks: Any, tiles: Any) -> ColumnLists:
-        capacity = kv_blocks.shape[0]
-        offsets = jnp.clip(jax.lax.cummax(row_offsets), 0, capacity)
-        entry = jnp.arange(capacity, dtype=jnp.int32)
-        rows = jnp.searchsorted(offsets[1:], entry, side="right", method="sort").astype(jnp.int32)
-        valid = (entry >= offsets[0]) & (entry < offsets[-1]) & (kv_blocks >= 0) & (kv_blocks < nk)
-        key = jnp.where(valid, 2 * kv_blocks + (tiles == -1).astype(jnp.int32), 2 * nk)
-        key, rows, numbers = jax.lax.sort((key, rows, tiles), num_keys=1, is_stable=True)
-        starts = 2 * jnp.arange(nk + 1, dtype=jnp.int32)
-        col_offsets = jnp.searchsorted(key, starts, side="left", method="sort").astype(jnp.int32)
-        listed = key < 2 * nk
-        return ColumnLists(col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1))
+    def one(*lists: Any) -> ColumnLists:
+        return ColumnLists(*transpose_list(*lists, nk))
 
     lists = [jnp.asarray(x) for x in (row_offsets, kv_blocks, tiles)]
     return _explicit.call(jax.vmap(jax.vmap(one)), lists, ["bh"] * 3)
+
+
+def transpose_list(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int, *carried: Any) -> tuple[Any, ...]:
+    """One list of `transpose_traced`: its `ColumnLists`, and what is `carried` [capacity] along in key-major order."""
+    capacity = kv_blocks.shape[0]
+    offsets = jnp.clip(jax.lax.cummax(row_offsets), 0, capacity)
+    entry = jnp.arange(capacity, dtype=jnp.int32)
+    rows = jnp.searchsorted(offsets[1:], entry, side="right", method="sort").astype(jnp.int32)
+    valid = (entry >= offsets[0]) & (entry < offsets[-1]) & (kv_blocks >= 0) & (kv_blocks < nk)
+    key = jnp.where(valid, 2 * kv_blocks + (tiles == -1).astype(jnp.int32), 2 * nk)
+    key, rows, numbers, *along = jax.lax.sort((key, rows, tiles, *carried), num_keys=1, is_stable=True)
+    starts = 2 * jnp.arange(nk + 1, dtype=jnp.int32)
+    col_offsets = jnp.searchsorted(key, starts, side="left", method="sort").astype(jnp.int32)
+    listed = key < 2 * nk
+    return col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1), *along

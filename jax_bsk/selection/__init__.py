@@ -2,7 +2,8 @@
 
 from jax_bsk.selection._moba import moba
 from jax_bsk.selection._nsa import nsa
+from jax_bsk.selection._sparsek import sparsek
 from jax_bsk.selection._topk import from_topk
 from jax_bsk.selection._xattention import xattention
 
-__all__ = ["from_topk", "moba", "nsa", "xattention"]
+__all__ = ["from_topk", "moba", "nsa", "sparsek", "xattention"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -141,6 +142,13 @@ def for_query_heads(mask: BlockMask, heads: int) -> BlockMask:
     kv_heads = mask.row_offsets.shape[1]
     if kv_heads in (1, heads):
         return mask
-    arrays = {name: getattr(mask, name) for name in ("row_offsets", "kv_blocks", "tiles")}
-    repeated = {name: jnp.repeat(x, heads // kv_heads, axis=1) for name, x in arrays.items()}
-    return dataclasses.replace(mask, **repeated)
+    names = ("row_offsets", "kv_blocks", "tiles")
+    arrays = repeat_heads([getattr(mask, name) for name in names], heads // kv_heads)
+    return dataclasses.replace(mask, **dict(zip(names, arrays, strict=True)))
+
+
+def repeat_heads(arrays: Sequence[jax.Array], times: int) -> tuple[jax.Array, ...]:
+    """Arrays [B, K, ...] as [B, K * times, ...], each head so many times in a row."""
+    return _explicit.call(
+        lambda *arrays: tuple(jnp.repeat(x, times, axis=1) for x in arrays), arrays, ["bh"] * len(arrays)
+    )

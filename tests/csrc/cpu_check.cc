@@ -93,8 +93,10 @@ struct Case {
   std::unique_ptr<uint32_t[]> words;
   std::unique_ptr<int32_t[]> lengths;
   float scale, soft_cap;
+  bool gated;
+  Array gates, col_gates;  // of the two lists' entries, with nothing to do with each other: no kernel reads both
   // Results of the kernels.
-  Array out, got_lse, dquery, dkey, dvalue;
+  Array out, got_lse, dquery, dkey, dvalue, dgates;
 
   ForwardParams Forward() {
     return {shape,
@@ -108,6 +110,7 @@ struct Case {
             sinks.size > 0 ? sinks.data.get() : nullptr,
             sinks_batch,
             sinks_heads,
+            gated ? gates.data.get() : nullptr,
             scale,
             soft_cap,
             out.data.get(),
@@ -126,6 +129,9 @@ struct Case {
             cols.View(),
             {words.get(), tiles_batch, tiles_heads, n_tiles},
             {lengths.get(), lengths_batch},
+            gated ? gates.data.get() : nullptr,
+            gated ? col_gates.data.get() : nullptr,
+            gated ? dgates.data.get() : nullptr,
             scale,
             soft_cap,
             dquery.data.get(),
@@ -139,6 +145,22 @@ struct Case {
     return std::min<int64_t>(std::max(0, lengths[2 * (lengths_batch == 1 ? 0 : b) + 1]), shape.kv_len);
   }
 };
+
+// Gates of a random case, of both signs and some 0, and room for the gradients.
+void SetGates(Random& random, Case& c) {
+  c.gated = random.Chance(0.5);
+  if (!c.gated) return;
+  const DType dtype = Statistics(c.dtype);
+  const int64_t leading = c.shape.batch * c.shape.heads;
+  for (auto [gates, lists] : {std::pair{&c.gates, &c.rows}, std::pair{&c.col_gates, &c.cols}}) {
+    *gates = random.Normals(dtype, leading * lists->capacity);
+    for (int64_t i = 0; i < gates->size; ++i) {
+      if (random.Chance(0.1)) gates->Set(i, 0);
+    }
+    if (random.Chance(0.1)) Spoil(random, *gates, random.Int(1, 2));
+  }
+  c.dgates = Array(dtype, c.col_gates.size);
+}
 
 void Poison(Random& random, Lists& lists, int64_t n_tiles, int64_t times) {
   const int64_t leading = lists.batch * lists.heads;
@@ -231,6 +253,7 @@ Case MakeCase(uint64_t seed) {
   }
   c.words = Exact(words);
   SetLists(random, c, random.Chance(0.25), random.Pick<double>({0.1, 0.5, 0.9, 1}));
+  SetGates(random, c);
 
   c.lengths_batch = random.Chance(0.5) ? 1 : s.batch;
   std::vector<int32_t> lengths;
@@ -273,10 +296,17 @@ struct Expected {
   }
 };
 
+// A key that a query attends to, with the gate of their block.
+struct Visit {
+  int64_t key;
+  double gate;
+};
+
 struct Reference {
   const Case& c;
   const Shape& s;
-  Expected out, lse, dquery, dkey, dvalue;
+  Expected out, lse, dquery, dkey, dvalue, dgates;
+  bool shared = false;  // two columns have an entry in common, by offsets that make no sense: which writes last is open
 
   explicit Reference(const Case& c)
       : c(c),
@@ -285,7 +315,8 @@ struct Reference {
         lse(s.batch * s.heads * s.q_len, 1),
         dquery(s.batch * s.q_len * s.heads, s.head_dim),
         dkey(s.batch * s.kv_len * s.kv_heads, s.head_dim),
-        dvalue(s.batch * s.kv_len * s.kv_heads, s.value_dim) {}
+        dvalue(s.batch * s.kv_len * s.kv_heads, s.value_dim),
+        dgates(c.dgates.size, 1) {}
 
   int64_t QueryRow(int64_t b, int64_t t, int64_t h) const { return (b * s.q_len + t) * s.heads + h; }
   int64_t KeyRow(int64_t b, int64_t k, int64_t h) const {
@@ -313,14 +344,16 @@ struct Reference {
     return c.words[(index * s.block_q + query) * (s.block_kv / 32) + key / 32] >> (key % 32) & 1;
   }
   // Keys that query t attends to, from the query-major list.
-  std::vector<int64_t> Keys(int64_t b, int64_t h, int64_t t) const {
-    std::vector<int64_t> keys;
+  std::vector<Visit> Keys(int64_t b, int64_t h, int64_t t) const {
+    std::vector<Visit> keys;
     const int64_t leading = Leading(c.rows.batch, c.rows.heads, b, h);
     const int32_t* offsets = c.rows.offsets.get() + leading * (s.q_blocks + 1) + t / s.block_q;
-    for (int64_t e = leading * c.rows.capacity + offsets[0]; e < leading * c.rows.capacity + offsets[1]; ++e) {
+    for (int64_t i = offsets[0]; i < offsets[1]; ++i) {
+      const int64_t e = leading * c.rows.capacity + i;
+      const double gate = c.gated ? c.gates[(b * s.heads + h) * c.rows.capacity + i] : 1;
       for (int64_t k = 0; k < s.block_kv; ++k) {
         const int64_t key = c.rows.ids[e] * s.block_kv + k;
-        if (key < c.KeyLength(b) && Allowed(b, h, c.rows.tiles[e], t % s.block_q, k)) keys.push_back(key);
+        if (key < c.KeyLength(b) && Allowed(b, h, c.rows.tiles[e], t % s.block_q, k)) keys.push_back({key, gate});
       }
     }
     return keys;
@@ -341,18 +374,18 @@ struct Reference {
       row_lse = kNaN;
       return out.SetRow(q, kNaN);
     }
-    const std::vector<int64_t> keys = Keys(b, h, t);
+    const std::vector<Visit> keys = Keys(b, h, t);
     std::vector<double> logits;
     const double sink = c.sinks.size > 0 ? c.sinks[Leading(c.sinks_batch, c.sinks_heads, b, h)] : -kInf;
     double maximum = sink, largest = 0;
     bool bad_lse = !keys.empty() && BadRow(c.query, q, s.head_dim), bad = bad_lse;
-    for (int64_t k : keys) {
+    for (const auto [k, gate] : keys) {
       double terms;
       logits.push_back(Logit(q, KeyRow(b, k, h), terms));
       maximum = std::fmax(maximum, logits.back());
       largest = std::fmax(largest, terms);
       bad_lse |= BadRow(c.key, KeyRow(b, k, h), s.head_dim);
-      bad |= bad_lse || BadRow(c.value, KeyRow(b, k, h), s.value_dim);
+      bad |= bad_lse || BadRow(c.value, KeyRow(b, k, h), s.value_dim) || !std::isfinite(gate);
     }
     out.tainted[q] = bad;
     lse.tainted[(b * s.heads + h) * s.q_len + t] = bad_lse;
@@ -362,8 +395,8 @@ struct Reference {
     row_lse = maximum + std::log(sum);
     lse_terms = 1 + largest + std::fabs(row_lse);
     for (size_t n = 0; n < keys.size(); ++n) {
-      const double p = std::exp(logits[n] - maximum) / sum;
-      for (int64_t d = 0; d < s.value_dim; ++d) out.Add(q, d, p * c.value[KeyRow(b, keys[n], h) * s.value_dim + d]);
+      const double p = keys[n].gate * std::exp(logits[n] - maximum) / sum;
+      for (int64_t d = 0; d < s.value_dim; ++d) out.Add(q, d, p * c.value[KeyRow(b, keys[n].key, h) * s.value_dim + d]);
     }
     for (int64_t d = 0; d < s.value_dim; ++d) out.terms[q * s.value_dim + d] *= 1 + largest;
   }
@@ -391,22 +424,33 @@ struct Reference {
             dquery.SetRow(QueryRow(b, t, h), kNaN);
             continue;
           }
-          for (int64_t k : Keys(b, h, t)) Pair(b, h, t, k, true, false);
+          for (const Visit& visit : Keys(b, h, t)) PairOfQuery(b, h, t, visit);
         }
         const int64_t leading = Leading(c.cols.batch, c.cols.heads, b, h);
-        for (int64_t k = 0; k < c.KeyLength(b); ++k) {
-          const int64_t j = k / s.block_kv;
+        const int64_t first_gate = (b * s.heads + h) * c.cols.capacity;
+        std::vector<int> owners(c.cols.capacity);
+        for (int64_t j = 0; j < s.kv_blocks; ++j) {
+          const int64_t end = std::min((j + 1) * s.block_kv, c.KeyLength(b));
           if (Broken(c.cols, c.n_tiles, leading, j)) {
-            broken_keys.push_back(KeyRow(b, k, h));
+            for (int64_t k = j * s.block_kv; k < end; ++k) broken_keys.push_back(KeyRow(b, k, h));
             continue;
           }
           const int32_t* offsets = c.cols.offsets.get() + leading * (s.kv_blocks + 1) + j;
-          for (int64_t e = leading * c.cols.capacity + offsets[0]; e < leading * c.cols.capacity + offsets[1]; ++e)
-            for (int64_t r = 0; r < s.block_q; ++r) {
-              const int64_t t = c.cols.ids[e] * s.block_q + r;
-              if (t < c.QueryLength(b) && Allowed(b, h, c.cols.tiles[e], r, k % s.block_kv))
-                Pair(b, h, t, k, false, true);
-            }
+          for (int64_t i = offsets[0]; i < offsets[1]; ++i) {
+            const int64_t e = leading * c.cols.capacity + i;
+            shared |= owners[i]++ > 0;
+            for (int64_t k = j * s.block_kv; k < end; ++k)
+              for (int64_t r = 0; r < s.block_q; ++r) {
+                const int64_t t = c.cols.ids[e] * s.block_q + r;
+                if (t < c.QueryLength(b) && Allowed(b, h, c.cols.tiles[e], r, k % s.block_kv))
+                  PairOfKey(b, h, t, k, c.gated ? first_gate + i : -1);
+              }
+          }
+        }
+        for (int64_t i = 0; c.gated && i < c.cols.capacity; ++i) {
+          if (owners[i] == 1) continue;
+          dgates.value[first_gate + i] = 0;  // nobody's, or of more than one: not compared
+          dgates.tainted[first_gate + i] = true;
         }
       }
     for (int64_t row : broken_keys) {
@@ -417,43 +461,57 @@ struct Reference {
   }
   std::vector<int64_t> broken_keys;
 
-  void Pair(int64_t b, int64_t h, int64_t t, int64_t key, bool query_major, bool key_major) {
+  struct PairTerms {
+    double p, ds, ds_terms, dp, dp_terms, growth;
+    bool bad;  // something not finite reaches the gradients, beside the gate
+  };
+
+  PairTerms Terms(int64_t b, int64_t h, int64_t t, int64_t key, double gate) const {
     const int64_t q = QueryRow(b, t, h), k = KeyRow(b, key, h), i = (b * s.heads + h) * s.q_len + t;
     const double row_lse = c.lse[i], delta = c.delta[i];
     double logit_terms;
     const double logit = Logit(q, k, logit_terms);
-    const double p = row_lse == -kInf ? 0 : std::exp(logit - row_lse);
-    double dp = 0, dp_terms = std::fabs(delta);
+    PairTerms x{};
+    x.p = row_lse == -kInf ? 0 : std::exp(logit - row_lse);
     for (int64_t d = 0; d < s.value_dim; ++d) {
       const double term = c.dout[q * s.value_dim + d] * c.value[k * s.value_dim + d];
-      dp += term;
-      dp_terms += std::fabs(term);
+      x.dp += term;
+      x.dp_terms += std::fabs(term);
     }
     const double chain = c.soft_cap != 0 ? 1 - std::pow(logit / c.soft_cap, 2) : 1;
-    const double ds = p * (dp - delta) * chain * c.scale;
+    x.ds = x.p * (gate * x.dp - delta) * chain * c.scale;
     // The error of dS: that of P, relative, from the size of logit and lse; that of dP from its terms.
-    const double ds_terms =
-        p * dp_terms * std::fabs(c.scale) * (1 + logit_terms + std::fabs(row_lse == -kInf ? 0 : row_lse));
-    const bool bad = BadRow(c.query, q, s.head_dim) || BadRow(c.dout, q, s.value_dim) || BadRow(c.key, k, s.head_dim) ||
-                     BadRow(c.value, k, s.value_dim) || !std::isfinite(delta) || std::isnan(row_lse);
-    for (int64_t d = 0; query_major && d < s.head_dim; ++d) {
-      dquery.value[q * s.head_dim + d] += ds * c.key[k * s.head_dim + d];
-      dquery.terms[q * s.head_dim + d] += ds_terms * std::fabs(c.key[k * s.head_dim + d]);
+    x.growth = 1 + logit_terms + std::fabs(row_lse == -kInf ? 0 : row_lse);
+    x.ds_terms = x.p * (std::fabs(gate) * x.dp_terms + std::fabs(delta)) * std::fabs(c.scale) * x.growth;
+    x.bad = BadRow(c.query, q, s.head_dim) || BadRow(c.dout, q, s.value_dim) || BadRow(c.key, k, s.head_dim) ||
+            BadRow(c.value, k, s.value_dim) || !std::isfinite(delta) || std::isnan(row_lse);
+    return x;
+  }
+  static void AddTo(Expected& to, int64_t row, const Array& from, int64_t other, double factor, double size) {
+    for (int64_t d = 0; d < to.width; ++d) {
+      to.value[row * to.width + d] += factor * from[other * to.width + d];
+      to.terms[row * to.width + d] += size * std::fabs(from[other * to.width + d]);
     }
-    if (query_major) dquery.tainted[q] |= bad;
-    if (!key_major) return;
-    for (int64_t d = 0; d < s.head_dim; ++d) {
-      dkey.value[k * s.head_dim + d] += ds * c.query[q * s.head_dim + d];
-      dkey.terms[k * s.head_dim + d] += ds_terms * std::fabs(c.query[q * s.head_dim + d]);
-    }
-    for (int64_t d = 0; d < s.value_dim; ++d) {
-      const double term = p * c.dout[q * s.value_dim + d];
-      dvalue.value[k * s.value_dim + d] += term;
-      dvalue.terms[k * s.value_dim + d] +=
-          std::fabs(term) * (1 + logit_terms + std::fabs(row_lse == -kInf ? 0 : row_lse));
-    }
-    dkey.tainted[k] |= bad;
-    dvalue.tainted[k] |= bad;
+  }
+  void PairOfQuery(int64_t b, int64_t h, int64_t t, const Visit& visit) {
+    const int64_t q = QueryRow(b, t, h);
+    const PairTerms x = Terms(b, h, t, visit.key, visit.gate);
+    AddTo(dquery, q, c.key, KeyRow(b, visit.key, h), x.ds, x.ds_terms);
+    dquery.tainted[q] |= x.bad || !std::isfinite(visit.gate);
+  }
+  // `entry` says which gate, -1 for none.
+  void PairOfKey(int64_t b, int64_t h, int64_t t, int64_t key, int64_t entry) {
+    const int64_t q = QueryRow(b, t, h), k = KeyRow(b, key, h);
+    const double gate = entry < 0 ? 1 : c.col_gates[entry];
+    const PairTerms x = Terms(b, h, t, key, gate);
+    AddTo(dkey, k, c.query, q, x.ds, x.ds_terms);
+    AddTo(dvalue, k, c.dout, q, gate * x.p, std::fabs(gate) * x.p * x.growth);
+    dkey.tainted[k] |= x.bad || !std::isfinite(gate);
+    dvalue.tainted[k] |= x.bad || !std::isfinite(gate);
+    if (entry < 0) return;
+    dgates.value[entry] += x.p * x.dp;
+    dgates.terms[entry] += x.p * x.dp_terms * x.growth;
+    dgates.tainted[entry] |= x.bad;
   }
 };
 
@@ -502,14 +560,16 @@ bool Check(uint64_t seed) {
   good = good && Compare("dquery", reference.dquery, c.dquery, c.dtype);
   good = good && Compare("dkey", reference.dkey, c.dkey, c.dtype);
   good = good && Compare("dvalue", reference.dvalue, c.dvalue, c.dtype);
+  good = good && Compare("dgates", reference.dgates, c.dgates, c.dtype);
   good = good && Repeats("out", c.out, [&](int workers) { RunForward(c, workers); }) &&
          Repeats("dquery", c.dquery, [&](int workers) { RunBackward(c, workers); }) &&
-         Repeats("dkey", c.dkey, [&](int workers) { RunBackward(c, workers); });
+         Repeats("dkey", c.dkey, [&](int workers) { RunBackward(c, workers); }) &&
+         (reference.shared || Repeats("dgates", c.dgates, [&](int workers) { RunBackward(c, workers); }));
   if (!good) {
     const Shape& s = c.shape;
-    std::printf("seed %lu: B %ld T %ld S %ld N %ld K %ld H %ld Hv %ld blocks %ld x %ld dtype %d cap %g scale %g\n",
+    std::printf("seed %lu: B %ld T %ld S %ld N %ld K %ld H %ld Hv %ld blocks %ld x %ld dtype %d cap %g scale %g %s\n",
                 seed, s.batch, s.q_len, s.kv_len, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.block_q, s.block_kv,
-                static_cast<int>(c.dtype), c.soft_cap, c.scale);
+                static_cast<int>(c.dtype), c.soft_cap, c.scale, c.gated ? "gated" : "");
   }
   return good;
 }
@@ -520,7 +580,7 @@ bool Check(uint64_t seed) {
 // A causal window: each row of blocks visits the diagonal and `window` blocks before it, the first and the last
 // partial.
 void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64_t length, int64_t dim, int64_t block,
-          int64_t window, float soft_cap) {
+          int64_t window, float soft_cap, bool gated = false) {
   Random random(1);
   Case c;
   const int64_t n = (length + block - 1) / block;
@@ -558,6 +618,12 @@ void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64
   c.dquery = Array(dtype, c.query.size);
   c.dkey = Array(dtype, c.key.size);
   c.dvalue = Array(dtype, c.value.size);
+  c.gated = gated;
+  if (gated) {
+    c.gates = random.Normals(Statistics(dtype), heads * c.rows.capacity);
+    c.col_gates = random.Normals(Statistics(dtype), heads * c.cols.capacity);
+    c.dgates = Array(Statistics(dtype), heads * c.cols.capacity);
+  }
 
   RunForward(c, 1);
   std::memcpy(c.lse.data.get(), c.got_lse.data.get(), heads * length * Size(Statistics(dtype)));
@@ -591,6 +657,7 @@ int main(int argc, char** argv) {
     Time("float32 H8 S4096 D128 block 64", DType::kF32, 8, 8, 4096, 128, 64, 15, 0);
     Time("float32 H8/2 S4096 D64 block 64", DType::kF32, 8, 2, 4096, 64, 64, 15, 0);
     Time("float32 H8 S4096 D64 soft cap", DType::kF32, 8, 8, 4096, 64, 64, 15, 30);
+    Time("float32 H8 S4096 D64 gates", DType::kF32, 8, 8, 4096, 64, 64, 15, 0, true);
     Time("float32 H8 S4096 D64 causal", DType::kF32, 8, 8, 4096, 64, 64, 64, 0);
     Time("bfloat16 H8 S4096 D64 block 64", DType::kBF16, 8, 8, 4096, 64, 64, 15, 0);
     Time("float16 H8 S4096 D64 block 64", DType::kF16, 8, 8, 4096, 64, 64, 15, 0);

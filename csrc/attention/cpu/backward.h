@@ -4,9 +4,10 @@
 // workspace, the same bits for any number of threads.
 //
 // The two are mirror images: dQ keeps the queries along the lanes, as the forward does, dK and dV the keys. With
-//   P = 2^(S - lse),  dS = P * (dP - delta),  dP = dO V^T,
+//   P = 2^(S - lse),  dS = P * (g * dP - delta),  dP = dO V^T,  g the block's gate or 1,
 // each needs S and dP with its own side along the lanes (products of rows), then sums dS or P times the other side's
-// rows (products of columns).
+// rows (products of columns). dK and dV, which have the
+// weights g * P of the values, also sum the gates' own gradients P * dP.
 #pragma once
 
 #include "forward.h"
@@ -29,6 +30,7 @@ struct BackwardScratch {
   C* factor;       // [w] of the results
   Lane<C>* tile;   // [block_kv / 32, w]
   uint8_t* bad;    // [o]
+  C* d_gate;       // [w] sums of P * dP along the other side, key-major only
   size_t bytes;
 
   BackwardScratch(const Shape& s, void* memory) {
@@ -49,6 +51,7 @@ struct BackwardScratch {
     factor = carver.Take<C>(block);
     tile = carver.Take<Lane<C>>(s.block_kv / 32 * s.block_q);
     bad = carver.Take<uint8_t>(block);
+    d_gate = carver.Take<C>(block);
     bytes = carver.Bytes();
   }
 };
@@ -94,14 +97,15 @@ JAX_BSK_INLINE void PairGradient(Vec<C>& score, Vec<C>& gradient, Vec<C> lse, Ve
 
 // dS in place of dP, with the queries along the lanes. P is not needed any more. Pairs masked out get 0, and those of a
 // bad key NaN where they attend.
-template <class C, bool kPartial, bool kSoftCap>
-void QueryGradient(const BackwardScratch<C>& x, int64_t ld, int64_t keys, int64_t vectors, C cap) {
+template <class C, bool kPartial, bool kSoftCap, bool kGated>
+void QueryGradient(const BackwardScratch<C>& x, int64_t ld, int64_t keys, int64_t vectors, C cap, C gate) {
   for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
     const Vec<C> lse = Load<C>(x.lse + v);
     const Vec<C> delta = Load<C>(x.delta + v);
     for (int64_t k = 0; k < keys; ++k) {
       Vec<C> score = Load<C>(x.scores + k * ld + v);
       Vec<C> gradient = Load<C>(x.gradient + k * ld + v);
+      if constexpr (kGated) gradient *= gate;
       PairGradient<C, kSoftCap>(score, gradient, lse, delta, cap);
       if constexpr (kPartial) {
         if (x.bad[k]) gradient = Broadcast<C>(kNaN<C>);
@@ -112,27 +116,57 @@ void QueryGradient(const BackwardScratch<C>& x, int64_t ld, int64_t keys, int64_
   }
 }
 
-// P in place of S and dS in place of dP, with the keys along the lanes.
-template <class C, bool kPartial, bool kSoftCap>
-void KeyGradient(const BackwardScratch<C>& x, int64_t ld, int64_t queries, int64_t vectors, C cap,
-                 const uint32_t* tile) {
+// The values' weights (P, times the gate) in place of S and dS in place of dP, with the keys along the lanes. With a
+// gate also each key's sum of P * dP.
+template <class C, bool kPartial, bool kSoftCap, bool kGated>
+void KeyGradient(const BackwardScratch<C>& x, int64_t ld, int64_t queries, int64_t vectors, C cap, const uint32_t* tile,
+                 C gate) {
+  if constexpr (kGated) Fill<C>(x.d_gate, vectors * kLanes<C>, C(0));
   for (int64_t q = 0; q < queries; ++q) {
     const Vec<C> lse = Broadcast<C>(x.lse[q]);
     const Vec<C> delta = Broadcast<C>(x.delta[q]);
     for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
       Vec<C> score = Load<C>(x.scores + q * ld + v);
       Vec<C> gradient = Load<C>(x.gradient + q * ld + v);
+      Vec<C> d_gate = gradient;
+      if constexpr (kGated) gradient *= gate;
       PairGradient<C, kSoftCap>(score, gradient, lse, delta, cap);
+      if constexpr (kGated) {
+        d_gate *= score;
+        score *= gate;
+      }
       if constexpr (kPartial) {
-        if (x.bad[q]) score = gradient = Broadcast<C>(kNaN<C>);
+        if (x.bad[q]) score = gradient = d_gate = Broadcast<C>(kNaN<C>);
         const IntVec<C> attend = KeysAttend<C>(tile + q * (ld / 32), v);
         score = Select<C>(attend, score, Vec<C>{});
         gradient = Select<C>(attend, gradient, Vec<C>{});
+        if constexpr (kGated) d_gate = Select<C>(attend, d_gate, Vec<C>{});
       }
+      if constexpr (kGated) Store<C>(x.d_gate + v, Load<C>(x.d_gate + v) + d_gate);
       Store<C>(x.scores + q * ld + v, score);
       Store<C>(x.gradient + q * ld + v, gradient);
     }
   }
+}
+
+template <class C>
+auto ChooseQueryGradient(bool partial, bool soft_cap, bool gated) {
+  constexpr decltype(&QueryGradient<C, false, false, false>) kAll[2][2][2] = {
+      {{QueryGradient<C, false, false, false>, QueryGradient<C, false, false, true>},
+       {QueryGradient<C, false, true, false>, QueryGradient<C, false, true, true>}},
+      {{QueryGradient<C, true, false, false>, QueryGradient<C, true, false, true>},
+       {QueryGradient<C, true, true, false>, QueryGradient<C, true, true, true>}}};
+  return kAll[partial][soft_cap][gated];
+}
+
+template <class C>
+auto ChooseKeyGradient(bool partial, bool soft_cap, bool gated) {
+  constexpr decltype(&KeyGradient<C, false, false, false>) kAll[2][2][2] = {
+      {{KeyGradient<C, false, false, false>, KeyGradient<C, false, false, true>},
+       {KeyGradient<C, false, true, false>, KeyGradient<C, false, true, true>}},
+      {{KeyGradient<C, true, false, false>, KeyGradient<C, true, false, true>},
+       {KeyGradient<C, true, true, false>, KeyGradient<C, true, true, true>}}};
+  return kAll[partial][soft_cap][gated];
 }
 
 template <class C, class E>
@@ -178,6 +212,7 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
                     x.lse, x.delta);
   Fill<C>(x.d_head, head_ld * ld, C(0));
   Fill<C>(x.factor, ld, units.natural);
+  const C* const gates = RowGates<const C>(p.row_gates, p.rows, s, b, h, row);
 
   for (int64_t entry = 0; entry < row.count; ++entry) {
     const int64_t first_key = row.ids[entry] * s.block_kv;
@@ -209,10 +244,9 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
     Multiply<C, Operand::kRows, Into::kStore>(x.other_value, value_ld, x.own_value, ld, n_keys, vectors, s.value_dim,
                                               x.gradient, ld, next_values);
 
-    // --- dS^T = P^T * (dP^T - delta)
-    const auto gradient = partial ? (p.soft_cap != 0 ? QueryGradient<C, true, true> : QueryGradient<C, true, false>)
-                                  : (p.soft_cap != 0 ? QueryGradient<C, false, true> : QueryGradient<C, false, false>);
-    gradient(x, ld, n_keys, vectors, units.cap);
+    // --- dS^T = P^T * (g * dP^T - delta)
+    const auto gradient = ChooseQueryGradient<C>(partial, p.soft_cap != 0, gates != nullptr);
+    gradient(x, ld, n_keys, vectors, units.cap, gates != nullptr ? gates[entry] : C(1));
 
     // --- dQ^T += K^T dS^T
     Multiply<C, Operand::kColumns, Into::kAdd>(x.other_head, head_ld, x.gradient, ld, s.head_dim, vectors, n_keys,
@@ -253,7 +287,8 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   // --- Rows beyond the example's length.
   FillRows<C>(dkey + keys * key_stride, key_stride, rows - keys, s.head_dim, C(0));
   FillRows<C>(dvalue + keys * value_stride, value_stride, rows - keys, s.value_dim, C(0));
-  if (keys == 0) return;
+  const bool gated = p.dgates != nullptr;  // whose entries are written here, if only with 0
+  if (keys == 0 && !gated) return;
 
   // --- Start: K^T with the scale in it, V^T.
   PackTransposed<C>(static_cast<const E*>(p.key) + row_index * s.head_dim, key_stride, keys, s.head_dim, units.packed,
@@ -263,13 +298,16 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   Fill<C>(x.d_head, head_ld * ld, C(0));
   Fill<C>(x.d_value, value_ld * ld, C(0));
 
+  bool poisoned = false;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const BlockRow row = ReadRow(p.cols, p.tiles.count, b, h, j);
     if (row.poisoned) {
-      FillRows<C>(dkey, key_stride, keys, s.head_dim, kNaN<C>);
-      FillRows<C>(dvalue, value_stride, keys, s.value_dim, kNaN<C>);
-      return;
+      poisoned = true;
+      if (gated) continue;  // the other heads' gates have gradients of their own
+      break;
     }
+    const C* const gates = RowGates<const C>(p.col_gates, p.cols, s, b, h, row);
+    C* const dgates = RowGates<C>(p.dgates, p.cols, s, b, h, row);
     const int64_t statistics = (b * s.heads + h) * s.q_len;
     const E* const query = static_cast<const E*>(p.query) + (b * s.q_len * s.heads + h) * s.head_dim;
     const E* const dout = static_cast<const E*>(p.dout) + (b * s.q_len * s.heads + h) * s.value_dim;
@@ -277,7 +315,8 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
     for (int64_t entry = 0; entry < row.count; ++entry) {
       const int64_t first_query = row.ids[entry] * s.block_q;
       const int64_t queries = Minimum(s.block_q, q_length - first_query);
-      if (queries <= 0) continue;
+      if (gated) dgates[entry] = 0;
+      if (queries <= 0 || keys == 0) continue;
       const bool partial = row.tiles[entry] >= 0;
 
       // --- Load: rows of Q and dO in the compute type, and their statistics.
@@ -308,17 +347,27 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       Multiply<C, Operand::kRows, Into::kStore>(x.other_value, value_ld, x.own_value, ld, queries, vectors, s.value_dim,
                                                 x.gradient, ld, next_douts);
 
-      // --- P = 2^(S - lse), dS = P * (dP - delta)
-      const auto gradient = partial ? (p.soft_cap != 0 ? KeyGradient<C, true, true> : KeyGradient<C, true, false>)
-                                    : (p.soft_cap != 0 ? KeyGradient<C, false, true> : KeyGradient<C, false, false>);
-      gradient(x, ld, queries, vectors, units.cap, tile);
+      // --- P = 2^(S - lse), dS = P * (g * dP - delta); of the lanes beyond the keys nothing joins the gate's gradient
+      const auto gradient = ChooseKeyGradient<C>(partial, p.soft_cap != 0, gated);
+      gradient(x, ld, queries, vectors, units.cap, tile, gated ? gates[entry] : C(1));
+      if (gated) {
+        double sum = 0;
+        for (int64_t k = 0; k < keys; ++k) sum += x.d_gate[k];
+        dgates[entry] = static_cast<C>(sum);
+      }
 
-      // --- dV^T += dO^T P and dK^T += Q^T dS
+      // --- dV^T += dO^T (g * P) and dK^T += Q^T dS
       Multiply<C, Operand::kColumns, Into::kAdd>(x.other_value, value_ld, x.scores, ld, s.value_dim, vectors, queries,
                                                  x.d_value, ld);
       Multiply<C, Operand::kColumns, Into::kAdd>(x.other_head, head_ld, x.gradient, ld, s.head_dim, vectors, queries,
                                                  x.d_head, ld);
     }
+  }
+
+  if (poisoned) {
+    FillRows<C>(dkey, key_stride, keys, s.head_dim, kNaN<C>);
+    FillRows<C>(dvalue, value_stride, keys, s.value_dim, kNaN<C>);
+    return;
   }
 
   // --- Finish: dK = scale * dK^T, dV = dV^T

@@ -24,6 +24,7 @@ JAX_BSK_INLINE int64_t KeyLength(const Lengths& lengths, const Shape& shape, int
 
 struct BlockRow {
   bool poisoned;  // the row of results is NaN; nothing else here may be used
+  int64_t begin;  // of the row's entries in the list
   int64_t count;
   const int32_t* ids;    // [count], each in [0, ids_end)
   const int32_t* tiles;  // [count], each in [-1, tile_count)
@@ -33,14 +34,21 @@ struct BlockRow {
 inline BlockRow ReadRow(const BlockList& list, int64_t tile_count, int64_t b, int64_t h, int64_t row) {
   const int64_t leading = LeadingIndex(list.batch, list.heads, b, h);
   const ListRange range = ReadRange(list.offsets + leading * (list.rows + 1) + row, list.capacity);
-  if (!range.sound) return {true, 0, nullptr, nullptr};
-  BlockRow result = {false, range.count, list.ids + leading * list.capacity + range.begin,
+  if (!range.sound) return {true, 0, 0, nullptr, nullptr};
+  BlockRow result = {false, range.begin, range.count, list.ids + leading * list.capacity + range.begin,
                      list.tiles + leading * list.capacity + range.begin};
   for (int64_t i = 0; i < result.count; ++i) {
     result.poisoned |= result.ids[i] < 0 || result.ids[i] >= list.ids_end;
     result.poisoned |= result.tiles[i] < -1 || result.tiles[i] >= tile_count;
   }
   return result;
+}
+
+// What belongs to the entries of a row, [count], in an array [B, N, capacity] of the compute type; null stays null.
+template <class C, class Pointer>
+JAX_BSK_INLINE C* RowGates(Pointer* gates, const BlockList& list, const Shape& shape, int64_t b, int64_t h,
+                           const BlockRow& row) {
+  return gates == nullptr ? nullptr : static_cast<C*>(gates) + (b * shape.heads + h) * list.capacity + row.begin;
 }
 
 // Words [block_q, block_kv / 32] of a bit tile.

@@ -78,6 +78,19 @@ void SoftmaxBlock(const ForwardScratch<C>& x, int64_t ld, int64_t keys, int64_t 
   }
 }
 
+// Multiplies probabilities by their block's gate. Pairs that do not attend keep their 0, also where it is not finite.
+template <class C>
+void GateBlock(const ForwardScratch<C>& x, int64_t ld, int64_t keys, int64_t vectors, C gate, bool partial) {
+  const bool finite = gate - gate == 0;
+  for (int64_t k = 0; k < keys; ++k) {
+    for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
+      Vec<C> probability = Load<C>(x.scores + k * ld + v) * gate;
+      if (partial && !finite) probability = Select<C>(QueriesAttend<C>(x.tile + v, ld, k), probability, Vec<C>{});
+      Store<C>(x.scores + k * ld + v, probability);
+    }
+  }
+}
+
 // Sets bad[row] for every packed row that holds an infinity or a NaN and, being the operand of a product in which some
 // weights are 0 because the pair is masked out, replaces that row by zeros: 0 * NaN would reach rows that do not attend
 // to it. The caller puts NaN into the weights of those that do. Returns whether there was any.
@@ -153,6 +166,7 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   Fill<C>(x.out, RoundUpToLanes<C>(s.value_dim) * ld, C(0));
   Fill<C>(x.maximum, ld, -kInfinity<C>);
   Fill<C>(x.sum, ld, C(0));
+  const C* const gates = RowGates<const C>(p.gates, p.rows, s, b, h, row);
 
   for (int64_t entry = 0; entry < row.count; ++entry) {
     const int64_t first_key = row.ids[entry] * s.block_kv;
@@ -186,10 +200,11 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     Multiply<C, Operand::kRows, Into::kStore>(x.key, key_ld, x.query, ld, n_keys, vectors, s.head_dim, x.scores, ld,
                                               next_keys);
 
-    // --- P^T = 2^(S^T - maximum)
+    // --- P^T = 2^(S^T - maximum), whose sum knows nothing of the gates
     const auto softmax = partial ? (p.soft_cap != 0 ? SoftmaxBlock<C, true, true> : SoftmaxBlock<C, true, false>)
                                  : (p.soft_cap != 0 ? SoftmaxBlock<C, false, true> : SoftmaxBlock<C, false, false>);
     softmax(x, ld, n_keys, vectors, cap);
+    if (gates != nullptr) GateBlock<C>(x, ld, n_keys, vectors, gates[entry], partial);
     if (spoiled) SpoilKeys<C>(x.scores, ld, vectors, x.tile, x.bad, n_keys);
 
     // --- O^T = O^T * rescale + V^T P^T

@@ -97,7 +97,8 @@ def forward_call(implementation: str) -> DirectCall:
     results = {"out": shape("float32", B, T, N, H), "lse": shape("float32", B, N, T)}
     if implementation == "cuda":
         results["workspace"] = shape("int32", _ffi._forward_workspace((B, T, N, H)))
-    operands = {**_inputs(), **_rows(), **_rest(), "sinks": jnp.full((1, 1), -jnp.inf, jnp.float32)}
+    sinks = jnp.full((1, 1), -jnp.inf, jnp.float32)
+    operands = {**_inputs(), **_rows(), **_rest(), "sinks": sinks, "gates": shape("float32", *_ffi.NO_GATES)}
     return DirectCall(_ffi.ATTENTION_FORWARD, operands, results, _attributes())
 
 
@@ -105,13 +106,16 @@ def backward_call(implementation: str) -> DirectCall:
     """The backward of ones, for a cotangent of ones."""
     sizes = {"dquery": (B, T, N, H), "dkey": (B, S, N, H), "dvalue": (B, S, N, H)}
     results = {name: shape("float32", *size) for name, size in sizes.items()}
+    gates = shape("float32", *_ffi.NO_GATES)
+    results["dgates"] = gates
     if implementation == "cuda":
         lists = (1, 1, CAPACITY)
-        size = _ffi._backward_workspace(sizes["dquery"], sizes["dkey"], lists, block_size=BLOCK * BLOCK)
+        size = _ffi._backward_workspace(sizes["dquery"], sizes["dkey"], lists, (BLOCK, BLOCK))
         results["workspace"] = shape("uint8", size)
     # lse is of BLOCK logits of H * SCALE, delta the sum of H products of ones.
     statistics = {"lse": _ones(B, N, T) * (H * SCALE + math.log(BLOCK)), "delta": _ones(B, N, T) * H}
     operands = {"dout": _ones(B, T, N, H), **_inputs(), **statistics, **_rows(), **_columns(), **_rest()}
+    operands |= {"row_gates": gates, "col_gates": gates}
     return DirectCall(_ffi.ATTENTION_BACKWARD, operands, results, _attributes())
 
 

@@ -65,9 +65,7 @@ def no_memory_for_workspace(implementation: Any) -> None:
     """Inputs and results that fit, and a backward workspace (dS of three heads' visited blocks) that does not."""
     x = jnp.ones((1, 1 << 16, 3, 64), jnp.bfloat16)
     mask = FullMask().bind(x.shape[1])
-    workspace = _ffi._backward_workspace(
-        x.shape, x.shape, mask.kv_blocks.shape, block_size=mask.block_q * mask.block_kv
-    )
+    workspace = _ffi._backward_workspace(x.shape, x.shape, mask.kv_blocks.shape, mask.block_size)
     others, limit = 16 * x.nbytes, _limit()
     assert others < limit < workspace, f"a workspace of {workspace:,} bytes, the rest {others:,}, the limit {limit:,}"
 

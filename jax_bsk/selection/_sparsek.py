@@ -1,0 +1,224 @@
+"""SparseK attention's selection (arXiv 2406.16747): a window, and the best of the key blocks before it, with gates."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_bsk._sparsek_causal import sparsek_causal
+from jax_bsk.masks import BlockMask, CausalMask, Mask, _explicit, as_block_mask
+from jax_bsk.masks.algebra import MAX_LENGTH, OWN, Grid
+from jax_bsk.masks.block_mask import _grid
+from jax_bsk.selection._inputs import block_means
+from jax_bsk.selection._outline import positive
+from jax_bsk.selection._prefixes import CHUNK, take, top_of_prefixes
+
+Gate = Literal["straight-through", "soft"]
+
+
+def sparsek(
+    scores: ArrayLike,
+    *,
+    top_k: int = 8,
+    window: int = 512,
+    gate: Gate = "straight-through",
+    candidates: int | None = None,
+    q_len: int | None = None,
+    block_size: int | tuple[int, int] = 128,
+) -> tuple[BlockMask, jax.Array]:
+    r"""A sliding window and the key blocks of highest score before it: SparseK's choice (Lou et al., arXiv 2406.16747).
+
+    The score z of a key block is the mean of its keys' scores. A query block may choose among the key blocks that lie
+    wholly before its window. SparseK over these, which are a prefix of all, gives each block
+
+    .. math:: p = \mathrm{clip}(z - \tau, 0, 1), \quad \sum p = k
+
+    and the hard choice takes the k blocks of highest z, which are those of highest p, of equal ones the lower. Blocks
+    of the window have a gate of 1. Those chosen have 1 as well, with the derivative of p ("straight-through"), or p
+    itself ("soft"): so the attention's gradient reaches the scores of the chosen and, through tau, of all blocks with
+    0 < p < 1. A row with k blocks to choose from, or fewer, takes all of them, with p = 1 and no derivative.
+
+    The window is counted in whole key blocks: that of query block i begins with the block of the key
+    i block_q - window + 1. So each query sees itself and at least the window - 1 keys before it, and every key is in
+    the window or in a block that may be chosen.
+
+    Costs, with n key blocks: lists and the hard choice are linear in n. For exact thresholds the whole of each prefix
+    is searched, n^2 numbers a head (10^6 for 131,072 tokens in blocks of 128) some 60 times over, a part at a time in
+    memory. With `candidates` thresholds are linear, too.
+
+    Args:
+      scores: [B, S, G] or [S, G], floating, one a key and head; G heads have lists of their own. Finite, or -inf: a
+        block with a score of -inf is never chosen. NaN and +inf make NaN of the rows that choose among them.
+      top_k: blocks chosen in each row, k above, at least 1.
+      window: tokens, at least 1.
+      gate: "straight-through" or "soft".
+      candidates: how many of the best blocks are remembered for the threshold, at least top_k; None for all. Where more
+        than these have a part in it (0 < p), thresholds are too low: soft gates sum to more than top_k.
+      q_len: queries, query t at position t; S by default.
+      block_size: of the lists, as in `BlockMask.from_mask`.
+
+    Returns:
+      A causal `BlockMask` [B, G], without gradient, whose lists cannot overflow: room for the window and top_k blocks a
+      row; and the gates of its entries, [B, G, capacity] float32 (float64 for float64 scores), 1 past the lists' ends.
+      Where no query is further than the window, both are [1, 1, ...], known beforehand and without gradient.
+
+    Raises:
+      TypeError, ValueError: an argument does not fit.
+    """
+    array = jnp.asarray(scores)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"scores is a floating-point array, got {array.dtype}; cast it, e.g. scores.astype('float32')")
+    if array.ndim not in (2, 3):
+        raise ValueError(f"scores are [batch, keys, heads] or [keys, heads], got {array.shape}")
+    array = array[None] if array.ndim == 2 else array
+    if gate not in ("straight-through", "soft"):
+        raise ValueError(f"gate is 'straight-through' or 'soft', got {gate!r}")
+    top_k, window = positive(top_k, "top_k"), positive(window, "window")
+    if candidates is not None and positive(candidates, "candidates") < top_k:
+        raise ValueError(f"candidates is at least top_k={top_k}, or None for all blocks; got {candidates}")
+
+    grid = _grid(array.shape[1] if q_len is None else q_len, array.shape[1], block_size)
+    sizes = _Sizes(grid.q_len, grid.kv_len, (grid.block_q, grid.block_kv), window)
+    known = _known(sizes)
+    blocks = int(known.prefixes.max(initial=0))
+    means = block_means(array[..., None], known.window.block_kv)[..., 0]
+    if not blocks:
+        return known.window, jnp.ones((1, 1, known.window.kv_blocks.shape[-1]), means.dtype)
+
+    def choose(means: jax.Array) -> tuple[_Lists, jax.Array]:
+        return _choose_heads(means, sizes, top_k, gate, candidates)
+
+    lists, gates = _explicit.call(choose, [jnp.swapaxes(means[:, :blocks], 1, 2)], ["bh"])
+    return dataclasses.replace(known.window, **lists._asdict()), gates
+
+
+class WindowBlocksMask(Mask):
+    """Attends to whole key blocks: those from the first key of the window of the first query of each query block on.
+
+    Bound with the same block size, no block is partly attended.
+    """
+
+    window: int
+    block_size: tuple[int, int]
+
+    def __init__(self, window: int, block_size: tuple[int, int]) -> None:
+        self._set(window=window, block_size=block_size)
+
+    def first_block(self, q: Any) -> Any:
+        """The first key block of query q; may be negative."""
+        block_q, block_kv = self.block_size
+        return (q // block_q * block_q - (min(self.window, MAX_LENGTH) - 1)) // block_kv
+
+    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+        q_low, q_high = grid.q_bounds(i)
+        k_low, k_high = (k // self.block_size[1] for k in grid.kv_bounds(j))
+        return grid.code(k_high < self.first_block(q_low), k_low >= self.first_block(q_high), OWN)
+
+    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+        return k // self.block_size[1] >= self.first_block(q)
+
+
+class _Sizes(NamedTuple):
+    """What decides shapes and windows."""
+
+    q_len: int
+    kv_len: int
+    block_size: tuple[int, int]
+    window: int
+
+
+class _Known(NamedTuple):
+    """What is known before the scores are, on the host, by query block (and entry of the window's lists).
+
+    Attributes:
+      window: lists and bit tiles of the window.
+      prefixes: int32 [nq], key blocks that lie wholly before the row's window.
+      partial: int32 [nq], entries of the window's row that have a bit tile, its first.
+    """
+
+    window: BlockMask
+    prefixes: np.ndarray
+    partial: np.ndarray
+
+
+class _Lists(NamedTuple):
+    """The arrays of a `BlockMask` that depend on the scores."""
+
+    row_offsets: jax.Array
+    kv_blocks: jax.Array
+    tiles: jax.Array
+
+
+def _known(sizes: _Sizes) -> _Known:
+    q_len, kv_len, block_size, window = sizes
+    blocks = WindowBlocksMask(window, block_size)
+    bound = as_block_mask(CausalMask() & blocks, q_len, kv_len, batch=1, heads=1, block_size=block_size)
+    first = blocks.first_block(np.arange(bound.nq, dtype=np.int64) * bound.block_q)
+    offsets, tiles = bound.row_offsets[0, 0], bound.tiles[0, 0]
+    before = np.concatenate([[0], np.cumsum(tiles >= 0)])[offsets]
+    return _Known(bound, np.clip(first, 0, bound.nk).astype(np.int32), np.diff(before).astype(np.int32))
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2, 3, 4))  # one program where it is called outside of jit, too
+def _choose_heads(
+    z: jax.Array, sizes: _Sizes, top_k: int, gate: Gate, candidates: int | None
+) -> tuple[_Lists, jax.Array]:
+    """Lists and gates [B, G, ...] for scores [B, G, n]."""
+    known = _known(sizes)
+    return jax.vmap(jax.vmap(lambda z: _choose(z, known, top_k, gate, candidates)))(z)
+
+
+def _choose(z: jax.Array, known: _Known, top_k: int, gate: Gate, candidates: int | None) -> tuple[_Lists, jax.Array]:
+    """Lists and gates of one head.
+
+    Args:
+      z: [n], scores of the key blocks that any row may choose.
+    """
+    n = z.shape[0]
+    z = jnp.where(z == jnp.inf, jnp.nan, z)  # differences of infinities are no thresholds
+    width = min(top_k, n)
+    empty, last = known.prefixes == 0, np.maximum(known.prefixes - 1, 0)
+    chosen = jnp.where(empty[:, None], n, top_of_prefixes(z, width)[last])  # [nq, width], n where there is none
+    valid = chosen < n
+
+    # ---- gates ----
+    # In a single chunk nothing was before it, so no room is needed for what is remembered.
+    capacity = top_k if n <= CHUNK else candidates
+    tau = take(sparsek_causal(z, top_k, capacity=capacity, chunk=CHUNK).tau, jnp.asarray(last))
+    own = take(z, jnp.where(valid, chosen, 0).ravel()).reshape(chosen.shape)
+    own, tau = jnp.where(valid, own, 0), jnp.where(valid, tau[:, None], 0)
+    # A derivative strictly inside only, as `sparsek` has it, and inside as tau's derivative sees it: where no score is,
+    # tau is a score less 1 without derivative, and the rounding of own - tau must not make that score one inside.
+    gates = jnp.where(own - 1 >= tau, 1, jnp.where(own <= tau, 0, own - tau))  # a NaN stays
+    if gate == "straight-through":
+        gates = 1 + (gates - jax.lax.stop_gradient(gates))
+
+    # ---- rows: partial blocks of the window, then the full ones: those chosen, all before it, and its own ----
+    window = _Lists(*(x[0, 0] for x in (known.window.row_offsets, known.window.kv_blocks, known.window.tiles)))
+    counts = valid.sum(-1, dtype=jnp.int32)
+    row_offsets = jnp.concatenate(
+        [jnp.zeros(1, jnp.int32), jnp.cumsum(np.diff(window.row_offsets) + counts, dtype=jnp.int32)]
+    )
+    entry = np.arange(window.row_offsets[-1] + np.minimum(known.prefixes, width).sum(), dtype=np.int32)
+    row = jnp.searchsorted(row_offsets[1:], entry, side="right").astype(jnp.int32)
+    listed = row < counts.size
+    row = jnp.minimum(row, counts.size - 1)
+    place = entry - row_offsets[row]
+    rank = place - jnp.asarray(known.partial)[row]  # among those chosen
+    of_choice = (rank >= 0) & (rank < counts[row]) & listed
+    slot = row * width + jnp.clip(rank, 0, width - 1)
+    own = jnp.asarray(window.row_offsets)[row] + place - jnp.where(rank >= counts[row], counts[row], 0)
+    own = jnp.clip(own, 0, window.kv_blocks.size - 1)
+
+    def merge(choice: Any, window: Any, rest: int) -> jax.Array:
+        return jnp.where(listed, jnp.where(of_choice, choice, window), rest)
+
+    kv_blocks = merge(chosen.ravel()[slot], jnp.asarray(window.kv_blocks)[own], -1)
+    tiles = merge(-1, jnp.asarray(window.tiles)[own], -1)
+    return _Lists(row_offsets, kv_blocks, tiles), merge(gates.ravel()[slot], 1, 1)
