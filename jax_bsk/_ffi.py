@@ -24,9 +24,10 @@ from jax_bsk._version import __version__
 
 ATTENTION_FORWARD = "jax_bsk_attention_forward"
 ATTENTION_BACKWARD = "jax_bsk_attention_backward"
+LISTS_TRANSPOSE = "jax_bsk_lists_transpose"
 MATMUL_PRODUCT = "jax_bsk_matmul_product"
 MATMUL_SAMPLED = "jax_bsk_matmul_sampled"
-TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, MATMUL_PRODUCT, MATMUL_SAMPLED)
+TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, LISTS_TRANSPOSE, MATMUL_PRODUCT, MATMUL_SAMPLED)
 
 _PLATFORM_NAMES = {"cpu": "cpu", "cuda": "CUDA"}  # as jax.ffi.register_ffi_target spells them
 
@@ -212,6 +213,20 @@ def _backward_workspace(
     enough = -(-1056 // max(-(-kv_len // 128), 1))
     wanted = min(kv_rows, 3 * enough, max(3, max(8 * query_rows * q_len * head_dim, 1 << 30) // max(head_bytes, 1)))
     return 4 * words + 1024 + wanted * max(head_bytes, 1)
+
+
+def takes_transpose(platform: str, rows: int, columns: int) -> bool:
+    """Whether the platform's library transposes lists of this size: on CUDA a table's counters are in shared memory."""
+    native = library(platform)
+    return native.usable and rows + 4 * columns + 3 <= native.info.get("lists_max_words", math.inf)
+
+
+def lists_transpose(ctx, operands: Sequence[Any], columns: int):
+    """Lowers to the transpose of block lists.
+
+    Operands: row_offsets, kv_blocks, tiles. Results: col_offsets, q_blocks, col_tiles, entries, places.
+    """
+    return jax.ffi.ffi_lowering(LISTS_TRANSPOSE)(ctx, *operands, columns=np.int64(columns), version=__version__)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,49 +8,52 @@
 namespace jax_bsk::lists::cpu {
 namespace {
 
-// Calls visit(entry, row, key) for the entries of a table that count, in order. Keys are 2 column, + 1 without a tile.
+// Calls visit(entry, row, key) for all entries of a table in order. Keys are 2 column, + 1 without a tile, and the last
+// for entries of no row or column.
 template <class Visit>
 void ForEntries(const TransposeParams& p, int64_t table, const Visit& visit) {
   const int32_t* const offsets = p.offsets + table * (p.rows + 1);
   const int32_t* const ids = p.ids + table * p.capacity;
   const int32_t* const tiles = p.tiles + table * p.capacity;
   const auto clip = [&](int64_t x) { return std::clamp<int64_t>(x, 0, p.capacity); };
-  int64_t largest = offsets[0];
+  int64_t largest = offsets[0], entry = 0;
+  for (; entry < clip(largest); ++entry) visit(entry, -1, 2 * p.columns);
   for (int64_t row = 0; row < p.rows; ++row) {
-    const int64_t begin = clip(largest);
     largest = std::max<int64_t>(largest, offsets[row + 1]);
-    for (int64_t entry = begin; entry < clip(largest); ++entry) {
-      if (ids[entry] >= 0 && ids[entry] < p.columns) visit(entry, row, 2 * int64_t{ids[entry]} + (tiles[entry] == -1));
+    for (; entry < clip(largest); ++entry) {
+      const bool inside = ids[entry] >= 0 && ids[entry] < p.columns;
+      visit(entry, row, inside ? 2 * int64_t{ids[entry]} + (tiles[entry] == -1) : 2 * p.columns);
     }
   }
+  for (; entry < p.capacity; ++entry) visit(entry, -1, 2 * p.columns);
 }
 
 void TransposeTable(const TransposeParams& p, int64_t table, int32_t* places) {
   int32_t* const col_offsets = p.col_offsets + table * (p.columns + 1);
   int32_t* const row_ids = p.row_ids + table * p.capacity;
   int32_t* const col_tiles = p.col_tiles + table * p.capacity;
-  int32_t* const order = p.order + table * p.capacity;
+  int32_t* const entries = p.entries + table * p.capacity;
 
   // --- Where each key begins.
-  std::fill_n(places, 2 * p.columns, 0);
+  std::fill_n(places, 2 * p.columns + 1, 0);
   ForEntries(p, table, [&](int64_t, int64_t, int64_t key) { ++places[key]; });
   int32_t total = 0;
-  for (int64_t key = 0; key < 2 * p.columns; ++key) {
+  for (int64_t key = 0; key <= 2 * p.columns; ++key) {
     if (key % 2 == 0) col_offsets[key / 2] = total;
     const int32_t count = places[key];
     places[key] = total;
     total += count;
   }
-  col_offsets[p.columns] = total;
 
   // --- The entries to their places.
   ForEntries(p, table, [&](int64_t entry, int64_t row, int64_t key) {
     const int32_t place = places[key]++;
-    row_ids[place] = static_cast<int32_t>(row);
-    col_tiles[place] = p.tiles[table * p.capacity + entry];
-    order[place] = static_cast<int32_t>(entry);
+    const bool listed = key < 2 * p.columns;
+    row_ids[place] = listed ? static_cast<int32_t>(row) : -1;
+    col_tiles[place] = listed ? p.tiles[table * p.capacity + entry] : -1;
+    entries[place] = static_cast<int32_t>(entry);
+    p.places[table * p.capacity + entry] = place;
   });
-  for (int32_t* const array : {row_ids, col_tiles, order}) std::fill(array + total, array + p.capacity, -1);
 }
 
 }  // namespace

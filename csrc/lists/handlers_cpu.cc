@@ -8,11 +8,11 @@ namespace jax_bsk::lists {
 namespace {
 
 ffi::Future TransposeHandler(ffi::ThreadPool pool, Operand offsets, Operand ids, Operand tiles, Output col_offsets,
-                             Output row_ids, Output col_tiles, Output order, int64_t columns,
+                             Output row_ids, Output col_tiles, Output entries, Output places, int64_t columns,
                              std::string_view version) {
   TransposeParams params{};
   ffi::Error error =
-      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, order, columns, version, &params);
+      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, entries, places, columns, version, &params);
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, params.tables, &cpu::RunTransposeTasks);
 }

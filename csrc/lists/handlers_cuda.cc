@@ -11,11 +11,11 @@ namespace jax_bsk::lists {
 namespace {
 
 ffi::Error TransposeHandler(cudaStream_t stream, int32_t device, Operand offsets, Operand ids, Operand tiles,
-                            Output col_offsets, Output row_ids, Output col_tiles, Output order, int64_t columns,
-                            std::string_view version) {
+                            Output col_offsets, Output row_ids, Output col_tiles, Output entries, Output places,
+                            int64_t columns, std::string_view version) {
   TransposeParams params{};
   JAX_BSK_RETURN_IF_ERROR(
-      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, order, columns, version, &params));
+      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, entries, places, columns, version, &params));
   if (std::string reason = cuda::TransposeRefusal(params); !reason.empty()) return Refusal(reason);
   return LaunchResult("the transpose of block lists", cuda::LaunchTranspose(params, device, stream));
 }

@@ -13,7 +13,7 @@ namespace jax_bsk::lists::cuda {
 // For build_info(): a table's offsets and counters are kept in shared memory, of which every device since sm_80 gives a
 // CTA this much.
 struct Limits {
-  static constexpr int64_t kMaxWords = 24000;  // rows + 1 + 4 columns
+  static constexpr int64_t kMaxWords = 24000;  // rows + 4 columns + 3
 };
 
 // Why the kernels cannot take this problem, in one sentence; empty when they can.

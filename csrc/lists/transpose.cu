@@ -8,16 +8,16 @@
 namespace jax_bsk::lists::cuda {
 namespace {
 
-constexpr int kMaxWarps = 32;
+constexpr int kMaxWarps = 16;  // 32 would have too few registers
 
 struct Table {
-  int rows, keys, capacity;  // keys: 2 column, + 1 without a tile
+  int rows, keys, capacity;  // keys: 2 column, + 1 without a tile; the last for entries of no row or column
   const int32_t *offsets, *ids, *tiles;
-  int32_t *col_offsets, *row_ids, *col_tiles, *order;
+  int32_t *col_offsets, *row_ids, *col_tiles, *entries, *places;
 
   __device__ Table(const TransposeParams& p, int64_t table)
       : rows(static_cast<int>(p.rows)),
-        keys(2 * static_cast<int>(p.columns)),
+        keys(2 * static_cast<int>(p.columns) + 1),
         capacity(static_cast<int>(p.capacity)),
         offsets(p.offsets + table * (p.rows + 1)),
         ids(p.ids + table * p.capacity),
@@ -25,13 +25,14 @@ struct Table {
         col_offsets(p.col_offsets + table * (p.columns + 1)),
         row_ids(p.row_ids + table * p.capacity),
         col_tiles(p.col_tiles + table * p.capacity),
-        order(p.order + table * p.capacity) {}
+        entries(p.entries + table * p.capacity),
+        places(p.places + table * p.capacity) {}
 
-  // Of an entry; -1 where it does not count.
-  __device__ int Key(int entry, int& tile) const {
+  // Of an entry, when those of rows are [begin, end).
+  __device__ int Key(int entry, int begin, int end, int& tile) const {
     const int id = __ldg(ids + entry);
     tile = __ldg(tiles + entry);
-    return id >= 0 && id < keys / 2 ? 2 * id + (tile == -1) : -1;
+    return entry >= begin && entry < end && id >= 0 && id < keys / 2 ? 2 * id + (tile == -1) : keys - 1;
   }
 };
 
@@ -51,8 +52,8 @@ __device__ void ReadOffsets(const Table& table, int* offsets) {
   }
 }
 
-// One warp: from the keys' totals to where they begin, and the columns' offsets; returns the sum.
-__device__ int Scan(const Table& table, int* totals) {
+// One warp: from the keys' totals to where they begin, and the columns' offsets.
+__device__ void Scan(const Table& table, int* totals) {
   const int lane = threadIdx.x % 32;
   int sum = 0;
   for (int first = 0; first < table.keys; first += 32) {
@@ -68,8 +69,6 @@ __device__ int Scan(const Table& table, int* totals) {
     }
     sum += __shfl_sync(0xFFFFFFFFu, x, 31);
   }
-  if (lane == 0) table.col_offsets[table.keys / 2] = sum;
-  return sum;
 }
 
 // The row that has an entry: the number of later offsets that are not beyond it.
@@ -93,7 +92,6 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
   const int lane = static_cast<int>(threadIdx.x) % 32;
   int *const offsets = words, *const totals = offsets + table.rows + 1, *const counters = totals + table.keys;
   int* const own = counters + warp * table.keys;
-  __shared__ int sum;
 
   // ---- Offsets; counters of 0.
   if (warp == 0) ReadOffsets(table, offsets);
@@ -104,12 +102,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
 
   // ---- How many entries of each key a warp's part has.
   const int begin = offsets[0], end = offsets[table.rows];
-  const int part = ((end - begin + warps - 1) / warps + 31) / 32 * 32;
-  const int first = begin + warp * part, last = min(end, first + part);
+  const int part = ((table.capacity + warps - 1) / warps + 31) / 32 * 32;
+  const int first = warp * part, last = min(table.capacity, first + part);
   for (int entry = first + lane; entry < last; entry += 32) {
     int tile;
-    const int key = table.Key(entry, tile);
-    if (key >= 0) atomicAdd(own + key, 1);
+    atomicAdd(own + table.Key(entry, begin, end, tile), 1);
   }
   __syncthreads();
 
@@ -120,10 +117,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
     totals[key] = total;
   }
   __syncthreads();
-  if (warp == 0) {
-    const int all = Scan(table, totals);
-    if (lane == 0) sum = all;
-  }
+  if (warp == 0) Scan(table, totals);
   __syncthreads();
   for (int key = static_cast<int>(threadIdx.x); key < table.keys; key += static_cast<int>(blockDim.x)) {
     int place = totals[key];
@@ -139,7 +133,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
   for (int base = first; base < last; base += 32) {
     const int entry = base + lane;
     int tile = 0;
-    const int key = entry < last ? table.Key(entry, tile) : -1;
+    const int key = entry < last ? table.Key(entry, begin, end, tile) : -1;
     const unsigned peers = __match_any_sync(0xFFFFFFFFu, key);
     const int rank = __popc(peers & ((1u << lane) - 1));
     const int place = key < 0 ? 0 : own[key] + rank;
@@ -147,24 +141,23 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
     if (key >= 0 && rank == 0) own[key] += __popc(peers);
     __syncwarp();
     if (key < 0) continue;
-    table.row_ids[place] = FindRow(offsets, table.rows, entry);
-    table.col_tiles[place] = tile;
-    table.order[place] = entry;
-  }
-  for (int place = sum + static_cast<int>(threadIdx.x); place < table.capacity; place += static_cast<int>(blockDim.x)) {
-    table.row_ids[place] = table.col_tiles[place] = table.order[place] = -1;
+    const bool listed = key < table.keys - 1;
+    table.row_ids[place] = listed ? FindRow(offsets, table.rows, entry) : -1;
+    table.col_tiles[place] = listed ? tile : -1;
+    table.entries[place] = entry;
+    table.places[entry] = place;
   }
 }
 
 int64_t Words(const TransposeParams& params, int64_t warps) {
-  return params.rows + 1 + 2 * params.columns * (1 + warps);
+  return params.rows + 1 + (2 * params.columns + 1) * (1 + warps);
 }
 
 }  // namespace
 
 std::string TransposeRefusal(const TransposeParams& params) {
   if (Words(params, 1) > Limits::kMaxWords) {
-    return "the CUDA kernels transpose lists with rows + 4 columns below " + std::to_string(Limits::kMaxWords) +
+    return "the CUDA kernels transpose lists with rows + 4 columns + 3 up to " + std::to_string(Limits::kMaxWords) +
            ", not of " + std::to_string(params.rows) + " and " + std::to_string(params.columns);
   }
   if (params.capacity > device::kMaxInt - 64 || params.tables > device::kMaxInt) {
@@ -180,8 +173,7 @@ cudaError_t LaunchTranspose(const TransposeParams& params, int device, cudaStrea
   device::DeviceFacts facts;
   if (const cudaError_t error = ReadDevice(device, &facts); error != cudaSuccess) return error;
   // A warp for each 128 entries, as far as their counters fit.
-  const int64_t most =
-      params.columns == 0 ? 1 : (facts.shared_bytes / 4 - 256 - Words(params, 0)) / (2 * params.columns);
+  const int64_t most = (facts.shared_bytes / 4 - Words(params, 0)) / (2 * params.columns + 1);
   const int64_t wanted = std::max<int64_t>(4, device::CeilDiv(params.capacity, 128));
   const int64_t warps = std::max<int64_t>(1, std::min({most, wanted, int64_t{kMaxWarps}}));
   const auto bytes = static_cast<int>(4 * Words(params, warps));

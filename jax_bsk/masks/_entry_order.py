@@ -13,7 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.masks import _explicit
-from jax_bsk.masks._transpose import ColumnLists, column_entries, rows_of_entries, transpose_host, transpose_list
+from jax_bsk.masks._transpose import (
+    ColumnLists,
+    column_entries,
+    ordered_transpose_traced,
+    rows_of_entries,
+    transpose_host,
+)
 
 if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask
@@ -82,17 +88,14 @@ def _order_host(
 def _order_traced(
     row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int, n_tiles: int
 ) -> tuple[ColumnLists, EntryOrder]:
-    def one(row_offsets: Any, kv_blocks: Any, tiles: Any) -> tuple[Any, ...]:
-        everything = jnp.arange(kv_blocks.shape[0], dtype=jnp.int32)
-        *columns, entries = transpose_list(row_offsets, kv_blocks, tiles, nk, everything)
-        return *columns, entries, jax.lax.sort((entries, everything), num_keys=1)[1]
+    *columns, entries, places = ordered_transpose_traced(row_offsets, kv_blocks, tiles, nk)
 
-    def function(row_offsets: Any, kv_blocks: Any, tiles: Any) -> tuple[Any, ...]:
-        *columns, entries, places = jax.vmap(jax.vmap(one))(row_offsets, kv_blocks, tiles)
-        return *columns, entries, places, _fate(jnp, ColumnLists(*columns), kv_blocks, places, n_tiles)
+    def fate(*arrays: Any) -> tuple[Any, ...]:
+        *columns, kv_blocks, places = arrays
+        return (_fate(jnp, ColumnLists(*columns), kv_blocks, places, n_tiles),)
 
-    results = _explicit.call(function, [jnp.asarray(x) for x in (row_offsets, kv_blocks, tiles)], ["bh"] * 3)
-    return ColumnLists(*results[:3]), EntryOrder(*results[3:])
+    (fates,) = _explicit.call(fate, [*columns, jnp.asarray(kv_blocks), places], ["bh"] * 5)
+    return ColumnLists(*columns), EntryOrder(entries, places, fates)
 
 
 def _fate(xp: Any, columns: ColumnLists, kv_blocks: Any, places: Any, n_tiles: int) -> Any:

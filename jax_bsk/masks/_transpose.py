@@ -1,7 +1,9 @@
 """The key-major lists of a BlockMask: for each key/value block, the query blocks that visit it (for dk and dv).
 
-The order inside a column is that of rows: partial blocks first, then full ones, both ascending. A sort with the column
-and the class as its key gives it, stably, so nothing depends on the number of threads.
+The order inside a column is that of rows: partial blocks first, then full ones, both ascending. A stable sort with the
+column and the class as its key gives it, so nothing depends on the number of threads: numpy's on the host, a native
+counting sort (`_lists_op`) or XLA's of traced lists. At 16 heads of 256 rows with 16 entries each XLA's takes 190 us on
+an H200, a fifth of the attention's forward.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk import _lists_op
 from jax_bsk.masks import _explicit
 
 
@@ -59,25 +62,28 @@ def column_entries(rows: np.ndarray, columns: np.ndarray, numbers: np.ndarray, n
 
 
 def transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> ColumnLists:
-    """JAX version, for arrays [B, H, ...] that may be traced: one stable sort along the last axis, no scatter."""
+    """For arrays [B, H, ...] that may be traced."""
+    return ColumnLists(*ordered_transpose_traced(row_offsets, kv_blocks, tiles, nk)[:3])
 
-    def one(*lists: Any) -> ColumnLists:
-        return ColumnLists(*transpose_list(*lists, nk))
 
+def ordered_transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> tuple[Any, ...]:
+    """The fields of `ColumnLists`, which entry stands at each place, and at which place each entry stands."""
     lists = [jnp.asarray(x) for x in (row_offsets, kv_blocks, tiles)]
-    return _explicit.call(jax.vmap(jax.vmap(one)), lists, ["bh"] * 3)
+    call = _lists_op.TransposeCall(nk, transpose_in_jax)
+    return _explicit.call(lambda *lists: _lists_op.transpose(lists, call), lists, ["bh"] * 3)
 
 
-def transpose_list(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int, *carried: Any) -> tuple[Any, ...]:
-    """One list of `transpose_traced`: its `ColumnLists`, and what is `carried` [capacity] along in key-major order."""
+def transpose_in_jax(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> tuple[Any, ...]:
+    """One list: stable sorts, no scatter. Entries of no row or no column stand behind the last column, as -1."""
     capacity = kv_blocks.shape[0]
     offsets = jnp.clip(jax.lax.cummax(row_offsets), 0, capacity)
     entry = jnp.arange(capacity, dtype=jnp.int32)
     rows = jnp.searchsorted(offsets[1:], entry, side="right", method="sort").astype(jnp.int32)
     valid = (entry >= offsets[0]) & (entry < offsets[-1]) & (kv_blocks >= 0) & (kv_blocks < nk)
     key = jnp.where(valid, 2 * kv_blocks + (tiles == -1).astype(jnp.int32), 2 * nk)
-    key, rows, numbers, *along = jax.lax.sort((key, rows, tiles, *carried), num_keys=1, is_stable=True)
+    key, rows, numbers, entries = jax.lax.sort((key, rows, tiles, entry), num_keys=1, is_stable=True)
     starts = 2 * jnp.arange(nk + 1, dtype=jnp.int32)
     col_offsets = jnp.searchsorted(key, starts, side="left", method="sort").astype(jnp.int32)
     listed = key < 2 * nk
-    return col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1), *along
+    places = jax.lax.sort((entries, entry), num_keys=1)[1]
+    return col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1), entries, places

@@ -40,6 +40,8 @@ GATED_BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64_gated.cu",)
 GATED_BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128_gated.cu",)
 GATED_PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64_gated.cu",)
 PREPARE = ("attention/prepare.cu",)
+LISTS = ("lists/transpose.cu",)
+CPU_LISTS = ("lists/cpu.cc",)
 PRODUCT = ("matmul/instances/product_bf16.cu",)
 SAMPLED = ("matmul/instances/sampled_bf16.cu",)
 MATMUL_PLAN = ("matmul/plan.cu",)
@@ -662,7 +664,38 @@ GATES = (
     ),
 )
 
-MUTATIONS = FORWARD + BACKWARD + GATES + MATMUL + PORTABLE + CPU_KERNELS
+LISTS_KERNELS = (
+    Mutation(
+        name="lists-rank",
+        what="entries of one key among 32 take each other's places",
+        file="lists/transpose.cu",
+        before="own[key] + rank;",
+        after="own[key] + __popc(peers) - 1 - rank;",
+        instances=LISTS,
+        cases=("lists", "lists-topk"),
+    ),
+    Mutation(
+        name="lists-offsets",
+        what="offsets that decrease are taken as they are",
+        file="lists/transpose.cu",
+        before="x = max(x, largest);",
+        after="",
+        instances=LISTS,
+        cases=("lists-bad", "lists-one-large"),
+    ),
+    Mutation(
+        name="cpu-lists-class",
+        what="entries with and without a bit tile are mixed",
+        file="lists/cpu.cc",
+        before="2 * int64_t{ids[entry]} + (tiles[entry] == -1)",
+        after="2 * int64_t{ids[entry]}",
+        instances=CPU_LISTS,
+        cases=("seeds-0-19",),
+        program="cpu_check",
+    ),
+)
+
+MUTATIONS = FORWARD + BACKWARD + GATES + LISTS_KERNELS + MATMUL + PORTABLE + CPU_KERNELS
 
 
 # ---- Copies
