@@ -1,4 +1,4 @@
-"""Sparse self-attention as a Flax Linen module; `NSASelfAttention` and `BlockSparseDense` are here, too."""
+"""Sparse self-attention as a Flax Linen module; the other ready modules are here, too."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from flax.linen.initializers import lecun_normal, zeros_init
 from jax_bsk.flax._attention_fn import Implementation, attend, default_head_dim, promote
 from jax_bsk.flax._linen_dense import BlockSparseDense as BlockSparseDense
 from jax_bsk.flax._linen_nsa import NSASelfAttention as NSASelfAttention
+from jax_bsk.flax._linen_sparsek import SparseKSelfAttention as SparseKSelfAttention
 from jax_bsk.masks import BlockMask, Mask
 
 
