@@ -143,8 +143,22 @@ def _prefixes_jvp(capacity: int, chunk: int, primals: Any, tangents: Any) -> Any
     return (tau, gates, forgotten), (dtau, dgates, jnp.zeros_like(forgotten))
 
 
+# Up to so many positions all pairs of keys and positions are looked at: on a GPU one pass each way, where the sums over
+# intervals are searches, scatters and scans.
+MOST_PAIRS = 2048
+
+
 def _sums_over_inside(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each position t of one sequence, the sum of dz over S_t and |S_t|.
+    """For each position t of one sequence, the sum of dz over S_t and |S_t|."""
+    if z.shape[0] > MOST_PAIRS:
+        return _sums_over_intervals(z, tau, dz)
+    seen = np.tri(z.shape[0], dtype=bool)
+    inside = seen & (tau[:, None] < z) & (z - 1 < tau[:, None])
+    return jnp.where(inside, dz, 0).sum(-1), inside.sum(-1, dtype=jnp.int32)
+
+
+def _sums_over_intervals(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same in O(n log n).
 
     As tau never decreases, key s is in S for the positions t >= s from the first with tau_t > z_s - 1 up to the first
     with tau_t >= z_s: an interval, which a sum over starts and ends turns into the sum over keys, linear in dz.

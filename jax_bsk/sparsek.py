@@ -19,6 +19,7 @@ whatever the magnitude of the scores.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -48,8 +49,8 @@ def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "e
         traced; has a derivative where it is floating. A traced k that is negative or NaN gives NaN.
       axis: of the n scores.
       method: "exact" sorts the breakpoints, O(n log n). "fast" finds c by bisection over the bits of a floating-point
-        number and tau by bisection in [c - 1, c], then takes the exact step above: O(n) with a factor of about 60
-        (120 in float64) cheap passes and no sort. Both agree to rounding.
+        number and tau by bisection in [c - 1, c], then takes the exact step above: O(n) with a factor of about 30
+        (60 in float64) cheap passes and no sort. Both agree to rounding.
 
     Returns:
       p, of scores' shape and type.
@@ -158,7 +159,7 @@ def _nth_by_sort(z: jax.Array, rank: jax.Array) -> jax.Array:
 
 
 def _nth_by_bits(z: jax.Array, rank: jax.Array) -> jax.Array:
-    """The same by bisection over all floating-point numbers in order: as many steps as they have bits, at any range."""
+    """The same by bisection over all floating-point numbers in order, two of their bits a pass, at any range."""
     bits = jnp.finfo(z.dtype).bits
     unsigned = jnp.uint64 if bits == 64 else jnp.uint32
     top = unsigned(1 << (bits - 1))
@@ -168,13 +169,31 @@ def _nth_by_bits(z: jax.Array, rank: jax.Array) -> jax.Array:
     order = jnp.where(raw >= top, ~raw, raw | top)
 
     def step(n: Any, found: jax.Array) -> jax.Array:
-        bit = top >> n.astype(unsigned)
-        guess = found | bit
-        return jnp.where((order >= guess[..., None]).sum(-1, dtype=jnp.int32) >= rank, guess, found)
+        shift = jnp.asarray(bits - 2 - 2 * n).astype(unsigned)
+        guesses = found[..., None] | (jnp.arange(1, 4, dtype=unsigned) << shift)
+        counts = (order[..., None, :] >= guesses[..., None]).sum(-1, dtype=jnp.int32)
+        return found | ((counts >= rank[..., None]).sum(-1, dtype=unsigned) << shift)
 
     # Made of z, so that it is sharded and varies along mesh axes as z does.
-    found = jax.lax.fori_loop(0, bits, step, jnp.zeros_like(order[..., 0]))
+    found = _repeat(bits // 2, step, jnp.zeros_like(order[..., 0]))
     return jax.lax.bitcast_convert_type(jnp.where(found >= top, found ^ top, ~found), z.dtype)
+
+
+def _repeat(count: int, step: Callable[[Any, jax.Array], jax.Array], state: jax.Array) -> jax.Array:
+    """`fori_loop`, written out where a loop costs more than its body: on an H200 an iteration of XLA's takes 17 us.
+
+    On CPUs it does not, and a loop compiles in a third of the time.
+    """
+
+    def loop(state: jax.Array) -> jax.Array:
+        return jax.lax.fori_loop(0, count, step, state)
+
+    def written_out(state: jax.Array) -> jax.Array:
+        for n in range(count):
+            state = step(n, state)
+        return state
+
+    return jax.lax.platform_dependent(state, cpu=loop, default=written_out)
 
 
 def _root_by_sort(y: jax.Array, k: jax.Array) -> jax.Array:
@@ -203,16 +222,15 @@ def _root_by_sort(y: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _root_by_bisection(y: jax.Array, k: jax.Array) -> jax.Array:
-    """A lower bound of the greatest root of f in [-1, 0], within the rounding of the interval."""
+    """A lower bound of the greatest root of f in [-1, 0], within the rounding of the interval; two bits a pass."""
 
-    def step(_: Any, low_high: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = low_high
-        middle = (low + high) / 2
-        enough = jnp.clip(y - middle[..., None], 0, 1).sum(-1) >= k
-        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    def step(n: Any, low: jax.Array) -> jax.Array:
+        width = jnp.exp2(-2.0 * (n + 1)).astype(y.dtype)
+        points = low[..., None] + width * jnp.arange(1, 4, dtype=y.dtype)
+        enough = jnp.clip(y[..., None, :] - points[..., None], 0, 1).sum(-1) >= k[..., None]
+        return low + width * enough.sum(-1, dtype=y.dtype)
 
-    zero = jnp.zeros_like(y[..., 0])
-    return jax.lax.fori_loop(0, jnp.finfo(y.dtype).nmant + 2, step, (zero - 1, zero))[0]
+    return _repeat((jnp.finfo(y.dtype).nmant + 3) // 2, step, jnp.zeros_like(y[..., 0]) - 1)
 
 
 def _newton(y: jax.Array, k: jax.Array, shift: jax.Array) -> jax.Array:

@@ -71,18 +71,17 @@ __device__ void Scan(const Table& table, int* totals) {
   }
 }
 
-// The row that has an entry: the number of later offsets that are not beyond it.
-__device__ int FindRow(const int* offsets, int rows, int entry) {
-  int low = 0, high = rows;
-  while (low < high) {
-    const int middle = (low + high) / 2;
-    if (offsets[middle + 1] <= entry) {
-      low = middle + 1;
-    } else {
-      high = middle;
-    }
+// What is known of an entry; key -1 past the part's end.
+struct Entry {
+  int key, tile, row;
+};
+__device__ Entry ReadEntry(const Table& table, int entry, int last, int begin, int end) {
+  Entry found{-1, -1, -1};
+  if (entry < last) {
+    found.key = table.Key(entry, begin, end, found.tile);
+    if (entry >= begin && entry < end) found.row = table.places[entry];
   }
-  return low;
+  return found;
 }
 
 __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const TransposeParams params) {
@@ -100,10 +99,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
   }
   __syncthreads();
 
-  // ---- How many entries of each key a warp's part has.
+  // ---- How many entries of each key a warp's part has; meanwhile each entry's row, where its place will be.
   const int begin = offsets[0], end = offsets[table.rows];
   const int part = ((table.capacity + warps - 1) / warps + 31) / 32 * 32;
   const int first = warp * part, last = min(table.capacity, first + part);
+  for (int row = warp; row < table.rows; row += warps) {
+    for (int entry = offsets[row] + lane; entry < offsets[row + 1]; entry += 32) table.places[entry] = row;
+  }
+#pragma unroll 4
   for (int entry = first + lane; entry < last; entry += 32) {
     int tile;
     atomicAdd(own + table.Key(entry, begin, end, tile), 1);
@@ -129,21 +132,22 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
   }
   __syncthreads();
 
-  // ---- The entries to their places, in order.
+  // ---- The entries to their places, in order; what the next 32 have is read meanwhile.
+  Entry next = ReadEntry(table, first + lane, last, begin, end);
   for (int base = first; base < last; base += 32) {
     const int entry = base + lane;
-    int tile = 0;
-    const int key = entry < last ? table.Key(entry, begin, end, tile) : -1;
-    const unsigned peers = __match_any_sync(0xFFFFFFFFu, key);
+    const Entry now = next;
+    next = ReadEntry(table, entry + 32, last, begin, end);
+    const unsigned peers = __match_any_sync(0xFFFFFFFFu, now.key);
     const int rank = __popc(peers & ((1u << lane) - 1));
-    const int place = key < 0 ? 0 : own[key] + rank;
+    const int place = now.key < 0 ? 0 : own[now.key] + rank;
     __syncwarp();
-    if (key >= 0 && rank == 0) own[key] += __popc(peers);
+    if (now.key >= 0 && rank == 0) own[now.key] += __popc(peers);
     __syncwarp();
-    if (key < 0) continue;
-    const bool listed = key < table.keys - 1;
-    table.row_ids[place] = listed ? FindRow(offsets, table.rows, entry) : -1;
-    table.col_tiles[place] = listed ? tile : -1;
+    if (now.key < 0) continue;
+    const bool listed = now.key < table.keys - 1;
+    table.row_ids[place] = listed ? now.row : -1;
+    table.col_tiles[place] = listed ? now.tile : -1;
     table.entries[place] = entry;
     table.places[entry] = place;
   }
