@@ -15,6 +15,8 @@ memory is its own:
     window         the last tokens, as many as MoBA chooses
     moba           MoBA (arXiv 2502.13189): the blocks with the most fitting keys, chosen anew in each layer and head
     window+moba    as many: the query's own block, the one before it, and those that MoBA would choose first
+    sparsek        SparseK attention (arXiv 2406.16747): as many, the query's own block and the earlier ones of highest
+                   score; a score of each token, which no query takes part in, is learned with the rest
 
 A question is repeated until it fills a block of queries, because these choose their key blocks together.
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import os
 import resource
@@ -103,8 +106,25 @@ class Config:
 
 # ---- kinds of attention ----
 
+# An attention is called with query, key and value, [B, T, heads, head size], and what they were projected from, [B, T,
+# width]; it gives [B, T, heads, head size] and the mask it visited. It may have parameters of its own.
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array], tuple[jax.Array, BlockMask]]
+
 # (query, key, config) -> what each query attends to.
 Chooser = Callable[[jax.Array, jax.Array, Config], BlockMask]
+
+
+class Chosen(nnx.Module):
+    """Attention to what a function of query and key chooses; no parameters."""
+
+    def __init__(self, choose: Chooser, config: Config, rngs: nnx.Rngs):
+        self.choose, self.config = choose, config
+
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, inputs: jax.Array
+    ) -> tuple[jax.Array, BlockMask]:
+        mask = self.choose(query, key, self.config)
+        return jax_bsk.sparse_attention(query, key, value, mask=mask), mask
 
 
 def full(query: jax.Array, key: jax.Array, config: Config) -> BlockMask:
@@ -136,8 +156,33 @@ def window_and_moba(query: jax.Array, key: jax.Array, config: Config) -> BlockMa
     )
 
 
-# A kind is a name and a function; the model, the options and the report take it from here.
-KINDS: dict[str, Chooser] = {"full": full, "window": window, "moba": moba, "window+moba": window_and_moba}
+class SparseK(nnx.Module):
+    """The query's own block, and those before it whose tokens' scores are highest; what scores them is learned."""
+
+    def __init__(self, config: Config, rngs: nnx.Rngs):
+        self.config = config
+        # Of a stream of its own: what other layers draw is the same with and without.
+        rngs = nnx.Rngs(rngs.score())
+        width = config.heads * config.head_dim
+        self.score = nnx.Linear(width, config.heads, use_bias=False, dtype="float32", rngs=rngs)
+
+    def __call__(
+        self, query: jax.Array, key: jax.Array, value: jax.Array, inputs: jax.Array
+    ) -> tuple[jax.Array, BlockMask]:
+        mask, gates = jax_bsk.selection.sparsek(
+            self.score(inputs), top_k=self.config.top_k - 1, window=1, block_size=self.config.block
+        )
+        return jax_bsk.sparse_attention(query, key, value, mask=mask, gates=gates), mask
+
+
+# A kind is a name and what makes its attention; the model, the options and the report take it from here.
+KINDS: dict[str, Callable[[Config, nnx.Rngs], Attention]] = {
+    "full": functools.partial(Chosen, full),
+    "window": functools.partial(Chosen, window),
+    "moba": functools.partial(Chosen, moba),
+    "window+moba": functools.partial(Chosen, window_and_moba),
+    "sparsek": SparseK,
+}
 
 
 # ---- model ----
@@ -146,9 +191,8 @@ KINDS: dict[str, Chooser] = {"full": full, "window": window, "moba": moba, "wind
 class Layer(nnx.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, config: Config, choose: Chooser, rngs: nnx.Rngs):
+    def __init__(self, config: Config, kind: str, rngs: nnx.Rngs):
         heads, width = (config.heads, config.head_dim), config.heads * config.head_dim
-        self.config, self.choose = config, choose
         self.norm_1 = nnx.LayerNorm(width, dtype=config.dtype, rngs=rngs)
         self.query, self.key, self.value = (
             nnx.LinearGeneral(width, heads, use_bias=False, dtype=config.dtype, rngs=rngs) for _ in range(3)
@@ -157,13 +201,14 @@ class Layer(nnx.Module):
         self.norm_2 = nnx.LayerNorm(width, dtype=config.dtype, rngs=rngs)
         self.up = nnx.Linear(width, 2 * width, dtype=config.dtype, rngs=rngs)
         self.down = nnx.Linear(2 * width, width, dtype=config.dtype, rngs=rngs)
+        self.attention = KINDS[kind](config, rngs)
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """The layer's output, and the share of blocks it visited."""
         normed = self.norm_1(x)
         query, key, value = self.query(normed), self.key(normed), self.value(normed)
-        mask = self.choose(query, key, self.config)
-        x = x + self.out(jax_bsk.sparse_attention(query, key, value, mask=mask))
+        attended, mask = self.attention(query, key, value, normed)
+        x = x + self.out(attended)
         share = jnp.asarray(mask.row_offsets)[..., -1].mean(dtype=jnp.float32) / (mask.nq * mask.nk)
         return x + self.down(nnx.gelu(self.up(self.norm_2(x)))), share
 
@@ -176,7 +221,7 @@ class Model(nnx.Module):
         self.context = config.context
         self.token = nnx.Embed(config.vocabulary, width, dtype=config.dtype, rngs=rngs)
         self.previous = nnx.Embed(config.vocabulary, width, dtype=config.dtype, rngs=rngs)
-        self.layers = nnx.List([Layer(config, KINDS[kind], rngs) for _ in range(config.layers)])
+        self.layers = nnx.List([Layer(config, kind, rngs) for _ in range(config.layers)])
         self.norm = nnx.LayerNorm(width, dtype=config.dtype, rngs=rngs)
         self.head = nnx.Linear(width, config.vocabulary, dtype=config.dtype, rngs=rngs)
 
@@ -218,7 +263,7 @@ def sequences(config: Config, count: int, rng: np.random.Generator) -> tuple[np.
 
 def train(kind: str, config: Config) -> dict:
     """Trains a model with one kind of attention; returns what it took and learned."""
-    graphdef, params = nnx.split(Model(config, kind, nnx.Rngs(config.seed)))
+    graphdef, params = nnx.split(Model(config, kind, nnx.Rngs(config.seed, score=config.seed)))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
 
     def loss_fn(params, tokens, answers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -58,7 +59,7 @@ def test_every_kind_trains_and_is_reported(example, tiny, tmp_path, capsys):
     assert (tmp_path / "long_context.png").stat().st_size > 1000
     # 8 x 8 blocks: causal 36; at most 3 a row: 1 + 2 + 6 x 3; the window's first keys lie in one block more.
     shares = {kind: run["visited_share"] * 64 for kind, run in summary.items()}
-    assert shares == pytest.approx({"full": 36, "window": 26, "moba": 21, "window+moba": 21})
+    assert shares == pytest.approx({"full": 36, "window": 26, "moba": 21, "window+moba": 21, "sparsek": 21})
 
 
 def test_the_command_runs_a_kind_in_its_own_process(example, tmp_path):
@@ -94,3 +95,18 @@ def test_a_length_that_does_not_fit_is_refused(example):
     for length in (1000, 256):
         with pytest.raises(ValueError, match=f"multiple of 32 .* got {length}"):
             example.Config(length=length)
+
+
+def test_kinds_start_alike(example, tiny):
+    """Also with a layer after the one that has parameters of its own."""
+    config = dataclasses.replace(tiny, layers=2)
+    states = {}
+    for kind in example.KINDS:
+        state = nnx.state(example.Model(config, kind, nnx.Rngs(0, score=0)), nnx.Param)
+        states[kind] = {path: value[...] for path, value in nnx.to_flat_state(state)}
+    assert states["sparsek"].keys() - states["full"].keys() == {
+        ("layers", n, "attention", "score", "kernel") for n in (0, 1)
+    }
+    for kind, state in states.items():
+        for path in states["full"]:
+            np.testing.assert_array_equal(state[path], states["full"][path], err_msg=f"{kind} {path}")

@@ -26,10 +26,12 @@ from tests.util import collectives
 BASE = Case("base", 2, 70, 100, 4, 2, 8, 6, "float64", 32, 32, density=0.5)
 CASES = {
     "shared": BASE,
-    "everything": dataclasses.replace(BASE, lengths=True, soft_cap=2.0, sinks=True, bias=True, pattern="empty_row"),
+    "everything": dataclasses.replace(
+        BASE, lengths=True, soft_cap=2.0, sinks=True, gates=True, bias=True, pattern="empty_row"
+    ),
     "per-head": dataclasses.replace(BASE, mask_per_head=True, bias=True),
     "per-batch-mqa": dataclasses.replace(BASE, kv_heads=1, mask_per_batch=True, lengths=True, sinks=True),
-    "per-both": dataclasses.replace(BASE, mask_per_batch=True, mask_per_head=True, bias=True, sinks=True),
+    "per-both": dataclasses.replace(BASE, mask_per_batch=True, mask_per_head=True, bias=True, sinks=True, gates=True),
 }
 
 
@@ -42,17 +44,18 @@ def x64():
 def functions(case, mask=None):
     """(sparse, dense, operands): two functions of the dict of operands, each returning (out, lse)."""
     inputs = make_inputs(case)
-    names = "query", "key", "value", "bias", "sinks"
+    names = "query", "key", "value", "bias", "sinks", "gates"
     operands = {name: jnp.asarray(x) for name, x in zip(names, inputs.operands, strict=True) if x is not None}
     rest = {"lengths": inputs.lengths, "scale": inputs.scale, "soft_cap": inputs.soft_cap}
 
     def sparse(operands, mask=inputs.mask if mask is None else mask):
-        q, k, v, bias, sinks = (operands.get(name) for name in names)
-        return sparse_attention_xla(q, k, v, mask, bias=bias, sinks=sinks, **rest)
+        q, k, v, bias, sinks, gates = (operands.get(name) for name in names)
+        return sparse_attention_xla(q, k, v, mask, bias=bias, sinks=sinks, gates=gates, **rest)
 
     def dense(operands):
-        q, k, v, bias, sinks = (operands.get(name) for name in names)
-        return dense_attention(q, k, v, jnp.asarray(inputs.dense), bias=bias, sinks=sinks, **rest)
+        q, k, v, bias, sinks, gates = (operands.get(name) for name in names)
+        extra = {"bias": bias, "sinks": sinks, "gates": gates, "entries": inputs.entries, **rest}
+        return dense_attention(q, k, v, jnp.asarray(inputs.dense), **extra)
 
     return sparse, dense, operands, inputs
 

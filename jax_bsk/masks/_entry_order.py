@@ -13,13 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.masks import _explicit
-from jax_bsk.masks._transpose import (
-    ColumnLists,
-    column_entries,
-    ordered_transpose_traced,
-    rows_of_entries,
-    transpose_host,
-)
+from jax_bsk.masks._transpose import ColumnLists, column_entries, ordered_transpose_traced, rows_of_entries
 
 if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask
@@ -47,12 +41,15 @@ def with_entry_order(mask: BlockMask) -> tuple[BlockMask, EntryOrder]:
     Lists that the mask has already are made anew: in those that a caller filled in, the order may be another.
     """
     if "_ordered" not in mask.__dict__:
-        lists, sizes = (mask.row_offsets, mask.kv_blocks, mask.tiles), (mask.nk, mask.bit_tiles.shape[2])
+        lists, n_tiles = (mask.row_offsets, mask.kv_blocks, mask.tiles), mask.bit_tiles.shape[2]
         if mask.is_traced or any(isinstance(x, jax.Array) for x in lists):
-            columns, order = _order_traced(*lists, *sizes)
+            columns, order = _order_traced(*lists, mask.nk, n_tiles)
             return dataclasses.replace(mask, **columns._asdict()), order
-        columns, order = _order_host(*lists, *sizes)
-        object.__setattr__(mask, "_ordered", (dataclasses.replace(mask, **columns._asdict()), order))
+        given = mask.col_offsets is not None
+        rows = dataclasses.replace(mask, col_offsets=None, q_blocks=None, col_tiles=None) if given else mask
+        ours = rows.transpose()
+        columns = ColumnLists(ours.col_offsets, ours.q_blocks, ours.col_tiles)
+        object.__setattr__(mask, "_ordered", (ours, _order_host(*lists, columns, n_tiles)))
     return mask.__dict__["_ordered"]
 
 
@@ -72,9 +69,9 @@ def reorder(numbers: jax.Array, indices: Any) -> jax.Array:
 
 
 def _order_host(
-    row_offsets: np.ndarray, kv_blocks: np.ndarray, tiles: np.ndarray, nk: int, n_tiles: int
-) -> tuple[ColumnLists, EntryOrder]:
-    columns = transpose_host(row_offsets, kv_blocks, tiles, nk)
+    row_offsets: np.ndarray, kv_blocks: np.ndarray, tiles: np.ndarray, columns: ColumnLists, n_tiles: int
+) -> EntryOrder:
+    nk = columns.col_offsets.shape[-1] - 1
     entries, places = np.empty_like(kv_blocks, np.int32), np.empty_like(kv_blocks, np.int32)
     everything = np.arange(kv_blocks.shape[-1], dtype=np.int32)
     for b, h in np.ndindex(kv_blocks.shape[:2]):
@@ -82,7 +79,7 @@ def _order_host(
         listed = column_entries(rows, kv_blocks[b, h], tiles[b, h], nk)
         entries[b, h] = np.concatenate([listed, np.setdiff1d(everything, listed, assume_unique=True)])
         places[b, h, entries[b, h]] = everything
-    return columns, EntryOrder(entries, places, _fate(np, columns, kv_blocks, places, n_tiles))
+    return EntryOrder(entries, places, _fate(np, columns, kv_blocks, places, n_tiles))
 
 
 def _order_traced(

@@ -12,16 +12,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.masks import BlockMask
 from jax_bsk.testing import tolerance
 from jax_bsk.testing.cases import Case, Inputs, make_inputs
 from jax_bsk.testing.judgement import Judgement
 from jax_bsk.testing.judgement import Mismatch as Mismatch
 from jax_bsk.testing.oracle import attention_oracle
 
-# (query, key, value, block_mask, *, bias, lengths, sinks, scale, soft_cap) -> out [B, T, N, Hv], lse [B, N, T]
+# (query, key, value, block_mask, *, bias, lengths, sinks, gates, scale, soft_cap) -> out [B, T, N, Hv], lse [B, N, T]
 AttentionFn = Callable[..., tuple[Any, Any]]
-_NAMES = ("dq", "dk", "dv", "dbias", "dsinks")
+_NAMES = ("dq", "dk", "dv", "dbias", "dsinks", "dgates")
 
 
 def judge_case(
@@ -32,11 +31,14 @@ def judge_case(
     Args:
         case: what to run.
         attention_fn: arguments and results as ``sparse_attention_xla``; ``from_public`` makes one of the public call.
-        gradients: whether to judge gradients too (of query, key, value and sinks, for cotangents of out and lse).
+        gradients: whether to judge gradients too (of query, key, value, sinks and gates, for cotangents of out and
+            lse).
         traced_mask: whether the mask is an argument of the jitted function instead of a constant in it; its lists and
             tiles then have room for every block, as traced ones do, and cases that differ in data alone share programs.
     """
     inputs = make_inputs(case)
+    if traced_mask:
+        inputs = with_room(inputs)
     extra: dict[str, Any] = {"lengths": inputs.lengths, "scale": inputs.scale, "soft_cap": inputs.soft_cap}
     oracle = attention_oracle(
         inputs.query,
@@ -45,10 +47,12 @@ def judge_case(
         inputs.dense,
         bias=inputs.bias,
         sinks=inputs.sinks,
+        gates=inputs.gates,
+        entries=inputs.entries,
         **extra,
         **_cotangents(inputs) if gradients else {},
     )
-    reference = _run(tolerance.dense_attention, inputs, inputs.dense, extra, gradients, traced_mask=True)
+    reference = _run(_dense, inputs, (inputs.dense, inputs.entries), extra, gradients, traced_mask=True)
     candidate = _run(attention_fn, inputs, inputs.mask, extra, gradients, traced_mask=traced_mask)
     expected_dtypes = {"out": case.dtype, "lse": "float64" if case.dtype == "float64" else "float32"}
     comparisons, problems = [], []
@@ -62,7 +66,7 @@ def judge_case(
                 expected,
                 reference[name],
                 oracle.magnitudes[name],
-                dtype=expected_dtypes["lse"] if name == "lse" else case.dtype,
+                dtype=expected_dtypes["lse"] if name in ("lse", "dgates") else case.dtype,
                 gradient=name not in expected_dtypes,
                 reach=oracle.reach[name],
             )
@@ -83,7 +87,7 @@ def from_public(implementation: str | None) -> AttentionFn:
     """The public ``sparse_attention`` with the arguments and results that ``run_case`` calls for."""
     from jax_bsk import sparse_attention  # not at the top: the kit can judge an implementation without the rest
 
-    def attention(query, key, value, mask, *, bias, lengths, sinks, scale, soft_cap):
+    def attention(query, key, value, mask, *, bias, lengths, sinks, gates, scale, soft_cap):
         batch = query.shape[0]
         q_lengths, kv_lengths = (None, None) if lengths is None else jnp.broadcast_to(lengths, (batch, 2)).T
         out, lse = sparse_attention(
@@ -97,12 +101,19 @@ def from_public(implementation: str | None) -> AttentionFn:
             key_value_seq_lengths=kv_lengths,
             logits_soft_cap=soft_cap,
             sinks=sinks,
+            gates=gates,
             implementation=implementation,  # pyright: ignore[reportArgumentType]
             return_residual=True,
         )
         return out, jnp.swapaxes(lse, 1, 2)
 
     return attention
+
+
+def _dense(query, key, value, mask, **options):
+    """`tolerance.dense_attention` with what the battery calls a mask: the dense one, and the entry of each pair."""
+    dense, entries = mask
+    return tolerance.dense_attention(query, key, value, dense, entries=entries, **options)
 
 
 def _cotangents(inputs: Inputs) -> dict[str, Any]:
@@ -115,8 +126,7 @@ def _run(attention_fn, inputs: Inputs, mask, extra, gradients: bool, *, traced_m
     options = attention_fn, extra["scale"], extra["soft_cap"], gradients
     arguments = inputs.lengths, inputs.dout, inputs.dlse
     if traced_mask:
-        room = mask if isinstance(mask, np.ndarray) else with_room(mask.transpose())
-        results = _jitted_call(*options)(present, jax.tree.map(jnp.asarray, room), *arguments)
+        results = _jitted_call(*options)(present, jax.tree.map(jnp.asarray, mask), *arguments)
     else:
         call = _call(*options)
         results = jax.jit(lambda present, *arguments: call(present, mask, *arguments))(present, *arguments)
@@ -133,9 +143,18 @@ def _call(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradi
     """(operands, mask, lengths, dout, dlse) -> named results."""
 
     def forward(present, mask, lengths):
-        query, key, value, bias, sinks = (present.get(name) for name in _NAMES)
+        query, key, value, bias, sinks, gates = (present.get(name) for name in _NAMES)
         return attention_fn(
-            query, key, value, mask, bias=bias, lengths=lengths, sinks=sinks, scale=scale, soft_cap=soft_cap
+            query,
+            key,
+            value,
+            mask,
+            bias=bias,
+            lengths=lengths,
+            sinks=sinks,
+            gates=gates,
+            scale=scale,
+            soft_cap=soft_cap,
         )
 
     def call(present, mask, lengths, dout, dlse):
@@ -150,12 +169,16 @@ def _call(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradi
     return call
 
 
-def with_room(mask: BlockMask) -> BlockMask:
-    """The same lists in arrays with room for every block of every head, and a tile for each."""
+def with_room(inputs: Inputs) -> Inputs:
+    """The same lists, with the key-major ones, in arrays with room for every block of every head, and a tile for each.
+
+    Behind the last gate comes NaN: what is there means nothing.
+    """
+    mask = inputs.mask.transpose()
     lead = mask.row_offsets.shape[:-1]
     blocks = -(-mask.q_len // mask.block_q) * -(-mask.kv_len // mask.block_kv)
 
-    def padded(x: Any, axis: int, size: int, fill: int) -> np.ndarray:
+    def padded(x: Any, axis: int, size: int, fill: float) -> np.ndarray:
         x = np.asarray(x)
         widths = [(0, size - n if i == axis % x.ndim else 0) for i, n in enumerate(x.shape)]
         return np.pad(x, widths, constant_values=fill)
@@ -163,4 +186,5 @@ def with_room(mask: BlockMask) -> BlockMask:
     lists = ("kv_blocks", "tiles", "q_blocks", "col_tiles")
     longer = {name: padded(getattr(mask, name), -1, blocks, -1) for name in lists}
     tiles = padded(mask.bit_tiles, 2, math.prod(lead) * blocks, 0)
-    return dataclasses.replace(mask, bit_tiles=tiles, **longer)
+    gates = None if inputs.gates is None else padded(inputs.gates, -1, blocks, np.nan)
+    return inputs._replace(mask=dataclasses.replace(mask, bit_tiles=tiles, **longer), gates=gates)

@@ -40,6 +40,7 @@ class Case:
     lengths: bool = False
     soft_cap: float | None = None
     sinks: bool = False
+    gates: bool = False
     bias: bool = False
     scale: float | None = None
     amplitude: float = 1.0  # of queries: large ones make peaked softmaxes and lse far from 0
@@ -74,11 +75,13 @@ class Inputs(NamedTuple):
     soft_cap: float | None
     dout: np.ndarray
     dlse: np.ndarray
+    gates: np.ndarray | None
+    entries: np.ndarray | None  # which gate each pair has, see `pair_entries`
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """What has a gradient: query, key, value, bias, sinks."""
-        return self.query, self.key, self.value, self.bias, self.sinks
+        """What has a gradient: query, key, value, bias, sinks, gates."""
+        return self.query, self.key, self.value, self.bias, self.sinks, self.gates
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -112,8 +115,15 @@ def make_inputs(case: Case) -> Inputs:
         mask = list_blocks(dense, case.block_q, case.block_kv, visit_also=_some_blocks(rng, case, 0.7))
     else:
         mask = BlockMask.from_dense(dense, block_size=(case.block_q, case.block_kv))
+    gates = entries = None
+    if case.gates:  # of both signs, some 0; last, so that cases without them keep their numbers
+        gates = rng.standard_normal((case.batch, case.heads, mask.kv_blocks.shape[-1])).astype(stats_dtype)
+        gates[rng.random(gates.shape) < 0.1] = 0
+        entries = pair_entries(mask)
     scale = 1 / math.sqrt(case.head_size) if case.scale is None else case.scale
-    return Inputs(query, key, value, dense, mask, bias, lengths, sinks, scale, case.soft_cap, dout, dlse)
+    return Inputs(
+        query, key, value, dense, mask, bias, lengths, sinks, scale, case.soft_cap, dout, dlse, gates, entries
+    )
 
 
 def list_blocks(dense: np.ndarray, block_q: int, block_kv: int, visit_also: np.ndarray | None = None) -> BlockMask:
@@ -160,6 +170,18 @@ def list_blocks(dense: np.ndarray, block_q: int, block_kv: int, visit_also: np.n
         q_len=q_len,
         kv_len=kv_len,
     )
+
+
+def pair_entries(mask: BlockMask) -> np.ndarray:
+    """int32 [B|1, H|1, q_len, kv_len]: the entry of a host mask's lists that visits each pair, -1 where none does."""
+    lead, capacity = mask.kv_blocks.shape[:2], mask.kv_blocks.shape[2]
+    entries = np.full((*lead, mask.nq, mask.block_q, mask.nk, mask.block_kv), -1, np.int32)
+    for b, h in np.ndindex(*lead):
+        used = np.arange(min(capacity, int(mask.row_offsets[b, h, -1])))
+        rows = np.searchsorted(mask.row_offsets[b, h, 1:], used, side="right")
+        entries[b, h, rows, :, mask.kv_blocks[b, h, used]] = used[:, None, None]
+    entries = entries.reshape(*lead, mask.nq * mask.block_q, mask.nk * mask.block_kv)
+    return entries[..., : mask.q_len, : mask.kv_len].copy()
 
 
 # Patterns: bool [q_len, kv_len], True attends.
@@ -311,6 +333,7 @@ def random_case(
         bias=bias and rng.random() < 0.3,
         scale=pick(None, None, None, 0.5, 0.05),
         amplitude=pick(1.0, 1.0, 1.0, 4.0),
+        gates=rng.random() < 0.25,
         seed=seed,
     )
 
@@ -373,6 +396,32 @@ CORNER_CASES: dict[str, Case] = {
         _corner("bfloat16", q_len=300, kv_len=300, dtype="bfloat16", pattern="causal", heads=4, kv_heads=1),
         _corner("float16", q_len=300, kv_len=300, dtype="float16", pattern="window", heads=4, kv_heads=1),
         _corner("negative-scale", q_len=130, kv_len=130, scale=-0.2, pattern="causal"),
+        _corner("gates", batch=2, heads=4, kv_heads=2, q_len=300, kv_len=257, gates=True, density=0.7, block_q=64),
+        _corner(
+            "gates-lengths", batch=4, q_len=200, kv_len=200, pattern="causal", lengths=True, sinks=True, gates=True
+        ),
+        _corner("gates-soft-cap", q_len=200, kv_len=200, soft_cap=2.0, amplitude=8.0, gates=True, block_kv=64),
+        _corner("gates-empty-tiles", q_len=256, kv_len=256, pattern="empty_tile", block_q=64, block_kv=64, gates=True),
+        _corner("gates-peaked", q_len=256, kv_len=256, pattern="causal", amplitude=40.0, gates=True),
+        _corner("gates-low-lse", q_len=130, kv_len=130, pattern="diagonal", amplitude=60.0, gates=True),
+        _corner("gates-all-masked", q_len=200, kv_len=200, pattern="empty", sinks=True, gates=True),
+        _corner("gates-mqa", heads=8, kv_heads=1, q_len=200, kv_len=200, mask_per_head=True, gates=True),
+        _corner("gates-wide-values", q_len=130, kv_len=130, head_size=64, value_size=128, pattern="causal", gates=True),
+        _corner(
+            "gates-bfloat16", q_len=300, kv_len=300, dtype="bfloat16", pattern="causal", heads=4, kv_heads=1, gates=True
+        ),
+        _corner(
+            "gates-float16",
+            q_len=300,
+            kv_len=300,
+            dtype="float16",
+            pattern="window",
+            block_q=64,
+            block_kv=64,
+            gates=True,
+        ),
+        _corner("gates-head-128", q_len=300, kv_len=300, head_size=128, value_size=128, dtype="bfloat16", gates=True),
+        _corner("gates-head-256", q_len=200, kv_len=200, head_size=256, value_size=256, dtype="bfloat16", gates=True),
     )
 }
 

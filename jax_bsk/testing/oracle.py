@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class OracleResult:
-    """Named results in float64: out, lse and, if asked for, dq, dk, dv and dsinks.
+    """Named results in float64: out, lse and, if asked for, dq, dk, dv, dsinks and dgates.
 
     Attributes:
         values: the results.
@@ -42,6 +42,8 @@ def attention_oracle(
     soft_cap: float | None = None,
     dout: Any = None,
     dlse: Any = None,
+    gates: Any = None,
+    entries: np.ndarray | None = None,
 ) -> OracleResult:
     """Attention under a dense mask.
 
@@ -57,10 +59,12 @@ def attention_oracle(
         soft_cap: bound of the logits.
         dout: ``[B, T, N, Hv]``, cotangent of out; asks for the gradients.
         dlse: ``[B, N, T]``, cotangent of lse, None for zero. What is given for rows whose lse is -inf counts as zero.
+        gates: ``[B|1, N|1, capacity]``, factors of the normalised probabilities.
+        entries: int ``[B|1, N|1, T, S]``, which of them each pair has; -1 only where no pair attends.
 
     Returns:
-        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv (of their operand's shape), dsinks
-        ``[N]``.
+        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv, dgates (of their operand's shape),
+        dsinks ``[N]``.
         A NaN or infinity in an operand makes NaN of the rows that attend to it.
     """
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
@@ -73,6 +77,9 @@ def attention_oracle(
         values |= {"dq": np.zeros_like(query), "dk": np.zeros_like(key), "dv": np.zeros_like(value)}
         if sinks is not None:
             values["dsinks"] = np.zeros(heads)
+        if gates is not None:
+            values["dgates"] = np.zeros(np.shape(gates))
+    gates = None if gates is None else np.asarray(gates).astype(np.float64)
     magnitudes = {name: np.zeros_like(x) for name, x in values.items()}
     reach = {name: np.zeros_like(x) for name, x in values.items()}
 
@@ -82,6 +89,8 @@ def attention_oracle(
         for n in range(heads):
             attends = mask[b % mask.shape[0], n % mask.shape[1]] & valid[:, None] & (np.arange(kv_len) < kv_end)
             one_bias = None if bias is None else np.asarray(bias)[b % len(bias), n % bias.shape[1]].astype(np.float64)
+            of_pairs = None if entries is None else entries[b % len(entries), n % entries.shape[1]]
+            own_gates = None if gates is None else gates[b % len(gates), n % gates.shape[1]]
             head = _Head(
                 query[b, :, n],
                 key[b, :, n // group],
@@ -91,6 +100,8 @@ def attention_oracle(
                 one_bias,
                 scale,
                 soft_cap,
+                own_gates,
+                of_pairs,
             )
             results = head.forward(None if sinks is None else float(np.asarray(sinks)[n]))
             values["out"][b, :, n], values["lse"][b, n] = results["out"][0], results["lse"][0]
@@ -105,13 +116,15 @@ def attention_oracle(
                 store["dv"][b, :, n // group] += gradients["dv"][i]
                 if sinks is not None:
                     store["dsinks"][n] += gradients["dsinks"][i]
+                if gates is not None:
+                    store["dgates"][b % len(gates), n % gates.shape[1]] += gradients["dgates"][i]
     return OracleResult(values, magnitudes, reach)
 
 
 class _Head:
     """One head of one example: ``[T, H]``, ``[S, H]``, ``[S, Hv]`` and the pairs that attend, ``[T, S]``."""
 
-    def __init__(self, query, key, value, attends, valid, bias, scale, soft_cap):
+    def __init__(self, query, key, value, attends, valid, bias, scale, soft_cap, gates, entries):
         # A vector that is not finite takes part as zero, and puts a NaN on every pair that attends to or from it.
         (self.query, q_flaw), (self.key, k_flaw), (self.value, v_flaw) = map(_isolate, (query, key, value))
         self.attends, self.valid, self.scale = attends, valid, scale
@@ -126,6 +139,8 @@ class _Head:
             self.raw_magnitude = self.raw_magnitude + np.abs(np.where(attends & np.isfinite(bias), bias, 0))
         self.logits = np.where(attends, logits + q_flaw[:, None] + k_flaw, -np.inf)
         self.value_flaw = np.where(attends, v_flaw, 0)
+        self.gates, self.entries = gates, entries
+        self.gate = 1.0 if gates is None or not gates.size else np.where(attends, gates[entries], 0)
 
     def forward(self, sink):
         ceiling = self.logits.max(-1, initial=-np.inf)
@@ -141,12 +156,13 @@ class _Head:
         # Where a NaN makes the total NaN, what is not attended to still has the probability 0.
         self.probs = np.where(self.attends, weights / safe_total[:, None], 0)
         self.sink_prob = sink_weight / safe_total
-        self.out = (self.probs + self.value_flaw) @ self.value
+        self.out = (self.gate * (self.probs + self.value_flaw)) @ self.value
         self.logit_size = np.where(np.isfinite(self.logits), np.abs(self.logits), 0)
         self.sink_size = 0.0 if sink is None or not np.isfinite(sink) else abs(sink)
         reach = np.max(np.where(self.attends, self.raw_magnitude, 0), -1, initial=0)
+        weights = np.abs(self.gate) * self.probs
         return {
-            "out": (self.out, self.probs @ np.abs(self.value), (self.probs * self.logit_size) @ np.abs(self.value)),
+            "out": (self.out, weights @ np.abs(self.value), (weights * self.logit_size) @ np.abs(self.value)),
             "lse": (self.lse, np.maximum(reach, np.where(np.isfinite(self.lse), np.abs(self.lse), 0))),
         }
 
@@ -156,9 +172,11 @@ class _Head:
         delta = (dout * self.out).sum(-1) - dlse
         dprobs = dout @ self.value.T
         slope = self.scale * self.cap_slope
-        dlogits = np.where(self.attends, self.probs * (dprobs - delta[:, None]) * slope + dout_flaw[:, None], 0)
+        dlogits = self.probs * (self.gate * dprobs - delta[:, None]) * slope + dout_flaw[:, None]
+        dlogits = np.where(self.attends, dlogits, 0)
         # Magnitudes: of both terms of the difference, which cancels where a row attends to one key.
-        steepness = np.abs(dout) @ np.abs(self.value).T + (np.abs(dout) * np.abs(self.out)).sum(-1)[:, None]
+        dprobs_size = np.abs(dout) @ np.abs(self.value).T
+        steepness = np.abs(self.gate) * dprobs_size + (np.abs(dout) * np.abs(self.out)).sum(-1)[:, None]
         spread = self.probs * (steepness + np.abs(dlse)[:, None]) * np.abs(slope)
         flawed_probs = self.probs + np.where(self.attends, dout_flaw[:, None], 0)
         sink_spread = self.sink_prob * ((np.abs(dout) * np.abs(self.out)).sum(-1) + np.abs(dlse))
@@ -166,16 +184,24 @@ class _Head:
         size = self.logit_size + lse_size[:, None]
         moved = np.where(np.isfinite(dlogits), np.abs(dlogits), 0) * size  # by a relative change of the probabilities
         abs_query, abs_key, abs_dout = np.abs(self.query), np.abs(self.key), np.abs(dout)
+        weights = np.abs(self.gate) * self.probs
+        dgates = (flawed_probs + self.value_flaw) * dprobs, self.probs * dprobs_size, self.probs * size * np.abs(dprobs)
         return {
             "dq": (dlogits @ self.key, spread @ abs_key, moved @ abs_key),
             "dk": (dlogits.T @ self.query, spread.T @ abs_query, moved.T @ abs_query),
-            "dv": (flawed_probs.T @ dout, self.probs.T @ abs_dout, (self.probs * size).T @ abs_dout),
+            "dv": ((self.gate * flawed_probs).T @ dout, weights.T @ abs_dout, (weights * size).T @ abs_dout),
+            "dgates": tuple(map(self._sum_by_entry, dgates)),
             "dsinks": (
                 -(self.sink_prob * delta).sum(),
                 sink_spread.sum(),
                 (sink_spread * (lse_size + self.sink_size)).sum(),
             ),
         }
+
+    def _sum_by_entry(self, pairs):
+        if self.gates is None:
+            return None
+        return np.bincount(self.entries[self.attends], pairs[self.attends], self.gates.size)
 
 
 def _isolate(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

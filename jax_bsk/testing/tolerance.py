@@ -95,7 +95,8 @@ def compare(
         oracle: the same in float64.
         reference: the same by ``dense_attention`` in the candidate's dtype.
         magnitude: the oracle's sum over absolute values.
-        dtype: the precision whose rounding counts (of the operands; float32 for lse).
+        dtype: the precision whose rounding counts (of the operands; float32 for lse and dgates, which are made of
+            logits and of products of operands, with nothing rounded to half precision).
         gradient: whether the wider factors of gradients hold.
         reach: the oracle's; None for zero.
     """
@@ -200,6 +201,8 @@ def dense_attention(
     sinks: Array | None = None,
     scale: float,
     soft_cap: float | None = None,
+    gates: Array | None = None,
+    entries: Array | None = None,
 ) -> tuple[Array, Array]:
     """Dense masked attention as XLA does it: the reference of the rule, differentiable, quadratic in memory.
 
@@ -231,7 +234,13 @@ def dense_attention(
         total = total + jnp.where(valid, jnp.exp(sink - ceiling), 0)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    probs = (weights / total[..., None]).astype(key.dtype).reshape(batch, kv_heads, -1, q_len, kv_len)
+    probs = weights / total[..., None]
+    if gates is not None and entries is not None and gates.size:
+        entries = jnp.broadcast_to(entries, probs.shape).reshape(batch, heads, -1)
+        gates = jnp.broadcast_to(gates.astype(dtype), (batch, heads, gates.shape[-1]))
+        factors = jnp.take_along_axis(gates, jnp.maximum(entries, 0), axis=-1)
+        probs = probs * jnp.where(entries < 0, 0, factors).reshape(probs.shape)
+    probs = probs.astype(key.dtype).reshape(batch, kv_heads, -1, q_len, kv_len)
     out = jnp.einsum("bkgts,bskh->btkgh", probs, value).reshape(batch, q_len, heads, value.shape[-1])
     return out, jnp.where(empty, -jnp.inf, ceiling + jnp.log(total))
 

@@ -300,9 +300,9 @@ def _largest(accepted: list[dict[str, Any]], field: str) -> dict[str, dict[str, 
 _COLUMNS = (
     (
         *("batch", "q_len", "kv_len", "heads", "kv_heads", "head_size", "value_size", "dtype", "block_q", "block_kv"),
-        *("pattern", "density", "mask_per_batch", "mask_per_head", "lengths", "soft_cap", "sinks", "scale"),
+        *("pattern", "density", "mask_per_batch", "mask_per_head", "lengths", "soft_cap", "sinks", "gates", "scale"),
     ),
-    ("out", "lse", "dq", "dk", "dv", "dsinks"),
+    ("out", "lse", "dq", "dk", "dv", "dsinks", "dgates"),
 )
 _PRODUCT_COLUMNS = (
     (

@@ -17,6 +17,7 @@ from jax_bsk.testing.cases import CORNER_CASES, PATTERNS, Case, list_blocks, mak
 from jax_bsk.testing.oracle import attention_oracle
 from jax_bsk.testing.tolerance import compare, dense_attention
 
+NAMES = ("dq", "dk", "dv", "dsinks", "dgates")
 CASE = Case("case", 2, 40, 50, 4, 2, 8, 6, "float64", 32, 32, density=0.7, lengths=True)
 
 
@@ -38,12 +39,20 @@ def test_oracle_agrees_with_jax_nn(bias):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"sinks": True}, {"soft_cap": 1.5, "sinks": True, "pattern": "empty_row", "bias": True}]
+    "fields",
+    [
+        {},
+        {"sinks": True},
+        {"soft_cap": 1.5, "sinks": True, "pattern": "empty_row", "bias": True},
+        {"gates": True, "sinks": True, "mask_per_head": True},
+        {"gates": True, "soft_cap": 1.5, "pattern": "empty_tile"},
+    ],
 )
 def test_oracle_gradients_are_finite_differences(fields):
     x = make_inputs(dataclasses.replace(CASE, **fields))
-    operands = {"query": x.query, "key": x.key, "value": x.value} | ({"sinks": x.sinks} if x.sinks is not None else {})
-    rest = {"bias": x.bias, "lengths": x.lengths, "scale": x.scale, "soft_cap": x.soft_cap}
+    operands = {"query": x.query, "key": x.key, "value": x.value, "sinks": x.sinks, "gates": x.gates}
+    operands = {name: array for name, array in operands.items() if array is not None}
+    rest = {"bias": x.bias, "lengths": x.lengths, "scale": x.scale, "soft_cap": x.soft_cap, "entries": x.entries}
 
     def run(operands, **cotangents):
         return attention_oracle(mask=x.dense, **operands, **rest, **cotangents).values
@@ -55,7 +64,7 @@ def test_oracle_gradients_are_finite_differences(fields):
 
     gradients = run(operands, dout=x.dout, dlse=x.dlse)
     rng, step = np.random.default_rng(1), 1e-5
-    for name, short in (("query", "dq"), ("key", "dk"), ("value", "dv"), ("sinks", "dsinks")):
+    for name, short in zip(("query", "key", "value", "sinks", "gates"), NAMES, strict=True):
         if name not in operands:
             continue
         along = rng.standard_normal(operands[name].shape)
@@ -99,6 +108,9 @@ BUGS = {
     "scale missing": lambda f: lambda *a, scale, **k: f(*a, scale=1.0, **k),
     "soft cap missing": lambda f: lambda *a, soft_cap, **k: f(*a, soft_cap=None, **k),
     "sinks missing": lambda f: lambda *a, sinks, **k: f(*a, sinks=None, **k),
+    "gates missing": lambda f: lambda *a, gates, **k: f(*a, gates=None, **k),
+    "gates one entry further": lambda f: lambda *a, gates, **k: f(*a, gates=jnp.roll(gates, 1, -1), **k),
+    "gates without gradients": lambda f: lambda *a, gates, **k: f(*a, gates=jax.lax.stop_gradient(gates), **k),
     "lengths missing": lambda f: lambda *a, lengths, **k: f(*a, lengths=None, **k),
     "last block dropped": lambda f: lambda q, k, v, m, **x: f(q, k, v, with_last_block_dropped(m), **x),
     "tile bits reversed": lambda f: lambda q, k, v, m, **x: f(q, k, v, with_bits_reversed(m), **x),
@@ -136,6 +148,7 @@ RULE_CASE = Case(
 
 def test_rule_passes_what_is_right():
     assert "FAIL" not in run_case(RULE_CASE, sparse_attention_xla)
+    assert "dgates ok" in run_case(dataclasses.replace(RULE_CASE, gates=True), sparse_attention_xla)
 
 
 @pytest.mark.parametrize("bug", BUGS)
@@ -143,6 +156,8 @@ def test_rule_catches(bug):
     case = RULE_CASE
     if bug == "empty rows are NaN":  # needs rows whose lse is -inf
         case = dataclasses.replace(case, sinks=False)
+    if bug.startswith("gates"):
+        case = dataclasses.replace(case, gates=True)
     with pytest.raises(Mismatch, match=r"repro: python -m jax_bsk.testing --case rule"):
         run_case(case, BUGS[bug](sparse_attention_xla), gradients="gradients" in bug)
 
@@ -189,7 +204,17 @@ def test_empty_tiles_are_listed():
 def test_random_cases_repeat_and_vary():
     cases = [random_case(seed) for seed in range(300)]
     assert cases == [random_case(seed) for seed in range(300)]
-    for field in ("pattern", "dtype", "block_q", "head_size", "sinks", "lengths", "mask_per_head", "mask_per_batch"):
+    for field in (
+        "pattern",
+        "dtype",
+        "block_q",
+        "head_size",
+        "sinks",
+        "lengths",
+        "mask_per_head",
+        "mask_per_batch",
+        "gates",
+    ):
         assert len({getattr(case, field) for case in cases}) > 1, field
     assert {case.heads // case.kv_heads for case in cases} == {1, 4, 8}
     assert {case.pattern for case in cases} == set(PATTERNS)

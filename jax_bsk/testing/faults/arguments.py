@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jax_bsk import UnsupportedError, sparse_attention
-from jax_bsk.masks import CausalMask
+from jax_bsk.masks import CausalMask, FullMask
 from jax_bsk.testing.faults import checks
 from jax_bsk.testing.faults.scenario import Scenario, scenario
 
@@ -33,6 +33,11 @@ DTYPE: dict[str, Mistake] = {
     "key of another type": ({"key": _array(B, S, N, H, dtype=np.float16)}, TypeError, r"key.*query's type.*cast"),
     "value of another type": ({"value": _array(B, S, N, H, dtype=np.float16)}, TypeError, r"value.*query's type.*cast"),
     "numbers as a mask": ({"mask": _array(T, S)}, TypeError, r"mask.*boolean.*as bias"),
+    "integer gates": (
+        {"gates": _array(1, 1, 1, dtype=int), "mask": FullMask().bind(T, S)},
+        TypeError,
+        r"gates.*floating-point.*cast",
+    ),
     "lengths that are no integers": (
         {"key_value_seq_lengths": _array(B)},
         TypeError,
@@ -88,6 +93,21 @@ SHAPES: dict[str, Mistake] = {
     "BlockMask": ({"mask": CausalMask().bind(T, T)}, ValueError, r"mask is a BlockMask.*bind the mask"),
     "lengths": ({"key_value_seq_lengths": _array(3, dtype=int)}, ValueError, r"key_value_seq_lengths.*shape \(2,\)"),
     "bias": ({"bias": _array(T, S + 1)}, ValueError, r"bias broadcasts to"),
+    "gates without a BlockMask": (
+        {"gates": _array(B, N, 4), "is_causal": True},
+        ValueError,
+        r"gates.*pass a BlockMask",
+    ),
+    "gates": (
+        {"gates": _array(B, N + 1, 2), "mask": FullMask().bind(T, S)},
+        ValueError,
+        r"gates.*\(2, 4, 1\).*kv_blocks",
+    ),
+    "gates of another capacity": (
+        {"gates": _array(1, 1, 2), "mask": FullMask().bind(T, S)},
+        ValueError,
+        r"gates.*capacity is mask.kv_blocks.shape\[-1\].*\(1, 1, 2\)",
+    ),
 }
 
 

@@ -28,6 +28,8 @@ FAULT = "misaligned pointer, bad attribute, wrong result shape"
 EXPECTED = "an INVALID_ARGUMENT error reaches Python; the process lives"
 Changes = Mapping[str, Mapping[str, Any]]  # what is wrong -> the parts to replace
 
+GATES = shape("float32", B, N, CAPACITY)
+
 ATTRIBUTES: Changes = {
     "block size that is no multiple of 32": {"block_q": np.int64(33)},
     "block size 0": {"block_kv": np.int64(0)},
@@ -60,6 +62,11 @@ FORWARD_OPERANDS: Changes = {
     **OPERANDS,
     "sinks shape": {"sinks": shape("float32", 1, N - 1)},
     "sinks type": {"sinks": shape("bfloat16", 1, 1)},
+    "gates capacity": {"gates": shape("float32", B, N, CAPACITY + 1)},
+    "gates of one head": {"gates": shape("float32", B, 1, CAPACITY)},
+    "gates rank": {"gates": shape("float32", N, CAPACITY)},
+    "gates type": {"gates": shape("bfloat16", B, N, CAPACITY)},
+    "no gates operand": {"gates": None},
 }
 BACKWARD_OPERANDS: Changes = {
     **OPERANDS,
@@ -70,6 +77,11 @@ BACKWARD_OPERANDS: Changes = {
     "column offsets length": {"col_offsets": shape("int32", 1, 1, S // BLOCK)},
     "column ids type": {"q_blocks": shape("float32", 1, 1, CAPACITY)},
     "column tiles heads": {"col_tiles": shape("int32", 1, N, CAPACITY)},
+    "gates of rows alone": {"row_gates": GATES},
+    "gates of columns alone": {"col_gates": GATES},
+    "gates without their gradient": {"row_gates": GATES, "col_gates": GATES},
+    "gates capacity": {"row_gates": GATES, "col_gates": shape("float32", B, N, CAPACITY - 1), "dgates": GATES},
+    "gates type": {"row_gates": shape("bfloat16", B, N, CAPACITY), "col_gates": GATES, "dgates": GATES},
 }
 FORWARD_RESULTS: Changes = {
     "out shape": {"out": shape("float32", B, T, N, H // 2)},
@@ -85,6 +97,10 @@ BACKWARD_RESULTS: Changes = {
     "dkey type": {"dkey": shape("float16", B, S, N, H)},
     "dvalue heads": {"dvalue": shape("float32", B, S, 1, H)},
     "no dvalue": {"dvalue": None},
+    "dgates without gates": {"dgates": GATES},
+    "dgates shape": {"row_gates": GATES, "col_gates": GATES, "dgates": shape("float32", B, N, CAPACITY + 1)},
+    "dgates type": {"row_gates": GATES, "col_gates": GATES, "dgates": shape("bfloat16", B, N, CAPACITY)},
+    "no dgates": {"dgates": None},
 }
 
 

@@ -50,12 +50,18 @@ class Operands:
         return self.query.dtype.name
 
 
-def attend(operands: Operands, mask: Any, implementation: str, lengths: Any = None) -> dict[str, np.ndarray]:
-    """out [B, T, N, H], lse [B, N, T], dq, dk and dv of a jitted call; `lengths` is int [B, 2], by default all."""
+def attend(
+    operands: Operands, mask: Any, implementation: str, lengths: Any = None, gates: Any = None
+) -> dict[str, np.ndarray]:
+    """out [B, T, N, H], lse [B, N, T], dq, dk, dv and, with gates, dgates of a jitted call.
+
+    `lengths` is int [B, 2], by default all; `gates` [B|1, N|1, capacity].
+    """
     if lengths is None:
         lengths = [[operands.query.shape[1], operands.key.shape[1]]] * operands.query.shape[0]
     arrays = (operands.query, operands.key, operands.value, operands.dout)
-    results = _step(implementation)(*arrays, jax.tree.map(jnp.asarray, mask), jnp.asarray(lengths, jnp.int32))
+    data = jax.tree.map(jnp.asarray, (mask, np.asarray(lengths, np.int32), gates))
+    results = _step(implementation)(*arrays, *data)
     return {name: np.asarray(x) for name, x in results.items()}
 
 
@@ -64,10 +70,10 @@ def _step(implementation: str):
     return jax.jit(functools.partial(call, implementation=implementation))
 
 
-def call(query, key, value, dout, mask, lengths, *, implementation: str) -> dict[str, jax.Array]:
+def call(query, key, value, dout, mask, lengths, gates=None, *, implementation: str) -> dict[str, jax.Array]:
     """One call with its gradients; not jitted."""
 
-    def forward(query, key, value):
+    def forward(query, key, value, gates=None):
         return sparse_attention(
             query,
             key,
@@ -75,16 +81,19 @@ def call(query, key, value, dout, mask, lengths, *, implementation: str) -> dict
             mask=mask,
             query_seq_lengths=lengths[:, 0],
             key_value_seq_lengths=lengths[:, 1],
+            gates=gates,
             implementation=implementation,  # pyright: ignore[reportArgumentType]
             return_residual=True,
         )
 
-    (out, lse), pullback = jax.vjp(forward, query, key, value)
+    present = (query, key, value) if gates is None else (query, key, value, gates)
+    (out, lse), pullback = jax.vjp(forward, *present)
     gradients = pullback((dout, jnp.zeros_like(lse)))
-    return dict(zip(RESULTS, (out, jnp.swapaxes(lse, 1, 2), *gradients), strict=True))
+    names = RESULTS if gates is None else (*RESULTS, "dgates")
+    return dict(zip(names, (out, jnp.swapaxes(lse, 1, 2), *gradients), strict=True))
 
 
-def as_listed(operands: Operands, mask: BlockMask) -> dict[str, np.ndarray]:
+def as_listed(operands: Operands, mask: BlockMask, gates: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """float64 results of a mask's lists followed to the letter: duplicates count twice, the order of ids is free.
 
     Rows that cannot be followed are NaN and give keys nothing. For lists shared by all heads and examples.
@@ -92,6 +101,8 @@ def as_listed(operands: Operands, mask: BlockMask) -> dict[str, np.ndarray]:
     query, key, value, dout = operands.query, operands.key, operands.value, operands.dout
     shapes = {"out": query.shape, "dq": query.shape, "dk": key.shape, "dv": value.shape}
     results: dict[str, np.ndarray] = {name: np.zeros(shape) for name, shape in shapes.items()}
+    if gates is not None:
+        results["dgates"] = np.zeros(gates.shape)
     results["lse"] = np.full((query.shape[0], query.shape[2], query.shape[1]), -np.inf)
     for row in range(mask.nq):
         queries = np.arange(row * mask.block_q, min((row + 1) * mask.block_q, mask.q_len))
@@ -104,6 +115,8 @@ def as_listed(operands: Operands, mask: BlockMask) -> dict[str, np.ndarray]:
         positions = [np.arange(i * mask.block_kv, min((i + 1) * mask.block_kv, mask.kv_len)) for i, _ in entries]
         attends = [_bits(mask, tile)[: queries.size, : p.size] for (_, tile), p in zip(entries, positions, strict=True)]
         keys = np.concatenate(positions)
+        own = slice(*np.asarray(mask.row_offsets)[0, 0, row : row + 2])
+        numbers = np.repeat(np.arange(len(entries)), [p.size for p in positions])
         part = attention_oracle(
             query[:, queries],
             key[:, keys],
@@ -111,9 +124,13 @@ def as_listed(operands: Operands, mask: BlockMask) -> dict[str, np.ndarray]:
             np.concatenate(attends, axis=1)[None, None],
             scale=1 / math.sqrt(query.shape[-1]),
             dout=dout[:, queries],
+            gates=None if gates is None else gates[..., own],
+            entries=np.broadcast_to(numbers, (1, 1, queries.size, keys.size)),
         ).values
         results["out"][:, queries], results["lse"][:, :, queries] = part["out"], part["lse"]
         results["dq"][:, queries] = part["dq"]
+        if gates is not None:
+            results["dgates"][..., own] += part["dgates"]
         for at, position in enumerate(keys):  # one by one: a key may be there twice
             results["dk"][:, position] += part["dk"][:, at]
             results["dv"][:, position] += part["dv"][:, at]

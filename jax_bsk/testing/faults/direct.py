@@ -102,6 +102,10 @@ def forward_call(implementation: str) -> DirectCall:
     return DirectCall(_ffi.ATTENTION_FORWARD, operands, results, _attributes())
 
 
+def _backward_bytes(gates: tuple[int, ...]) -> int:
+    return _ffi._backward_workspace((B, T, N, H), (B, S, N, H), (1, 1, CAPACITY), (BLOCK, BLOCK), gates)
+
+
 def backward_call(implementation: str) -> DirectCall:
     """The backward of ones, for a cotangent of ones."""
     sizes = {"dquery": (B, T, N, H), "dkey": (B, S, N, H), "dvalue": (B, S, N, H)}
@@ -109,9 +113,7 @@ def backward_call(implementation: str) -> DirectCall:
     gates = shape("float32", *_ffi.NO_GATES)
     results["dgates"] = gates
     if implementation == "cuda":
-        lists = (1, 1, CAPACITY)
-        size = _ffi._backward_workspace(sizes["dquery"], sizes["dkey"], lists, (BLOCK, BLOCK))
-        results["workspace"] = shape("uint8", size)
+        results["workspace"] = shape("uint8", _backward_bytes(gates.shape))
     # lse is of BLOCK logits of H * SCALE, delta the sum of H products of ones.
     statistics = {"lse": _ones(B, N, T) * (H * SCALE + math.log(BLOCK)), "delta": _ones(B, N, T) * H}
     operands = {"dout": _ones(B, T, N, H), **_inputs(), **statistics, **_rows(), **_columns(), **_rest()}
@@ -120,7 +122,7 @@ def backward_call(implementation: str) -> DirectCall:
 
 
 def check_unchanged(implementation: str) -> None:
-    """Both calls are right with nothing replaced."""
+    """Both calls are right with nothing replaced, and with gates."""
     forward, backward = forward_call(implementation)(), backward_call(implementation)()
     # Each query averages ones; its probabilities are 1 / BLOCK, and dS = P (dP - delta) is 0.
     attended = np.broadcast_to(np.arange(S)[:, None, None] < BLOCK, (B, S, N, H))
@@ -132,3 +134,24 @@ def check_unchanged(implementation: str) -> None:
         ("dvalue", backward["dvalue"], np.where(attended, T / BLOCK, 0.0)),
     ):
         checks.check_close(f"{name} of the direct call", actual, expected)
+    check_gates(implementation)
+
+
+def check_gates(implementation: str) -> None:
+    """Both calls are right with gates of 2: the output doubles, of which delta, 1 a product, is no part here."""
+    gates = 2 * _ones(B, N, CAPACITY)
+    changes = {"row_gates": gates, "col_gates": gates, "dgates": shape("float32", B, N, CAPACITY)}
+    call = backward_call(implementation)
+    if implementation == "cuda":
+        changes["workspace"] = shape("uint8", _backward_bytes(gates.shape))
+    forward, backward = forward_call(implementation)(gates=gates), call(**changes)
+    attended = np.broadcast_to(np.arange(S)[:, None, None] < BLOCK, (B, S, N, H))
+    for name, actual, expected in (
+        ("out", forward["out"], 2.0),
+        ("lse", forward["lse"], H * SCALE + math.log(BLOCK)),
+        ("dquery", backward["dquery"], SCALE * H),  # dS = P (2 H - H), and P sums to 1
+        ("dkey", backward["dkey"], np.where(attended, SCALE * H * T / BLOCK, 0.0)),
+        ("dvalue", backward["dvalue"], np.where(attended, 2 * T / BLOCK, 0.0)),
+        ("dgates", backward["dgates"], float(BLOCK * H)),  # BLOCK rows whose P sum to 1, of products of H ones
+    ):
+        checks.check_close(f"{name} of the direct call with gates", actual, expected)

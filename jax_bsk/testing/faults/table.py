@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from jax_bsk.testing.faults import arguments, boundary, columns, installation, lists, memory, sizes, values
+from jax_bsk.testing.faults import arguments, boundary, columns, gates, installation, lists, memory, sizes, values
 from jax_bsk.testing.faults.process import Outcome, child_environment, run_commands
 from jax_bsk.testing.faults.scenario import Scenario
 
-_GROUPS = (lists, columns, sizes, arguments, boundary, values, memory, installation)
+_GROUPS = (lists, columns, gates, sizes, arguments, boundary, values, memory, installation)
 
 SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for group in _GROUPS for scenario in group.SCENARIOS}
 assert len(SCENARIOS) == sum(len(group.SCENARIOS) for group in _GROUPS), "two scenarios have one name"

@@ -1,0 +1,117 @@
+"""Gates whose lists nobody checked, and gates that are not finite."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jax_bsk import BlockMask
+from jax_bsk.testing.faults import calls, checks
+from jax_bsk.testing.faults.calls import BLOCK, Operands
+from jax_bsk.testing.faults.lists import FAULT, LENGTH, POISON, block_mask, check_keys, check_rows, positions
+from jax_bsk.testing.faults.scenario import scenario
+
+BLOCKS = LENGTH // BLOCK
+
+
+def _gates(mask: BlockMask) -> np.ndarray:
+    shape = (1, 2, mask.kv_blocks.shape[-1])
+    return np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+
+
+@scenario(
+    "gates-of-bad-lists",
+    f"{FAULT}, with gates",
+    "as without; the gates of the row, and of key blocks it lists, may get NaN, those of no row get 0, the others what "
+    "is due",
+    may_crash=True,
+)
+def gates_of_bad_lists(implementation: str) -> None:
+    for fault, (changes, row) in POISON.items():
+        if fault == "decreasing-offsets":  # entries of two rows: `lists` says what becomes of them
+            continue
+        mask = block_mask(**changes)
+        ids, gates = mask.kv_blocks[0, 0], _gates(mask)
+        listed = set(block_mask().kv_blocks[0, 0, 2 * row : 2 * row + 2])
+        row_of_entry = np.arange(ids.size) // 2
+        spared = (row_of_entry != row) & ~np.isin(ids, list(listed))
+        for dtype in calls.dtypes(implementation):
+            operands = Operands.random(dtype, LENGTH, LENGTH)
+            expected = calls.as_listed(operands, mask, gates)
+            results = calls.attend(operands, mask, implementation, gates=gates)
+            check_rows(results, expected, [row], dtype)
+            check_keys(results, expected, set(range(BLOCKS)) - listed, dtype)
+            actual, wanted = results["dgates"], expected["dgates"]
+            checks.check_close(f"{fault}: dgates ({dtype})", actual[..., spared], wanted[..., spared], dtype)
+            rest = (row_of_entry != row) & ~spared & ~np.isnan(actual[0, 0])
+            checks.check_close(f"{fault}: dgates of its key blocks", actual[..., rest], wanted[..., rest], dtype)
+
+
+@scenario(
+    "gates-of-padding",
+    f"{FAULT}, with gates",
+    "what stands behind the last entry, lists and gates, changes nothing, and its gradient is 0",
+    may_crash=True,
+)
+def gates_of_padding(implementation: str) -> None:
+    rows = {"row_offsets": [0, 2, 4, 6, 7], "kv_blocks": [0, 1, 1, 2, 2, 3, 0, 3, -7, 99], "tiles": [0, -1] * 5}
+    mask = block_mask(**rows)
+    gates = _gates(mask)
+    gates[..., 7:] = np.nan
+    for dtype in calls.dtypes(implementation):
+        operands = Operands.random(dtype, LENGTH, LENGTH)
+        results = calls.attend(operands, mask, implementation, gates=gates)
+        expected = calls.as_listed(operands, mask, gates)
+        check_rows(results, expected, [], dtype)
+        check_keys(results, expected, range(BLOCKS), dtype)
+        checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)
+        checks.check_equal(f"dgates of padding ({dtype})", results["dgates"][..., 7:], 0)
+
+
+@scenario("gates-of-duplicates", "duplicate or unsorted ids, with gates", "each entry has its own", may_crash=True)
+def gates_of_duplicates(implementation: str) -> None:
+    rows = {"kv_blocks": [0, 0, 2, 1, 2, 2, 3, 0], "tiles": [0, -1, -1, 0, -1, -1, 0, -1]}
+    mask = block_mask(**rows)
+    gates = _gates(mask)
+    for dtype in calls.dtypes(implementation):
+        operands = Operands.random(dtype, LENGTH, LENGTH)
+        results = calls.attend(operands, mask, implementation, gates=gates)
+        expected = calls.as_listed(operands, mask, gates)
+        check_rows(results, expected, [], dtype)
+        check_keys(results, expected, range(BLOCKS), dtype)
+        checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)
+
+
+@scenario(
+    "not-finite-gates",
+    "NaN or Inf in an input",
+    "reaches only the rows that attend to something in its block, and the gradients of these; no log-sum-exp",
+)
+def not_finite_gates(implementation: str) -> None:
+    mask = block_mask()
+    row, entry = 1, 2  # the row's first, which is partial
+    gates = _gates(mask)
+    dense = np.asarray(mask.to_dense())[0, 0]
+    touched = np.zeros(LENGTH, bool)
+    touched[positions(row)] = dense[positions(row), positions(int(mask.kv_blocks[0, 0, entry]))].any(1)
+    reached = set(mask.kv_blocks[0, 0, 2 * row : 2 * row + 2].tolist())  # key blocks that these rows attend to
+    others = np.arange(gates.shape[-1]) // 2 != row
+    for dtype in calls.dtypes(implementation):
+        operands = Operands.random(dtype, LENGTH, LENGTH)
+        expected = calls.attend(operands, mask, implementation, gates=gates)
+        for bad in (np.nan, np.inf, -np.inf):
+            spoiled = gates.copy()
+            spoiled[..., entry] = bad
+            results = calls.attend(operands, mask, implementation, gates=spoiled)
+            what = f"{bad} in a gate ({dtype})"
+            for name in ("out", "dq"):
+                checks.check_close(f"{name}, {what}", results[name][:, ~touched], expected[name][:, ~touched], dtype)
+            checks.check_close(f"lse, {what}", results["lse"], expected["lse"], dtype)
+            check_keys(results, expected, set(range(BLOCKS)) - reached, dtype)
+            checks.check_close(
+                f"dgates, {what}", results["dgates"][..., others], expected["dgates"][..., others], dtype
+            )
+            finite = np.isfinite(results["out"][:, touched].astype(np.float32)).all(-1)
+            assert not finite.any(), f"out, {what}: {finite.sum()} of {finite.size} rows that attend are finite"
+
+
+SCENARIOS = (gates_of_bad_lists, gates_of_padding, gates_of_duplicates, not_finite_gates)
