@@ -205,7 +205,7 @@ def _choose(z: jax.Array, known: _Known, top_k: int, gate: Gate, candidates: int
     row_offsets = jnp.concatenate(
         [jnp.zeros(1, jnp.int32), jnp.cumsum(np.diff(window.row_offsets) + counts, dtype=jnp.int32)]
     )
-    entry = np.arange(window.row_offsets[-1] + np.minimum(known.prefixes, width).sum(), dtype=np.int32)
+    entry = jnp.arange(window.row_offsets[-1] + np.minimum(known.prefixes, width).sum(), dtype=jnp.int32)
     row = jnp.searchsorted(row_offsets[1:], entry, side="right").astype(jnp.int32)
     listed = row < counts.size
     row = jnp.minimum(row, counts.size - 1)
@@ -213,12 +213,12 @@ def _choose(z: jax.Array, known: _Known, top_k: int, gate: Gate, candidates: int
     rank = place - jnp.asarray(known.partial)[row]  # among those chosen
     of_choice = (rank >= 0) & (rank < counts[row]) & listed
     slot = row * width + jnp.clip(rank, 0, width - 1)
-    own = jnp.asarray(window.row_offsets)[row] + place - jnp.where(rank >= counts[row], counts[row], 0)
-    own = jnp.clip(own, 0, window.kv_blocks.size - 1)
+    source = jnp.asarray(window.row_offsets)[row] + place - jnp.where(rank >= counts[row], counts[row], 0)
+    source = jnp.clip(source, 0, window.kv_blocks.size - 1)
 
     def merge(choice: Any, window: Any, rest: int) -> jax.Array:
         return jnp.where(listed, jnp.where(of_choice, choice, window), rest)
 
-    kv_blocks = merge(chosen.ravel()[slot], jnp.asarray(window.kv_blocks)[own], -1)
-    tiles = merge(-1, jnp.asarray(window.tiles)[own], -1)
+    kv_blocks = merge(chosen.ravel()[slot], jnp.asarray(window.kv_blocks)[source], -1)
+    tiles = merge(-1, jnp.asarray(window.tiles)[source], -1)
     return _Lists(row_offsets, kv_blocks, tiles), merge(gates.ravel()[slot], 1, 1)
