@@ -63,7 +63,8 @@ def least_backward_bytes(batch, heads, kv_heads, q_len, kv_len, capacity, lists,
     """`least_bytes` of `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h`."""
     kv_rows, query_rows, q_tiles = batch * kv_heads, batch * heads, -(-q_len // 64)
     words = 1 + 2 * kv_rows + kv_rows * -(-kv_len // 64) + query_rows * q_tiles + lists * capacity
-    pieces_offset = -(-4 * (-(-words // 32) * 32 + query_rows * q_tiles * 128) // 1024) * 1024
+    words = -(-words // 32) * 32 + query_rows * q_tiles * 128 + 2 * kv_rows * -(-kv_len // 64)
+    pieces_offset = -(-4 * words // 1024) * 1024
     head_pieces = heads // max(kv_heads, 1) * capacity * (block_q // 64) * (block_kv // 64)
     return pieces_offset + min(kv_rows, 3) * max(1, head_pieces * 64 * 64 * 2)
 

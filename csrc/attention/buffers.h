@@ -189,7 +189,8 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
   JAX_BSK_RETURN_IF_ERROR(ReadGates("row_gates", row_gates, shape, params->rows, stats, &row_values));
   JAX_BSK_RETURN_IF_ERROR(ReadGates("col_gates", col_gates, shape, params->cols, stats, &col_values));
   JAX_BSK_RETURN_IF_ERROR(ReadGates("dgates", *dgates, shape, params->cols, stats, &params->dgates));
-  if ((row_values == nullptr) != (col_values == nullptr) || (row_values == nullptr) != (params->dgates == nullptr)) {
+  const auto given = [](const Operand& gates) { return gates.dimensions().back() != 0; };
+  if (given(row_gates) != given(col_gates) || given(row_gates) != given(*dgates)) {
     return ffi::Error::InvalidArgument("jax_bsk: row_gates, col_gates and dgates come together or not at all");
   }
   params->row_gates = row_values;

@@ -11,7 +11,7 @@
 namespace jax_bsk::attention::cuda {
 
 // Words of the sums, [batch, heads, cols.capacity, block_kv / 64, block_q / 64, 4 warps]; 0 without gates. Each is
-// written by one warp and none is added to, so that gradients are bit-equal from run to run, and what a first kernel
+// written by one CTA and none is added to, so that gradients are bit-equal from run to run, and what a first kernel
 // wrote another may correct.
 inline int64_t GateSumCount(const BackwardParams& params) {
   const Shape& shape = params.shape;

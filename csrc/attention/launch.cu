@@ -34,6 +34,8 @@ bool Plain(const Params& params) {
 bool Gated(const ForwardParams& params) { return params.gates != nullptr; }
 bool Gated(const BackwardParams& params) { return params.dgates != nullptr; }
 
+int64_t GateCount(const Shape& shape, const BlockList& list) { return shape.batch * shape.heads * list.capacity; }
+
 // Hopper's kernels have no registers for gates beside what a soft cap needs.
 template <typename Params>
 bool HopperTakesGates(const Params& params) {
@@ -208,7 +210,9 @@ std::string ShapeRefusal(const Shape& shape, DType dtype, std::initializer_list<
 std::string ListRefusal(const BitTiles& tiles, std::initializer_list<const BlockList*> lists, int64_t words) {
   bool too_large = tiles.count > kMaxInt || words > kMaxInt;
   for (const BlockList* list : lists) too_large |= list->capacity > kMaxInt || list->ids_end > kMaxInt;
-  return too_large ? "the CUDA kernels take block lists, bit tiles and gates of fewer than 2^31 entries" : "";
+  return too_large ? "the CUDA kernels take block lists, bit tiles and partial sums of gates (up to 16 each) of fewer "
+                     "than 2^31 entries"
+                   : "";
 }
 
 // Whether the device can run kernels of this build; `shared_bytes(facts)` is what the kernel for it would need.
@@ -246,8 +250,7 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   std::string reason =
       ShapeRefusal(params.shape, params.dtype, {params.query, params.key, params.value, params.out, bits});
   if (reason.empty())
-    reason = ListRefusal(params.tiles, {&params.rows},
-                         !Gated(params) ? 0 : params.shape.batch * params.shape.heads * params.rows.capacity);
+    reason = ListRefusal(params.tiles, {&params.rows}, Gated(params) ? GateCount(params.shape, params.rows) : 0);
   if (!reason.empty()) return reason;
   return DeviceRefusal(device, [&](const DeviceFacts& facts) {
     const ForwardKernel kernel = ChooseKernel(params, facts);
@@ -266,7 +269,9 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
   std::string reason =
       ShapeRefusal(params.shape, params.dtype,
                    {params.dout, params.query, params.key, params.value, params.dquery, params.dkey, params.dvalue});
-  if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows, &params.cols}, GateSumCount(params));
+  if (reason.empty())
+    reason = ListRefusal(params.tiles, {&params.rows, &params.cols},
+                         std::max(GateSumCount(params), Gated(params) ? GateCount(params.shape, params.rows) : 0));
   if (!reason.empty()) return reason;
   return DeviceRefusal(device, [&](const DeviceFacts& facts) -> std::optional<int> {
     const BackwardKernel kernel = ChooseKernel(params, facts);
@@ -320,8 +325,15 @@ cudaError_t LaunchGradients(const BackwardParams& params, const sm90::BackwardLa
   if (kernel == BackwardKernel::kPortable || shape.q_len == 0 || shape.kv_len == 0) return portable({});
 
   // Preparation; the gradients; and what could not be exact there once more by the portable kernels.
-  const Preparation preparation{words, layout.matches_offset, reinterpret_cast<int2*>(words + layout.matches_offset),
-                                floats(layout.statistics_offset)};
+  const Preparation preparation{words,
+                                layout.matches_offset,
+                                reinterpret_cast<int2*>(words + layout.matches_offset),
+                                floats(layout.statistics_offset),
+                                words + layout.order_offset,
+                                static_cast<int>(layout.units),
+                                static_cast<int>(layout.unit_heads),
+                                static_cast<int>(layout.key_tiles),
+                                kernel == BackwardKernel::kKeys128 ? 1 : static_cast<int>(shape.block_kv / 64)};
   cudaError_t error = LaunchPrepare(params, preparation, stream);
   if (error != cudaSuccess) return error;
   error = VisitHopperBackward(params, kernel, cudaErrorNotSupported, [&](auto config) {

@@ -100,7 +100,9 @@ struct BackwardParams {
   // own gradient is the sum of P o (dO V^T) over the block.
   const void* row_gates;  // stats [B, N, rows.capacity]
   const void* col_gates;  // stats [B, N, cols.capacity]: the same numbers in the key-major lists' order
-  void* dgates;           // stats [B, N, cols.capacity], in that order; what no sound row has may be left as it was
+  // stats [B, N, cols.capacity], in that order. What no sound row has may be left as it was. A row that is not sound
+  // may make NaN of the gradients of its group's other heads for the same keys.
+  void* dgates;
   float scale;
   float soft_cap;
   void* dquery;  // [B, T, N, head_dim], dtype

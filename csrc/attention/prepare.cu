@@ -44,6 +44,14 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
     if (id >= 0 && id < rows.ids_end && tile >= -1 && tile < params.tiles.count) {
       const device::ListRow col = device::FindRow(cols, batch, head, id);
       bool sound = true;
+      // A block may be listed more than once, and then each entry has its own gate: as many of the same are before its
+      // match as are before it. Without gates any of them will do.
+      int before = 0;
+      for (int i = 0; params.dgates != nullptr && i < entry; i += 32) {
+        const bool same = i + lane < entry && __ldg(rows.ids + row.begin + i + lane) == id &&
+                          __ldg(rows.tiles + row.begin + i + lane) == tile;
+        before += __popc(__ballot_sync(0xFFFFFFFFu, same));
+      }
       for (int i = 0; i < col.length; i += 32) {
         const bool inside = i + lane < col.length;
         const int col_id = inside ? __ldg(cols.ids + col.begin + i + lane) : -1;
@@ -51,7 +59,8 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
         const bool bad =
             inside && (col_id < 0 || col_id >= cols.ids_end || col_tile < -1 || col_tile >= params.tiles.count);
         sound = sound && !__any_sync(0xFFFFFFFFu, bad);
-        const unsigned found = __ballot_sync(0xFFFFFFFFu, inside && col_id == row_id && col_tile == tile);
+        unsigned found = __ballot_sync(0xFFFFFFFFu, inside && col_id == row_id && col_tile == tile);
+        for (; found != 0 && before > 0; --before) found &= found - 1;
         if (found != 0 && match < 0) {
           const int64_t first = device::TableIndex(cols.batch, cols.heads, batch, head) * cols.capacity;
           match = static_cast<int>(col.begin - first) + i + __ffs(found) - 1;
@@ -63,6 +72,60 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
   }
 }
 
+// The order of a unit's items of keys, by one CTA.
+__device__ __forceinline__ void OrderItems(const BackwardParams& params, const Preparation& preparation, int unit) {
+  constexpr int kEach = 4;  // items a thread has at a time: their loads overlap
+  const BlockList& cols = params.cols;
+  const int group = static_cast<int>(params.shape.heads / params.shape.kv_heads);
+  const int kv_heads = static_cast<int>(params.shape.kv_heads),
+            kv_rows = static_cast<int>(params.shape.batch) * kv_heads;
+  const int items = preparation.unit_heads * preparation.key_tiles, thread = static_cast<int>(threadIdx.x);
+  const auto entries = [&](int item) {
+    const int row = unit * preparation.unit_heads + item / preparation.key_tiles;
+    const int block = item % preparation.key_tiles / preparation.tile_blocks;
+    int sum = 0;
+    for (int i = 0; item < items && row < kv_rows && i < group; ++i) {
+      sum += max(0, device::FindRow(cols, row / kv_heads, row % kv_heads * group + i, block).length);
+    }
+    return sum;
+  };
+  __shared__ unsigned long long total;
+  __shared__ int heavy, first[2];
+  if (thread == 0) total = 0, heavy = 0;
+  __syncthreads();
+  unsigned long long own = 0;
+#pragma unroll kEach
+  for (int item = thread; item < items; item += kThreads) own += entries(item);
+  atomicAdd(&total, own);
+  __syncthreads();
+  const unsigned long long all = total;
+  const auto is_heavy = [&](int item) { return entries(item) * static_cast<unsigned long long>(items) > 2 * all; };
+  int count = 0;
+#pragma unroll kEach
+  for (int item = thread; item < items; item += kThreads) count += is_heavy(item);
+  atomicAdd(&heavy, count);
+  __syncthreads();
+  if (thread == 0) first[0] = heavy, first[1] = 0;
+  // Whose places come first is of no account for any result, but the order is the same from run to run.
+  __shared__ int warps[2][kThreads / 32];
+  const int lane = thread % 32, warp = thread / 32;
+  for (int base = 0; base < items; base += kThreads) {
+    const int item = base + thread;
+    const bool is_item = item < items, chosen = is_item && is_heavy(item);
+    const unsigned mine = __ballot_sync(0xFFFFFFFFu, chosen), others = __ballot_sync(0xFFFFFFFFu, is_item && !chosen);
+    if (lane == 0) warps[1][warp] = __popc(mine), warps[0][warp] = __popc(others);
+    __syncthreads();
+    int place = first[chosen] + __popc((chosen ? mine : others) & ((1u << lane) - 1));
+    for (int i = 0; i < warp; ++i) place += warps[chosen][i];
+    if (is_item) preparation.order[int64_t{unit} * items + place] = item;
+    __syncthreads();
+    if (thread < 2) {
+      for (int i = 0; i < kThreads / 32; ++i) first[thread] += warps[thread][i];
+    }
+    __syncthreads();
+  }
+}
+
 __global__ void __launch_bounds__(kThreads)
     PrepareKernel(const __grid_constant__ BackwardParams params, const __grid_constant__ Preparation preparation) {
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < preparation.zero_count;
@@ -71,6 +134,9 @@ __global__ void __launch_bounds__(kThreads)
   }
   ConvertStatistics(params, preparation.statistics);
   MatchRow(params, preparation.matches);
+  for (int unit = static_cast<int>(gridDim.x - 1 - blockIdx.x); unit < preparation.units; unit += gridDim.x) {
+    OrderItems(params, preparation, unit);
+  }
 }
 
 }  // namespace

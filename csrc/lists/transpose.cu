@@ -164,7 +164,7 @@ std::string TransposeRefusal(const TransposeParams& params) {
     return "the CUDA kernels transpose lists with rows + 4 columns + 3 up to " + std::to_string(Limits::kMaxWords) +
            ", not of " + std::to_string(params.rows) + " and " + std::to_string(params.columns);
   }
-  if (params.capacity > device::kMaxInt - 64 || params.tables > device::kMaxInt) {
+  if (params.capacity > device::kMaxInt - 1024 || params.tables > device::kMaxInt) {
     return "the CUDA kernels transpose fewer than 2^31 lists of fewer than 2^31 entries";
   }
   return "";
@@ -181,7 +181,9 @@ cudaError_t LaunchTranspose(const TransposeParams& params, int device, cudaStrea
   const int64_t wanted = std::max<int64_t>(4, device::CeilDiv(params.capacity, 128));
   const int64_t warps = std::max<int64_t>(1, std::min({most, wanted, int64_t{kMaxWarps}}));
   const auto bytes = static_cast<int>(4 * Words(params, warps));
-  const cudaError_t error = cudaFuncSetAttribute(TransposeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The most there is, whatever this call takes: the attribute is the kernel's, and other threads launch it, too.
+  const cudaError_t error =
+      cudaFuncSetAttribute(TransposeKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, facts.shared_bytes);
   if (error != cudaSuccess) return error;
   TransposeKernel<<<static_cast<unsigned>(params.tables), static_cast<unsigned>(32 * warps), bytes, stream>>>(params);
   return cudaGetLastError();

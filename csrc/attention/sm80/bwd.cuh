@@ -178,7 +178,7 @@ struct KeyShared {
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> query;
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> dout;
   device::RowStatistics rows[Config::kKeyTileQ];  // of the queries
-  uint32_t attended[Config::kKeyTileQ][2];        // [query][key / 32], when the step has a bit tile
+  uint32_t attended[Config::kKeyTileQ][2];        // [query][key / 32], with a bit tile or gates
   uint32_t bad_queries[2];                        // see device::CleanRows
   uint32_t bad_douts[2];
   // For want of registers: the place of the current step's gate; each thread's P o dP, of the 64 x 64 pairs that the
@@ -329,7 +329,9 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
           device::BitTileRow(params.tiles, batch, now_head, now.tile, now.offset + thread / 2, block_q, block_kv) +
           kv_start % block_kv / 32 + thread % 2);
     }
-    // Keys past the length have rows of their own in the products, but not in the gate's sum.
+    // Queries past the length may have any logits; keys past it have rows of their own in the products, but not in the
+    // gate's sum.
+    if (now.start + thread / 2 >= limit.query) word = 0;
     if (Config::kGated) word &= static_cast<uint32_t>(device::FirstBits(kv_rows - 32 * (thread % 2)));
     uint64_t bad = 0;
     if (now.tile >= 0) bad = device::CleanRows<kThreads>(shared.dout, shared.bad_douts, thread);
@@ -360,7 +362,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
           if (bad >> column & 1) prob = dscore = dprob = device::QuietNan();
           if (!(shared.attended[column][warp_row / 32] >> bit & 1)) prob = dscore = dprob = 0.f;
           sum = fmaf(prob, dprob, sum);
-          prob *= gate;
+          if (prob != 0.f) prob *= gate;
         }
       sum += shared.gate_sums[thread];
       if (makes_dkey && (!more || step.start != now.start + kTileQ || step.start % 64 == 0)) {

@@ -131,7 +131,10 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
 #pragma unroll
         for (int n = 0; n < kTileKv / 8; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) probs[m][n][e] *= gate;
+          for (int e = 0; e < 4; ++e) {
+            // A pair that does not attend stays 0, whatever the gate is.
+            if (probs[m][n][e] != 0.f) probs[m][n][e] *= gate;
+          }
       }
     }
 

@@ -82,6 +82,7 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& l
   plan.suspect_queries = words + layout.suspect_queries_offset;
   plan.matches = reinterpret_cast<const int2*>(words + layout.matches_offset);
   plan.statistics = static_cast<float*>(workspace) + layout.statistics_offset;
+  plan.order = words + layout.order_offset;
   plan.gate_sums = static_cast<float*>(workspace) + layout.gate_sums_offset;
   plan.pieces = static_cast<char*>(workspace) + layout.pieces_offset;
 

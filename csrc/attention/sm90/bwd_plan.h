@@ -6,7 +6,8 @@
 // this order: keys of unit 0; keys of unit 1, queries of unit 0; keys of unit 2, queries of unit 1; ... So what an item
 // of queries waits for has mostly been done for a while. (Handing out the two kinds in turns, so that copies of the one
 // run beside products of the other, was 0 to 9 % slower: the card is at its power limit, and L2 holds less of what is
-// shared.)
+// shared.) Among the keys of a unit those that far more queries visit than others come first (prepare.h): what SparseK
+// chooses, or global tokens. Were they last, most of the chip would wait for them.
 #pragma once
 
 #include <algorithm>
@@ -21,6 +22,10 @@ constexpr int kUnitSlots = 3;  // units whose dS exists at a time: one is writte
 // Items of the first kind that a unit needs not have more of, in tiles of 128 keys: eight a multiprocessor. Against two
 // it is 1 to 8 % faster where the workspace allows it (8192 positions, random and causal).
 constexpr int64_t kEnoughItems = 1056;
+// Nor more entries a multiprocessor than twice those of the longest item there may be, here of 132: whoever reads a
+// unit's dS waits for that item. SparseK's heaviest columns at 32,768 positions took 6.1 ms in units of five heads and
+// 8.2 in units of two.
+constexpr int64_t kEnoughEntries = 264;
 
 // The workspace, in the order in which it is laid out; offsets are in words of 4 bytes.
 struct BackwardLayout {
@@ -33,6 +38,7 @@ struct BackwardLayout {
   int64_t suspect_queries_offset;
   int64_t matches_offset;     // two words for each entry of the query-major lists
   int64_t statistics_offset;  // 128 words for each 64 queries of a head
+  int64_t order_offset;       // one word for each item of keys
   int64_t gate_sums_offset;   // what gates.h says
   int64_t pieces_offset;      // in bytes
   int64_t slot_pieces;        // of a unit
@@ -49,14 +55,17 @@ struct BackwardLayout {
     matches_offset = ceil_div(suspect_queries_offset + query_rows * ceil_div(shape.q_len, 64), 2) * 2;
     statistics_offset = ceil_div(matches_offset + 2 * rows.batch * rows.heads * rows.capacity, 32) * 32;
     gate_sums_offset = statistics_offset + query_rows * ceil_div(shape.q_len, 64) * 128;
-    pieces_offset = ceil_div(4 * (gate_sums_offset + gate_sums), 1024) * 1024;
+    order_offset = gate_sums_offset + gate_sums;
+    // Of whole units: fewer than twice the heads there are.
+    pieces_offset = ceil_div(4 * (order_offset + 2 * kv_rows * key_tiles), 1024) * 1024;
 
     const int64_t group = shape.heads / std::max<int64_t>(shape.kv_heads, 1);
     const int64_t head_pieces = group * cols.capacity * (shape.block_q / 64) * (shape.block_kv / 64);
     const int64_t head_bytes = std::max<int64_t>(1, head_pieces * kPieceElements * 2);
     least_bytes = pieces_offset + std::min<int64_t>(kv_rows, kUnitSlots) * head_bytes;
     const int64_t heads = std::max<int64_t>(0, bytes - pieces_offset) / head_bytes;
-    const int64_t enough = ceil_div(kEnoughItems, std::max<int64_t>(1, ceil_div(shape.kv_len, 128)));
+    const int64_t enough = std::max(ceil_div(kEnoughItems, std::max<int64_t>(1, ceil_div(shape.kv_len, 128))),
+                                    ceil_div(kEnoughEntries * shape.q_blocks, std::max<int64_t>(1, cols.capacity)));
     unit_heads = kv_rows <= std::min(enough, heads) ? kv_rows : std::min(enough, heads / kUnitSlots);
     unit_heads = std::max<int64_t>(1, unit_heads);
     units = ceil_div(kv_rows, unit_heads);

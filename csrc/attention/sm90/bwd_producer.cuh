@@ -53,6 +53,7 @@ class BackwardScheduler {
       }
     }
     const bool keys = item.kind == BackwardItem::kKeys;
+    if (keys) place = __ldg(plan_.order + int64_t{item.unit} * plan_.key_items + place);
     const Divider& tiles = keys ? plan_.key_tiles : plan_.query_blocks;
     const Divider& heads = keys ? plan_.kv_heads : plan_.heads;
     const int row_in_unit = tiles.Quotient(place), tile = tiles.Remainder(place, row_in_unit);

@@ -40,6 +40,7 @@ struct BackwardPlan {
   int32_t* suspect_keys;     // [batch, kv_heads, 64 keys]: what the exact kernel has to do once more
   int32_t* suspect_queries;  // [batch, heads, 64 queries]
   const int2* matches;       // see Preparation
+  const int32_t* order;      // likewise
   const float* statistics;
   float* gate_sums;  // see gates.h
   void* pieces;      // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]

@@ -118,8 +118,8 @@ constexpr int BackwardSharedBytes() {
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors, cudaStream_t stream);
 
-// The same for the backward, in bwd.cuh: everything but the matches (prepare.h), which must be in the workspace, and
-// what the suspects it leaves there call for.
+// The same for the backward, in bwd.cuh: what prepare.h and gates.h put into the workspace must be there, and what the
+// suspects and the sums of gates that it leaves call for comes after it.
 template <typename Config>
 cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& layout, void* workspace,
                            int multiprocessors, cudaStream_t stream);

@@ -6,7 +6,8 @@
 // 2^kSlack of the largest exponential. Whether it does is read off the row sums, which are needed anyhow; only where a
 // sum says no is a maximum looked for (Raise, from the exponentials; or, past 2^kTrust, where they may have overflowed,
 // from logits that are computed once more). A reference below the maximum loses nothing: float32, and the 16-bit
-// probabilities, have the same relative precision there, and 2^kSlack is far from float16's largest number.
+// probabilities, have the same relative precision there, and 2^kSlack is far from float16's largest number. (Only a
+// gate of more than 64 can overflow it: then the row is one of those that fwd_exact_rows.cuh puts right.)
 //
 // FlashAttention-4 skips rescaling below a threshold, but still forms the maximum, and so did the kernel that this one
 // started from, beside the exponentials.
