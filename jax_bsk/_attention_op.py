@@ -32,7 +32,7 @@ from jax_bsk import _compat, _ffi, _partition
 from jax_bsk._errors import UnsupportedError
 from jax_bsk._native import like, primitive
 from jax_bsk.masks import BlockMask
-from jax_bsk.masks._entry_order import EntryOrder, reorder, with_entry_order
+from jax_bsk.masks._entry_order import to_columns, to_rows, with_entry_order
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
 RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse")
@@ -245,16 +245,10 @@ def _attend_bwd(call, residuals, cotangents):
     if gates is None:
         dquery, dkey, dvalue = _once_differentiable(_backward, call, *args)
     else:
-        args = (*args, gates, reorder(gates, order.entries))
+        args = (*args, gates, to_columns(gates, order))
         dquery, dkey, dvalue, dgates = _once_differentiable(_gated_backward, call, *args)
-        dgates = _gates_gradient(dgates, order)
+        dgates = to_rows(dgates, order)
     return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, delta), dgates, None, None, None
-
-
-def _gates_gradient(dgates, order: EntryOrder):
-    """From the key-major lists' order to the rows', and numbers for the entries that the kernels leave alone."""
-    fate = jnp.asarray(order.fate).astype(dgates.dtype)
-    return jnp.where(fate == 1, reorder(dgates, order.places), fate)
 
 
 def _row_products(dout, out, dtype):

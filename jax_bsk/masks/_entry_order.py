@@ -53,19 +53,30 @@ def with_entry_order(mask: BlockMask) -> tuple[BlockMask, EntryOrder]:
     return mask.__dict__["_ordered"]
 
 
-def reorder(numbers: jax.Array, indices: Any) -> jax.Array:
-    """numbers[b, n, indices[b, n, i]] of numbers [B, N, capacity] and a permutation [B|1, N|1, capacity]."""
+def to_columns(numbers: jax.Array, order: EntryOrder) -> jax.Array:
+    """From [B, N, capacity] numbers, one an entry of the rows' lists, to the order of the key-major ones."""
+    return _explicit.call(_permute, [numbers, jnp.asarray(order.entries)], ["bh"] * 2)
+
+
+def to_rows(numbers: jax.Array, order: EntryOrder) -> jax.Array:
+    """The way back, for what kernels wrote: 0 for the entries of no column, NaN for those of one that they refuse."""
+
+    def function(numbers: jax.Array, places: jax.Array, fate: jax.Array) -> jax.Array:
+        return jnp.where(fate == 1, _permute(numbers, places), fate.astype(numbers.dtype))
+
+    return _explicit.call(function, [jnp.asarray(x) for x in (numbers, order.places, order.fate)], ["bh"] * 3)
+
+
+def _permute(numbers: jax.Array, indices: jax.Array) -> jax.Array:
+    """numbers[b, n, indices[b, n, i]] of a permutation [B|1, N|1, capacity]."""
     shared = tuple(axis for axis in (0, 1) if indices.shape[axis] == 1)
     axes = [None if axis in shared else 0 for axis in (0, 1)]
 
     def take(numbers: jax.Array, indices: jax.Array) -> jax.Array:
         return numbers.at[indices].get(mode="promise_in_bounds", unique_indices=True)
 
-    def function(numbers: jax.Array, indices: jax.Array) -> jax.Array:
-        by_head = jax.vmap(take, (0, axes[1]))
-        return jax.vmap(by_head, (0, axes[0]))(numbers, jnp.squeeze(indices, shared))
-
-    return _explicit.call(function, [numbers, jnp.asarray(indices)], ["bh", "bh"])
+    by_head = jax.vmap(take, (0, axes[1]))
+    return jax.vmap(by_head, (0, axes[0]))(numbers, jnp.squeeze(indices, shared))
 
 
 def _order_host(
