@@ -59,6 +59,8 @@ class Config:
       questions: Needles that are asked for, `block` times each.
       block: Queries and keys of a block.
       top_k: Key blocks that MoBA chooses for each query block, the own one included.
+      phases: Parts of the training, of as many steps each. The last has sequences of `length`, each one before it of
+        half the length: where nearly all blocks are chosen, what to look for is learned soon.
       test_sequences: Sequences of the accuracy after training.
     """
 
@@ -74,6 +76,7 @@ class Config:
     head_dim: int = 16
     block: int = 32
     top_k: int = 8
+    phases: int = 1
     dtype: str = "float32"
     learning_rate: float = 5e-3
     test_sequences: int = 128
@@ -83,20 +86,40 @@ class Config:
         if backend == "cpu":
             return cls()
         return cls(
-            steps=500, length=16_384, heads=8, head_dim=64, block=64, top_k=16, dtype="bfloat16", learning_rate=1e-3
+            steps=1200,
+            length=16_384,
+            batch=8,
+            heads=8,
+            head_dim=64,
+            block=64,
+            top_k=16,
+            phases=4,
+            dtype="bfloat16",
+            learning_rate=2e-3,
         )
 
     def __post_init__(self):
-        if self.length % self.block or self.context < 2 * self.needles:
+        shortest = self.length // 2 ** (self.phases - 1)
+        room = shortest - self.questions * self.block
+        if self.length % (self.block * 2 ** (self.phases - 1)) or room < 2 * self.needles:
             raise ValueError(
-                f"the length is a multiple of {self.block} and has room for {self.questions} questions of that many "
-                f"tokens and {self.needles} needles, got {self.length}"
+                f"the length of every phase is a multiple of {self.block} and has room for {self.questions} questions "
+                f"of that many tokens and {self.needles} needles, got {shortest} to {self.length}"
             )
+        if self.steps % self.phases:
+            raise ValueError(f"steps are a multiple of the {self.phases} phases, got {self.steps}")
 
     @property
     def context(self) -> int:
         """Tokens before the questions."""
         return self.length - self.questions * self.block
+
+    def in_phases(self) -> list[Config]:
+        """The same for each phase, with its length and steps."""
+        return [
+            dataclasses.replace(self, length=self.length // 2**n, steps=self.steps // self.phases, phases=1)
+            for n in reversed(range(self.phases))
+        ]
 
     @property
     def window(self) -> int:
@@ -263,35 +286,47 @@ def sequences(config: Config, count: int, rng: np.random.Generator) -> tuple[np.
 
 def train(kind: str, config: Config) -> dict:
     """Trains a model with one kind of attention; returns what it took and learned."""
-    graphdef, params = nnx.split(Model(config, kind, nnx.Rngs(config.seed, score=config.seed)))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(config.learning_rate))
 
-    def loss_fn(params, tokens, answers):
-        logits, share = nnx.merge(graphdef, params)(tokens)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
-        return loss, ((logits.argmax(-1) == answers).mean(dtype=jnp.float32), share)
+    def loss_of(phase: Config):
+        graphdef, _ = nnx.split(Model(phase, kind, nnx.Rngs(config.seed, score=config.seed)))
 
-    def step(params, opt_state, tokens, answers):
-        (loss, (accuracy, _)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens, answers)
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state, loss, accuracy
+        def loss_fn(params, tokens, answers):
+            logits, share = nnx.merge(graphdef, params)(tokens)
+            loss = optax.softmax_cross_entropy_with_integer_labels(logits, answers).mean()
+            return loss, ((logits.argmax(-1) == answers).mean(dtype=jnp.float32), share)
+
+        return loss_fn
+
+    def step_of(loss_fn):
+        def step(params, opt_state, tokens, answers):
+            (loss, (accuracy, _)), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, tokens, answers)
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state, loss, accuracy
+
+        return jax.jit(step, donate_argnums=(0, 1))
 
     train_rng, test_rng = np.random.default_rng([config.seed, 0]), np.random.default_rng([config.seed, 1])
-    opt_state, batch = optimizer.init(params), sequences(config, config.batch, train_rng)
-    started = time.perf_counter()
-    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, opt_state, *batch).compile()
-    compile_seconds = time.perf_counter() - started
-
-    losses, accuracies, seconds = [], [], []
-    bar = tqdm(range(config.steps), desc=f"{kind:12s}", unit="step", dynamic_ncols=True)
-    for _ in bar:
+    _, params = nnx.split(Model(config, kind, nnx.Rngs(config.seed, score=config.seed)))
+    opt_state = optimizer.init(params)
+    losses, accuracies, seconds, compile_seconds, loss_fn = [], [], [], 0.0, loss_of(config)
+    bar = tqdm(total=config.steps, desc=f"{kind:12s}", unit="step", dynamic_ncols=True)
+    for phase in config.in_phases():
+        loss_fn, seconds = loss_of(phase), []
+        batch = sequences(phase, phase.batch, train_rng)
         started = time.perf_counter()
-        params, opt_state, loss, accuracy = compiled(params, opt_state, *batch)
-        losses.append(float(loss))  # waits for the step
-        seconds.append(time.perf_counter() - started)
-        accuracies.append(float(accuracy))
-        bar.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.0%}", refresh=False)
-        batch = sequences(config, config.batch, train_rng)
+        compiled = step_of(loss_fn).lower(params, opt_state, *batch).compile()
+        compile_seconds = time.perf_counter() - started  # as the times of steps, of the last phase
+        for _ in range(phase.steps):
+            started = time.perf_counter()
+            params, opt_state, loss, accuracy = compiled(params, opt_state, *batch)
+            losses.append(float(loss))  # waits for the step
+            seconds.append(time.perf_counter() - started)
+            accuracies.append(float(accuracy))
+            bar.set_postfix(loss=f"{losses[-1]:.3f}", accuracy=f"{accuracies[-1]:.0%}", refresh=False)
+            bar.update()
+            batch = sequences(phase, phase.batch, train_rng)
+    bar.close()
     peak = peak_memory()  # before the test, which is not what is measured
 
     evaluate = jax.jit(lambda *arguments: loss_fn(*arguments)[1])
@@ -365,6 +400,8 @@ def plot(runs: Sequence[dict], path: Path) -> None:
         first = np.maximum(last - smooth, 0)
         left.plot(last, (total[last] - total[first]) / (last - first), color=f"C{i}", label=run["kind"])
         right.bar(run["kind"], run["step_seconds"] * 1e3, color=f"C{i}")
+    for n in range(1, config.phases):
+        left.axvline(n * config.steps / config.phases, color="gray", linewidth=0.8)  # from here on twice as long
     left.axhline(4 / config.vocabulary, color="gray", linewidth=0.8, linestyle=":", label="a guess")
     left.legend(frameon=False)
     right.tick_params(axis="x", rotation=20)

@@ -91,9 +91,21 @@ def test_questions_are_answered_by_the_needles(example, tiny):
         np.testing.assert_array_equal([values[key] for key in row[tiny.context :]], answer)
 
 
+def test_lengths_double_from_phase_to_phase(example, tiny):
+    config = dataclasses.replace(tiny, steps=4, length=512, phases=2)
+    assert [(phase.length, phase.steps) for phase in config.in_phases()] == [(256, 2), (512, 2)]
+    run = example.train("sparsek", config)
+    assert len(run["losses"]) == 4
+    assert run["config"]["length"] == 512
+    with pytest.raises(ValueError, match="steps are a multiple of the 2 phases"):
+        dataclasses.replace(config, steps=3)
+    with pytest.raises(ValueError, match="got 96 to 192"):
+        dataclasses.replace(config, length=192)
+
+
 def test_a_length_that_does_not_fit_is_refused(example):
     for length in (1000, 256):
-        with pytest.raises(ValueError, match=f"multiple of 32 .* got {length}"):
+        with pytest.raises(ValueError, match=f"multiple of 32 .* to {length}"):
             example.Config(length=length)
 
 
