@@ -200,8 +200,8 @@ def _backward_workspace(
 
     The kernels keep dS (the gradient of the logits, in query's type) of three key/value heads' visited blocks or more;
     they are as fast as they can be with as many heads in each third as `BackwardLayout` calls enough. More than twice
-    what dQ takes in float32, or 2 GiB, is spent on that only where three heads need it. So the workspace grows as the inputs and the
-    visited blocks do. With gates come four partial sums of each tile of 64 x 64 of each visited block.
+    what dQ takes in float32, or 2 GiB, is spent on that only where three heads need it. So the workspace grows as the
+    inputs and the visited blocks do. With gates come four partial sums of each 64 x 64 pairs of each visited block.
     """
     *lead, q_len, heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[-3:-1]
@@ -210,9 +210,7 @@ def _backward_workspace(
     words = 1 + 2 * kv_rows + 3 * kv_rows * kv_tiles + query_rows * q_tiles * 129 + 2 * math.prod(ids_shape) + 33
     words += 4 * math.prod(gates_shape) * math.prod(-(-size // 64) for size in block_size)
     head_bytes = 2 * math.prod(block_size) * ids_shape[-1] * (heads // max(kv_heads, 1))
-    enough = max(
-        -(-1056 // max(-(-kv_len // 128), 1)), -(-264 * -(-q_len // block_size[0]) // max(ids_shape[-1], 1))
-    )
+    enough = max(-(-1056 // max(-(-kv_len // 128), 1)), -(-264 * -(-q_len // block_size[0]) // max(ids_shape[-1], 1)))
     wanted = min(kv_rows, 3 * enough, max(3, max(8 * query_rows * q_len * head_dim, 2 << 30) // max(head_bytes, 1)))
     return 4 * words + 1024 + wanted * max(head_bytes, 1)
 
