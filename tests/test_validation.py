@@ -332,6 +332,24 @@ def test_a_benchmark_that_was_cut_short_is_resumed(tmp_path, monkeypatch):
     assert not (settings.results / "benchmark.jsonl").exists()
 
 
+def test_cases_of_one_name_are_measured_in_every_pass(tmp_path, monkeypatch):
+    sets = benchmark.case_sets(Level.FULL, on_gpu=False, seed=0)
+    (case,) = sets["forward"][:1]
+    (same,) = [other for other in sets["backward"] if other.name == case.name][:1]
+    monkeypatch.setattr(benchmark, "case_sets", lambda *arguments: {"forward": [case], "backward": [same]})
+    monkeypatch.setattr(products, "chosen", lambda *arguments: [])
+    settings = Settings(tmp_path, peers=False, quiet=True)
+    forward, backward = benchmark.run(settings, Clock(1000)).data["cases"]
+    assert (forward["set"], backward["set"]) == ("forward", "backward")
+    assert backward["useful_flops"] == pytest.approx(2.5 * forward["useful_flops"])
+    assert backward["jax_bsk"]["seconds"] != forward["jax_bsk"]["seconds"]
+    resumed = benchmark.run(dataclasses.replace(settings, resume=True), Clock(1000)).data
+    assert resumed["taken_up"] == 2
+    assert [case["jax_bsk"]["seconds"] for case in resumed["cases"]] == [
+        case["jax_bsk"]["seconds"] for case in (forward, backward)
+    ]
+
+
 def test_products_that_hang_or_crash_fail(tmp_path, monkeypatch):
     def hangs(command, seconds):
         raise subprocess.TimeoutExpired(command, seconds)

@@ -60,17 +60,20 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     options = {"with_peers": settings.peers, "rounds": ROUNDS[settings.level], "seed": settings.seed}
     named = [(name, case) for name, cases in sets.items() for case in cases]
     kept = Measured(settings)
-    new = runs.records([case for _, case in named if case.name not in kept], implementation=implementation, **options)
+    # A case has the same name in the sets of each pass.
+    missing = [case for name, case in named if f"{name}: {case.name}" not in kept]
+    new = runs.records(missing, implementation=implementation, **options)
     reserved = products.SECONDS[settings.level]
     with Progress(len(named) + len(products.chosen(settings.level, on_gpu)), settings.quiet) as progress:
         for name, case in named:
-            progress.step(f"{name}: {case.name}")
-            if case.name not in kept:
+            key = f"{name}: {case.name}"
+            progress.step(key)
+            if key not in kept:
                 record = next(new)
                 if "seconds" in record["jax_bsk"]:
-                    kept.keep(case.name, record)
+                    kept.keep(key, record)
             else:
-                record = kept[case.name]
+                record = kept[key]
             measure.judge(record, surroundings["devices"][0]["name"], case.measured)
             if "useful_flops" in record:
                 record["floor"] = targets.floor(record, rates[case.dtype], bandwidth)

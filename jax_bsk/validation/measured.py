@@ -15,7 +15,7 @@ from jax_bsk.validation.settings import Settings
 
 
 class Measured:
-    """Records by the name of their case, a line each in `benchmark.jsonl` of the results' folder."""
+    """Records by the set and the name of their case, a line each in `benchmark.jsonl` of the results' folder."""
 
     def __init__(self, settings: Settings):
         facts = provenance.collect()

@@ -36,7 +36,7 @@ STAGES: dict[str, Stage] = {
     for stage in (
         _stage("analyse", "analyse", "What is this machine, and what can it do at best?", 60, 120),
         _stage("build", "build", "Which code runs, and is it what the sources say?", 60, 900),
-        _stage("validate", "numerics", "Are the numbers right?", 120, 1500),
+        _stage("validate", "numerics", "Are the numbers right?", 200, 1500),
         _stage("benchmark", "benchmark", "How fast is it beside its peers?", 120, 900),
         _stage("profile", "profile", "How far from what the machine allows?", 90, 300),
         _stage("harden", "harden", "Does it stay right under repetition, faults and sanitizers?", 240, 1500),
