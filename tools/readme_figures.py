@@ -161,12 +161,42 @@ def scaling() -> str:
     return table(["", "key/value heads", "one GPU", "two GPUs", "efficiency"], rows)
 
 
+def selection() -> str:
+    result = read(RESULTS / "selection-nvidia-h200.json")
+    seconds = {name: one["seconds"] for name, one in result["contenders"].items()}
+    rows = []
+    for name, label in {
+        "from_topk": "top 16 of given scores",
+        "moba": "MoBA, top 16",
+        "sparsek": "SparseK, top 8",
+    }.items():
+        lists = [f"{seconds[f'{name}: {what}'] * 1e6:.0f} us" for what in ("lists", "lists and transpose")]
+        attended = [
+            f"{seconds[f'{name}: {which}'] * 1e3:.2f} ms ({result['ratios'][f'{name}: speed over dense, {which}']:.1f}x)"
+            if f"{name}: {which}" in seconds
+            else "-"
+            for which in ("forward", "training")
+        ]
+        rows.append([label, *lists, *attended])
+    found = table(["", "lists", "and by columns", "with attention, forward", "with gradients"], rows)
+    plain, gated = (
+        [f"{seconds[f'{name}: {which}'] * 1e3:.2f}" for which in ("forward", "training")]
+        for name in ("attention", "attention, gates")
+    )
+    verdicts = "; ".join(f"{goal}: {verdict}" for goal, verdict in result["goals"].items())
+    return (
+        f"{found}\n\nAttention over the lists of the first row alone: {plain[0]} ms forward, {plain[1]} ms with gradients; "
+        f"with gates {gated[0]} and {gated[1]} ms. Goals: {verdicts}."
+    )
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "method": method,
     "forward": with_torch("forward"),
     "backward": with_torch("backward"),
     "matmul": matmul,
     "matmul-cpu": matmul_cpu,
+    "selection": selection,
     "training-step": training_step,
     "scaling": scaling,
 }

@@ -34,39 +34,32 @@ CALLS = {Level.QUICK: 1000, Level.FULL: 5000}  # while memory is watched
 GROWTH_KIB = 20_000  # that a process may have grown by then: allocators keep some
 
 
-Part = Callable[[Settings, Clock, str], tuple[list[Check], Any]]
-
-
 def run(settings: Settings, clock: Clock) -> StageResult:
-    """What runs in JAX and, on a GPU, what runs without it, side by side: one part of each after the other."""
+    """One part after the other, as long as there is time."""
     implementation = provenance.implementation()
-    in_jax: dict[str, Part] = {
-        "repeats": _repeats,
-        "products": _products,
-        "faults": _faults,
-        "memory and teardown": _processes,
-    }
-    without: dict[str, Part] = {}
+    parts: list[tuple[str, Callable[..., tuple[list[Check], Any]]]] = [
+        ("repeats", _repeats),
+        ("products", _products),
+        ("faults", _faults),
+        ("memory and teardown", _processes),
+    ]
     if implementation == "cuda":
-        without = {
-            "check programs": kernels.check_cases,
-            "sanitizers": kernels.sanitizers,
-            "seeded bugs": kernels.mutations,
-        }
-
-    def follow(parts: dict[str, Part]) -> dict[str, tuple[list[Check], Any]]:
-        found = {}
-        for name, part in parts.items():
+        parts += [
+            ("check programs", kernels.check_cases),
+            ("sanitizers", kernels.sanitizers),
+            ("seeded bugs", kernels.mutations),
+        ]
+    checks: list[Check] = []
+    data: dict[str, Any] = {}
+    with Progress(len(parts), settings.quiet) as progress:
+        for name, part in parts:
             progress.step(name)
-            over = [skipped(name, "the stage's time was over")], {}
-            found[name] = over if clock.left < 0 else part(settings, clock, implementation)
-        return found
-
-    with Progress(len(in_jax) + len(without), settings.quiet) as progress, ThreadPoolExecutor(2) as pool:
-        done = [pool.submit(follow, parts) for parts in (in_jax, without)]
-        found = {name: result for one in done for name, result in one.result().items()}
-    checks = [check for part, _ in found.values() for check in part]
-    return StageResult("harden", tuple(checks), {name: data for name, (_, data) in found.items()})
+            if clock.left < 0:
+                checks.append(skipped(name, "the stage's time was over"))
+                continue
+            found, data[name] = part(settings, clock, implementation)
+            checks += found
+    return StageResult("harden", tuple(checks), data)
 
 
 # ---- Repetition
