@@ -122,8 +122,8 @@ def method() -> str:
     facts = report["stages"]["validate"]["data"]
     return (
         f"{data['devices'][0]['name']}, driver {versions['driver']}, jax {versions['jax']}, torch {versions['torch']}; "
-        f"a plain matrix product ran at {rate:.0f} TFLOP/s. The same run judged {facts['forward_cases']:,} random "
-        f"cases, {facts['backward_cases']:,} of them with gradients, against float64. Validation: "
+        f"a plain matrix product ran at {rate:.0f} TFLOP/s. The report judged {facts['forward_cases']:,} "
+        f"random cases, {facts['backward_cases']:,} of them with gradients, against float64. Validation: "
         f"**{report['verdict']}**{''.join(f'; {reason}' for reason in report['reasons'])}."
     )
 
@@ -171,12 +171,10 @@ def selection() -> str:
         "sparsek": "SparseK, top 8",
     }.items():
         lists = [f"{seconds[f'{name}: {what}'] * 1e6:.0f} us" for what in ("lists", "lists and transpose")]
-        attended = [
-            f"{seconds[f'{name}: {which}'] * 1e3:.2f} ms ({result['ratios'][f'{name}: speed over dense, {which}']:.1f}x)"
-            if f"{name}: {which}" in seconds
-            else "-"
-            for which in ("forward", "training")
-        ]
+        attended = []
+        for which in ("forward", "training"):
+            time, ratio = seconds.get(f"{name}: {which}"), result["ratios"].get(f"{name}: speed over dense, {which}")
+            attended.append("-" if time is None else f"{time * 1e3:.2f} ms ({ratio:.1f}x)")
         rows.append([label, *lists, *attended])
     found = table(["", "lists", "and by columns", "with attention, forward", "with gradients"], rows)
     plain, gated = (
@@ -185,8 +183,8 @@ def selection() -> str:
     )
     verdicts = "; ".join(f"{goal}: {verdict}" for goal, verdict in result["goals"].items())
     return (
-        f"{found}\n\nAttention over the lists of the first row alone: {plain[0]} ms forward, {plain[1]} ms with gradients; "
-        f"with gates {gated[0]} and {gated[1]} ms. Goals: {verdicts}."
+        f"{found}\n\nAttention over the lists of the first row alone: {plain[0]} ms forward, {plain[1]} ms with "
+        f"gradients; with gates {gated[0]} and {gated[1]} ms. Goals: {verdicts}."
     )
 
 
