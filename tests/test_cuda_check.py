@@ -22,11 +22,14 @@ pytestmark = pytest.mark.gpu
 
 SOURCE = Path(__file__).parent / "csrc"
 TEXT = (SOURCE / "cuda_check.cu").read_text() + (SOURCE / "cuda_check_matmul.cu").read_text()
-NAMES = re.findall(r'(?:add|product|sampled)\("([a-z0-9-]+)",', TEXT)
+NAMES = re.findall(r'(?:add|gated|product|sampled)\("([a-z0-9-]+)",', TEXT)
+NAMES += re.findall(r'{"(lists[a-z-]*)", \d', (SOURCE / "cuda_check_lists.cu").read_text())
+NAMES += re.findall(r'{"(gates-[a-z-]+)", F::', TEXT)
 # Made in loops of the program, over dtypes and sizes.
 NAMES += [
     f"instance-{dtype}-d{dim}{cap}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256) for cap in ("", "-cap")
 ]
+NAMES += [f"gates-instance-{dtype}-d{dim}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256)]
 NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000) for size in ("", "-d128-b128")]
 FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)
 NAMES += [f"{fault}-d{dim}" for fault in FAULTS for dim in (64, 128, 256)]
@@ -42,7 +45,7 @@ NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
 SANITIZED = re.compile(
-    r"instance-|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
+    r"(gates-)?instance-|gates-(nan-value|bad-first-col)|lists(-bad)?$|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
     r"matmul-sampled-(whole|wild)"
 )
 
