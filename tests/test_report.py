@@ -57,7 +57,10 @@ def test_the_verdict_follows_from_the_stages(committed):
     }
     assert list(stages) == [name for name in STAGES if name != "report"]
     again = report.assemble(Settings(Path("unused"), Level(committed["settings"]["level"])), stages)
-    assert (again["verdict"], again["reasons"]) == (committed["verdict"], committed["reasons"])
+    # Of which code each stage is, a report does not keep: it only says where they differ.
+    different = "the stages are of different code or machines"
+    assert again["reasons"] == [reason for reason in committed["reasons"] if reason != different]
+    assert committed["verdict"] == ("not cleared" if different in committed["reasons"] else again["verdict"])
     for name, stage in committed["stages"].items():
         assert Verdict(stage["verdict"]) is stages[name].verdict, name
 
