@@ -99,8 +99,8 @@ def test_lengths_double_from_phase_to_phase(example, tiny):
     assert run["config"]["length"] == 512
     with pytest.raises(ValueError, match="steps are a multiple of the 2 phases"):
         dataclasses.replace(config, steps=3)
-    with pytest.raises(ValueError, match="got 96 to 192"):
-        dataclasses.replace(config, length=192)
+    with pytest.raises(ValueError, match="got 64 to 128"):
+        dataclasses.replace(config, length=128)
 
 
 def test_a_length_that_does_not_fit_is_refused(example):
