@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import importlib
 import json
 import sys
@@ -157,6 +158,27 @@ def test_wrong_results_are_told(wrong, script, monkeypatch, capsys, tmp_path):
     assert not case["ok"]
     assert "seconds" not in case["contenders"]["jax_bsk"]
     assert "seconds" in case["contenders"]["dense"]
+
+
+@pytest.mark.parametrize(("tolerances", "timed"), [(3, True), (30, False)])
+def test_an_inexact_peer_is_timed_and_told(tolerances, timed, script, monkeypatch, capsys, tmp_path):
+    right = jax_products.dense
+
+    def dense(operands):
+        made = right(operands)
+        x, w = (np.asarray(array, np.float64) for array in (operands.x, operands.dense))
+        off = tolerances * float(check.tolerance_of((w @ x)[77:78], np.dtype(np.float32))[0])
+        return dataclasses.replace(made, left=lambda *operands: made.left(*operands).at[77, 3].add(off))
+
+    monkeypatch.setattr(jax_products, "dense", dense)
+    status, report = run(script, tmp_path / "matmul.json")
+    assert status == 1
+    record = report["cases"][0]["contenders"]["dense"]
+    assert not record["check"]["ok"]
+    assert ("seconds" in record) == ("inexact" in record) == timed
+    text = capsys.readouterr().out
+    assert "WRONG: dense" in text
+    assert ("x INEXACT" in text) == timed
 
 
 def test_a_sum_in_the_type_of_the_operands_is_wrong():

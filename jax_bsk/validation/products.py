@@ -131,11 +131,13 @@ def rows(found: Sequence[dict[str, Any]], milliseconds: Callable[[float], str]) 
         if "seconds" not in mine:
             lines.append([*head, *["-"] * (3 + len(PEERS))])
             continue
-        times = [case["contenders"].get(name, {}).get("seconds") for name in PEERS]
-        ratios = [None if seconds is None else seconds / mine["seconds"] for seconds in times]
+        peers = [case["contenders"].get(name, {}) for name in PEERS]
+        ratios = [peer["seconds"] / mine["seconds"] if "seconds" in peer else None for peer in peers]
         of_dense = "-" if ratios[0] is None else f"{ratios[0] * config.density:.2f}"
         cells = [milliseconds(mine["seconds"]), f"{mine['useful_flops_per_second'] / 1e12:.3g}", of_dense]
-        lines.append([*head, *cells, *("-" if r is None else f"{r:.{2 if r < 10 else 0}f}x" for r in ratios)])
+        marks = [" (inexact)" if "inexact" in peer else "" for peer in peers]
+        multiples = ["-" if r is None else f"{r:.{2 if r < 10 else 0}f}x" for r in ratios]
+        lines.append([*head, *cells, *map(str.__add__, multiples, marks)])
     return lines
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax_bsk.benchmarking import timing
 from jax_bsk.benchmarking.matmul.cases import Operation
-from jax_bsk.benchmarking.matmul.measure import MOST_SECONDS, SLOW_SECONDS
+from jax_bsk.benchmarking.matmul.measure import INEXACT, MOST_SECONDS, SLOW_SECONDS
 from jax_bsk.benchmarking.report import unit_of
 from jax_bsk.support import environment
 from jax_bsk.support.table import table
@@ -17,7 +17,8 @@ from jax_bsk.support.table import table
 METHOD = (
     "All contenders of a case run in one process on the same random numbers. Each is first checked: a row and a column "
     "of each of 256 strips against float64, every number finite; the tolerance of a row is twice the error of the "
-    "exact row rounded to the type, and one rounding of its largest number (64 in float32). Then all are timed in "
+    "exact row rounded to the type, and one rounding of its largest number (64 in float32). A peer within "
+    f"{INEXACT:g} tolerances is wrong and timed all the same, no other wrong result is. Then all are timed in "
     "rounds that visit them in turn; a sample is as many queued calls as fill "
     f"{timing.SAMPLE_SECONDS * 1e3:.0f} ms, waited for once; a time is the median over the rounds. A call of more than "
     f"{SLOW_SECONDS:g} s is measured once, one that would take more than {MOST_SECONDS:g} s at the best rate of the "
@@ -100,11 +101,11 @@ def _table(cases: list[dict[str, Any]], factor: float) -> str:
 
 
 def _cell(record: dict[str, Any], factor: float) -> str:
-    if "check" in record and not record["check"]["ok"]:
-        return "WRONG"
+    wrong = "check" in record and not record["check"]["ok"]
     if "seconds" not in record:
-        return "-"
+        return "WRONG" if wrong else "-"
     ratio = f" {record['ratio_to_dense']:.2f}x" if "ratio_to_dense" in record else ""
+    ratio += " INEXACT" if wrong else ""
     return f"{record['seconds'] * 1e3:.4g} ({record['useful_flops_per_second'] / factor:.4g}){ratio}"
 
 
