@@ -168,7 +168,8 @@ def test_an_inexact_peer_is_timed_and_told(tolerances, timed, script, monkeypatc
         made = right(operands)
         x, w = (np.asarray(array, np.float64) for array in (operands.x, operands.dense))
         off = tolerances * float(check.tolerance_of((w @ x)[77:78], np.dtype(np.float32))[0])
-        return dataclasses.replace(made, left=lambda *operands: made.left(*operands).at[77, 3].add(off))
+        left = lambda *operands: made.left(*operands).at[77, 3].add(off)  # noqa: E731
+        return dataclasses.replace(made, left=left, shared=False)
 
     monkeypatch.setattr(jax_products, "dense", dense)
     status, report = run(script, tmp_path / "matmul.json")
