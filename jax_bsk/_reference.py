@@ -17,6 +17,7 @@ usual single walk (online softmax) multiplies its carry by a data-dependent fact
 
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -24,6 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
+from jax.sharding import AxisType, PartitionSpec
+
+from jax_bsk import _compat
 
 if TYPE_CHECKING:
     from jax_bsk.masks import BlockMask
@@ -70,25 +74,27 @@ def sparse_attention_xla(
         key, value = jnp.pad(key, pad), jnp.pad(value, pad)
         bias = gates = None
     row_offsets, kv_blocks, tiles, known = _trim(mask.row_offsets, mask.kv_blocks, mask.tiles)
-    return _attention(
-        query,
-        key,
-        value,
-        bias,
-        gates,
-        lengths,
-        sinks,
-        scale,
-        soft_cap,
-        row_offsets,
-        kv_blocks,
-        tiles,
-        mask.bit_tiles,
-        block_q=mask.block_q,
-        block_kv=mask.block_kv,
-        kv_len=kv_len,
-        skip_steps=not known,
+    attend = functools.partial(
+        _attention, block_q=mask.block_q, block_kv=mask.block_kv, kv_len=kv_len, skip_steps=not known
     )
+    arguments = query, key, value, bias, gates, lengths, sinks, scale, soft_cap
+    lists = row_offsets, kv_blocks, tiles, mask.bit_tiles
+    if not any(_explicit_axes(x) for x in lists):
+        return attend(*arguments, *lists)
+    # What is made of lists that an explicit mesh shards would need a sharding for every gather and search: XLA
+    # partitions it by itself.
+    examples, queries, heads_axes, sizes = (*_explicit_axes(query), *[None] * 4)[:4]
+    shardings = PartitionSpec(examples, queries, heads_axes, sizes), PartitionSpec(examples, heads_axes, queries)
+    partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=shardings)
+    return partitioned(*arguments, *lists)
+
+
+def _explicit_axes(x: Any) -> tuple[Any, ...]:
+    """Axes of an explicit mesh that shard each dimension of an array; nothing where none does."""
+    if not isinstance(x, Array) or AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return ()
+    spec = tuple(jax.typeof(x).sharding.spec)
+    return spec if any(axes is not None for axes in spec) else ()
 
 
 def _softmax_dtype(dtype: Any) -> np.dtype:
@@ -345,12 +351,17 @@ def _walk(schedule: _Schedule, operands: _Operands, soft_cap, active) -> tuple[A
     xs = (schedule, bias, gates, active)
 
     def scan(body, init):
+        leaves, tree = jax.tree.flatten(init)
+        # A step that is skipped hands on what it was given, which must vary over a mesh as what a step makes.
+        leaves = _compat.match_varying(*leaves, *jax.tree.leaves((xs, operands, soft_cap)))[: len(leaves)]
+
         def step(carry, x):
             schedule, bias, gates, active = x
             if active is None:
                 return body(carry, schedule, bias, gates), None
             return lax.cond(active, lambda c: body(c, schedule, bias, gates), lambda c: c, carry), None
 
+        init = tree.unflatten(leaves)
         return lax.scan(step, init, xs)[0] if schedule.rows.shape[0] else init
 
     def maximum(row_max, entries, bias, gates):

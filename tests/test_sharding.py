@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import CausalMask, SegmentMask
+from jax_bsk.selection import from_topk
 from tests.util import assert_close, collectives, dense, loss_of, random_inputs, random_mask
 
 BATCH, HEADS = 4, 8
@@ -163,6 +164,42 @@ def test_traced_segments_split_over_the_batch_without_collectives():
     assert collectives(compiled) == []
     expected = (ids[:, None, :, None] == ids[:, None, None, :]) & jnp.tri(96, dtype=bool)
     assert_close(compiled(*sharded), dense(*inputs, expected))
+
+
+@pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map", "shard_map, unchecked"])
+@pytest.mark.parametrize("pattern", ["segments", "top_k"])
+def test_traced_lists_and_their_gradients_on_a_mesh(pattern, kind, implementation):
+    """Lists made of sharded ids or scores: steps past the longest list are skipped, on each device by its own lists."""
+    length, heads = 96, 4
+    inputs = random_inputs(7, BATCH, q_len=length, heads=heads, kv_heads=heads)
+    ids = jnp.sort(jax.random.randint(jax.random.key(1), (BATCH, length), 0, 4))
+    scores = jax.random.normal(jax.random.key(2), (BATCH, heads, 3, 3))
+
+    def attend(q, k, v, data):
+        if pattern == "segments":
+            mask = (SegmentMask(data) & CausalMask()).bind(length, block_size=32)
+        else:
+            mask = from_topk(data, 2, q_len=length, block_size=32, mask=CausalMask(), own_block=True)
+        return sparse_attention(q, k, v, mask=mask, implementation=implementation)
+
+    def loss(function):
+        return jax.jit(jax.value_and_grad(lambda *inputs: jnp.sum(function(*inputs) ** 2), (0, 1, 2)))
+
+    everything = (*inputs, ids if pattern == "segments" else scores)
+    expected = loss(attend)(*everything)
+    if kind.startswith("shard_map"):
+        mesh = mesh_of((4, 2))
+        specs = {"in_specs": P("data"), "out_specs": P("data"), "check_vma": kind == "shard_map"}
+        got = loss(jax.shard_map(attend, mesh=mesh, **specs))(*everything)
+    else:
+        mesh = mesh_of((2, 4), AxisType.Explicit if kind == "explicit" else AxisType.Auto)
+        with jax.sharding.set_mesh(mesh):
+            arrays = [jax.device_put(x, NamedSharding(mesh, SPLIT)) for x in inputs]
+            data = P("data") if pattern == "segments" else P("data", "model")
+            arrays.append(jax.device_put(everything[-1], NamedSharding(mesh, data)))
+            got = loss(attend)(*arrays)
+            assert all(x.sharding.spec == SPLIT for x in got[1] if kind == "explicit")
+    jax.tree.map(lambda x, y: assert_close(x, y, 2e-5), got, expected)
 
 
 def test_a_sharded_sequence_is_gathered_and_right():
