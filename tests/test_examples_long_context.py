@@ -39,7 +39,7 @@ def implicit_promotion():
 @pytest.fixture
 def tiny(example):
     return example.Config(
-        steps=3, length=256, batch=2, needles=4, questions=2, heads=2, head_dim=8, top_k=3, test_sequences=4
+        steps=3, length=256, batch=2, needles=4, questions=2, heads=2, head_dim=8, top_k=3, phases=1, test_sequences=4
     )
 
 
