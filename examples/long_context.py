@@ -51,7 +51,7 @@ from jax_bsk.masks import BlockMask, CausalMask, LocalMask
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a run; the defaults take some two minutes a kind on two CPU cores.
+    """Sizes of a run; the defaults take a bit more than a minute a kind on two CPU cores.
 
     Attributes:
       vocabulary: A quarter keys, a quarter values, the rest filler.

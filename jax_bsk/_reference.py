@@ -25,9 +25,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
-from jax.sharding import AxisType, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from jax_bsk import _compat
+from jax_bsk.masks import _explicit
 
 if TYPE_CHECKING:
     from jax_bsk.masks import BlockMask
@@ -79,22 +80,13 @@ def sparse_attention_xla(
     )
     arguments = query, key, value, bias, gates, lengths, sinks, scale, soft_cap
     lists = row_offsets, kv_blocks, tiles, mask.bit_tiles
-    if not any(_explicit_axes(x) for x in lists):
+    if not _explicit.shards(jax.tree.leaves((arguments, lists))):
         return attend(*arguments, *lists)
-    # What is made of lists that an explicit mesh shards would need a sharding for every gather and search: XLA
-    # partitions it by itself.
-    examples, queries, heads_axes, sizes = (*_explicit_axes(query), *[None] * 4)[:4]
-    shardings = PartitionSpec(examples, queries, heads_axes, sizes), PartitionSpec(examples, heads_axes, queries)
+    # On an explicit mesh every gather, search and carry would need a sharding: XLA partitions them by itself.
+    examples, queries, head_axes = (*jax.typeof(query).sharding.spec, None, None, None)[:3]
+    shardings = PartitionSpec(examples, queries, head_axes), PartitionSpec(examples, head_axes, queries)
     partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=shardings)
     return partitioned(*arguments, *lists)
-
-
-def _explicit_axes(x: Any) -> tuple[Any, ...]:
-    """Axes of an explicit mesh that shard each dimension of an array; nothing where none does."""
-    if not isinstance(x, Array) or AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
-        return ()
-    spec = tuple(jax.typeof(x).sharding.spec)
-    return spec if any(axes is not None for axes in spec) else ()
 
 
 def _softmax_dtype(dtype: Any) -> np.dtype:

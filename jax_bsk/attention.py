@@ -250,9 +250,7 @@ def _lengths(queries: ArrayLike | None, keys: ArrayLike | None, sizes: tuple[int
         return None
     batch, q_len, kv_len = sizes
 
-    def column(lengths: ArrayLike | None, longest: int, name: str) -> jax.Array:
-        if lengths is None:
-            return jnp.full((batch,), longest, jnp.int32)
+    def column(lengths: Any, longest: int, name: str) -> jax.Array:
         array = jnp.asarray(lengths)
         if not jnp.issubdtype(array.dtype, jnp.integer):
             raise TypeError(f"{name} holds integers, got {array.dtype}")
@@ -262,9 +260,14 @@ def _lengths(queries: ArrayLike | None, keys: ArrayLike | None, sizes: tuple[int
             raise ValueError(f"{name} has one length an example, shape ({batch},), got {array.shape}")
         return jnp.clip(array, 0, longest).astype(jnp.int32)
 
-    return jnp.stack(
-        [column(queries, q_len, "query_seq_lengths"), column(keys, kv_len, "key_value_seq_lengths")], axis=1
-    )
+    # One that is not given is like the other, which an explicit mesh may shard.
+    if queries is None:
+        of_keys = column(keys, kv_len, "key_value_seq_lengths")
+        of_queries = jnp.full_like(of_keys, q_len)
+    else:
+        of_queries = column(queries, q_len, "query_seq_lengths")
+        of_keys = jnp.full_like(of_queries, kv_len) if keys is None else column(keys, kv_len, "key_value_seq_lengths")
+    return jnp.stack([of_queries, of_keys], axis=1)
 
 
 def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:

@@ -169,7 +169,7 @@ def test_traced_segments_split_over_the_batch_without_collectives():
 @pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map", "shard_map, unchecked"])
 @pytest.mark.parametrize("pattern", ["segments", "top_k"])
 def test_traced_lists_and_their_gradients_on_a_mesh(pattern, kind, implementation):
-    """Lists made of sharded ids or scores: steps past the longest list are skipped, on each device by its own lists."""
+    """Lists made of sharded ids or scores, with padding that plain JAX skips."""
     length, heads = 96, 4
     inputs = random_inputs(7, BATCH, q_len=length, heads=heads, kv_heads=heads)
     ids = jnp.sort(jax.random.randint(jax.random.key(1), (BATCH, length), 0, 4))
@@ -198,8 +198,25 @@ def test_traced_lists_and_their_gradients_on_a_mesh(pattern, kind, implementatio
             data = P("data") if pattern == "segments" else P("data", "model")
             arrays.append(jax.device_put(everything[-1], NamedSharding(mesh, data)))
             got = loss(attend)(*arrays)
-            assert all(x.sharding.spec == SPLIT for x in got[1] if kind == "explicit")
+        if kind == "explicit":
+            assert all(x.sharding.spec == SPLIT for x in got[1])
     jax.tree.map(lambda x, y: assert_close(x, y, 2e-5), got, expected)
+
+
+@pytest.mark.parametrize("which", ["query_seq_lengths", "key_value_seq_lengths"])
+def test_lengths_of_one_side_on_an_explicit_mesh(which, implementation):
+    inputs, lengths = random_inputs(8, BATCH, q_len=96, kv_len=96, heads=HEADS, kv_heads=8), jnp.array([96, 50, 1, 70])
+    mask = CausalMask().bind(96, block_size=32)
+
+    def attend(q, k, v, lengths):
+        return sparse_attention(q, k, v, mask=mask, implementation=implementation, **{which: lengths})
+
+    expected = jax.jit(attend)(*inputs, lengths)
+    mesh = mesh_of((2, 4), AxisType.Explicit)
+    with jax.sharding.set_mesh(mesh):
+        sharded = [jax.device_put(x, NamedSharding(mesh, SPLIT)) for x in inputs]
+        out = jax.jit(attend)(*sharded, jax.device_put(lengths, NamedSharding(mesh, P("data"))))
+    assert_close(out, expected)
 
 
 def test_a_sharded_sequence_is_gathered_and_right():

@@ -462,6 +462,10 @@ def test_goals_of_products():
     assert "| Y = W X | 8,192 | 78 % | 128 | bfloat16 | 0.36 ms | 672 | 0.86 | 3.89x | 3.61x | 2.22x | - |" in text
     assert "times faster than dense >= 3.8 | met | 3.89" in text
     assert markdown._products(None) == []
+    # A peer that was timed though its result is beyond the tolerance says so.
+    records[0]["contenders"]["cusparse-csr"] = {"seconds": 0.09, "inexact": 1.7}
+    assert "| 2.22x | 250x (inexact) |" in "\n".join(markdown._products(data))
+    assert goals.judge(records, gpu)[6]["measured"] == pytest.approx(250)
 
 
 NCU = "\n".join(

@@ -21,13 +21,17 @@ def call(function: Callable[..., Any], arrays: Sequence[Any], dims: Sequence[str
       arrays: its arguments.
       dims: the leading dims of each array: "", "b", "h" or "bh".
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if AxisType.Explicit not in mesh.axis_types:
+    if not shards(arrays):  # a mask's function may close over arrays of the explicit mesh, and then goes on as it is
         return function(*arrays)
-    if not any(axes for array in arrays for axes in jax.typeof(array).sharding.spec):
-        return function(*arrays)  # nothing is sharded; and a mask's function may close over arrays of the explicit mesh
     spec = PartitionSpec(*(_sharding(dim, arrays, dims) for dim in "bh"))
     return jax.sharding.auto_axes(function, out_sharding=spec)(*arrays)
+
+
+def shards(arrays: Sequence[Any]) -> bool:
+    """Whether an explicit mesh shards any of the arrays."""
+    if AxisType.Explicit not in jax.sharding.get_abstract_mesh().axis_types:
+        return False
+    return any(axes for array in arrays for axes in jax.typeof(array).sharding.spec)
 
 
 def _sharding(dim: str, arrays: Sequence[Any], dims: Sequence[str]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jax_bsk._dispatch import Implementation
@@ -132,13 +132,18 @@ def rows(found: Sequence[dict[str, Any]], milliseconds: Callable[[float], str]) 
             lines.append([*head, *["-"] * (3 + len(PEERS))])
             continue
         peers = [case["contenders"].get(name, {}) for name in PEERS]
-        ratios = [peer["seconds"] / mine["seconds"] if "seconds" in peer else None for peer in peers]
-        of_dense = "-" if ratios[0] is None else f"{ratios[0] * config.density:.2f}"
+        of_dense = f"{peers[0]['seconds'] / mine['seconds'] * config.density:.2f}" if "seconds" in peers[0] else "-"
         cells = [milliseconds(mine["seconds"]), f"{mine['useful_flops_per_second'] / 1e12:.3g}", of_dense]
-        marks = [" (inexact)" if "inexact" in peer else "" for peer in peers]
-        multiples = ["-" if r is None else f"{r:.{2 if r < 10 else 0}f}x" for r in ratios]
-        lines.append([*head, *cells, *map(str.__add__, multiples, marks)])
+        lines.append([*head, *cells, *(_multiple(peer, mine) for peer in peers)])
     return lines
+
+
+def _multiple(peer: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """A peer's time as a multiple of jax_bsk's."""
+    if "seconds" not in peer:
+        return "-"
+    ratio = peer["seconds"] / mine["seconds"]
+    return f"{ratio:.{2 if ratio < 10 else 0}f}x" + (" (inexact)" if "inexact" in peer else "")
 
 
 def goal_rows(found: Sequence[dict[str, Any]]) -> list[list[str]]:
