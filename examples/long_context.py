@@ -86,7 +86,7 @@ class Config:
         if backend == "cpu":
             return cls()
         return cls(
-            steps=1200,
+            steps=1500,
             length=16_384,
             batch=8,
             questions=8,
@@ -94,9 +94,9 @@ class Config:
             head_dim=64,
             block=64,
             top_k=16,
-            phases=4,
+            phases=5,
             dtype="bfloat16",
-            learning_rate=2e-3,
+            learning_rate=7e-4,  # 2e-3 learns nothing at this width
         )
 
     def __post_init__(self):

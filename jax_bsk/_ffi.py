@@ -297,7 +297,7 @@ def matmul_sampled(ctx, operands: Sequence[Any], attributes: SampledAttributes, 
     Operands: left, right, row_ids, column_ids. Results: blocks; on CUDA also a workspace.
     """
     *lead, entries = ctx.avals_in[2].shape
-    words = math.prod(lead) * (1 + entries)  # csrc/matmul/launch.cu: SampledWorkspace
+    words = math.prod(lead) * (1 + 2 * entries)  # csrc/matmul/launch.cu: SampledWorkspace
     return _lower_matmul(MATMUL_SAMPLED, ctx, operands, attributes, platform, words)
 
 

@@ -64,8 +64,11 @@ std::string DeviceRefusal(int device) {
 
 int64_t BlocksPerRow(const ProductParams& params) { return params.out_block == 64 ? 2 : 1; }
 int64_t Rows(const ProductParams& params) { return CeilDiv(params.out_blocks, BlocksPerRow(params)); }
-int64_t Panels(const ProductParams& params) {
-  return CeilDiv(params.width, sm90::kTileColumns * sm90::kProductCluster);
+// Parts of the width that a cluster works on at a time.
+int64_t Parts(const ProductParams& params) { return CeilDiv(params.width, sm90::kClusterColumns); }
+int64_t PartsPerPanel(const ProductParams& params) {
+  const int64_t bytes = std::max<int64_t>(params.in_length, 1) * sm90::kClusterColumns * 2;
+  return std::clamp<int64_t>(sm90::kPanelBytes / bytes, 1, Parts(params));
 }
 
 // [batch, rows, columns], or [entries, bm, bk]; an array without elements has `other`'s address, which is never read.
@@ -102,7 +105,7 @@ std::string ProductRefusal(const ProductParams& params, int device) {
     const int64_t out = params.dense_left ? params.out_length : params.width;
     reason = ArrayRefusal({in, out}, {params.data, params.dense, params.out},
                           {params.in_length, params.out_length, params.width, params.matrix_batch * params.capacity,
-                           params.batch * Panels(params) * Rows(params)});
+                           params.batch * Parts(params) * Rows(params)});
   }
   return reason.empty() ? DeviceRefusal(device) : reason;
 }
@@ -123,8 +126,8 @@ std::string SampledRefusal(const SampledParams& params, int device) {
 // The counter that hands out tiles, and the order of rows.
 int64_t ProductWorkspace(const ProductParams& params) { return 1 + params.matrix_batch * params.out_blocks; }
 
-// The number of items, and the items.
-int64_t SampledWorkspace(const SampledParams& params) { return params.list_batch * (1 + params.capacity); }
+// The number of items, the items, and how large the item is that begins at each entry.
+int64_t SampledWorkspace(const SampledParams& params) { return params.list_batch * (1 + 2 * params.capacity); }
 
 cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {
   if (params.batch * params.out_length * params.width == 0) return cudaSuccess;
@@ -152,9 +155,13 @@ cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int d
   plan.blocks_per_row = static_cast<int>(BlocksPerRow(params));
   plan.rows = static_cast<int>(Rows(params));
   plan.steps = static_cast<int>(params.in_block) / kPiece;
-  plan.tickets = static_cast<int>(params.batch * Panels(params) * Rows(params));
-  plan.row_divider = device::sm90::Divider(plan.rows);
-  plan.panel_divider = device::sm90::Divider(Panels(params));
+  const int64_t parts = Parts(params), panel_parts = PartsPerPanel(params);
+  plan.tickets = static_cast<int>(params.batch * parts * plan.rows);
+  plan.last_panel = static_cast<int>((parts - 1) / panel_parts);
+  plan.batch_divider = device::sm90::Divider(parts * plan.rows);
+  plan.panel_divider = device::sm90::Divider(panel_parts * plan.rows);
+  plan.part_divider = device::sm90::Divider(panel_parts);
+  plan.last_part_divider = device::sm90::Divider(parts - plan.last_panel * panel_parts);
   plan.ticket = workspace;
   plan.order = workspace + 1;
   if (const cudaError_t error =
@@ -192,7 +199,8 @@ cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int d
   plan.count = workspace;
   plan.items = workspace + params.list_batch;
   if (const cudaError_t error =
-          LaunchGroupEntries(params, plan.entries, sm90::kItemShift, workspace, workspace + params.list_batch, stream);
+          LaunchGroupEntries(params, plan.entries, sm90::kItemShift, workspace, workspace + params.list_batch,
+                             workspace + params.list_batch * (1 + params.capacity), stream);
       error != cudaSuccess) {
     return error;
   }

@@ -9,6 +9,7 @@ namespace {
 constexpr int kThreads = 1024;
 // Every row is compared with every other; more rows than this fill the chip evenly in any order.
 constexpr int kMaxOrdered = 2048;
+constexpr int kMaxEntries = 4;  // of an item
 
 struct Larger {
   __device__ __forceinline__ int operator()(int a, int b) const { return max(a, b); }
@@ -49,33 +50,63 @@ __global__ void __launch_bounds__(kThreads) OrderRows(const __grid_constant__ Pr
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    GroupEntries(const __grid_constant__ SampledParams params, int entries, int shift, int32_t* count, int32_t* items) {
-  using Scan = cub::BlockScan<int, kThreads>;
-  __shared__ typename Scan::TempStorage scratch;
-  const int capacity = static_cast<int>(params.capacity);
+// Two passes over the entries: where items begin and how large they are, and their places by falling size.
+__global__ void __launch_bounds__(kThreads) GroupEntries(const __grid_constant__ SampledParams params, int entries,
+                                                         int shift, int32_t* count, int32_t* items, int32_t* sizes) {
+  // Warp by warp: the default algorithm needs more registers than 1,024 threads have.
+  using Begins = cub::BlockScan<int, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;
+  using Counts = cub::BlockScan<uint64_t, kThreads, cub::BLOCK_SCAN_WARP_SCANS>;  // of each size, 16 bits (<= 1,024)
+  __shared__ union {
+    typename Begins::TempStorage begins;
+    typename Counts::TempStorage counts;
+  } scratch;
+  __shared__ int totals[kMaxEntries + 1];  // of each size; then where those of each size begin
+  const int capacity = static_cast<int>(params.capacity), thread = static_cast<int>(threadIdx.x);
   const int32_t* rows = params.row_ids + int64_t{blockIdx.x} * capacity;
   items += int64_t{blockIdx.x} * capacity;
-  int first = 0, total = 0;  // where the row began that the last chunk ended with; items so far
+  sizes += int64_t{blockIdx.x} * capacity;
+  if (thread <= kMaxEntries) totals[thread] = 0;
+  __syncthreads();
+  int first = 0;  // where the row began that the last chunk ended with
   for (int chunk = 0; chunk < capacity; chunk += kThreads) {
-    const int entry = chunk + threadIdx.x;
+    const int entry = chunk + thread;
     const int row = entry < capacity ? rows[entry] : -1;
     const bool begins = entry < capacity && (entry == 0 || rows[entry - 1] != row);
-    int begin = 0, last_begin = 0, place = 0, added = 0;
-    Scan(scratch).InclusiveScan(begins ? entry : first, begin, Larger(), last_begin);
+    int begin = 0, last_begin = 0, size = 0;
+    Begins(scratch.begins).InclusiveScan(begins ? entry : first, begin, Larger(), last_begin);
     __syncthreads();
-    const bool leads = entry < capacity && (entry - begin) % entries == 0;
-    Scan(scratch).ExclusiveSum(leads ? 1 : 0, place, added);
-    __syncthreads();
-    if (leads) {
-      int size = 1;
+    if (entry < capacity && (entry - begin) % entries == 0) {
+      size = 1;
       while (size < entries && entry + size < capacity && rows[entry + size] == row) ++size;
-      items[total + place] = entry | (size - 1) << shift;
     }
+    for (int of = 1; of <= entries; ++of) {
+      const int found = __syncthreads_count(size == of);
+      if (thread == 0) totals[of] += found;
+    }
+    if (entry < capacity) sizes[entry] = size;
     first = last_begin;
-    total += added;
   }
-  if (threadIdx.x == 0) count[blockIdx.x] = total;
+  if (thread == 0) {
+    int begin = 0;
+    for (int of = entries; of >= 1; --of) {
+      const int found = totals[of];
+      totals[of] = begin;
+      begin += found;
+    }
+    count[blockIdx.x] = begin;
+  }
+  __syncthreads();
+  for (int chunk = 0; chunk < capacity; chunk += kThreads) {
+    const int entry = chunk + thread, size = entry < capacity ? sizes[entry] : 0;  // (its own writing)
+    uint64_t before = 0, all = 0;
+    Counts(scratch.counts).ExclusiveSum(size > 0 ? uint64_t{1} << (16 * (size - 1)) : 0, before, all);
+    if (size > 0) {
+      items[totals[size] + static_cast<int>(before >> (16 * (size - 1)) & 0xFFFF)] = entry | (size - 1) << shift;
+    }
+    __syncthreads();
+    if (thread >= 1 && thread <= entries) totals[thread] += static_cast<int>(all >> (16 * (thread - 1)) & 0xFFFF);
+    __syncthreads();
+  }
 }
 
 }  // namespace
@@ -88,8 +119,9 @@ cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_pe
 }
 
 cudaError_t LaunchGroupEntries(const SampledParams& params, int entries, int shift, int32_t* count, int32_t* items,
-                               cudaStream_t stream) {
-  GroupEntries<<<static_cast<unsigned>(params.list_batch), kThreads, 0, stream>>>(params, entries, shift, count, items);
+                               int32_t* sizes, cudaStream_t stream) {
+  GroupEntries<<<static_cast<unsigned>(params.list_batch), kThreads, 0, stream>>>(params, entries, shift, count, items,
+                                                                                  sizes);
   return cudaGetLastError();
 }
 

@@ -14,9 +14,9 @@ namespace jax_bsk::matmul::cuda {
 cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_per_row, int32_t* ticket, int32_t* order,
                             cudaStream_t stream);
 
-// items[b] = groups of up to `entries` neighbouring entries of one row: the first | (their number - 1) << shift;
-// count[b] = how many items there are.
+// items[b] = groups of up to `entries` (4 at most) neighbouring entries of one row, the larger ones first: the first |
+// (their number - 1) << shift; count[b] = how many items there are. sizes[b] is room for a word an entry.
 cudaError_t LaunchGroupEntries(const SampledParams& params, int entries, int shift, int32_t* count, int32_t* items,
-                               cudaStream_t stream);
+                               int32_t* sizes, cudaStream_t stream);
 
 }  // namespace jax_bsk::matmul::cuda

@@ -612,6 +612,10 @@ std::vector<Named> Cases() {
   product("matmul-product-wide", [](ProductCase& c) { c.rows = 136, c.columns = 200, c.width = 1096; });
   product("matmul-product-wide-whole",
           [](ProductCase& c) { c.rows = 136, c.columns = 200, c.width = 832, c.block_rows = c.block_columns = 128; });
+  // Two panels, of two parts of 512 columns and of one.
+  product("matmul-product-panels", [](ProductCase& c) { c.rows = 136, c.columns = 8192, c.width = 1160, c.batch = 2; });
+  product("matmul-product-panels-128",
+          [](ProductCase& c) { c.rows = 264, c.columns = 8192, c.width = 1096, c.block_rows = c.block_columns = 128; });
   product("matmul-product-least", [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull; });
   product("matmul-product-least-128", [](ProductCase& c) {
     c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;
@@ -695,6 +699,13 @@ std::vector<Named> Cases() {
           [](SampledCase& c) { c.entries = E::kSingles, c.rows = 136, c.depth = 8, c.capacity = 700; });
   sampled("matmul-sampled-singles-128x64", [](SampledCase& c) {
     c.entries = E::kSingles, c.rows = 264, c.depth = 8, c.capacity = 500, c.block_rows = 128;
+  });
+  // More entries than are grouped at a time.
+  sampled("matmul-sampled-grouped",
+          [](SampledCase& c) { c.rows = 20000, c.columns = 968, c.depth = 8, c.capacity = 2600; });
+  sampled("matmul-sampled-grouped-128", [](SampledCase& c) {
+    c.rows = 20000, c.columns = 968, c.depth = 8, c.capacity = 1300, c.block_rows = c.block_columns = 128;
+    c.batch = 2, c.lists_batched = true;
   });
   sampled("matmul-sampled-batches",
           [](SampledCase& c) { c.batch = 3, c.left_batched = c.right_batched = c.lists_batched = true, c.depth = 72; });

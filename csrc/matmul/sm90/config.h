@@ -31,6 +31,10 @@ constexpr int kProducerRegisters = 504 - 2 * kConsumerRegisters;
 
 // CTAs that compute neighbouring column tiles of one row of blocks and share its blocks by multicast.
 constexpr int kProductCluster = 2;
+constexpr int kClusterColumns = kProductCluster * kTileColumns;
+// As many columns make a panel as its part of the dense operand has bytes of L2 to stay in (50 MB in all, of which a
+// multiprocessor sees half as its own). At 8192^3 and 22 %, panels of 8, 16 and 32 MiB: PANELS TFLOP/s.
+constexpr int64_t kPanelBytes = 16 << 20;
 
 // What the host computes for a launch of the product, beside the parameters. A row here is what a CTA works on: one out
 // block, or two of 64.
@@ -41,8 +45,11 @@ struct ProductPlan {
   int rows;               // a batch: ceil(out_blocks / blocks_per_row)
   int blocks_per_row;     // 1 or 2
   int steps;              // of 64 in a block: in_block / 64
-  int tickets;            // batch * panels * rows
-  device::sm90::Divider row_divider, panel_divider;
+  int tickets;            // batch * rows * parts of all panels
+  int last_panel;         // the number of the last one
+  // By the tickets of a batch and of a panel; by the parts of a panel, of a cluster's columns each, and of the last
+  // one.
+  device::sm90::Divider batch_divider, panel_divider, part_divider, last_part_divider;
   int32_t* ticket;       // the next row to be taken
   const int32_t* order;  // [matrix_batch, rows]: rows, longest first
 };
@@ -53,7 +60,7 @@ struct SampledPlan {
   int entries;           // of an item at most: 256 / block_columns
   int steps;             // of 64 in the contracted length
   const int32_t* count;  // [list_batch]: items
-  const int32_t* items;  // [list_batch, capacity]: first entry | (entries - 1) << kItemShift
+  const int32_t* items;  // [list_batch, capacity]: first entry | (entries - 1) << kItemShift, largest first
 };
 constexpr int kItemShift = 28;
 

@@ -7,17 +7,21 @@
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
-// The tile a ticket stands for: all rows of a panel of columns before the next panel, so that the panel stays in L2
-// (rows first: 511 to 540 instead of 610 TFLOP/s).
+// The tile a ticket stands for. All rows of a panel of columns come before the next panel, so that the panel's part of
+// the dense operand stays in L2 (rows first: 511 to 540 instead of 610 TFLOP/s). In a panel all columns of a row lie
+// side by side, so that a row's blocks are read from memory once a panel.
 struct ProductTile {
   int batch;
-  int panel;  // of kProductCluster tiles of columns
+  int column;  // of the cluster's
   int row;
 
   __device__ __forceinline__ ProductTile(const ProductParams& params, const ProductPlan& plan, int ticket) {
-    const int above = plan.row_divider.Quotient(ticket), rank = plan.row_divider.Remainder(ticket, above);
-    batch = plan.panel_divider.Quotient(above);
-    panel = plan.panel_divider.Remainder(above, batch);
+    batch = plan.batch_divider.Quotient(ticket);
+    const int in_batch = plan.batch_divider.Remainder(ticket, batch);
+    const int panel = plan.panel_divider.Quotient(in_batch), in_panel = plan.panel_divider.Remainder(in_batch, panel);
+    const auto& divider = panel == plan.last_panel ? plan.last_part_divider : plan.part_divider;
+    const int rank = divider.Quotient(in_panel), part = divider.Remainder(in_panel, rank);
+    column = (panel * static_cast<int>(plan.part_divider.divisor) + part) * kClusterColumns;
     row = __ldg(plan.order + (params.matrix_batch == 1 ? 0 : batch) * plan.rows + rank);
   }
 };
@@ -121,7 +125,7 @@ class ProductProducer {
  private:
   __device__ __forceinline__ void Load(const ProductTile& tile) {
     const int matrix = params_.matrix_batch == 1 ? 0 : tile.batch, dense = params_.dense_batch == 1 ? 0 : tile.batch;
-    const int column = (tile.panel * kProductCluster + rank_) * kTileColumns;
+    const int column = tile.column + rank_ * kTileColumns;
     const bool two = plan_.blocks_per_row == 2;
     const int out_block = static_cast<int>(params_.out_block), in_block = static_cast<int>(params_.in_block);
     const int first_entry = matrix * static_cast<int>(params_.capacity);

@@ -16,15 +16,22 @@ class SampledProducer {
   __device__ SampledProducer(Shared<Element>& shared, const SampledParams& params, const SampledPlan& plan)
       : shared_(shared), params_(params), plan_(plan) {}
 
+  // Items are handed out like cards, there and back: they come by falling size, so whoever had the larger one in a
+  // round has the smaller one in the next.
   __device__ __forceinline__ void Run() {
-    int item = blockIdx.x;  // of this batch and those after it
-    for (int batch = 0; batch < params_.batch; ++batch) {
-      const int list = params_.list_batch == 1 ? 0 : batch, count = __ldg(plan_.count + list);
-      for (; item < count; item += gridDim.x) {
-        const int word = __ldg(plan_.items + list * params_.capacity + item);
-        Load(batch, list, word & ((1 << kItemShift) - 1), (word >> kItemShift) + 1);
+    const int ctas = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
+    int batch = 0, before = 0;  // items of the batches before this one
+    for (int round = 0;; ++round) {
+      const int item = round * ctas + (round % 2 == 0 ? cta : ctas - 1 - cta);
+      int list = 0, count = 0;
+      for (; batch < params_.batch; ++batch, before += count) {
+        list = params_.list_batch == 1 ? 0 : batch;
+        count = __ldg(plan_.count + list);
+        if (item - before < count) break;
       }
-      item -= count;
+      if (batch == params_.batch) break;
+      const int word = __ldg(plan_.items + list * params_.capacity + item - before);
+      Load(batch, list, word & ((1 << kItemShift) - 1), (word >> kItemShift) + 1);
     }
     shared_.Announce(ring_, StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
   }
