@@ -194,6 +194,7 @@ LAYERS = [
     ["jax_bsk._dispatch", "jax_bsk._attention_op", "jax_bsk._matmul_partition", "jax_bsk._reference"],
     ["jax_bsk._partition", "jax_bsk.masks"],
     ["jax_bsk._lists_op"],
+    ["jax_bsk._tables_op"],
     ["jax_bsk._ffi", "jax_bsk._native", "jax_bsk.support"],
     ["jax_bsk._compat", "jax_bsk._errors", "jax_bsk._version", "jax_bsk.sparsek"],
 ]
