@@ -15,6 +15,7 @@ namespace jax_bsk {
 // Names of the custom calls, on every platform; jax_bsk/_ffi.py has them too and compares when it loads a library.
 inline constexpr const char* kAttentionForward = "jax_bsk_attention_forward";
 inline constexpr const char* kAttentionBackward = "jax_bsk_attention_backward";
+inline constexpr const char* kListsChoose = "jax_bsk_lists_choose";
 inline constexpr const char* kListsTranspose = "jax_bsk_lists_transpose";
 inline constexpr const char* kMatmulProduct = "jax_bsk_matmul_product";
 inline constexpr const char* kMatmulSampled = "jax_bsk_matmul_sampled";

@@ -1,7 +1,7 @@
 # Sources of the CPU kernels and the flags of each. The files are the same on every processor: one without its
 # instruction set's flags compiles to nothing, and choose.cc chooses among the others at run time.
 get_filename_component(JAX_BSK_CSRC "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
-set(JAX_BSK_CPU_SOURCES ${JAX_BSK_CSRC}/cpu/choose.cc ${JAX_BSK_CSRC}/lists/cpu.cc)
+set(JAX_BSK_CPU_SOURCES ${JAX_BSK_CSRC}/cpu/choose.cc ${JAX_BSK_CSRC}/lists/cpu.cc ${JAX_BSK_CSRC}/lists/cpu_choose.cc)
 foreach(operation attention matmul)
   list(APPEND JAX_BSK_CPU_SOURCES ${JAX_BSK_CSRC}/${operation}/cpu.cc)
   foreach(isa baseline avx2 avx512)

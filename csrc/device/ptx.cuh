@@ -24,6 +24,12 @@ __device__ __forceinline__ int ThreadHere() {
   return thread;
 }
 
+// Adds 1 to the count if x is at least `least`: a comparison and an addition under its predicate, where nvcc makes
+// three instructions of `count += x >= least`.
+__device__ __forceinline__ void CountAtLeast(int& count, uint32_t x, uint32_t least) {
+  asm("{\n.reg .pred p;\nsetp.ge.u32 p, %1, %2;\n@p add.s32 %0, %0, 1;\n}" : "+r"(count) : "r"(x), "r"(least));
+}
+
 // cp.async: copies 16 bytes from global to shared memory without passing registers; writes zeros and reads nothing when
 // `valid` is false. Both addresses are 16-byte aligned.
 __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global, bool valid) {

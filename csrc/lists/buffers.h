@@ -2,9 +2,13 @@
 // is the one place where it is written). All leading dimensions count as tables.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
+#include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "ffi/checks.h"
 #include "lists/params.h"
@@ -44,6 +48,51 @@ inline ffi::Error ReadTranspose(const Operand& offsets, const Operand& ids, cons
   return ffi::Error::Success();
 }
 
+inline ffi::Error ReadChoose(const Operand& scores, const Operand& states, const Operand& outline, Output& row_offsets,
+                             Output& kv_blocks, Output& tiles, int64_t k, int64_t width, int64_t unit,
+                             std::string_view version, ChooseParams* params) {
+  JAX_BSK_RETURN_IF_ERROR(CheckVersion(version));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("scores", scores, 2));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("outline", outline, 2));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("kv_blocks", *kv_blocks, 1));
+  const std::vector<int64_t> sizes = WithBatch(scores, 2);
+  const int64_t tables = sizes[0], rows = sizes[1], units = sizes[2];
+  const int64_t blocks = outline.dimensions().back(), capacity = kv_blocks->dimensions().back();
+  if (unit < 1 || blocks / unit + (blocks % unit != 0) != units) {
+    return ffi::Error::InvalidArgument("jax_bsk: " + std::to_string(units) + " units of " + std::to_string(unit) +
+                                       " blocks do not hold " + std::to_string(blocks));
+  }
+  if (k < 0 || width < 0 || width > units) {
+    return ffi::Error::InvalidArgument("jax_bsk: k and width are counts of units, the latter of those there are");
+  }
+  JAX_BSK_RETURN_IF_ERROR(CheckType("scores", scores, ffi::F32));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("states", states, ffi::S8));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("outline", outline, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("states", states, {{rows}, {units}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("outline", outline, {{rows}, {blocks}}));
+  const std::tuple<const char*, const Operand*, int64_t> results[] = {
+      {"row_offsets", &*row_offsets, rows + 1}, {"kv_blocks", &*kv_blocks, capacity}, {"tiles", &*tiles, capacity}};
+  for (const auto& [name, array, length] : results) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, *array, ffi::S32));
+    JAX_BSK_RETURN_IF_ERROR(CheckBatched(name, *array, {{tables}, {length}}));
+  }
+  *params = {tables,
+             rows,
+             units,
+             blocks,
+             unit,
+             std::min(k, units),
+             width,
+             capacity,
+             scores.typed_data<float>(),
+             states.typed_data<int8_t>(),
+             outline.typed_data<int32_t>(),
+             row_offsets->typed_data<int32_t>(),
+             kv_blocks->typed_data<int32_t>(),
+             tiles->typed_data<int32_t>()};
+  return ffi::Error::Success();
+}
+
 // Operand and attribute order, after the context arguments of a platform.
 template <typename Binding>
 auto BindTransposeOperands(Binding binding) {
@@ -57,6 +106,21 @@ auto BindTransposeOperands(Binding binding) {
       .template Ret<Operand>()  // entries [.., capacity]
       .template Ret<Operand>()  // places [.., capacity]
       .template Attr<int64_t>("columns")
+      .template Attr<std::string_view>("version");
+}
+
+template <typename Binding>
+auto BindChooseOperands(Binding binding) {
+  return std::move(binding)
+      .template Arg<Operand>()  // scores [.., rows, units]
+      .template Arg<Operand>()  // states [rows, units]
+      .template Arg<Operand>()  // outline [rows, blocks]
+      .template Ret<Operand>()  // row_offsets [.., rows + 1]
+      .template Ret<Operand>()  // kv_blocks [.., capacity]
+      .template Ret<Operand>()  // tiles [.., capacity]
+      .template Attr<int64_t>("k")
+      .template Attr<int64_t>("width")
+      .template Attr<int64_t>("unit")
       .template Attr<std::string_view>("version");
 }
 

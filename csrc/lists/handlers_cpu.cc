@@ -19,9 +19,21 @@ ffi::Future TransposeHandler(ffi::ThreadPool pool, Operand offsets, Operand ids,
 
 XLA_FFI_DEFINE_HANDLER(kTranspose, TransposeHandler, BindTransposeOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
 
+ffi::Future ChooseHandler(ffi::ThreadPool pool, Operand scores, Operand states, Operand outline, Output row_offsets,
+                          Output kv_blocks, Output tiles, int64_t k, int64_t width, int64_t unit,
+                          std::string_view version) {
+  ChooseParams params{};
+  ffi::Error error =
+      ReadChoose(scores, states, outline, row_offsets, kv_blocks, tiles, k, width, unit, version, &params);
+  if (error.failure()) return Completed(error);
+  return RunOnPool(pool, params, params.tables, &cpu::RunChooseTasks);
+}
+
+XLA_FFI_DEFINE_HANDLER(kChoose, ChooseHandler, BindChooseOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+
 }  // namespace
 
-Handlers Registrations() { return {{kListsTranspose, kTranspose}}; }
+Handlers Registrations() { return {{kListsChoose, kChoose}, {kListsTranspose, kTranspose}}; }
 
 Facts BuildInfo() { return {}; }
 

@@ -10,10 +10,11 @@
 
 namespace jax_bsk::lists::cuda {
 
-// For build_info(): a table's offsets and counters are kept in shared memory, of which every device since sm_80 gives a
-// CTA this much.
+// For build_info(): a table's offsets and counters, and the units that a row chooses from, are kept in shared memory,
+// of which every device since sm_80 gives a CTA this much.
 struct Limits {
   static constexpr int64_t kMaxWords = 24000;  // rows + 4 columns + 3
+  static constexpr int64_t kMaxUnits = 24000;
 };
 
 // Why the kernels cannot take this problem, in one sentence; empty when they can.
@@ -21,5 +22,14 @@ std::string TransposeRefusal(const TransposeParams& params);
 
 // Launches on a stream of `device`, for params that are not refused; nothing is allocated and nothing waits.
 cudaError_t LaunchTranspose(const TransposeParams& params, int device, cudaStream_t stream);
+
+// The same for the choice of key blocks.
+std::string ChooseRefusal(const ChooseParams& params);
+
+// Words of its workspace, for params that are not refused; jax_bsk/_ffi.py allocates as many.
+int64_t ChooseWorkspace(const ChooseParams& params);
+
+// As LaunchTranspose.
+cudaError_t LaunchChoose(const ChooseParams& params, int32_t* workspace, int device, cudaStream_t stream);
 
 }  // namespace jax_bsk::lists::cuda

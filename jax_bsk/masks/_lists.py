@@ -219,26 +219,27 @@ def _raise_row(bad: np.ndarray, what: str) -> None:
 
 
 def _indices_traced(kv_blocks: Any, counts: Any, grid: Grid) -> BlockLists:
+    row_offsets, ids = _explicit.call(jax.vmap(jax.vmap(packed_rows)), [kv_blocks, counts], ["bh"] * 2)
+    return BlockLists(row_offsets, ids, jnp.full_like(ids, -1), _no_tiles(grid))
+
+
+def packed_rows(kv_blocks: Any, counts: Any) -> tuple[Any, Any]:
+    """Offsets [nq + 1] and ids [nq * width] of one table's padded lists [nq, width] without their gaps."""
     width = kv_blocks.shape[-1]
     if width == 0:  # nowhere to put the mark of a bad count
         kv_blocks, width = jnp.full((*kv_blocks.shape[:-1], 1), -1, jnp.int32), 1
         counts = jnp.where(counts == 0, 0, -1)
-
-    def one(kv_blocks: Any, counts: Any) -> tuple[Any, Any]:
-        # A count that disagrees with the lists poisons its own row only: the row becomes one entry with an id of -1.
-        bad = (counts < 0) | (counts > width)
-        counts = jnp.where(bad, 1, counts).astype(jnp.int32)
-        ids = jnp.where(bad[:, None], -1, kv_blocks).astype(jnp.int32)
-        offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-        listed = jnp.arange(width, dtype=jnp.int32) < counts[:, None]
-        # Stable sort by listed or not: closes the gaps and keeps the order (and needs no scatter).
-        _, ids = jax.lax.sort(
-            ((~listed).ravel().astype(jnp.int32), jnp.where(listed, ids, -1).ravel()), num_keys=1, is_stable=True
-        )
-        return offsets, ids if ids.size else jnp.full(1, -1, jnp.int32)
-
-    row_offsets, ids = _explicit.call(jax.vmap(jax.vmap(one)), [kv_blocks, counts], ["bh"] * 2)
-    return BlockLists(row_offsets, ids, jnp.full_like(ids, -1), _no_tiles(grid))
+    # A count that disagrees with the lists poisons its own row only: the row becomes one entry with an id of -1.
+    bad = (counts < 0) | (counts > width)
+    counts = jnp.where(bad, 1, counts).astype(jnp.int32)
+    ids = jnp.where(bad[:, None], -1, kv_blocks).astype(jnp.int32)
+    offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
+    listed = jnp.arange(width, dtype=jnp.int32) < counts[:, None]
+    # Stable sort by listed or not: closes the gaps and keeps the order (and needs no scatter).
+    _, ids = jax.lax.sort(
+        ((~listed).ravel().astype(jnp.int32), jnp.where(listed, ids, -1).ravel()), num_keys=1, is_stable=True
+    )
+    return offsets, ids if ids.size else jnp.full(1, -1, jnp.int32)
 
 
 # ---- scores -----------------------------------------------------------------------------------------------------

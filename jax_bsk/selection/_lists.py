@@ -1,4 +1,9 @@
-"""From scores of key blocks to the lists of a `BlockMask`, in fixed shapes: sorts and prefix sums, no scatter."""
+"""From scores of key blocks to the lists of a `BlockMask`, in fixed shapes.
+
+The best k of each row come from a native call (`_lists_op.choose`) where there is one. In plain JAX, as for the best up
+to a share of the weight, they come from sorts and prefix sums, without a scatter: three sorts, which at 16 heads of 256
+rows of 256 blocks take 94 us on an H200.
+"""
 
 from __future__ import annotations
 
@@ -8,23 +13,25 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
+from jax_bsk import _lists_op
 from jax_bsk.masks import BlockMask, _explicit
-from jax_bsk.masks._lists import _indices_traced, _no_tiles
+from jax_bsk.masks._lists import _no_tiles, packed_rows
 from jax_bsk.masks.algebra import Grid
 from jax_bsk.selection._outline import EMPTY, Outline
 
 
-def ranked(scores: jax.Array, required: np.ndarray, open_units: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def ranked(scores: jax.Array, required: ArrayLike, open_units: ArrayLike) -> tuple[jax.Array, jax.Array]:
     """Units of each row by falling score, required ones first, ties by number.
 
     Args:
-      scores: [B, H, nq, units]; -inf and NaN are never chosen, unless required.
+      scores: [.., nq, units]; -inf and NaN are never chosen, unless required.
       required: bool [nq, units].
       open_units: bool [nq, units]; the others are never chosen.
 
     Returns:
-      int32 ids [B, H, nq, units], and bool of that shape: whether the unit may be chosen (a prefix of each row).
+      int32 ids [.., nq, units], and bool of that shape: whether the unit may be chosen (a prefix of each row).
     """
     least = -float(jnp.finfo(scores.dtype).max)
     # Not even a score of +inf comes before what is required.
@@ -38,20 +45,40 @@ def ranked(scores: jax.Array, required: np.ndarray, open_units: np.ndarray) -> t
 
 
 def choose_top_k(scores: jax.Array, k: int, required: np.ndarray | None, outline: Outline) -> BlockMask:
-    """Lists of the required units of each row, and of the best others until there are k."""
+    """Lists of the required units of each row, and of the best others until there are k.
+
+    Args:
+      scores: float32 or float64 [B, H, nq, units].
+      k: at least 1.
+      required: bool [nq, units], or None for none.
+    """
+    n_tiles = _bit_tiles(outline)
     open_units = outline.open_units
-    if required is None:
-        required = np.zeros_like(open_units)
-    required = required & open_units
+    states = np.where(open_units, _lists_op.OPEN, _lists_op.CLOSED).astype(np.int8)
+    if required is not None:
+        states[required & open_units] = _lists_op.REQUIRED
+    units = states.shape[1]
+    k = min(k, units)
+    width = min(int(np.maximum((states == _lists_op.REQUIRED).sum(1), k).max(initial=1)), units)
+    call = _lists_op.ChooseCall(k, width, outline.unit, outline.capacity(width), n_tiles, choose_in_jax)
 
-    def choose(scores: jax.Array) -> tuple[jax.Array, jax.Array]:
-        limits = np.maximum(required.sum(1), k).astype(np.int32)
-        width = min(int(limits.max(initial=1)), scores.shape[-1])
-        ids, allowed = (x[..., :width] for x in ranked(scores, required, open_units))
-        return ids, allowed & (np.arange(width, dtype=np.int32) < limits[:, None])
+    def choose(scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _lists_op.choose(scores, jnp.asarray(states), jnp.asarray(outline.tiles), call)
 
-    ids, chosen = _explicit.call(choose, [scores], ["bh"])
-    return block_mask(ids, chosen, outline)
+    return _block_mask(_explicit.call(choose, [scores], ["bh"]), outline)
+
+
+def choose_in_jax(
+    scores: jax.Array, states: jax.Array, outline: jax.Array, call: _lists_op.ChooseCall
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`_lists_op.choose` of one table, by sorts."""
+    required = states == _lists_op.REQUIRED
+    limits = jnp.maximum(required.sum(1, dtype=jnp.int32), call.k)
+    ids, allowed = (x[:, : call.width] for x in ranked(scores, required, states != _lists_op.CLOSED))
+    chosen = allowed & (np.arange(call.width, dtype=np.int32) < limits[:, None])
+    codes, counts = _row_codes(ids, chosen, outline, call.unit, call.n_tiles)
+    offsets, codes = packed_rows(codes, counts)
+    return offsets, *_decoded(codes[: call.capacity], call.n_tiles)
 
 
 def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarray, outline: Outline) -> BlockMask:
@@ -61,10 +88,11 @@ def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarra
       weights: [B, H, nq, units], not negative.
       threshold: [] or [H, 1, 1] and the like, in [0, 1].
     """
+    n_tiles = _bit_tiles(outline)
     open_units = outline.open_units
     required = required & open_units
 
-    def choose(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def choose(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         weights = jnp.where(open_units, weights, 0)
         ids, allowed = ranked(weights, required, open_units)
         # The weight of the required ones counts first, as that of one.
@@ -77,56 +105,68 @@ def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarra
         before = jnp.concatenate([jnp.zeros_like(first), others[..., :-1]], -1) + first
         total = others[..., -1:] + first
         extra = ((before < threshold * total) & (rest > 0)).sum(-1, keepdims=True, dtype=jnp.int32)
-        return ids, allowed & (place < count[:, None] + extra)
+        chosen = allowed & (place < count[:, None] + extra)
+        codes, counts = _row_codes(ids, chosen, jnp.asarray(outline.tiles), outline.unit, n_tiles)
+        offsets, codes = jax.vmap(jax.vmap(packed_rows))(codes, counts)
+        return offsets, *_decoded(codes[..., : outline.capacity(ids.shape[-1])], n_tiles)
 
-    ids, chosen = _explicit.call(choose, [weights, threshold], ["bh", ""])
-    return block_mask(ids, chosen, outline)
+    return _block_mask(_explicit.call(choose, [weights, threshold], ["bh", ""]), outline)
 
 
-def block_mask(ids: jax.Array, chosen: jax.Array, outline: Outline) -> BlockMask:
-    """Lists of chosen units.
-
-    Args:
-      ids: int32 [B, H, nq, width], distinct in each row.
-      chosen: bool [B, H, nq, width].
-    """
-    nq, nk = outline.tiles.shape
-    n_tiles = outline.bit_tiles.shape[2]
+def _bit_tiles(outline: Outline) -> int:
+    """How many there are: few enough that `_row_codes` has a number for each pair of key block and tile."""
+    nk, n_tiles = outline.tiles.shape[1], outline.bit_tiles.shape[2]
     if max(nk, 1) * (n_tiles + 1) >= 2**31:
         raise ValueError(f"{nk} key blocks with {n_tiles} bit tiles are too many; choose larger blocks")
-    width = ids.shape[-1]
+    return n_tiles
 
-    def rows(ids: jax.Array, chosen: jax.Array) -> tuple[jax.Array, jax.Array]:
-        # ---- units to blocks ----
-        blocks = ids[..., None] * outline.unit + np.arange(outline.unit, dtype=np.int32)
-        blocks = blocks.reshape(*ids.shape[:-1], width * outline.unit)
-        chosen = jnp.repeat(chosen, outline.unit, axis=-1) & (blocks < nk)
-        blocks = jnp.clip(blocks, 0, max(nk - 1, 0))
-        # ---- a block's tile; what the mask leaves empty falls out ----
-        tile = (
-            jnp.asarray(outline.tiles)[np.arange(nq, dtype=np.int32)[:, None], blocks]
-            if nk
-            else jnp.full_like(blocks, EMPTY)
-        )
-        chosen &= tile != EMPTY
-        # ---- partial blocks first, then full ones, ascending in each class; what is not chosen last ----
-        order = jnp.where(chosen, jnp.where(tile >= 0, 0, nk) + blocks, 2 * nk)
-        # A number for both, so that the lists are made of one array.
-        code = jnp.where(chosen, blocks * (n_tiles + 1) + tile + 1, -1)
-        _, code = jax.lax.sort((order, code), num_keys=1, is_stable=False)
-        return code, chosen.sum(-1, dtype=jnp.int32)
 
-    code, counts = _explicit.call(rows, [ids, chosen], ["bh", "bh"])
+def _row_codes(
+    ids: jax.Array, chosen: jax.Array, outline: jax.Array, unit: int, n_tiles: int
+) -> tuple[jax.Array, jax.Array]:
+    """Chosen units as padded lists of blocks: partial ones first, then full ones, ascending in each class.
+
+    Args:
+      ids: int32 [.., nq, width], distinct in each row.
+      chosen: bool [.., nq, width].
+      outline: int32 [nq, nk], tile of each block.
+      unit: key blocks of a unit.
+      n_tiles: bit tiles that the outline refers to.
+
+    Returns:
+      int32 codes [.., nq, width * unit], a number for block and tile (`_decoded`), and counts [.., nq].
+    """
+    nq, nk = outline.shape
+    # ---- units to blocks ----
+    blocks = ids[..., None] * unit + np.arange(unit, dtype=np.int32)
+    blocks = blocks.reshape(*ids.shape[:-1], ids.shape[-1] * unit)
+    chosen = jnp.repeat(chosen, unit, axis=-1) & (blocks < nk)
+    blocks = jnp.clip(blocks, 0, max(nk - 1, 0))
+    # ---- a block's tile; what the mask leaves empty falls out ----
+    tile = outline[np.arange(nq, dtype=np.int32)[:, None], blocks] if nk else jnp.full_like(blocks, EMPTY)
+    chosen &= tile != EMPTY
+    # ---- partial blocks first, then full ones; what is not chosen last ----
+    order = jnp.where(chosen, jnp.where(tile >= 0, 0, nk) + blocks, 2 * nk)
+    code = jnp.where(chosen, blocks * (n_tiles + 1) + tile + 1, -1)
+    _, code = jax.lax.sort((order, code), num_keys=1, is_stable=False)
+    return code, chosen.sum(-1, dtype=jnp.int32)
+
+
+def _decoded(codes: jax.Array, n_tiles: int) -> tuple[jax.Array, jax.Array]:
+    """Key blocks and tiles, -1 past the lists' ends."""
+    listed = codes >= 0
+    return jnp.where(listed, codes // (n_tiles + 1), -1), jnp.where(listed, codes % (n_tiles + 1) - 1, -1)
+
+
+def _block_mask(lists: tuple[jax.Array, jax.Array, jax.Array], outline: Outline) -> BlockMask:
+    """Row offsets, key blocks and tiles [B, H, ..] with the outline's bit tiles.
+
+    No row is longer than the mask and the width allow: what lies past the outline's capacity is never listed.
+    """
     grid = Grid(outline.q_len, outline.kv_len, outline.block_q, outline.block_kv)
-    lists = _indices_traced(code, counts, grid)
-    # No row is longer than the mask and the width allow: what lies past the capacity is never listed.
-    code = lists.kv_blocks[..., : outline.capacity(width)]
-    listed = code >= 0
     return BlockMask(
-        lists.row_offsets,
-        jnp.where(listed, code // (n_tiles + 1), -1),
-        jnp.where(listed, code % (n_tiles + 1) - 1, -1),
-        outline.bit_tiles if n_tiles else _no_tiles(grid),
+        *lists,
+        outline.bit_tiles if outline.bit_tiles.shape[2] else _no_tiles(grid),
         None,
         None,
         None,

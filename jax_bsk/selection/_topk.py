@@ -23,8 +23,9 @@ def from_topk(
 ) -> BlockMask:
     """The k key blocks of highest score for each query block, in lists made on the device.
 
-    Does what `BlockMask.from_topk` does for traced scores with less: sorts of rows instead of scatters, and the bit
-    tiles of `mask` are made on the host and shared by all heads and examples (one for a causal mask).
+    Does what `BlockMask.from_topk` does for traced scores with less: a native call makes the lists (sorts of rows where
+    there is none, and of float64 scores), and the bit tiles of `mask` are made on the host and shared by all heads and
+    examples (one for a causal mask).
 
     Args:
       scores: [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], real, for the blocks of q_len queries and kv_len keys. Of
