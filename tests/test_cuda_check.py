@@ -23,6 +23,7 @@ pytestmark = pytest.mark.gpu
 SOURCE = Path(__file__).parent / "csrc"
 TEXT = (SOURCE / "cuda_check.cu").read_text() + (SOURCE / "cuda_check_matmul.cu").read_text()
 NAMES = re.findall(r'(?:add|gated|product|sampled)\("([a-z0-9-]+)",', TEXT)
+NAMES += re.findall(r'{"(choose[a-z-]*)", \d', (SOURCE / "cuda_check_choose.cu").read_text())
 NAMES += re.findall(r'{"(lists[a-z-]*)", \d', (SOURCE / "cuda_check_lists.cu").read_text())
 NAMES += re.findall(r'{"(gates-[a-z-]+)", F::', TEXT)
 # Made in loops of the program, over dtypes and sizes.
@@ -45,7 +46,8 @@ NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
 SANITIZED = re.compile(
-    r"(gates-)?instance-|gates-(nan-value|bad-first-col)|lists(-bad)?$|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
+    r"(gates-)?instance-|gates-(nan-value|bad-first-col)|choose(-(units|many-units|one-row))?(-bad)?$|"
+    r"lists(-bad)?$|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
     r"matmul-sampled-(whole|wild)"
 )
 

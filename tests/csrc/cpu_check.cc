@@ -666,7 +666,9 @@ int main(int argc, char** argv) {
     return 0;
   }
   int64_t failed = 0;
-  for (int64_t n = 0; n < cases; ++n) failed += !Check(seed + n) + !CheckLists(seed + n) + !CheckMatmul(seed + n);
+  for (int64_t n = 0; n < cases; ++n) {
+    failed += !Check(seed + n) + !CheckChoose(seed + n) + !CheckLists(seed + n) + !CheckMatmul(seed + n);
+  }
   std::printf("%ld cases, %ld failed\n", cases, failed);
   return failed != 0;
 }

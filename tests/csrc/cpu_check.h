@@ -186,6 +186,7 @@ double BestSeconds(const Run& run) {
 
 // --- Operations beside attention, which is in cpu_check.cc itself
 
+bool CheckChoose(uint64_t seed);
 bool CheckLists(uint64_t seed);
 bool CheckMatmul(uint64_t seed);
 void TimeMatmul();

@@ -886,6 +886,7 @@ bool Run(const std::string& name, bool& known) {
     if (name == c.name) return RunCase(c);
   for (const Timing& t : Timings())
     if (name == t.name) return TimeCase(t.c, t.density);
+  if (name.rfind("choose", 0) == 0) return RunChoose(name, known);
   if (name.rfind("lists", 0) == 0) return RunLists(name, known);
   return RunMatmul(name, known);
 }
@@ -896,6 +897,7 @@ int main(int argc, char** argv) {
   std::vector<std::string> all = {"zero", "huge"};
   for (const Case& c : Cases()) all.push_back(c.name);
   for (const Timing& t : Timings()) all.push_back(t.name);
+  for (const std::string& name : ChooseNames()) all.push_back(name);
   for (const std::string& name : ListsNames()) all.push_back(name);
   for (const std::string& name : MatmulNames()) all.push_back(name);
   if (argc != 2 && argc != 3) {

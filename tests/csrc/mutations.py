@@ -40,7 +40,9 @@ GATED_BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64_gated.cu",)
 GATED_BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128_gated.cu",)
 GATED_PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64_gated.cu",)
 PREPARE = ("attention/prepare.cu",)
+CHOOSE = ("lists/choose.cu",)
 LISTS = ("lists/transpose.cu",)
+CPU_CHOOSE = ("lists/cpu_choose.cc",)
 CPU_LISTS = ("lists/cpu.cc",)
 PRODUCT = ("matmul/instances/product_bf16.cu",)
 SAMPLED = ("matmul/instances/sampled_bf16.cu",)
@@ -738,6 +740,62 @@ LISTS_KERNELS = (
         before="2 * int64_t{ids[entry]} + (tiles[entry] == -1)",
         after="2 * int64_t{ids[entry]}",
         instances=CPU_LISTS,
+        cases=("seeds-0-19",),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="choose-ties",
+        what="of equal scores among 32 the later units are taken",
+        file="lists/choose.cu",
+        before="ties + __popc(Below(equal)) < choice.ties",
+        after="ties + __popc(equal & ~Below(equal)) - 1 < choice.ties",
+        instances=CHOOSE,
+        cases=("choose", "choose-one-row"),
+    ),
+    Mutation(
+        name="choose-required",
+        what="required units are chosen by their score",
+        file="lists/choose.cu",
+        before="states_of[i] == kRequired ? kRequiredKey : 0",
+        after="states_of[i] == kRequired ? key : 0",
+        instances=CHOOSE,
+        cases=("choose", "choose-topk"),
+    ),
+    Mutation(
+        name="choose-full-order",
+        what="a row's full blocks descend",
+        file="lists/choose.cu",
+        before="room - 1 - (at - partials[of])",
+        after="room - (ends[of] - (of > 0 ? ends[of - 1] : 0)) + at",
+        instances=CHOOSE,
+        cases=("choose", "choose-topk"),
+    ),
+    Mutation(
+        name="choose-earlier-rows",
+        what="a part of the rows counts its own first row among those before it",
+        file="lists/choose.cu",
+        before="if (row < first) before += count;",
+        after="if (row <= first) before += count;",
+        instances=CHOOSE,
+        cases=("choose", "choose-topk"),
+    ),
+    Mutation(
+        name="cpu-choose-ties",
+        what="units whose score is that of the last one chosen are left out",
+        file="lists/cpu_choose.cc",
+        before="return key > least;",
+        after="return key >= least;",
+        instances=CPU_CHOOSE,
+        cases=("seeds-0-19",),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-choose-infinity",
+        what="a score of +inf comes before the largest finite one",
+        file="lists/score_key.h",
+        before="key > kLargest ? kLargest : key;",
+        after="key;",
+        instances=CPU_CHOOSE,
         cases=("seeds-0-19",),
         program="cpu_check",
     ),
