@@ -612,10 +612,11 @@ std::vector<Named> Cases() {
   product("matmul-product-wide", [](ProductCase& c) { c.rows = 136, c.columns = 200, c.width = 1096; });
   product("matmul-product-wide-whole",
           [](ProductCase& c) { c.rows = 136, c.columns = 200, c.width = 832, c.block_rows = c.block_columns = 128; });
-  // Two panels, of two parts of 512 columns and of one.
+  // Panels: of two parts of 512 columns and of one; four of one part, the first of which is gone through backwards.
   product("matmul-product-panels", [](ProductCase& c) { c.rows = 136, c.columns = 8192, c.width = 1160, c.batch = 2; });
-  product("matmul-product-panels-128",
-          [](ProductCase& c) { c.rows = 264, c.columns = 8192, c.width = 1096, c.block_rows = c.block_columns = 128; });
+  product("matmul-product-panels-128", [](ProductCase& c) {
+    c.rows = 136, c.columns = 16384, c.width = 1544, c.block_rows = c.block_columns = 128;
+  });
   product("matmul-product-least", [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull; });
   product("matmul-product-least-128", [](ProductCase& c) {
     c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;

@@ -454,7 +454,16 @@ MATMUL = (
         before="panel == plan.last_panel ? plan.last_part_divider : plan.part_divider",
         after="panel == -1 ? plan.last_part_divider : plan.part_divider",
         instances=PRODUCT,
-        cases=("matmul-product-panels", "matmul-product-panels-128"),
+        cases=("matmul-product-panels",),
+    ),
+    Mutation(
+        name="product-backwards",
+        what="a panel that is gone through backwards has its first row all the time",
+        file="matmul/sm90/product.cuh",
+        before="plan.rows - 1 - place : place",
+        after="0 : place",
+        instances=PRODUCT,
+        cases=("matmul-product-panels-128",),
     ),
     Mutation(
         name="sampled-sizes",

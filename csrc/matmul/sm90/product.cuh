@@ -9,7 +9,10 @@ namespace jax_bsk::matmul::cuda::sm90 {
 
 // The tile a ticket stands for. All rows of a panel of columns come before the next panel, so that the panel's part of
 // the dense operand stays in L2 (rows first: 511 to 540 instead of 610 TFLOP/s). In a panel all columns of a row lie
-// side by side, so that a row's blocks are read from memory once a panel.
+// side by side, so that a row's blocks are read from memory once a panel. Every other panel is gone through backwards,
+// so that it begins with the blocks that the one before it ended with (424 instead of 523 MB of device memory are read
+// at 8192^3 and 22 %); not the last but one: the longest rows of the last two come first, and the chip is done at about
+// the same time.
 struct ProductTile {
   int batch;
   int column;  // of the cluster's
@@ -20,7 +23,9 @@ struct ProductTile {
     const int in_batch = plan.batch_divider.Remainder(ticket, batch);
     const int panel = plan.panel_divider.Quotient(in_batch), in_panel = plan.panel_divider.Remainder(in_batch, panel);
     const auto& divider = panel == plan.last_panel ? plan.last_part_divider : plan.part_divider;
-    const int rank = divider.Quotient(in_panel), part = divider.Remainder(in_panel, rank);
+    const int place = divider.Quotient(in_panel), part = divider.Remainder(in_panel, place);
+    const int panels_left = plan.last_panel - panel;
+    const int rank = panels_left > 1 && panels_left % 2 == 1 ? plan.rows - 1 - place : place;
     column = (panel * static_cast<int>(plan.part_divider.divisor) + part) * kClusterColumns;
     row = __ldg(plan.order + (params.matrix_batch == 1 ? 0 : batch) * plan.rows + rank);
   }
