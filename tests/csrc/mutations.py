@@ -603,7 +603,7 @@ CPU_KERNELS = (
         before="for (int64_t k = 0; k < keys; ++k) sum += x.d_gate[k];",
         after="for (int64_t k = 0; k < vectors * kLanes<C>; ++k) sum += x.d_gate[k];",
         instances=CPU,
-        cases=("seeds-0-19", "seeds-20-59", "seeds-60-299"),
+        cases=("seeds-220-229",),  # 224 alone of the first 300 shows it
         program="cpu_check",
     ),
     Mutation(
