@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jax_bsk.benchmarking.matmul.cases import Operation
-from jax_bsk.benchmarking.matmul.contenders import OURS
+from jax_bsk.benchmarking.matmul.contenders import DENSE_RANDOM, OURS
 from jax_bsk.validation import products
 from jax_bsk.validation.markdown import milliseconds, share, table
 
@@ -131,6 +131,23 @@ def method() -> str:
 # ---- Of single benchmarks
 
 
+def matmul_grid() -> str:
+    """W X at all sizes and sparsities: useful rate, and times as fast as the dense product of random numbers."""
+    cells: dict[tuple[int, int], dict[str, str]] = {}
+    for case in read(RESULTS / "matmul-nvidia-h200.json")["cases"]:
+        if case["operation"] != Operation.FORWARD.value:
+            continue
+        ours, dense = case["contenders"][OURS], case["contenders"][DENSE_RANDOM]
+        text = f"{ours['useful_flops_per_second'] / 1e12:.0f}, {dense['seconds'] / ours['seconds']:.1f}x"
+        cells.setdefault((case["block"], case["size"]), {})[f"{case['sparsity'] * 100:.0f} %"] = text
+    columns = list(next(iter(cells.values())))
+    rows = [
+        [f"blocks of {block}, {size:,}", *(cells[block, size][column] for column in columns)]
+        for block, size in sorted(cells, reverse=True, key=lambda key: (key[0], -key[1]))
+    ]
+    return table(["", *(f"{column} left out" for column in columns)], rows)
+
+
 def training_step() -> str:
     names = {
         "jax_bsk": "jax_bsk",
@@ -188,13 +205,26 @@ def selection() -> str:
     )
 
 
+def long_context() -> str:
+    """The example's kinds of attention, their curves left out."""
+    labels = {"full": "full causal", "window": "window", "moba": "MoBA", "sparsek": "SparseK"}
+    rows = []
+    for kind, run in read(RESULTS / "long-context-nvidia-h200.json").items():
+        memory = f"{run['peak_memory_bytes'] / 2**20:,.0f} MiB"
+        cells = [f"{run['accuracy'] * 100:.1f} %", share(run["visited_share"]), milliseconds(run["step_seconds"])]
+        rows.append([labels[kind], *cells, memory])
+    return table(["attention", "accuracy", "blocks visited", "time a step", "peak memory"], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "method": method,
     "forward": with_torch("forward"),
     "backward": with_torch("backward"),
     "matmul": matmul,
+    "matmul-grid": matmul_grid,
     "matmul-cpu": matmul_cpu,
     "selection": selection,
+    "long-context": long_context,
     "training-step": training_step,
     "scaling": scaling,
 }
