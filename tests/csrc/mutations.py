@@ -533,7 +533,7 @@ CPU_KERNELS = (
         before="Store<C>(x.rescale + v, rescale);",
         after="Store<C>(x.rescale + v, Broadcast<C>(C(1)));",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -543,7 +543,7 @@ CPU_KERNELS = (
         before="Minimum(s.block_kv, kv_length - first_key)",
         after="Minimum(s.block_kv, s.kv_len - first_key)",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -553,7 +553,7 @@ CPU_KERNELS = (
         before="BroadcastWord<C>(Lane<C>(1) << (key & 31))",
         after="BroadcastWord<C>(Lane<C>(1) << (31 - (key & 31)))",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -563,7 +563,7 @@ CPU_KERNELS = (
         before="gradient = score * (gradient - delta);",
         after="gradient = score * gradient;",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -573,7 +573,7 @@ CPU_KERNELS = (
         before="(gradient - delta) * (C(1) - capped * capped);",
         after="(gradient - delta);",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -583,7 +583,7 @@ CPU_KERNELS = (
         before="h < (kv_head + 1) * group; ++h)",
         after="h < kv_head * group + 1; ++h)",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -593,7 +593,7 @@ CPU_KERNELS = (
         before="gates != nullptr ? gates[entry] : C(1));",
         after="C(1));",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -613,7 +613,7 @@ CPU_KERNELS = (
         before="(b * shape.heads + h) * list.capacity",
         after="(0 * b + h) * list.capacity",
         instances=CPU,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -623,7 +623,7 @@ CPU_KERNELS = (
         before="for (int64_t entry = 0; entry < list.count; ++entry) {",
         after="for (int64_t entry = 0; entry + 1 < list.count; ++entry) {",
         instances=CPU_MATMUL,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -633,7 +633,7 @@ CPU_KERNELS = (
         before="return numbers_[number % places_] == number;",
         after="return numbers_[number % places_] >= 0;",
         instances=CPU_MATMUL,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
     Mutation(
@@ -643,7 +643,7 @@ CPU_KERNELS = (
         before="k < p.depth; k += kDepth",
         after="k + kDepth <= p.depth; k += kDepth",
         instances=CPU_MATMUL,
-        cases=("seeds-0-19",),
+        cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",
     ),
 )
