@@ -654,9 +654,9 @@ std::vector<Named> Cases() {
           [](ProductCase& c) { c.batch = 3, c.matrix_batched = true, c.block_rows = c.block_columns = 128; });
   product("matmul-product-shared-both", [](ProductCase& c) { c.batch = 2; });
   product("matmul-product-many",
-          [](ProductCase& c) { c.batch = 12, c.matrix_batched = true, c.rows = 1288, c.columns = 712, c.width = 72; });
+          [](ProductCase& c) { c.batch = 12, c.matrix_batched = true, c.rows = 1288, c.columns = 712, c.width = 200; });
   product("matmul-product-many-128", [](ProductCase& c) {
-    c.batch = 24, c.dense_batched = true, c.rows = 1288, c.columns = 712, c.width = 40;
+    c.batch = 24, c.dense_batched = true, c.rows = 1288, c.columns = 712, c.width = 200;
     c.block_rows = c.block_columns = 128;
   });
 
@@ -717,6 +717,9 @@ std::vector<Named> Cases() {
           [](SampledCase& c) { c.batch = 3, c.lists_batched = true, c.depth = 72, c.block_columns = 128; });
   sampled("matmul-sampled-many", [](SampledCase& c) {
     c.batch = 4, c.right_batched = c.lists_batched = true, c.depth = 72, c.capacity = 150;
+  });
+  sampled("matmul-sampled-many-128", [](SampledCase& c) {
+    c.batch = 4, c.left_batched = c.lists_batched = true, c.capacity = 150, c.block_rows = c.block_columns = 128;
   });
 
   add("matmul-refusals", RunRefusals);

@@ -1,7 +1,7 @@
-// The consumers of both products: a warpgroup multiplies the stages of a tile and writes its part of the result.
+// The consumers of both products: a warpgroup multiplies the stages of a tile.
 #pragma once
 
-#include "device/tile.cuh"
+#include "device/ptx.cuh"
 #include "matmul/sm90/shared.cuh"
 
 namespace jax_bsk::matmul::cuda::sm90 {
@@ -13,7 +13,6 @@ class Consumer {
  public:
   using Multiply = device::sm90::Multiply<Element, kColumns>;
   static constexpr bool kOwnRows = kColumns == kTileColumns;
-  static constexpr int kChunks = kColumns / kPiece;
   static constexpr int kSums = kColumns / 2;  // a thread
 
   // `rank`: of the CTA in its cluster.
@@ -22,16 +21,17 @@ class Consumer {
         warpgroup_(warpgroup),
         rank_(rank),
         left_(device::sm90::TileDescriptor(shared.left[0] + (kOwnRows ? warpgroup * kPieceElements : 0), kPieceBytes)),
-        right_(device::sm90::TileDescriptor(shared.right[0] + (kOwnRows ? 0 : warpgroup * kChunks * kPieceElements),
+        right_(device::sm90::TileDescriptor(shared.right[0] + (kOwnRows ? 0 : warpgroup * kColumns * kPiece),
                                             kPieceBytes)) {}
 
-  // Multiplies tile after tile; `store(sums, info)` is called with each.
+  // Multiplies tile after tile; `store.Take(sums, info)` is called with each, and `store.Flush()` while products of the
+  // next are under way.
   template <typename Store>
-  __device__ __forceinline__ void Run(Store store) {
+  __device__ __forceinline__ void Run(Store& store) {
     while (true) {
       // ---- A tile's products
       float sums[kSums];
-      int accumulate = 0;
+      int accumulate = 0, stages = 0;
       StepInfo info;
       if constexpr (kSkips) {
         // No product is unfinished where a stage may be skipped (ptxas would wait for all of them, C7518): while one
@@ -45,6 +45,7 @@ class Consumer {
             accumulate = 1;
           }
           Release(stage);
+          if (++stages == kFlushAt) store.Flush();
         } while (!(info.flags & StepInfo::kLast));
         device::sm90::Pin(sums);
       } else {
@@ -60,6 +61,7 @@ class Consumer {
             device::sm90::WaitForProducts<1>();
             Release(pending);
             pending = stage;
+            if (++stages == kFlushAt) store.Flush();
           }
           device::sm90::WaitForProducts<0>();
           device::sm90::Pin(sums);
@@ -70,49 +72,13 @@ class Consumer {
       // ---- What is not a sum
       if (accumulate == 0) Fill(sums, 0.f);
       if (info.flags & (StepInfo::kPoisoned << warpgroup_)) Fill(sums, __int_as_float(0x7FC00000));
-      store(sums, info);
+      store.Take(sums, info);
     }
   }
-
-  // A chunk of 64 columns of the sums, as 16-bit elements, to a box of the result: [64 rows][64 columns], or with
-  // kTransposed [64 columns][64 rows].
-  template <bool kTransposed>
-  __device__ __forceinline__ void StoreChunk(const float* sums, const CUtensorMap& map, int c0, int c1, int c2) {
-    const int thread = device::ThreadHere() % 128, lane = thread % 32, warp = thread / 32;
-    // Two buffers in turns, whatever the tiles: the other's copy may still be under way, this one's of two chunks ago
-    // not.
-    Element* staging = shared_.staging[warpgroup_][stored_++ % 2];
-    if (thread == 0) device::sm90::WaitForStoresRead<1>();
-    Sync();
-#pragma unroll
-    for (int n = 0; n < kPiece / 16; ++n) {
-      uint32_t words[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words[i] = device::PackPair<Element>(sums[8 * n + 2 * i], sums[8 * n + 2 * i + 1]);
-      // The words are four 8x8 matrices: rows 0-7 and 8-15 of the first eight columns, then of the next eight.
-      if constexpr (kTransposed) {
-        const int row = 16 * n + lane / 16 * 8 + lane % 8, column = 2 * warp + lane / 8 % 2;
-        device::sm90::StoreMatricesTransposed(Chunk(staging, row, column), words);
-      } else {
-        device::sm90::StoreMatrices(Chunk(staging, 16 * warp + lane % 16, 2 * n + lane / 16), words);
-      }
-    }
-    device::sm90::FenceAsyncProxy();
-    Sync();
-    if (thread == 0) {
-      device::sm90::StoreBox(map, staging, c0, c1, c2, 0);
-      device::sm90::CommitStores();
-    }
-  }
-
-  // Until all results are in memory.
-  __device__ __forceinline__ void Finish() { device::sm90::WaitForStores(); }
 
  private:
-  // Eight elements of a row of 64 in swizzled shared memory.
-  __device__ __forceinline__ static uint32_t Chunk(const Element* piece, int row, int column) {
-    return device::SharedAddress(piece) + row * 128 + ((column ^ (row % 8)) << 4);
-  }
+  // The stage of a tile behind which the store may go on: what it sent before has left by then.
+  static constexpr int kFlushAt = 3;
 
   // Waits for the next stage and reads its message.
   __device__ __forceinline__ int Next(StepInfo& info) {
@@ -127,8 +93,6 @@ class Consumer {
     place_.Advance();
     return stage;
   }
-
-  __device__ __forceinline__ void Sync() { device::sm90::SyncNamed(1 + warpgroup_, 128); }
 
   __device__ __forceinline__ static void Fill(float (&sums)[kSums], float value) {
 #pragma unroll
@@ -161,7 +125,6 @@ class Consumer {
 
   Shared<Element>& shared_;
   const int warpgroup_, rank_;
-  uint32_t stored_ = 0;          // chunks
   const uint32_t left_, right_;  // descriptors of stage 0
   Ring<kStages> place_;
 };

@@ -4,6 +4,7 @@
 
 #include "device/ptx.cuh"
 #include "matmul/sm90/consumer.cuh"
+#include "matmul/sm90/outlet.cuh"
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
@@ -51,7 +52,8 @@ class Entries {
   }
 
   __device__ __forceinline__ bool AtEnd() const { return id_ == kEnd; }
-  __device__ __forceinline__ int id() const { return id_; }  // larger than any other at the end
+  __device__ __forceinline__ int left() const { return left_; }  // entries after this one
+  __device__ __forceinline__ int id() const { return id_; }      // larger than any other at the end
   __device__ __forceinline__ int place() const { return place_; }
   __device__ __forceinline__ bool poisoned() const { return poisoned_; }
 
@@ -92,16 +94,18 @@ class Entries {
   bool poisoned_ = false;
 };
 
-// ---- The scheduler: one thread of a cluster hands tickets to the producers of its CTAs.
+// ---- The scheduler: one thread of a cluster hands tickets to the producers of its CTAs, each when both have asked for
+// it. Tickets taken early are tiles that nobody else can take when others are done: with two in stock the last cluster
+// ended 4.5 % later than the mean at 8192^3 and 22 %, and 30 % later at 4096^3.
 template <typename Element>
 __device__ __forceinline__ void ScheduleProduct(Shared<Element>& shared, const ProductPlan& plan) {
-  Ring<Shared<Element>::kTasks> place;
+  Ring<1> place;
   int ticket;
   do {
+    device::sm90::Wait(shared.empty_task, place.Empty());
     ticket = min(atomicAdd(plan.ticket, 1), plan.tickets);
-    device::sm90::Wait(shared.empty_task[place.Stage()], place.Empty());
     for (int rank = 0; rank < kProductCluster; ++rank) {
-      device::sm90::SendWord(shared.task[place.Stage()], shared.full_task[place.Stage()], rank, ticket);
+      device::sm90::SendWord(shared.task, shared.full_task, rank, ticket);
     }
     place.Advance();
   } while (ticket < plan.tickets);
@@ -116,18 +120,19 @@ class ProductProducer {
       : shared_(shared), params_(params), plan_(plan), rank_(rank) {}
 
   __device__ __forceinline__ void Run() {
-    using Tasks = Ring<Shared<Element>::kTasks>;
-    for (Tasks task;; task.Advance()) {
-      const int slot = task.Stage();
-      const int ticket = device::sm90::WaitForWord(shared_.task[slot], shared_.full_task[slot], task.Full());
-      if (ticket >= plan_.tickets) break;  // (so the word has been read before the slot is given back)
-      device::sm90::ArriveAt(shared_.empty_task[slot], 0);
+    for (Ring<1> task;; task.Advance()) {
+      const int ticket = device::sm90::WaitForWord(shared_.task, shared_.full_task, task.Full());
+      if (ticket >= plan_.tickets) break;  // (so the word has been read before the next is asked for)
       Load(ProductTile(params_, plan_, ticket));
     }
     shared_.Announce(ring_, StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
   }
 
  private:
+  // The next ticket is asked for with fewer stages than this to come after the next block's. It is there in the time of
+  // two or three, and the stages in flight last for the rest of what must be read before the first one of its tile.
+  static constexpr int kTicketLead = 2;
+
   __device__ __forceinline__ void Load(const ProductTile& tile) {
     const int matrix = params_.matrix_batch == 1 ? 0 : tile.batch, dense = params_.dense_batch == 1 ? 0 : tile.batch;
     const int column = tile.column + rank_ * kTileColumns;
@@ -139,6 +144,7 @@ class ProductProducer {
     // One list for both warpgroups, or one for each, merged: what both want at the same place is fetched once.
     Entries upper(params_, matrix, tile.row * plan_.blocks_per_row);
     Entries lower(params_, matrix, two ? tile.row * 2 + 1 : static_cast<int>(params_.out_blocks));
+    bool asked = false;  // for the next ticket
     do {
       const int id = min(upper.id(), lower.id());
       const bool use_upper = !upper.AtEnd() && upper.id() == id, use_lower = two && !lower.AtEnd() && lower.id() == id;
@@ -147,6 +153,10 @@ class ProductProducer {
       if (use_lower) lower.Next(params_);
       const bool first = use_upper, second = two ? use_lower : use_upper;  // of the warpgroups
       const bool last = upper.AtEnd() && lower.AtEnd(), any = first || second;
+      if (!asked && (last || max(upper.left(), lower.left()) * plan_.steps < kTicketLead)) {
+        device::sm90::ArriveAt(shared_.empty_task, 0);
+        asked = true;
+      }
       const int steps = any ? plan_.steps : 1;
       for (int step = 0; step < steps; ++step) {
         info.flags = first * StepInfo::kUsed + second * (StepInfo::kUsed << 1);
@@ -205,31 +215,28 @@ class ProductProducer {
 
 // ---- What a consumer does with a tile. With the dense operand on the right (N-major), the result lies as computed; on
 // the left, transposed.
-template <typename Element, bool kTransposeLeft, bool kTransposeRight, bool kPairs>
+template <typename Element, bool kTransposeRight>
 class ProductStore {
  public:
-  using Warpgroup = Consumer<Element, kTransposeLeft, kTransposeRight, kTileColumns, kProductCluster, kPairs>;
+  __device__ ProductStore(Shared<Element>& shared, const ProductParams& params, const ProductPlan& plan, int warpgroup)
+      : params_(params), outlet_(shared, plan.out, warpgroup), first_row_(warpgroup * kPiece) {}
 
-  __device__ ProductStore(Warpgroup& consumer, const ProductParams& params, const ProductPlan& plan, int warpgroup)
-      : consumer_(consumer), params_(params), plan_(plan), warpgroup_(warpgroup) {}
+  __device__ __forceinline__ void Take(const float (&sums)[kTileColumns / 2], const StepInfo& info) {
+    if (params_.out_dtype == DType::kF32) return StoreFloat(sums, info);
+    outlet_.Take(sums, info, *this);
+  }
+  __device__ __forceinline__ void Flush() { outlet_.Flush(*this); }
+  __device__ __forceinline__ void Finish() { outlet_.Finish(*this); }
 
-  __device__ __forceinline__ void operator()(float (&sums)[kTileColumns / 2], const StepInfo& info) const {
-    const int row = info.row + warpgroup_ * kPiece;
-    if (params_.out_dtype == DType::kF32) return StoreFloat(sums, info, row);
-#pragma unroll
-    for (int chunk = 0; chunk < kTileColumns / kPiece; ++chunk) {
-      const int column = info.column + chunk * kPiece;
-      consumer_.template StoreChunk<!kTransposeRight>(sums + chunk * (kPiece / 2), plan_.out,
-                                                      kTransposeRight ? column : row, kTransposeRight ? row : column,
-                                                      info.batch);
-    }
+  __device__ __forceinline__ Box operator()(const StepInfo& info, int chunk) const {
+    const int row = info.row + first_row_, column = info.column + chunk * kPiece;
+    return {kTransposeRight ? column : row, kTransposeRight ? row : column, info.batch};
   }
 
  private:
-  __device__ __forceinline__ void StoreFloat(const float (&sums)[kTileColumns / 2], const StepInfo& info,
-                                             int row) const {
-    const int thread = device::ThreadHere() % 128, length = static_cast<int>(params_.out_length),
-              width = static_cast<int>(params_.width);
+  __device__ __forceinline__ void StoreFloat(const float (&sums)[kTileColumns / 2], const StepInfo& info) const {
+    const int row = info.row + first_row_, thread = device::ThreadHere() % 128,
+              length = static_cast<int>(params_.out_length), width = static_cast<int>(params_.width);
     float* out = static_cast<float*>(params_.out) + info.batch * params_.out_length * params_.width;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -250,10 +257,9 @@ class ProductStore {
     }
   }
 
-  Warpgroup& consumer_;
   const ProductParams& params_;
-  const ProductPlan& plan_;
-  const int warpgroup_;
+  Outlet<Element, kTileColumns, !kTransposeRight> outlet_;
+  const int first_row_;  // of the tile's
 };
 
 // kPairs: two blocks of 64 rows a tile, each a warpgroup's, and not one of 128.
@@ -278,10 +284,10 @@ __global__ void __cluster_dims__(kProductCluster, 1, 1) __launch_bounds__(kThrea
     }
   } else {
     device::sm90::RaiseRegisters<kConsumerRegisters>();
-    typename ProductStore<Element, kTransposeLeft, kTransposeRight, kPairs>::Warpgroup consumer(shared, warpgroup,
-                                                                                                rank);
-    consumer.Run(ProductStore<Element, kTransposeLeft, kTransposeRight, kPairs>(consumer, params, plan, warpgroup));
-    consumer.Finish();
+    ProductStore<Element, kTransposeRight> store(shared, params, plan, warpgroup);
+    Consumer<Element, kTransposeLeft, kTransposeRight, kTileColumns, kProductCluster, kPairs>(shared, warpgroup, rank)
+        .Run(store);
+    store.Finish();
   }
   __syncwarp();
   device::sm90::SyncCluster();  // no CTA leaves while another may still signal it

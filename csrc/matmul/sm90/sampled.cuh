@@ -6,6 +6,7 @@
 
 #include "device/ptx.cuh"
 #include "matmul/sm90/consumer.cuh"
+#include "matmul/sm90/outlet.cuh"
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
@@ -91,57 +92,87 @@ class SampledProducer {
   Ring<kStages> ring_;
 };
 
-// ---- What a consumer does with a tile: its chunks belong to the item's entries one after the other.
-template <typename Warpgroup>
+// ---- What a consumer does with a tile: its chunks belong to the item's entries one after the other. kColumns: of a
+// warpgroup's part of the tile, 256 for blocks of 128 rows and 128 for blocks of 64.
+template <typename Element, int kColumns>
 class SampledStore {
  public:
-  __device__ SampledStore(Warpgroup& consumer, const SampledParams& params, const SampledPlan& plan, int warpgroup)
-      : consumer_(consumer), params_(params), plan_(plan), warpgroup_(warpgroup) {}
+  __device__ SampledStore(Shared<Element>& shared, const SampledParams& params, const SampledPlan& plan, int warpgroup)
+      : params_(params), outlet_(shared, plan.out, warpgroup), warpgroup_(warpgroup) {}
 
-  __device__ __forceinline__ void operator()(float (&sums)[Warpgroup::kSums], const StepInfo& info) const {
-    StoreChunks(sums, info, std::make_integer_sequence<int, Warpgroup::kChunks>());
+  __device__ __forceinline__ void Take(float (&sums)[kColumns / 2], const StepInfo& info) {
+    CutChunks(sums, info, std::make_integer_sequence<int, kChunks>());
+    if (params_.out_dtype == DType::kF32) {
+      StoreChunks(sums, info, std::make_integer_sequence<int, kChunks>());
+    } else {
+      outlet_.Take(sums, info, *this);
+    }
+  }
+  __device__ __forceinline__ void Flush() { outlet_.Flush(*this); }
+  __device__ __forceinline__ void Finish() { outlet_.Finish(*this); }
+
+  __device__ __forceinline__ Box operator()(const StepInfo& info, int chunk) const {
+    const Place place(*this, info, chunk);
+    return {place.column, place.row, static_cast<int>(place.entry), place.stored};
   }
 
  private:
+  static constexpr bool kOwnRows = kColumns == kTileColumns;
+  static constexpr int kChunks = kColumns / kPiece;
+  static constexpr int kSums = kColumns / 2;
+
+  // Where a chunk lies.
+  struct Place {
+    int i;            // which of the item's entries
+    int row, column;  // in its block
+    int64_t entry;    // of all batches
+    bool stored;
+
+    __device__ __forceinline__ Place(const SampledStore& store, const StepInfo& info, int chunk) {
+      const int block_columns = static_cast<int>(store.params_.block_columns), entry_pieces = block_columns / kPiece;
+      const int piece = chunk + (kOwnRows ? 0 : store.warpgroup_ * kChunks);
+      i = piece / entry_pieces;
+      row = kOwnRows ? store.warpgroup_ * kPiece : 0;
+      column = piece % entry_pieces * kPiece;
+      entry = info.batch * store.params_.capacity + info.column + i;
+      stored = i <= (info.flags >> StepInfo::kEntries & 3);
+    }
+  };
+
   // One by one by their numbers: indexed in a loop, the sums would lie in local memory.
   template <int... kChunk>
-  __device__ __forceinline__ void StoreChunks(float (&sums)[Warpgroup::kSums], const StepInfo& info,
+  __device__ __forceinline__ void CutChunks(float (&sums)[kSums], const StepInfo& info,
+                                            std::integer_sequence<int, kChunk...>) const {
+    (CutChunk<kChunk>(sums, info), ...);
+  }
+  template <int... kChunk>
+  __device__ __forceinline__ void StoreChunks(const float (&sums)[kSums], const StepInfo& info,
                                               std::integer_sequence<int, kChunk...>) const {
-    (StoreChunk<kChunk>(sums, info), ...);
+    (StoreFloat<kChunk>(sums, info), ...);
   }
 
+  // What is not in the matrix is 0, whatever the products were.
   template <int kChunk>
-  __device__ __forceinline__ void StoreChunk(float (&sums)[Warpgroup::kSums], const StepInfo& info) const {
-    const int block_columns = static_cast<int>(params_.block_columns), entry_pieces = block_columns / kPiece;
-    const int row = Warpgroup::kOwnRows ? warpgroup_ * kPiece : 0;  // in the block
-    const int piece = kChunk + (Warpgroup::kOwnRows ? 0 : warpgroup_ * Warpgroup::kChunks);
-    const int i = piece / entry_pieces, column = piece % entry_pieces * kPiece;
-    if (i > (info.flags >> StepInfo::kEntries & 3)) return;
-    // What is not in the matrix is 0, whatever the products were.
+  __device__ __forceinline__ void CutChunk(float (&sums)[kSums], const StepInfo& info) const {
+    const Place place(*this, info, kChunk);
+    if (!place.stored) return;
     int rows = kPiece, columns = kPiece;
-    if (!(info.flags >> (StepInfo::kValid + i) & 1)) {
+    if (!(info.flags >> (StepInfo::kValid + place.i) & 1)) {
       rows = 0;
-    } else if (params_.rows % params_.block_rows != 0 || params_.columns % block_columns != 0) {
+    } else if (params_.rows % params_.block_rows != 0 || params_.columns % params_.block_columns != 0) {
       const int64_t list = params_.list_batch == 1 ? 0 : info.batch;
-      const int id = __ldg(params_.column_ids + list * params_.capacity + info.column + i);
-      rows = static_cast<int>(params_.rows) - info.row - row;
-      columns = static_cast<int>(params_.columns) - id * block_columns - column;
+      const int id = __ldg(params_.column_ids + list * params_.capacity + info.column + place.i);
+      rows = static_cast<int>(params_.rows) - info.row - place.row;
+      columns = static_cast<int>(params_.columns) - id * static_cast<int>(params_.block_columns) - place.column;
     }
     if (rows < kPiece || columns < kPiece) Cut<kChunk>(sums, rows, columns);
-    const int64_t entry = info.batch * params_.capacity + info.column + i;
-    if (params_.out_dtype == DType::kF32) {
-      StoreFloat<kChunk>(sums, entry, row, column);
-    } else {
-      consumer_.template StoreChunk<false>(sums + kChunk * (kPiece / 2), plan_.out, column, row,
-                                           static_cast<int>(entry));
-    }
   }
 
   __device__ __forceinline__ static int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
   // Zeros from a row and a column on.
   template <int kChunk>
-  __device__ __forceinline__ static void Cut(float (&sums)[Warpgroup::kSums], int rows, int columns) {
+  __device__ __forceinline__ static void Cut(float (&sums)[kSums], int rows, int columns) {
     const int thread = device::ThreadHere() % 128;
 #pragma unroll
     for (int i = 0; i < kPiece / 2; ++i) {
@@ -152,25 +183,24 @@ class SampledStore {
   }
 
   template <int kChunk>
-  __device__ __forceinline__ void StoreFloat(const float (&sums)[Warpgroup::kSums], int64_t entry, int row,
-                                             int column) const {
+  __device__ __forceinline__ void StoreFloat(const float (&sums)[kSums], const StepInfo& info) const {
+    const Place place(*this, info, kChunk);
+    if (!place.stored) return;
     const int thread = device::ThreadHere() % 128;
-    float* block = static_cast<float*>(params_.out) + entry * params_.block_rows * params_.block_columns;
+    float* block = static_cast<float*>(params_.out) + place.entry * params_.block_rows * params_.block_columns;
 #pragma unroll
     for (int i = 0; i < kPiece / 2; i += 2) {
-      const int r = row + RowOf(thread) + (i & 2) * 4, c = column + i / 4 * 8 + thread % 4 * 2;
+      const int r = place.row + RowOf(thread) + (i & 2) * 4, c = place.column + i / 4 * 8 + thread % 4 * 2;
       const float* pair = sums + kChunk * (kPiece / 2) + i;
       *reinterpret_cast<float2*>(block + r * params_.block_columns + c) = make_float2(pair[0], pair[1]);
     }
   }
 
-  Warpgroup& consumer_;
   const SampledParams& params_;
-  const SampledPlan& plan_;
+  Outlet<Element, kColumns, false> outlet_;
   const int warpgroup_;
 };
 
-// kColumns: of a warpgroup's part of the tile, 256 for blocks of 128 rows and 128 for blocks of 64.
 template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kColumns>
 __global__ void __launch_bounds__(kThreads, 1)
     SampledKernel(const __grid_constant__ SampledParams params, const __grid_constant__ SampledPlan plan) {
@@ -187,10 +217,9 @@ __global__ void __launch_bounds__(kThreads, 1)
     }
   } else {
     device::sm90::RaiseRegisters<kConsumerRegisters>();
-    using Warpgroup = Consumer<Element, kTransposeLeft, kTransposeRight, kColumns, 1, false>;
-    Warpgroup consumer(shared, warpgroup, 0);
-    consumer.Run(SampledStore<Warpgroup>(consumer, params, plan, warpgroup));
-    consumer.Finish();
+    SampledStore<Element, kColumns> store(shared, params, plan, warpgroup);
+    Consumer<Element, kTransposeLeft, kTransposeRight, kColumns, 1, false>(shared, warpgroup, 0).Run(store);
+    store.Finish();
   }
 }
 

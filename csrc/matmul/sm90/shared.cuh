@@ -29,15 +29,13 @@ struct alignas(16) StepInfo {
 
 template <typename Element>
 struct Shared {
-  static constexpr int kTasks = 2;
-
   alignas(1024) Element left[kStages][kLeftPieces * kPieceElements];
   alignas(1024) Element right[kStages][kRightPieces * kPieceElements];
   alignas(1024) Element staging[kConsumers][2][kPieceElements];
   StepInfo steps[kStages];
   Barrier full[kStages], empty[kStages];
-  int task[kTasks];
-  Barrier full_task[kTasks], empty_task[kTasks];
+  int task;  // the next tile, from the scheduler to the producers
+  Barrier full_task, empty_task;
 
   // Every warp of the consumers of `cluster` CTAs releases a stage.
   __device__ void Init(int cluster) {
@@ -45,10 +43,8 @@ struct Shared {
       device::sm90::InitBarrier(full[i], 1);
       device::sm90::InitBarrier(empty[i], 4 * kConsumers * cluster);
     }
-    for (int i = 0; i < kTasks; ++i) {
-      device::sm90::InitBarrier(full_task[i], 1);
-      device::sm90::InitBarrier(empty_task[i], cluster);
-    }
+    device::sm90::InitBarrier(full_task, 1);
+    device::sm90::InitBarrier(empty_task, cluster);
     device::sm90::FenceBarrierInit();
   }
 
