@@ -1,7 +1,7 @@
 // The way of a warpgroup's finished sums to memory: to 16-bit words, through shared memory, out by the copy engine.
 //
-// A multiprocessor writes 32 bytes a cycle, so a tile takes 2,000 cycles to leave, and shared memory has room for half
-// of it. So the other half waits in registers, as words, until products of the next tile are under way.
+// A tile's 64 KB take some 2,000 cycles to leave, 32 bytes a cycle, and shared memory has room for half of them. So the
+// other half waits in registers, as words, until products of the next tile are under way: 1,000 cycles between tiles.
 #pragma once
 
 #include "device/ptx.cuh"
