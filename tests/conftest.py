@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import jaxlib.version
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # several processes share a GPU's memory
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-# Most of the tests' time is XLA compiling. Without LLVM's optimisations test_gates takes 166 s of the processor's time
-# and not 288; with the older of XLA's two ways to make loops all tests together take 18 minutes of it and not 26.
+# Most of the tests' time is JAX tracing and XLA compiling. Without LLVM's optimisations test_gates takes 166 s of the
+# processor's time and not 288, and with modules compiled in one piece (on another machine) 85 and not 99; with the
+# older of XLA's two ways to make loops all tests together take 18 minutes of it and not 26.
 os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
+        "--xla_cpu_parallel_codegen_split_count=1",
         "--xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "",
         os.environ.get("XLA_FLAGS", ""),
     ]
 )
-
 import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes objects by the million, which live as long as they are cached: test_sparsek_attention takes 131 s and
+# not 146 when they are looked through less often.
+gc.set_threshold(200_000, 20, 50)
 
 
 def pytest_addoption(parser):
