@@ -105,18 +105,20 @@ class ForwardConsumer {
     ++step_;
   }
 
-  // The last P V of a tile, its output, and the beginning of the next tile, whose first product runs meanwhile. False
-  // when there is no next tile.
+  // The last P V of a tile, its output, and the beginning of the next tile. If the next header is a live tile's, its
+  // first product runs during this tile's output. One header beyond this tile's is all that is waited for before this
+  // tile's is released: the ring is bounded, and waiting for more (an earlier version skipped all tiles without work
+  // here) never ends once the ring's next place is this tile's. False when there is no next tile.
   __device__ __forceinline__ bool FinishTile() {
     const Headers tile = TileOfStep();
     const bool poisoned = flags_ & StepInfo::kRowPoisoned;
     Headers next = tile;
     next.Advance();
-    const bool more = SkipEmptyTiles(next);
-    if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);  // its products are done
-    if (!Config::kOverlapTiles || !more) {
+    if (!Config::kOverlapTiles || WaitForHeader(next) != TileHeader::kLive) {
+      if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);  // its products are done
       LastProduct();
       StoreTile(tile, poisoned);
+      const bool more = SkipEmptyTiles(next);
       if (more) FirstStep(next);
       return more;
     }
@@ -163,12 +165,17 @@ class ForwardConsumer {
   __device__ __forceinline__ Ring<Config::kKeyStages> Keys() const { return {step_}; }
   __device__ __forceinline__ Ring<Config::kValueStages> Values() const { return {step_ - 1}; }
 
+  // The kind of the tile whose header is at `place`, once it is there. Headers stay where they are until StoreTile has
+  // used them: in registers they would be spilled.
+  __device__ __forceinline__ int WaitForHeader(Headers place) {
+    device::sm90::Wait(shared_.full_header[place.Stage()], place.Full());
+    return Uniform(shared_.headers[place.Stage()].kind);
+  }
   // Goes on from `tile` to the first with something to attend to, writing the results of those without; false at the
-  // end. Headers stay where they are until StoreTile has used them: in registers they would be spilled.
+  // end. To be called with no other header held: see FinishTile.
   __device__ __forceinline__ bool SkipEmptyTiles(Headers& tile) {
     while (true) {
-      device::sm90::Wait(shared_.full_header[tile.Stage()], tile.Full());
-      const int kind = Uniform(shared_.headers[tile.Stage()].kind);
+      const int kind = WaitForHeader(tile);
       if (kind == TileHeader::kLive) return true;
       if (kind == TileHeader::kEnd) return false;
       StoreNothing(shared_.headers[tile.Stage()]);
