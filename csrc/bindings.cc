@@ -1,10 +1,11 @@
-// The Python side of a native library, compiled once into each of them: two functions and nothing else.
+// The Python side of a native library, compiled once into each of them: three functions and nothing else.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
+#include "grid_limit.h"
 #include "registrations.h"
 #include "source_tree.h"
 #include "version.h"
@@ -26,4 +27,6 @@ NB_MODULE(JAX_BSK_MODULE, m) {
     info["ffi_api"] = std::vector<int64_t>{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
     return info;
   });
+  // For tests (jax_bsk/testing/grid.py); nothing of the CPU's heeds it.
+  m.def("limit_grid", [](int ctas) { jax_bsk::grid_limit = ctas; }, nb::arg("ctas"));
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+import threading
 
 import jaxlib.version
 
@@ -16,6 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
+        "--xla_gpu_enable_command_buffer=",  # a graph keeps the grid of its first launch: see jax_bsk/testing/grid.py
         "--xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "",
         os.environ.get("XLA_FLAGS", ""),
     ]
@@ -45,6 +48,29 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if "gpu" in item.keywords and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+GPU_SECONDS = 300  # that a GPU test may take where it names no limit of its own: @pytest.mark.gpu(seconds=...)
+
+
+@pytest.fixture(autouse=True)
+def gpu_limit(request):
+    """Ends the process when a GPU test does not end: nothing in Python can stop waiting for a kernel that hangs."""
+    marker = request.node.get_closest_marker("gpu")
+    if marker is None:
+        yield
+        return
+    seconds = marker.kwargs.get("seconds", GPU_SECONDS)
+
+    def give_up() -> None:
+        print(f"{request.node.nodeid} does not end (limit {seconds} s)", file=sys.__stderr__, flush=True)
+        os._exit(4)
+
+    watchdog = threading.Timer(seconds, give_up)
+    watchdog.daemon = True
+    watchdog.start()
+    yield
+    watchdog.cancel()
 
 
 @pytest.fixture(params=["cpu", "xla"])

@@ -43,6 +43,9 @@ NAMES += [
 LISTS = re.findall(r'{"([a-z-]+)", Fault::', TEXT)
 NAMES += [f"matmul-product-{fault}-{block}" for fault in LISTS for block in (64, 128)]
 NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
+# Seeds of random cases: tiles of every kind in random order.
+(REGIMES, EACH) = map(int, re.search(r"kRegimes = (\d+), kRegimesEach = (\d+);", TEXT).groups())
+NAMES += [f"regimes-{first}-{first + EACH - 1}" for first in range(0, REGIMES, EACH)]
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
 SANITIZED = re.compile(
@@ -96,4 +99,4 @@ def test_sanitizer(built, tool, name):
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     program = built("cuda_racecheck" if tool == "racecheck" else "cuda_check")
-    run([sanitizer, "--tool", tool, "--error-exitcode", "9", program, name, "1"], 300)
+    run([sanitizer, "--tool", tool, "--error-exitcode", "9", program, name, "1", "280"], 300)

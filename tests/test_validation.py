@@ -230,7 +230,7 @@ def test_a_stage_that_crashes_fails_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("program", "what"),
-    [("import sys; sys.stdin.readline(); sys.exit(3)", "status"), ("import time; time.sleep(60)", "no answer")],
+    [("import sys; sys.stdin.readline(); sys.exit(3)", "status"), ("import time; time.sleep(60)", "does not end")],
 )
 def test_a_worker_that_dies_or_hangs_is_a_failed_case(program, what, monkeypatch):
     monkeypatch.setattr(numerics, "CASE_SECONDS", 1.0)

@@ -3,9 +3,12 @@
 
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <limits>
 #include <utility>
+
+#include "grid_limit.h"
 
 namespace jax_bsk::device {
 
@@ -36,9 +39,9 @@ inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // What the choice of a kernel and the refusals need of a device.
 struct DeviceFacts {
-  int capability = 0;  // major * 10 + minor
-  int multiprocessors = 0;
-  int shared_bytes = 0;  // a CTA may have
+  int capability = 0;       // major * 10 + minor
+  int multiprocessors = 0;  // or as many as a test allows
+  int shared_bytes = 0;     // a CTA may have
 };
 
 inline cudaError_t ReadDevice(int device, DeviceFacts* facts) {
@@ -53,6 +56,7 @@ inline cudaError_t ReadDevice(int device, DeviceFacts* facts) {
     if (const cudaError_t error = cudaDeviceGetAttribute(value, attribute, device); error != cudaSuccess) return error;
   }
   facts->capability = major * 10 + minor;
+  if (const int limit = grid_limit; limit > 0) facts->multiprocessors = std::min(facts->multiprocessors, limit);
   return cudaSuccess;
 }
 

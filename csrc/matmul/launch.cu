@@ -169,7 +169,8 @@ cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int d
       error != cudaSuccess) {
     return error;
   }
-  const int grid = sm90::kProductCluster * std::min(plan.tickets, facts.multiprocessors / sm90::kProductCluster);
+  const int clusters = std::max(1, facts.multiprocessors / sm90::kProductCluster);
+  const int grid = sm90::kProductCluster * std::min(plan.tickets, clusters);
   // The dense operand is the right one here: N-major as it lies on the right of the matrix, K-major on the left.
   return VisitLayouts(params.dtype, transposed, !left, [&](auto zero, auto transpose_left, auto transpose_right) {
     return sm90::LaunchProduct<decltype(zero), transpose_left.value, transpose_right.value>(params, plan, grid, stream);

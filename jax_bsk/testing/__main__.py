@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--implementation", default="xla", choices=["xla", "cpu", "cuda"])
     parser.add_argument("--no-gradients", action="store_true")
     parser.add_argument("--traced-mask", action="store_true", help="the mask as an argument of the jitted function")
+    parser.add_argument("--multiprocessors", type=int, help="on CUDA, judge it once more on so many")
     args = parser.parse_args(argv)
     if (args.seed is None) == (args.case is None):
         parser.error("give one of --seed and --case")
@@ -35,11 +36,18 @@ def main(argv: list[str] | None = None) -> int:
         command += f" --max-len {args.max_len}"
     if args.traced_mask:
         command += " --traced-mask"
+    if args.multiprocessors is not None:
+        command += f" --multiprocessors {args.multiprocessors}"
     failures = 0
     for case in cases:
         try:
             report = run_case(
-                case, attention, gradients=not args.no_gradients, traced_mask=args.traced_mask, command=command
+                case,
+                attention,
+                gradients=not args.no_gradients,
+                traced_mask=args.traced_mask,
+                multiprocessors=args.multiprocessors,
+                command=command,
             )
             print(report if len(cases) == 1 else f"{case.name} ok", flush=True)
         except Mismatch as error:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.testing import tolerance
+from jax_bsk.testing import grid, tolerance
 from jax_bsk.testing.cases import Case, Inputs, make_inputs
 from jax_bsk.testing.judgement import Judgement
 from jax_bsk.testing.judgement import Mismatch as Mismatch
@@ -24,7 +24,12 @@ _NAMES = ("dq", "dk", "dv", "dbias", "dsinks", "dgates")
 
 
 def judge_case(
-    case: Case, attention_fn: AttentionFn, *, gradients: bool = True, traced_mask: bool = False
+    case: Case,
+    attention_fn: AttentionFn,
+    *,
+    gradients: bool = True,
+    traced_mask: bool = False,
+    multiprocessors: int | None = None,
 ) -> Judgement:
     """Runs ``case`` through ``attention_fn`` under ``jit`` and judges out, lse and the gradients.
 
@@ -35,6 +40,8 @@ def judge_case(
             lse).
         traced_mask: whether the mask is an argument of the jitted function instead of a constant in it; its lists and
             tiles then have room for every block, as traced ones do, and cases that differ in data alone share programs.
+        multiprocessors: on CUDA, judge the same call once more on so many multiprocessors (`grid.limited`); what is
+            wrong there is a problem of the judgement.
     """
     inputs = make_inputs(case)
     if traced_mask:
@@ -52,29 +59,41 @@ def judge_case(
         **extra,
         **_cotangents(inputs) if gradients else {},
     )
-    reference = _run(_dense, inputs, (inputs.dense, inputs.entries), extra, gradients, traced_mask=True)
-    candidate = _run(attention_fn, inputs, inputs.mask, extra, gradients, traced_mask=traced_mask)
+    reference = _runner(_dense, inputs, (inputs.dense, inputs.entries), extra, gradients, traced_mask=True)()
+    run = _runner(attention_fn, inputs, inputs.mask, extra, gradients, traced_mask=traced_mask)
     expected_dtypes = {"out": case.dtype, "lse": "float64" if case.dtype == "float64" else "float32"}
-    comparisons, problems = [], []
-    for name, expected in oracle.values.items():
-        if name in expected_dtypes and candidate[name].dtype != jnp.dtype(expected_dtypes[name]):
-            problems.append(f"{name} is {candidate[name].dtype}, expected {expected_dtypes[name]}")
-        comparisons.append(
-            tolerance.compare(
-                name,
-                candidate[name],
-                expected,
-                reference[name],
-                oracle.magnitudes[name],
-                dtype=expected_dtypes["lse"] if name in ("lse", "dgates") else case.dtype,
-                gradient=name not in expected_dtypes,
-                reach=oracle.reach[name],
+
+    def compare(candidate: dict[str, np.ndarray]) -> tuple[list[tolerance.Comparison], list[str]]:
+        comparisons, problems = [], []
+        for name, expected in oracle.values.items():
+            if name in expected_dtypes and candidate[name].dtype != jnp.dtype(expected_dtypes[name]):
+                problems.append(f"{name} is {candidate[name].dtype}, expected {expected_dtypes[name]}")
+            comparisons.append(
+                tolerance.compare(
+                    name,
+                    candidate[name],
+                    expected,
+                    reference[name],
+                    oracle.magnitudes[name],
+                    dtype=expected_dtypes["lse"] if name in ("lse", "dgates") else case.dtype,
+                    gradient=name not in expected_dtypes,
+                    reach=oracle.reach[name],
+                )
             )
-        )
+        return comparisons, problems
+
+    comparisons, problems = compare(run())
+    if multiprocessors is not None:
+        with grid.limited(multiprocessors):
+            again = run()
+        # Not bit-equal to the first: which kernel is best depends on the multiprocessors.
+        limited, more = compare(again)
+        wrong = [str(comparison) for comparison in limited if not comparison.ok] + more
+        problems += [f"on {multiprocessors} multiprocessors: {text}" for text in wrong]
     return Judgement(case, tuple(comparisons), tuple(problems))
 
 
-def run_case(case: Case, attention_fn: AttentionFn, *, command: str = "", **options: bool) -> str:
+def run_case(case: Case, attention_fn: AttentionFn, *, command: str = "", **options: Any) -> str:
     """The report of `judge_case`, whose options it takes; `command` is appended to the repro line.
 
     Raises:
@@ -120,17 +139,20 @@ def _cotangents(inputs: Inputs) -> dict[str, Any]:
     return {"dout": inputs.dout, "dlse": inputs.dlse}
 
 
-def _run(attention_fn, inputs: Inputs, mask, extra, gradients: bool, *, traced_mask: bool) -> dict[str, np.ndarray]:
-    """Named results of one jitted call: out, lse and gradients."""
+def _runner(
+    attention_fn: AttentionFn, inputs: Inputs, mask: Any, extra: dict[str, Any], gradients: bool, *, traced_mask: bool
+) -> Callable[[], dict[str, np.ndarray]]:
+    """A jitted call that gives named results: out, lse and gradients."""
     present = {name: x for name, x in zip(_NAMES, inputs.operands, strict=True) if x is not None}
     options = attention_fn, extra["scale"], extra["soft_cap"], gradients
     arguments = inputs.lengths, inputs.dout, inputs.dlse
     if traced_mask:
-        results = _jitted_call(*options)(present, jax.tree.map(jnp.asarray, mask), *arguments)
+        jitted, operands = _jitted_call(*options), (present, jax.tree.map(jnp.asarray, mask), *arguments)
     else:
         call = _call(*options)
-        results = jax.jit(lambda present, *arguments: call(present, mask, *arguments))(present, *arguments)
-    return {name: np.asarray(x) for name, x in results.items()}
+        jitted = jax.jit(lambda present, *arguments: call(present, mask, *arguments))
+        operands = present, *arguments
+    return lambda: {name: np.asarray(x) for name, x in jitted(*operands).items()}
 
 
 @functools.lru_cache(maxsize=8)

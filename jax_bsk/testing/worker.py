@@ -4,8 +4,8 @@ A task is `SEED` or the name of a corner case, with `matmul:` before those of bl
 behind it if they count. It is answered by lines of JSON: one a case, {"task", "draw", "ok", "case", "results", "text"},
 where a result has its errors as shares of their bounds, or {"task", "draw", "refused"}; then `null`. A seed has a case
 for each draw of its shape (see `cases.redraw`): masks and lists are traced, so that they share two compiled programs,
-which take far longer than the rest. A process that dies takes a case with it, which its caller knows
-(`jax_bsk.validation.numerics`).
+which take far longer than the rest. On CUDA each is judged once more on 1, 2, 3 or 7 multiprocessors. A process that
+dies takes a case with it, which its caller knows (`jax_bsk.validation.numerics`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import jax
 
 from jax_bsk import UnsupportedError
-from jax_bsk.testing import battery, cases
+from jax_bsk.testing import battery, cases, grid
 from jax_bsk.testing.judgement import Judgement
 from jax_bsk.testing.matmul import battery as products
 from jax_bsk.testing.matmul import cases as product_cases
@@ -60,16 +60,23 @@ def _judge(task: str, draw: int, case: Any, implementation: str, gradients: bool
     # The gradients of a product whose lists make no sense are not defined.
     gradients = gradients and not (is_product and case.fault)
     record = {"task": task, "draw": draw, "gradients": gradients, "case": dataclasses.asdict(case)}
+    options: dict[str, Any] = {"gradients": gradients, "multiprocessors": limit(task, draw, implementation)}
     try:
         if is_product:
-            judged = products.judge_case(case, implementation, gradients=gradients)
+            judged = products.judge_case(case, implementation, **options)
         else:
-            judged = battery.judge_case(case, _attention(implementation), gradients=gradients, traced_mask=True)
+            judged = battery.judge_case(case, _attention(implementation), traced_mask=True, **options)
     except UnsupportedError as refusal:
         return record | {"refused": str(refusal)}
     except Exception as error:  # a crash inside XLA, say: it is this case's, and the next one can go on
         return record | {"ok": False, "results": [], "text": f"{type(error).__name__}: {error}"[:2000]}
     return record | {"ok": judged.ok, "results": _results(judged), "text": "" if judged.ok else str(judged)}
+
+
+def limit(task: str, draw: int, implementation: str) -> int | None:
+    """The multiprocessors that a case is judged once more on; None for the CPU."""
+    number = len(task) if task in CORNERS else int(task.removeprefix(PRODUCT))
+    return grid.LIMITS[(number + draw) % len(grid.LIMITS)] if implementation == "cuda" else None
 
 
 def _results(judged: Judgement) -> list[dict[str, Any]]:
@@ -96,6 +103,8 @@ def repro(task: str, draw: int, implementation: str, gradients: bool) -> str:
     else:
         length = "" if task in CORNERS else f" --max-len {MAX_LEN}"
         command = f"python -m jax_bsk.testing {case}{length} --traced-mask"
+    if (multiprocessors := limit(task, draw, implementation)) is not None:
+        command += f" --multiprocessors {multiprocessors}"
     return f"{command} --implementation {implementation}" + ("" if gradients else " --no-gradients")
 
 

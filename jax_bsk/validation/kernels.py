@@ -27,10 +27,18 @@ SANITIZED = re.compile(
     r"matmul-(product|sampled)-bf16-(128|64|64x128)$|matmul-product-(uneven|large-id-64)$|matmul-sampled-(singles(-128x64)?|wild)$"
 )
 
+REGIMES = re.compile(r"regimes-\d+-\d+")  # random cases of cuda_check by their first and last seed
+
 
 def _case_names(program: Path) -> list[str]:
     result = subprocess.run([program, "list"], capture_output=True, text=True, timeout=60, check=True)
     return [name for name in result.stdout.split() if not name.startswith("time-")]
+
+
+def _seeds(regimes: str) -> int:
+    """Number of random cases of a name like regimes-0-39."""
+    _, first, last = regimes.split("-")
+    return int(last) - int(first) + 1
 
 
 def _each(commands: Iterable[list[str]], jobs: int, seconds: float) -> Iterator[tuple[int, str]]:
@@ -64,12 +72,31 @@ def check_cases(settings: Settings, clock: Clock, implementation: str) -> tuple[
     if program is None or settings.level is Level.QUICK:
         return [_missing(settings, name, "cuda_check")], {}
     names = _case_names(program)
-    outcomes = dict(zip(names, _each(([str(program), n] for n in names), _jobs(settings), 150), strict=True))
-    wrong = [n for n, (status, _) in outcomes.items() if status]
-    detail = f"{len(names)} cases against float64, 20 bit-equal repeats and a CUDA graph each"
-    if wrong:
-        detail = f"{len(wrong)} of {detail}: {wrong[0]}: {outcomes[wrong[0]][1]}"
-    return [judged(name, not wrong, detail)], {"cases": len(names), "failed": wrong}
+    # Random cases of tiles in random order are many, and each has five limits: fewer repeats of each.
+    regimes = [n for n in names if REGIMES.fullmatch(n)]
+    named = [n for n in names if n not in regimes]
+    commands = [[str(program), n] for n in named] + [[str(program), n, "5"] for n in regimes]
+    outcomes = dict(zip([*named, *regimes], _each(commands, _jobs(settings), 150), strict=True))
+
+    def check(title: str, some: list[str], detail: str) -> Check:
+        wrong = [n for n in some if outcomes[n][0]]
+        if wrong:
+            detail = f"{len(wrong)} of {len(some)} programs of {detail}: {wrong[0]}: {outcomes[wrong[0]][1]}"
+        return judged(title, not wrong, detail)
+
+    limits = "bit-equal on 1, 2, 3, 7 and all multiprocessors"
+    cases = sum(map(_seeds, regimes))
+    checks = [
+        check(name, named, f"{len(named)} cases against float64, 20 repeats {limits}, and a CUDA graph each"),
+        check(
+            "tiles of every kind in random order",
+            regimes,
+            f"{cases} random cases against float64, forward and backward of every kernel, {limits}; none may take "
+            "longer than its limit; one in sixteen has at least four tiles a multiprocessor",
+        ),
+    ]
+    failed_cases = [n for n, (status, _) in outcomes.items() if status]
+    return checks, {"cases": len(named), "regimes": cases, "failed": failed_cases}
 
 
 def sanitizers(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
@@ -89,7 +116,9 @@ def sanitizers(settings: Settings, clock: Clock, implementation: str) -> tuple[l
             continue
         program = str(race if tool == "racecheck" else plain)
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", program]
-        outcomes = dict(zip(names, _each(([*command, n, "1"] for n in names), _jobs(settings), 400), strict=True))
+        outcomes = dict(
+            zip(names, _each(([*command, n, "1", "380"] for n in names), _jobs(settings), 400), strict=True)
+        )
         wrong = [n for n, (status, _) in outcomes.items() if status]
         detail = f"{len(names)} cases"
         if wrong:

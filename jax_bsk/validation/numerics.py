@@ -197,8 +197,9 @@ class _Worker:
         except BrokenPipeError:
             line = ""
         self.close()
-        what = "no answer" if line is None else f"its process ended with status {process.returncode}"
-        text = f"{what} (limit {CASE_SECONDS} s)"
+        text = f"its process ended with status {process.returncode}"
+        if line is None:
+            text = f"it does not end (limit {CASE_SECONDS} s)"
         yield {
             "task": task,
             "draw": draw,
@@ -211,7 +212,9 @@ class _Worker:
 
     def _start(self) -> subprocess.Popen[str]:
         # Workers share the GPU: none takes most of its memory; autotuning the reference's products tells nothing here.
-        flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_autotune_level=0".strip()
+        # A captured graph would keep the grid of its first launch.
+        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer="
+        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags} | threads
         return subprocess.Popen(
@@ -265,6 +268,8 @@ def _judge(name: str, records: list[dict[str, Any]], implementation: str, count:
     shapes = len({record["task"] for record in accepted})
     detail = f"{len(accepted)} forward, {backward} of them with gradients, of {shapes} shapes; "
     detail += f"{_refused(records)} shapes were refused with a reason"
+    if implementation == "cuda":
+        detail += "; each also on 1, 2, 3 or 7 multiprocessors"
     if wrong:
         first = wrong[0]
         command = worker.repro(first["task"], first["draw"], implementation, first["gradients"])

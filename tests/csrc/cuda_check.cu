@@ -2,8 +2,10 @@
 // each in its own process: a fault then fails one case), `cuda_check all` runs every one, `cuda_check tree` says which
 // sources it was built from. Each case of attention, which are in this file, runs on every forward and every backward
 // kernel that can take it; the cases of other operations begin with their names. Results are compared with a plain
-// float64 computation on the host; outputs start as NaN between guard bytes; every launch is repeated and must give the
-// same bits, also from a captured CUDA graph. `time-*` cases print times. Exit status: 0 = passed.
+// float64 computation on the host; outputs start as NaN between guard bytes; every launch is repeated, on 1, 2, 3 and 7
+// multiprocessors and on all (grid_limit.h), and must give the same bits, also from a captured CUDA graph.
+// `regimes-FIRST-LAST` are random cases of attention by their seeds: tiles of every kind in random order. `time-*`
+// cases print times. Exit status: 0 = passed, 1 = wrong, 3 = refused, 4 = a case does not end within its limit.
 
 #include <algorithm>
 #include <cmath>
@@ -24,7 +26,7 @@ namespace {
 using namespace jax_bsk::attention;
 using namespace jax_bsk::check;
 
-enum class Pattern { kRandom, kCausal, kFull, kEmpty };
+enum class Pattern { kRandom, kCausal, kFull, kEmpty, kRegimes };
 enum class Fault {
   kNone,
   kKey,
@@ -52,6 +54,8 @@ struct Case {
   Fault fault = Fault::kNone;
   float amplitude = 1.f;  // of the queries
   float jump = 0.f;       // added to the logits of two keys in the middle and near the end, see RunCase
+  uint32_t seed = 1234;
+  int copies = 1;  // of every example: more tiles, the same reference
 };
 
 double Epsilon(DType dtype) {
@@ -64,9 +68,39 @@ struct Mask {
   std::vector<uint8_t> dense;  // [batch, heads, q_len, kv_len]
   std::vector<int32_t> offsets, ids, tiles, col_offsets, col_ids, col_tiles;
   std::vector<int32_t> places, col_places;  // [batch, heads, q_blocks, kv_blocks]: of the block's entry in either list
-  std::vector<uint32_t> words;              // [1, 1, count, block_q, block_kv / 32]
-  double visited = 0;                       // blocks of all (batch, head) pairs given
+  std::vector<uint8_t> poisoned;  // [batch, heads, q_blocks]: whether the row has an entry that cannot be true
+  std::vector<uint32_t> words;    // [1, 1, count, block_q, block_kv / 32]
+  double visited = 0;             // blocks of all (batch, head) pairs given
 };
+
+// What a row of blocks asks of the kernels, for Pattern::kRegimes. Kinds come in runs: rings fill with one of them.
+enum class Work { kNothing, kPoisoned, kOneBlock, kBits, kSome, kMany, kCount };
+Work NextWork(Work before, std::mt19937& rng) {
+  std::uniform_real_distribution<double> uniform(0, 1);
+  if (before != Work::kCount && uniform(rng) < 0.55) return before;
+  return static_cast<Work>(rng() % static_cast<int>(Work::kCount));
+}
+
+// Makes an entry of a row one that cannot be true.
+void Poison(Mask& mask, int table, int row, std::mt19937& rng) {
+  const int32_t* offsets = &mask.offsets[table * (mask.q_blocks + 1) + row];
+  if (offsets[0] == offsets[1]) return;
+  mask.poisoned[table * mask.q_blocks + row] = 1;
+  const size_t entry = size_t(table) * mask.capacity + offsets[0] + rng() % (offsets[1] - offsets[0]);
+  switch (rng() % 4) {
+    case 0:
+      mask.ids[entry] = mask.kv_blocks;
+      break;
+    case 1:
+      mask.ids[entry] = -1;
+      break;
+    case 2:
+      mask.tiles[entry] = mask.tiles_count;
+      break;
+    default:
+      mask.tiles[entry] = -2;
+  }
+}
 
 Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
   Mask mask;
@@ -78,9 +112,14 @@ Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
   mask.dense.assign(size_t(mask.batch) * mask.heads * c.q_len * c.kv_len, 0);
   mask.capacity = nq * nk + 3;
   std::uniform_real_distribution<double> uniform(0, 1);
+  Work work = Work::kCount;
+  std::vector<std::pair<int, int>> to_poison;  // table, row
   for (int table = 0; table < mask.batch * mask.heads; ++table) {
     std::vector<int> kind(nq * nk, -2);  // -2 absent, -1 full, else the tile
     for (int i = 0; i < nq; ++i) {
+      if (c.pattern == Pattern::kRegimes) work = NextWork(work, rng);
+      if (work == Work::kPoisoned) to_poison.emplace_back(table, i);
+      const int only = c.pattern == Pattern::kRegimes ? static_cast<int>(rng() % nk) : 0;
       const bool empty_row = c.pattern == Pattern::kEmpty || (c.pattern == Pattern::kRandom && nq > 2 && i == 1);
       for (int j = 0; j < nk; ++j) {
         const double u = uniform(rng);
@@ -94,6 +133,13 @@ Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
               if (j * c.block_kv + k <= i * c.block_q + r) tile[r * (c.block_kv / 32) + k / 32] |= 1u << (k % 32);
         } else if (c.pattern == Pattern::kFull) {
           present = true;
+        } else if (c.pattern == Pattern::kRegimes) {
+          const bool many = work == Work::kMany, several = many || work == Work::kSome || work == Work::kPoisoned;
+          present = several ? u < (many ? 0.95 : 0.4) : work != Work::kNothing && j == only;
+          partial = present && (work == Work::kBits || (several && uniform(rng) < 0.3));
+          const double fill = uniform(rng) < 0.2 ? 0. : uniform(rng);
+          for (int bit = 0; partial && bit < c.block_q * c.block_kv; ++bit)
+            if (uniform(rng) < fill) tile[bit / 32] |= 1u << (bit % 32);
         } else if (!empty_row) {
           present = u < density;
           partial = u < density / 2;
@@ -153,6 +199,8 @@ Mask MakeMask(const Case& c, std::mt19937& rng, double density = 0.4) {
         [&](int j, int i) -> int32_t& { return mask.col_places[first + i * nk + j]; });
   }
   mask.visited /= 2;
+  mask.poisoned.assign(size_t(mask.batch) * mask.heads * nq, 0);
+  for (const auto& [table, row] : to_poison) Poison(mask, table, row, rng);
   return mask;
 }
 
@@ -160,8 +208,9 @@ struct Comparison {
   bool passed = true;
   // `bad[i / row]` says that row i / row must contain a NaN (or an infinity that passed through); every other element
   // must be near the reference.
+  // `floor`: results that are smaller cancel, and are held to it.
   void Check(const char* what, const std::vector<float>& got, const std::vector<double>& want,
-             const std::vector<uint8_t>& bad, int row, double epsilon, double factor) {
+             const std::vector<uint8_t>& bad, int row, double epsilon, double factor, double floor = 1e-3) {
     double largest = 0, sum = 0, error_largest = 0, error_sum = 0;
     size_t wrong = 0, missing = 0, count = 0, first = got.size();
     for (size_t i = 0; i < got.size(); i += row) {
@@ -181,8 +230,8 @@ struct Comparison {
       }
       if (bad[i / row] && !nan) ++missing;
     }
-    const double max_ratio = error_largest / (epsilon * (largest + 1e-3)),
-                 mean_ratio = count ? error_sum / (epsilon * (sum + 1e-3 * count)) : 0;
+    const double max_ratio = error_largest / (epsilon * (largest + floor)),
+                 mean_ratio = count ? error_sum / (epsilon * (sum + floor * count)) : 0;
     const bool ok = wrong == 0 && missing == 0 && max_ratio <= 3 * factor && mean_ratio <= factor;
     std::printf(
         "  %-5s max error %.3g (%.2f eps of max), mean %.2f eps of mean, wrong NaN/inf %zu, missing NaN %zu%s\n", what,
@@ -355,10 +404,27 @@ std::vector<float> Visited(std::vector<float> gradient, const std::vector<float>
   return gradient;
 }
 
-bool RunCase(const Case& c) {
-  std::mt19937 rng(1234);
+template <typename T>
+void Multiply(std::vector<T>& values, int copies) {
+  const size_t count = values.size();
+  values.resize(count * copies);
+  for (size_t i = count; i < values.size(); ++i) values[i] = values[i - count];
+}
+
+// The same lists, bit tiles left alone, for `copies` times the examples.
+void Multiply(Mask& mask, int copies) {
+  if (mask.batch == 1) return;
+  for (auto* list : {&mask.offsets, &mask.ids, &mask.tiles, &mask.col_offsets, &mask.col_ids, &mask.col_tiles}) {
+    Multiply(*list, copies);
+  }
+  mask.batch *= copies;
+}
+
+bool RunCase(Case c) {
+  std::mt19937 rng(c.seed);
   Mask mask = MakeMask(c, rng);
-  const int B = c.batch, T = c.q_len, S = c.kv_len, N = c.heads, K = c.kv_heads, D = c.head_dim, V = c.value_dim;
+  int B = c.batch;
+  const int T = c.q_len, S = c.kv_len, N = c.heads, K = c.kv_heads, D = c.head_dim, V = c.value_dim;
   auto query = Normal(size_t(B) * T * N * D, rng, c.amplitude), key = Normal(size_t(B) * S * K * D, rng);
   auto value = Normal(size_t(B) * S * K * V, rng), dout = Normal(size_t(B) * T * N * V, rng);
   const float scale = c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(D));
@@ -375,7 +441,17 @@ bool RunCase(const Case& c) {
   std::vector<int32_t> lengths = {T + 5, S + 7};
   if (c.lengths) {
     lengths.clear();
-    for (int b = 0; b < B; ++b) lengths.insert(lengths.end(), {b == 0 ? T * 2 / 3 : T - 1, b == 0 ? S : S / 2 + 3});
+    for (int b = 0; b < B; ++b) {
+      if (c.pattern == Pattern::kRegimes) {  // none, all, whole blocks or any number
+        const auto length = [&](int all, int block) -> int {
+          const int kind = rng() % 8, any = static_cast<int>(rng() % (all + 1));
+          return kind == 0 ? 0 : kind < 3 ? all : kind < 5 ? any / block * block : any;
+        };
+        lengths.insert(lengths.end(), {length(T, c.block_q), length(S, c.block_kv)});
+      } else {
+        lengths.insert(lengths.end(), {b == 0 ? T * 2 / 3 : T - 1, b == 0 ? S : S / 2 + 3});
+      }
+    }
   }
   std::vector<float> sinks(c.sinks ? N : 1, -INFINITY);
   if (c.sinks)
@@ -388,7 +464,7 @@ bool RunCase(const Case& c) {
     return t < limit(b, 0) && s < limit(b, 1) && mask.dense[(table * T + t) * S + s];
   };
 
-  const Gates gates = c.gates ? Gates(c, mask, rng) : Gates();
+  Gates gates = c.gates ? Gates(c, mask, rng) : Gates();
   // Of the block of a pair, in the order of either list.
   const auto gate_place = [&](const std::vector<int32_t>& places, int b, int n, int t, int s) {
     const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
@@ -444,7 +520,10 @@ bool RunCase(const Case& c) {
         const size_t row = (size_t(b) * T + t) * N + n, stat = (size_t(b) * N + n) * T + t;
         const int kv = n / (N / K);
         const bool in_table = (mask.batch == 1 || b == B - 1) && (mask.heads == 1 || n == N - 1);
-        bool poisoned = in_table && poisoned_row >= 0 && t / c.block_q == poisoned_row, bad = poisoned, any = false;
+        const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
+        const bool poisoned = (in_table && poisoned_row >= 0 && t / c.block_q == poisoned_row) ||
+                              mask.poisoned[table * mask.q_blocks + t / c.block_q];
+        bool bad = poisoned, any = false;
         bool lse_bad = poisoned;
         const double sink = sinks[sinks.size() > 1 ? n : 0];
         double max = sink;
@@ -523,6 +602,16 @@ bool RunCase(const Case& c) {
         }
   }
 
+  if (c.copies > 1) {
+    for (auto* bytes : {&query_bytes, &key_bytes, &value_bytes, &dout_bytes}) Multiply(*bytes, c.copies);
+    for (auto* want : {&out, &lse, &dquery, &dkey, &dvalue, &dgates}) Multiply(*want, c.copies);
+    for (auto* bad : {&bad_gates, &bad_out, &bad_lse, &bad_dquery, &bad_key}) Multiply(*bad, c.copies);
+    Multiply(gates.rows, c.copies), Multiply(gates.cols, c.copies), Multiply(dlse, c.copies);
+    if (lengths.size() > 2) Multiply(lengths, c.copies);
+    Multiply(mask, c.copies);
+    B = c.batch *= c.copies;
+  }
+
   // On the device: every forward kernel.
   Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale, gates);
   cudaStream_t stream;
@@ -566,17 +655,21 @@ bool RunCase(const Case& c) {
   CUDA_OK(cudaMemcpy(problem.delta.data(), delta.data(), delta.size() * 4, cudaMemcpyHostToDevice));
   for (const auto& [name, kernel, least_workspace] : BackwardKernels(c)) {
     std::printf(" %s\n", name);
-    const auto launch = [&, kernel = kernel,
-                         least = least_workspace] {  // the backward reads lse, which the forward writes again
-      Forward(problem, stream);
+    const auto launch = [&, kernel = kernel, least = least_workspace] {
+      {
+        const jax_bsk::GridLimit whole_chip(0);  // the backward reads the lse of the kernel that this case gets there
+        Forward(problem, stream);
+      }
       Backward(problem, stream, kernel, least);
     };
     for (Device* array : problem.Results(true)) array->Fill(0xFF);
     problem.gradient_workspace.Fill(0x40);  // 2 to 3: finite, so that reading what nobody wrote is not found as a NaN
     launch();
     CUDA_OK(cudaStreamSynchronize(stream));
-    compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread);
-    compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread);
+    // Where every row attends to few keys, dS is the small difference of numbers of this size.
+    const double floor = c.pattern == Pattern::kRegimes ? 0.1 * scale * std::sqrt(double(V)) : 1e-3;
+    compare.Check("dq", Decode(problem.dquery.Bytes(), c.dtype), dquery, bad_dquery, D, epsilon, 2 * spread, floor);
+    compare.Check("dk", Decode(problem.dkey.Bytes(), c.dtype), dkey, bad_key, D, epsilon, 2 * spread, floor);
     compare.Check("dv", Decode(problem.dvalue.Bytes(), c.dtype), dvalue, bad_key, V, epsilon, 2 * spread);
     if (c.gates) {
       // Probabilities and their gradients are float32 here whatever the type.
@@ -735,6 +828,14 @@ std::vector<Case> Cases() {
   add("one-query", [](Case& c) { c.q_len = 1, c.pattern = P::kFull; });
   add("one-one", [](Case& c) { c.q_len = 1, c.kv_len = 1, c.pattern = P::kFull; });
   add("tail-64", [](Case& c) { c.q_len = c.kv_len = 320, c.block_q = c.block_kv = 128; });
+  // Three tiles in a row without work, behind live ones and before more: of every head of the first example.
+  add("padded", [](Case& c) { c.lengths = true, c.block_q = c.block_kv = 128, c.q_len = 1200; });
+  add("padded-d128-f16", [](Case& c) {
+    c.lengths = true, c.block_q = c.block_kv = 128, c.q_len = 1200, c.head_dim = c.value_dim = 128,
+    c.dtype = DType::kF16;
+  });
+  add("padded-d256",
+      [](Case& c) { c.lengths = true, c.block_q = c.block_kv = 128, c.q_len = 1200, c.head_dim = c.value_dim = 256; });
   // Enough tiles for persistent CTAs to take several.
   const auto many = [](Case& c) { c.batch = 3, c.heads = 16, c.kv_heads = 8, c.q_len = 300, c.kv_len = 350; };
   add("many-b128", [&](Case& c) { many(c), c.block_q = c.block_kv = 128; });
@@ -851,6 +952,45 @@ std::vector<Case> Cases() {
   return cases;
 }
 
+// A random case of Pattern::kRegimes. One in sixteen has at least four tiles a multiprocessor.
+Case RegimeCase(uint32_t seed) {
+  std::mt19937 rng(seed * 7919u + 17u);
+  const auto pick = [&](std::initializer_list<int> from) { return *(from.begin() + rng() % from.size()); };
+  const auto chance = [&](int percent) { return static_cast<int>(rng() % 100) < percent; };
+  Case c{"regimes"};
+  c.seed = seed, c.pattern = Pattern::kRegimes;
+  c.dtype = chance(6) ? DType::kF32 : chance(50) ? DType::kF16 : DType::kBF16;
+  c.batch = pick({1, 1, 2, 3}), c.kv_heads = pick({1, 1, 2}), c.heads = c.kv_heads * pick({1, 2, 3});
+  c.block_q = pick({128, 128, 64}), c.block_kv = pick({128, 64});
+  c.head_dim = pick({8, 16, 64, 72, 104, 104, 128, 136}), c.value_dim = chance(70) ? c.head_dim : pick({8, 80, 128});
+  c.q_len = c.block_q * pick({1, 3, 5, 8, 10}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_q));
+  c.kv_len = c.block_kv * pick({1, 2, 4, 6}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_kv));
+  c.lengths = chance(45), c.sinks = chance(30), c.per_head = chance(60), c.per_batch = chance(60);
+  c.gates = chance(15), c.soft_cap = chance(15) ? 15.f : 0.f;
+  if (seed % 16 == 15) {
+    const int tiles = c.batch * c.heads * ((c.q_len + 127) / 128);
+    c.copies = (4 * 132 + tiles - 1) / tiles;
+  }
+  return c;
+}
+
+// Of the seeds first .. last of a name regimes-FIRST-LAST; stops at the first that fails.
+bool RunRegimes(const std::string& name, bool& known) {
+  unsigned first = 0, last = 0;
+  known = std::sscanf(name.c_str(), "regimes-%u-%u", &first, &last) == 2;
+  for (unsigned seed = first; known && seed <= last; ++seed) {
+    const Case c = RegimeCase(seed);
+    std::printf(" seed %u: batch %d x %d, heads %d / %d, lengths %d x %d, sizes %d / %d, blocks %d x %d%s%s%s%s%s\n",
+                seed, c.batch, c.copies, c.heads, c.kv_heads, c.q_len, c.kv_len, c.head_dim, c.value_dim, c.block_q,
+                c.block_kv, c.lengths ? ", lengths" : "", c.sinks ? ", sinks" : "", c.gates ? ", gates" : "",
+                c.per_head ? ", per head" : "", c.per_batch ? ", per example" : "");
+    StartClock(name + ", seed " + std::to_string(seed));
+    if (!RunCase(c)) return false;
+  }
+  return true;
+}
+constexpr int kRegimes = 1600, kRegimesEach = 40;  // in the list of all cases
+
 struct Timing {
   const char* name;
   Case c;
@@ -886,6 +1026,7 @@ bool Run(const std::string& name, bool& known) {
     if (name == c.name) return RunCase(c);
   for (const Timing& t : Timings())
     if (name == t.name) return TimeCase(t.c, t.density);
+  if (name.rfind("regimes", 0) == 0) return RunRegimes(name, known);
   if (name.rfind("choose", 0) == 0) return RunChoose(name, known);
   if (name.rfind("lists", 0) == 0) return RunLists(name, known);
   return RunMatmul(name, known);
@@ -896,19 +1037,23 @@ bool Run(const std::string& name, bool& known) {
 int main(int argc, char** argv) {
   std::vector<std::string> all = {"zero", "huge"};
   for (const Case& c : Cases()) all.push_back(c.name);
+  for (int first = 0; first < kRegimes; first += kRegimesEach) {
+    all.push_back("regimes-" + std::to_string(first) + "-" + std::to_string(first + kRegimesEach - 1));
+  }
   for (const Timing& t : Timings()) all.push_back(t.name);
   for (const std::string& name : ChooseNames()) all.push_back(name);
   for (const std::string& name : ListsNames()) all.push_back(name);
   for (const std::string& name : MatmulNames()) all.push_back(name);
-  if (argc != 2 && argc != 3) {
-    std::printf("usage: cuda_check NAME [REPEATS] | all [REPEATS] | list | tree\n");
+  if (argc < 2 || argc > 4) {
+    std::printf("usage: cuda_check NAME [REPEATS [SECONDS]] | all [REPEATS [SECONDS]] | list | tree\n");
     return 2;
   }
   if (argv[1] == std::string("tree")) {  // git's hash of the csrc/ that the kernels were built from
     std::printf("%s\n", JAX_BSK_SOURCE_TREE);
     return 0;
   }
-  if (argc == 3) repeat_count = std::atoi(argv[2]);  // fewer under compute-sanitizer
+  if (argc > 2) repeat_count = std::atoi(argv[2]);  // fewer under compute-sanitizer
+  if (argc > 3) case_seconds = std::atoi(argv[3]);  // more there
   if (argv[1] == std::string("list")) {
     for (const auto& name : all) std::printf("%s\n", name.c_str());
     return 0;
@@ -919,6 +1064,7 @@ int main(int argc, char** argv) {
     bool known;
     std::printf("%s\n", name.c_str());
     std::fflush(stdout);
+    StartClock(name);
     const bool passed = Run(name, known);
     if (!known) std::printf("  no such case\n");
     std::printf("  %s\n", passed ? "passed" : "FAILED");

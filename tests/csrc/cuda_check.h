@@ -4,18 +4,22 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <unistd.h>
 
 #include <algorithm>
+#include <csignal>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "dtype.h"
+#include "grid_limit.h"
 
 namespace jax_bsk::check {
 
@@ -129,11 +133,32 @@ inline std::vector<float> Normal(size_t count, std::mt19937& rng, float amplitud
   return values;
 }
 
+// ---- Time
+
+inline int case_seconds = 100;
+
+// Ends the process if the case has not ended, or another begun, when its time is over. A kernel that waits for what
+// never comes would wait for ever.
+inline void StartClock(const std::string& name) {
+  static char message[256];
+  alarm(0);
+  std::snprintf(message, sizeof(message), "%s does not end (limit %d s)   <-- FAILED\n", name.c_str(), case_seconds);
+  std::signal(SIGALRM, [](int) {
+    const auto written = write(STDOUT_FILENO, message, std::strlen(message));
+    _exit(written < 0 ? 5 : 4);
+  });
+  std::fflush(stdout);
+  alarm(static_cast<unsigned>(case_seconds));
+}
+
 // ---- Launches
 
 inline int repeat_count = 20;
+// Multiprocessors that repeats are confined to, in turn; 0 for all.
+inline constexpr int kGridLimits[] = {1, 0, 2, 3, 7};
 
-// Whether launch() on the stream writes into the arrays the bits that are there again, and from a captured graph.
+// Whether launch() on the stream writes into the arrays the bits that are there again, however few multiprocessors it
+// may use, and from a captured graph.
 inline bool Repeats(const std::vector<Device*>& arrays, cudaStream_t stream, const std::function<void()>& launch) {
   const auto fill = [&](int byte) {
     for (Device* array : arrays) array->Fill(byte);
@@ -146,10 +171,25 @@ inline bool Repeats(const std::vector<Device*>& arrays, cudaStream_t stream, con
   const auto results = read();
   bool equal = true;
   for (int repeat = 0; repeat < repeat_count && equal; ++repeat) {
+    const int limit = kGridLimits[repeat % std::size(kGridLimits)];
     fill(repeat);
-    launch();
-    CUDA_OK(cudaStreamSynchronize(stream));
-    if (read() != results) equal = false, std::printf("  repeat %d differs   <-- FAILED\n", repeat);
+    {
+      const GridLimit limited(limit);
+      launch();
+      CUDA_OK(cudaStreamSynchronize(stream));
+    }
+    const auto again = read();
+    for (size_t i = 0; i < again.size(); ++i) {
+      const auto [got, first] = std::mismatch(again[i].begin(), again[i].end(), results[i].begin());
+      if (got == again[i].end()) continue;
+      equal = false;
+      size_t count = 0;
+      for (size_t byte = 0; byte < again[i].size(); ++byte) count += again[i][byte] != results[i][byte];
+      std::printf(
+          "  repeat %d (multiprocessors: %d, 0 for all): %zu of %zu bytes of result %zu differ, the first is %zu"
+          "   <-- FAILED\n",
+          repeat, limit, count, again[i].size(), i, size_t(got - again[i].begin()));
+    }
   }
   cudaGraph_t graph;
   cudaGraphExec_t executable;

@@ -29,10 +29,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+CASE_SECONDS = 30  # that a case of cuda_check may take
+
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 
 FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64.cu",)
 FORWARD_128 = ("attention/instances/sm90/fwd_bf16_128.cu",)
+FORWARD_256 = ("attention/instances/sm90/fwd_bf16_256.cu",)
 BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64.cu",)
 BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128.cu",)
 GATED_FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64_gated.cu",)
@@ -190,6 +193,44 @@ FORWARD = (
         cases=("full", "jump-8", "basic"),
     ),
     Mutation(
+        name="forward-skip-ahead",
+        what="tiles without work are skipped before the live one's header is released: a full ring waits for itself",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="if (!Config::kOverlapTiles || WaitForHeader(next) != TileHeader::kLive) {",
+        after="SkipEmptyTiles(next);\n    if (!Config::kOverlapTiles || WaitForHeader(next) != TileHeader::kLive) {",
+        instances=FORWARD_64,
+        cases=("padded", "regimes-0-39"),
+    ),
+    Mutation(
+        name="forward-kept-header",
+        what="the header of a tile without work is never released",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="ReleaseHeader(tile);\n      tile.Advance();",
+        after="tile.Advance();",
+        instances=FORWARD_64,
+        cases=("padded", "regimes-0-39"),
+    ),
+    Mutation(
+        name="forward-kept-queries",
+        what="queries in shared memory are never released",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);",
+        after="",
+        instances=FORWARD_256,
+        cases=("padded-d256", "many-d256"),
+    ),
+    Mutation(
+        name="forward-end-without-place",
+        what="the end is announced in a place of the ring that is not free",
+        file="attention/sm90/fwd_producer.cuh",
+        before="end.kind = TileHeader::kEnd;\n    Announce(end);",
+        after="end.kind = TileHeader::kEnd;\n    if (device::sm90::ElectLane()) {\n"
+        "      shared_.headers[headers_.Stage()] = end;\n"
+        "      device::sm90::Arrive(shared_.full_header[headers_.Stage()]);\n    }",
+        instances=FORWARD_64,
+        cases=("padded", "many-b128", "regimes-0-39"),
+    ),
+    Mutation(
         name="forward-no-suspects",
         what="rows that share a block with a NaN value, but do not attend to it, are not put right",
         file="attention/sm90/fwd_consumer.cuh",
@@ -317,6 +358,24 @@ BACKWARD = (
         after="make_float4(1.f, 1.f, 1.f, 1.f);",
         instances=BACKWARD_64,
         cases=("cap", "instance-bf16-d64-cap"),
+    ),
+    Mutation(
+        name="backward-void-without-scores",
+        what="an item of keys without steps never tells the storer",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="WaitForScoresBuffer();\n      ArriveScores();\n    }\n    return true;",
+        after="WaitForScoresBuffer();\n    }\n    return true;",
+        instances=BACKWARD_64,
+        cases=("empty", "padded", "regimes-0-39"),
+    ),
+    Mutation(
+        name="backward-kept-place",
+        what="the last step of an item of keys is never released",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="ReleasePlace(Stages().Stage());\n    ++step_;\n    keys_.Advance();",
+        after="++step_;\n    keys_.Advance();",
+        instances=BACKWARD_64,
+        cases=("padded", "basic", "regimes-0-39"),
     ),
     Mutation(
         name="backward-no-suspects",
@@ -455,6 +514,15 @@ MATMUL = (
         after="keeps_ = false;  // if the tile was so short",
         instances=PRODUCT,
         cases=("matmul-product-many", "matmul-product-many-128"),
+    ),
+    Mutation(
+        name="product-own-release",
+        what="a stage is released to the CTA's own producer, not to the other one of the cluster",
+        file="matmul/sm90/consumer.cuh",
+        before="if (lane < kCluster) device::sm90::ArriveAt(shared_.empty[stage], lane ^ rank_);",
+        after="if (lane == 0) device::sm90::ArriveAt(shared_.empty[stage], rank_);",
+        instances=PRODUCT,
+        cases=("matmul-product-bf16-128",),
     ),
     Mutation(
         name="product-row-order",
@@ -903,7 +971,7 @@ def _remove(path: Path) -> None:
 class Verdict:
     mutation: Mutation
     by: str | None  # the case that caught it
-    how: str | None  # "wrong result", "timeout" or "crash"
+    how: str | None  # "wrong result", "does not end", "timeout" or "crash"
     seconds: float
 
     def as_json(self) -> dict[str, object]:
@@ -970,7 +1038,7 @@ def _failure(program: Path, case: str, timeout: float) -> str | None:
         _, first, last = case.split("-")
         arguments = ["--cases", str(int(last) - int(first) + 1), "--seed", first]
     else:
-        arguments = [case, "1"]
+        arguments = [case, "1", str(CASE_SECONDS)]
     # The instruction set that the mutants of the CPU's kernels are compiled for.
     environment = {**os.environ, "JAX_BSK_CPU_ISA": "baseline"}
     try:
@@ -979,7 +1047,7 @@ def _failure(program: Path, case: str, timeout: float) -> str | None:
         ).returncode
     except subprocess.TimeoutExpired:
         return "timeout"
-    return None if status == 0 else "wrong result" if status == 1 else "crash"
+    return {0: None, 1: "wrong result", 4: "does not end"}.get(status, "crash")
 
 
 def main(arguments: list[str] | None = None) -> int:

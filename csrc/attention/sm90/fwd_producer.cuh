@@ -64,9 +64,12 @@ class ForwardScheduler {
     header.row = device::MakeRow(params_.rows, table, Share(word), Share(word, 1));
     SetLimits<Config>(header, params_.shape, Share(word, 2), Share(word, 3));
     header.sink = __int_as_float(Share(word, 4));
-    header.kind = header.row.length < 0                                                   ? TileHeader::kPoisoned
-                  : header.row.length == 0 || header.q_rows == 0 || header.key_limit == 0 ? TileHeader::kEmpty
-                                                                                          : TileHeader::kLive;
+    // Also where no key is within the length the list is followed: an entry that cannot be true poisons its row. With
+    // no keys at all none can be.
+    const bool unsound = header.row.length < 0 || (header.row.length > 0 && params_.shape.kv_len == 0);
+    header.kind = unsound                                        ? TileHeader::kPoisoned
+                  : header.row.length == 0 || header.q_rows == 0 ? TileHeader::kEmpty
+                                                                 : TileHeader::kLive;
     header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0, header.q_start & (large ? 127 : 63),
                                      large ? 128 : 64, block_kv);
     header.query_parity = live_ & 1;

@@ -19,6 +19,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--case", choices=[*CORNER_CASES, "corners"], help="a named case")
     parser.add_argument("--implementation", default="xla", choices=["xla", "cpu", "cuda"])
     parser.add_argument("--no-gradients", action="store_true")
+    parser.add_argument("--multiprocessors", type=int, help="on CUDA, the second run is confined to so many")
     args = parser.parse_args(argv)
     if (args.seed is None) == (args.case is None):
         parser.error("give one of --seed and --case")
@@ -31,7 +32,8 @@ def main(argv: list[str] | None = None) -> int:
     with jax.numpy_dtype_promotion("standard"):
         for case in cases:
             try:
-                report = run_case(case, args.implementation, gradients=not args.no_gradients)
+                options = {"gradients": not args.no_gradients, "multiprocessors": args.multiprocessors}
+                report = run_case(case, args.implementation, **options)
                 print(report if len(cases) == 1 else f"{case.name} ok", flush=True)
             except Exception as error:
                 failures += 1

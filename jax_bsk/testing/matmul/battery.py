@@ -5,6 +5,7 @@ The program runs twice: the second time must give the first one's bits.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +15,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import BSR, sampled_matmul, sparse_matmul
-from jax_bsk.testing import tolerance
+from jax_bsk.testing import grid, tolerance
 from jax_bsk.testing.judgement import Judgement
 from jax_bsk.testing.matmul.cases import Case, make_inputs
 from jax_bsk.testing.matmul.oracle import oracle
 
 
-def judge_case(case: Case, implementation: str, *, gradients: bool = True) -> Judgement:
+def judge_case(
+    case: Case, implementation: str, *, gradients: bool = True, multiprocessors: int | None = None
+) -> Judgement:
     """Runs a case under `jit` and judges its result, its gradients and their bits when it runs again.
 
     Args:
       case: what to run. One with a fault has no gradients: they are of lists that make no sense.
       implementation: of the public functions.
       gradients: of both factors, for a cotangent; under vmap each example's own.
+      multiprocessors: on CUDA, the second run is confined to so many (`grid.limited`).
     """
     gradients = gradients and case.fault is None
     inputs = make_inputs(case)
@@ -38,7 +42,10 @@ def judge_case(case: Case, implementation: str, *, gradients: bool = True) -> Ju
     elif case.lists == "constant" and "lists" not in case.mapped:
         constant = operands.pop("lists")
     program = _kept(*options) if constant is None else jax.jit(_program(*options, constant=constant))
-    first, again = (program(operands, inputs.cotangent) for _ in range(2))
+    first = jax.block_until_ready(program(operands, inputs.cotangent))
+    with contextlib.nullcontext() if multiprocessors is None else grid.limited(multiprocessors):
+        again = jax.block_until_ready(program(operands, inputs.cotangent))
+    elsewhere = "" if multiprocessors is None else f" on {multiprocessors} multiprocessors"
     comparisons, problems = [], []
     summed_in = np.float64 if case.dtype == "float64" else np.float32
     for name, want in expected.items():
@@ -47,21 +54,23 @@ def judge_case(case: Case, implementation: str, *, gradients: bool = True) -> Ju
         if got.dtype != jnp.dtype(dtype):
             problems.append(f"{name} is {got.dtype}, expected {dtype}")
         if got.tobytes() != np.asarray(again[name]).tobytes():
-            problems.append(f"{name} has other bits when it is computed again")
+            problems.append(f"{name} has other bits when it is computed again{elsewhere}")
         comparisons.append(
             tolerance.compare_product(name, got, want.value, want.magnitude, want.terms, summed_in=summed_in)
         )
     return Judgement(case, tuple(comparisons), tuple(problems))
 
 
-def run_case(case: Case, implementation: str, *, gradients: bool = True) -> str:
+def run_case(case: Case, implementation: str, *, gradients: bool = True, multiprocessors: int | None = None) -> str:
     """The report of `judge_case`.
 
     Raises:
       Mismatch: a result is outside the tolerance rule.
     """
     command = f"--implementation {implementation}" + ("" if gradients else " --no-gradients")
-    return judge_case(case, implementation, gradients=gradients).report(command)
+    command += "" if multiprocessors is None else f" --multiprocessors {multiprocessors}"
+    judgement = judge_case(case, implementation, gradients=gradients, multiprocessors=multiprocessors)
+    return judgement.report(command)
 
 
 def _with_columns(case: Case, indptr: np.ndarray, indices: np.ndarray) -> tuple[Any, ...]:
