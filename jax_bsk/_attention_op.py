@@ -126,16 +126,19 @@ def _mapped(partitioned, dims: _partition.CallDims):
             lead = dims.lead(len(shape))
             full = shape[: lead + 1]
 
-            def moved(x, is_batched: bool, letters: str):
-                if is_batched or letters[0] == "b":
-                    x = x if is_batched else x[None]
-                    # The handlers read the leading dimensions and the batch as one, shared by all or by none.
-                    if letters[0] == "B" or math.prod(x.shape[: lead + 1]) == 1:
-                        return x
-                    return jnp.broadcast_to(x, (*full, *x.shape[lead + 1 :]))
-                return jnp.broadcast_to(x, (axis_size, *x.shape))
+            # An unmapped array gets a dimension of 1. The handlers read the leading dimensions and the batch as one,
+            # which an array has or is shared along; the arrays of a block list alike, whichever of them are mapped.
+            args = [x if mapped_over else x[None] for x, mapped_over in zip(args, batched, strict=True)]
 
-            results = mapped(tuple(moved(x, y, z) for x, y, z in zip(args, batched, dims.operands, strict=True)))
+            def is_shared(i: int) -> bool:
+                return dims.operands[i][0] == "b" and math.prod(args[i].shape[: lead + 1]) == 1
+
+            def moved(i: int):
+                if all(is_shared(j) for j in dims.group(i)):
+                    return args[i]
+                return jnp.broadcast_to(args[i], (*full, *args[i].shape[lead + 1 :]))
+
+            results = mapped(tuple(moved(i) for i in range(len(args))))
             return results, tuple(True for _ in results)
 
         return mapped

@@ -62,12 +62,26 @@ BACKWARD_RESULTS = (
 
 @dataclasses.dataclass(frozen=True)
 class CallDims:
-    """Dimensions of one call's operands and results, and where its query and key stand."""
+    """Dimensions of one call's operands and results.
+
+    Attributes:
+      operands: Letters of each operand's dimensions.
+      results: Letters of each result's.
+      query: Where the query stands among the operands.
+      key: Where the key does.
+      lists: The operands of each block list. Kernels read its arrays with one count of examples, so that they have all
+        leading dimensions and the batch, or ones, together. Every other operand is for itself.
+    """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
     query: int
     key: int
+    lists: tuple[tuple[int, ...], ...]
+
+    def group(self, operand: int) -> tuple[int, ...]:
+        """The operands that have leading dimensions and the batch, or ones, together with this one."""
+        return next((arrays for arrays in self.lists if operand in arrays), (operand,))
 
     def lead(self, query_rank: int) -> int:
         """Number of leading `vmap` dimensions, from the query's rank."""
@@ -76,11 +90,13 @@ class CallDims:
 
 GATES = "BN."  # [B, N, capacity], in every order
 
-FORWARD = CallDims(FORWARD_OPERANDS, FORWARD_RESULTS, query=0, key=1)
-BACKWARD = CallDims(BACKWARD_OPERANDS, BACKWARD_RESULTS, query=1, key=2)
+FORWARD = CallDims(FORWARD_OPERANDS, FORWARD_RESULTS, query=0, key=1, lists=((3, 4, 5),))
+BACKWARD = CallDims(BACKWARD_OPERANDS, BACKWARD_RESULTS, query=1, key=2, lists=((6, 7, 8), (9, 10, 11)))
 # The same calls with gates: their last operands, and of the backward the last result.
-GATED_FORWARD = CallDims((*FORWARD_OPERANDS, GATES), FORWARD_RESULTS, query=0, key=1)
-GATED_BACKWARD = CallDims((*BACKWARD_OPERANDS, GATES, GATES), (*BACKWARD_RESULTS, GATES), query=1, key=2)
+GATED_FORWARD = dataclasses.replace(FORWARD, operands=(*FORWARD_OPERANDS, GATES))
+GATED_BACKWARD = dataclasses.replace(
+    BACKWARD, operands=(*BACKWARD_OPERANDS, GATES, GATES), results=(*BACKWARD_RESULTS, GATES)
+)
 
 
 def _heads(heads: int, kv_heads: int, mesh: Mesh) -> tuple[str, str]:

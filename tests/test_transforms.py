@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -77,6 +78,114 @@ def test_vmap_over_the_mask(attend, batched_inputs):
     axes = (0 if batched_inputs else None,) * 3 + (0,)
     actual = jax.vmap(lambda q, k, v, m: attend(q, k, v, mask=m), axes)(*inputs, stacked)
     assert_close(actual, jax.vmap(dense, axes)(*inputs, jnp.asarray(masks)))
+
+
+def two_of(*names: str) -> tuple[BlockMask, BlockMask]:
+    """A mask of 2 x 3 blocks, and one that differs from it in the named arrays alone."""
+    words = np.random.default_rng(18).integers(0, 2**32, (2, 1, 1, 2, BLOCK, 1), np.uint32)
+    arrays = {
+        "row_offsets": np.array([[0, 2, 4], [0, 1, 3]], np.int32)[:, None, None],
+        "kv_blocks": np.array([[0, 2, 1, 2], [1, 2, 0, 1]], np.int32)[:, None, None],
+        "tiles": np.array([[0, -1, 1, -1], [-1, 1, -1, 0]], np.int32)[:, None, None],
+        "bit_tiles": words,
+    }
+    first, second = (
+        BlockMask(*[arrays[n][i if n in names else 0] for n in arrays], *(None,) * 3, BLOCK, BLOCK, 64, 96)
+        for i in (0, 1)
+    )
+    return first, second
+
+
+def mapped_mask(names, masks):
+    """Both masks as one, the named arrays stacked, and its axes for vmap."""
+    stacked = {name: jnp.stack([getattr(mask, name) for mask in masks]) for name in names}
+    axes = BlockMask(*(0 if n in names else None for n in ARRAYS), *(None,) * 3, BLOCK, BLOCK, 64, 96)
+    return dataclasses.replace(masks[0], **stacked), axes
+
+
+ARRAYS = ("row_offsets", "kv_blocks", "tiles", "bit_tiles")
+
+
+@pytest.mark.parametrize(
+    ("names", "gated"),
+    [*(((name,), False) for name in ARRAYS), (ARRAYS[1:2], True), (ARRAYS[2:3], True), (ARRAYS[1:4:2], False)],
+    ids=str,
+)
+def test_vmap_over_some_arrays_of_a_mask(names, gated):
+    """Of the native calls, which take a block list's arrays together; plain JAX has nothing to take together."""
+    attend = functools.partial(sparse_attention, implementation="cpu")
+    inputs = random_inputs(18, batch=1, q_len=64, heads=2, kv_heads=1, head_dim=8, value_dim=8)
+    gates = jnp.array([[[0.5, 2.0, -1.0, 1.5]]]) if gated else None
+    loss = loss_of(lambda q, k, v, gates, mask: attend(q, k, v, mask=mask, gates=gates))
+    masks = two_of(*names)
+    stacked, axes = mapped_mask(names, masks)
+    arguments = (0, 1, 2, 3) if gated else (0, 1, 2)
+    one = jax.jit(jax.value_and_grad(loss, arguments))
+    expected = [one(*inputs, gates, mask) for mask in masks]
+
+    inside = jax.jit(jax.vmap(one, (None,) * 4 + (axes,)))(*inputs, gates, stacked)
+    assert_close(inside, jax.tree.map(lambda *x: jnp.stack(x), *expected), 5e-5)
+
+    def total(*args):
+        return jax.vmap(loss, (None,) * 4 + (axes,))(*args).sum()
+
+    outside = jax.jit(jax.value_and_grad(total, arguments))(*inputs, gates, stacked)
+    assert_close(outside, jax.tree.map(lambda a, b: a + b, *expected), 1e-4)
+
+
+@pytest.mark.parametrize("mapped", ["kv_blocks", "counts"])
+def test_vmap_over_part_of_index_lists(attend, mapped):
+    (query, key, value), length = random_inputs(19, batch=2, q_len=64, kv_len=64, heads=2, kv_heads=2, head_dim=8), 64
+    lists = {"kv_blocks": jnp.array([[0, 1], [0, 1]]), "counts": jnp.array([2, 1])}
+    others = {"kv_blocks": jnp.array([[1, 0], [1, 0]]), "counts": jnp.array([1, 2])}
+
+    def loss(query, array):
+        mask = BlockMask.from_indices(**{**lists, mapped: array}, q_len=length, block_size=BLOCK)
+        return loss_of(lambda q: attend(q, key, value, mask=mask))(query)
+
+    both = jnp.stack([lists[mapped], others[mapped]])
+    gradient = jax.jit(jax.value_and_grad(loss))
+    expected = jax.tree.map(lambda *x: jnp.stack(x), *[gradient(query, array) for array in both])
+    assert_close(jax.vmap(gradient, (None, 0))(query, both), expected, 5e-5)
+
+
+def test_nested_vmap_over_different_arrays_of_a_mask():
+    query, key, value = random_inputs(20, batch=1, q_len=64, heads=2, kv_heads=2, head_dim=8, value_dim=8)
+    queries = jnp.stack([query, -query, query / 2])
+    stacked = {name: mapped_mask((name,), two_of(name))[0] for name in ("kv_blocks", "tiles")}
+    base = two_of()[0]
+
+    def loss(query, ids, tiles):
+        mask = dataclasses.replace(base, kv_blocks=ids, tiles=tiles)
+        return loss_of(lambda q: sparse_attention(q, key, value, mask=mask, implementation="cpu"))(query)
+
+    gradient = jax.jit(jax.value_and_grad(loss))
+    ids, tiles = stacked["kv_blocks"].kv_blocks, stacked["tiles"].tiles
+    # Outermost the ids, then the queries, then the tiles.
+    nested = jax.vmap(jax.vmap(jax.vmap(gradient, (None, None, 0)), (0, None, None)), (None, 0, None))
+    values, gradients = jax.jit(nested)(queries, ids, tiles)
+    assert values.shape == (2, 3, 2)
+    for i, q, t in np.ndindex(2, 3, 2):
+        assert_close((values[i, q, t], gradients[i, q, t]), gradient(queries[q], ids[i], tiles[t]), 5e-5)
+
+
+@pytest.mark.parametrize("what", ["query", "kv_blocks", "gates"])
+def test_vmap_over_an_axis_of_size_zero(attend, what):
+    query, key, value = random_inputs(21, batch=1, q_len=64, heads=2, kv_heads=2, head_dim=8, value_dim=8)
+    base = two_of()[0]
+    arguments = {"query": query, "kv_blocks": jnp.asarray(base.kv_blocks), "gates": jnp.ones((1, 1, 4))}
+
+    def loss(key, array):
+        given = {**arguments, what: array}
+        mask = dataclasses.replace(base, kv_blocks=given["kv_blocks"])
+        return attend(given["query"], key, value, mask=mask, gates=given["gates"])
+
+    none = jnp.zeros((0, *arguments[what].shape), arguments[what].dtype)
+    assert jax.vmap(loss, (None, 0))(key, none).shape == (0, *query.shape[:-1], 8)
+    outside = jax.grad(lambda key: jax.vmap(loss, (None, 0))(key, none).sum())(key)
+    np.testing.assert_array_equal(outside, 0)
+    inside = jax.vmap(jax.grad(lambda *a: loss(*a).sum()), (None, 0))(key, none)
+    assert inside.shape == (0, *key.shape)
 
 
 def test_vmap_over_sinks_and_lengths(attend):
