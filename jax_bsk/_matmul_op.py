@@ -81,8 +81,9 @@ class SampledCall:
 
 
 def _lead(args: Sequence[Any], dims: CallDims) -> tuple[int, ...]:
+    """Sizes of the leading dimensions, which each operand has or is 1 along; they may be 0."""
     count = args[0].ndim - dims.ranks[0]
-    return tuple(max(x.shape[i] for x in args) for i in range(count))
+    return np.broadcast_shapes(*(x.shape[:count] for x in args))
 
 
 def _kept(source: Any, lead: Sequence[int]) -> list[int]:

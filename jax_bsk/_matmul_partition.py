@@ -63,7 +63,7 @@ def sharding_rule(dims: CallDims, call: Any, mesh: Mesh, operands: Sequence[Any]
     """The Einsum-like rule of a call for Shardy, from the MLIR types of its operands and results."""
     shapes = [tuple(t.shape) for t in (*operands, *results)]
     lead = len(shapes[0]) - dims.ranks[0]
-    full = tuple(max(shape[i] for shape in shapes) for i in range(lead))
+    full = shapes[-1][:lead]  # of the result, which has all of them
     names, result = _names(dims, call)
     sizes = _blocks(dims, call, shapes[0][-2:])
     whole = {

@@ -137,6 +137,25 @@ def test_transformations():
     np.testing.assert_allclose(matrix.with_data(second).to_dense(), want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+@pytest.mark.parametrize("mapped", ["data", "dense", "left", "right"])
+def test_vmap_over_an_axis_of_size_zero(mapped, implementation):
+    matrix, _, right, left = make((96, 64), (32, 16), 0.4)
+    arrays = {"data": matrix.data, "dense": right, "left": left[0].T, "right": right[:, :5].T}
+
+    def call(array):
+        given = {**arrays, mapped: array}
+        if mapped in ("data", "dense"):
+            return sparse_matmul(matrix.with_data(given["data"]), given["dense"], implementation=implementation)
+        return sampled_matmul(given["left"], given["right"], matrix, implementation=implementation).data
+
+    none = jnp.zeros((0, *arrays[mapped].shape))
+    shape = (96, 23) if mapped in ("data", "dense") else matrix.data.shape
+    assert jax.vmap(call)(none).shape == (0, *shape)
+    assert jax.grad(lambda x: jax.vmap(call)(x).sum())(none).shape == none.shape
+    assert jax.vmap(jax.grad(lambda x: call(x).sum()))(none).shape == none.shape
+
+
 def test_types():
     matrix, dense, right, _ = make((64, 64), 16, 0.5)
     out = sparse_matmul(matrix.astype(jnp.bfloat16), right.astype(jnp.bfloat16))

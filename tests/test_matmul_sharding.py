@@ -124,3 +124,13 @@ def test_vmap_over_a_split_axis():
         got = program(split)
     assert collectives(program) == []
     assert_close(got, dense @ np.asarray(batch), 1e-4)
+
+
+def test_vmap_over_an_axis_of_size_zero_on_a_mesh():
+    mesh = mesh_of()
+    matrix = make()[0]
+    placed = jax.device_put(jnp.zeros((0, K, N)), NamedSharding(mesh, P(None, None, "data")))
+    call = jax.jit(jax.vmap(lambda x: sparse_matmul(matrix, x)))
+    assert call(placed).shape == (0, M, N)
+    gradient = jax.jit(jax.grad(lambda data, x: jax.vmap(lambda x: sparse_matmul(matrix.with_data(data), x))(x).sum()))
+    np.testing.assert_array_equal(gradient(matrix.data, placed), jnp.zeros_like(matrix.data))

@@ -229,12 +229,17 @@ class BlockMask:
     @property
     def batch(self) -> int:
         """Examples the mask distinguishes."""
-        return max(self.row_offsets.shape[0], self.bit_tiles.shape[0])
+        return self._dim(0)
 
     @property
     def heads(self) -> int:
         """Query heads the mask distinguishes."""
-        return max(self.row_offsets.shape[1], self.bit_tiles.shape[1])
+        return self._dim(1)
+
+    def _dim(self, axis: int) -> int:
+        """Size along a leading axis, of lists or bit tiles, either of which may be shared (1); the other may be 0."""
+        lists, tiles = self.row_offsets.shape[axis], self.bit_tiles.shape[axis]
+        return tiles if lists == 1 else lists
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

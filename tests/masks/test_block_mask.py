@@ -452,3 +452,9 @@ def test_import_is_light():
     code = "import sys, jax_bsk.masks; print([x for x in ('matplotlib', 'scipy', 'flax') if x in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]", "plotting is imported when asked for"
+
+
+def test_a_batch_of_nothing_is_one():
+    mask = m.BlockMask.from_dense(np.ones((0, 1, 64, 64), bool), block_size=32)
+    assert mask.shape == (0, 1, 64, 64)
+    assert mask.to_dense().shape == (0, 1, 64, 64)
