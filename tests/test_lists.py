@@ -12,6 +12,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jax_bsk
 from jax_bsk import _ffi, _lists_op
 from jax_bsk.masks._transpose import ordered_transpose_traced, transpose_host, transpose_in_jax
+from jax_bsk.testing.faults.boundary import check_refused
+from jax_bsk.testing.faults.direct import DirectCall, shape
 
 CALL = "custom_call @jax_bsk_lists_transpose("
 FIELDS = ("col_offsets", "q_blocks", "col_tiles", "entries", "places")
@@ -119,3 +121,30 @@ def test_bad_shapes_are_refused_by_the_handler():
     offsets, ids, tiles = np.zeros((1, 4), np.int32), np.zeros((1, 8), np.int32), np.zeros((1, 9), np.int32)
     with pytest.raises(Exception, match="tiles has shape"):
         jax.block_until_ready(_lists_op.transpose((offsets, ids, tiles), call))
+
+
+def test_what_does_not_fit_is_refused():
+    rows, columns, capacity = 2, 3, 4
+    operands = {
+        "row_offsets": jnp.array([[[0, 2, 4]]], jnp.int32),
+        "kv_blocks": jnp.array([[[0, 1, 1, 2]]], jnp.int32),
+        "tiles": jnp.full((1, 1, capacity), -1, jnp.int32),
+    }
+    lengths = {"col_offsets": columns + 1, "q_blocks": capacity, "col_tiles": capacity}
+    lengths |= {"entries": capacity, "places": capacity}
+    results = {name: shape("int32", 1, 1, length) for name, length in lengths.items()}
+    attributes = {"columns": np.int64(columns), "version": jax_bsk.__version__}
+    call = DirectCall(_ffi.LISTS_TRANSPOSE, operands, results, attributes)
+    changes = {
+        "columns": {"columns": np.int64(columns + 1)},
+        "negative columns": {"columns": np.int64(-1)},
+        "the largest number of columns": {"columns": np.int64(2**63 - 1)},
+        "offsets rank": {"row_offsets": shape("int32", rows + 1)},
+        "no offsets": {"row_offsets": shape("int32", 1, 1, 0)},
+        "ids type": {"kv_blocks": shape("float32", 1, 1, capacity)},
+        "tiles capacity": {"tiles": shape("int32", 1, 1, capacity + 1)},
+        "places tables": {"places": shape("int32", 1, 2, capacity)},
+        "another version": {"version": "0.0.0"},
+    }
+    check_refused(call, changes)
+    np.testing.assert_array_equal(call()["col_offsets"][0, 0], [0, 1, 3, 4])

@@ -68,8 +68,8 @@ inline ffi::Error ReadShape(const Operand& query, const Operand& key, const Oper
     return ffi::Error::InvalidArgument("jax_bsk: " + std::to_string(shape->heads) + " query heads are no multiple of " +
                                        std::to_string(shape->kv_heads) + " key/value heads");
   }
-  shape->q_blocks = (shape->q_len + shape->block_q - 1) / shape->block_q;
-  shape->kv_blocks = (shape->kv_len + shape->block_kv - 1) / shape->block_kv;
+  shape->q_blocks = BlocksOf(shape->q_len, shape->block_q);
+  shape->kv_blocks = BlocksOf(shape->kv_len, shape->block_kv);
   return ffi::Error::Success();
 }
 

@@ -23,6 +23,20 @@ int64_t QueryTasks(const Shape& shape) { return shape.batch * shape.heads * shap
 
 const char* InstructionSet() { return Chosen().name; }
 
+std::string Refusal(const Shape& shape) {
+  for (const int64_t dim : {shape.head_dim, shape.value_dim}) {
+    if (dim > kMaxHeadDim) {
+      return "the CPU kernels take head sizes up to " + std::to_string(kMaxHeadDim) + ", not " + std::to_string(dim);
+    }
+  }
+  for (const int64_t block : {shape.block_q, shape.block_kv}) {
+    if (block > kMaxBlock) {
+      return "the CPU kernels take blocks up to " + std::to_string(kMaxBlock) + ", not " + std::to_string(block);
+    }
+  }
+  return "";
+}
+
 int64_t ForwardTasks(const ForwardParams& params) { return QueryTasks(params.shape); }
 
 int64_t BackwardTasks(const BackwardParams& params) { return KeyTasks(params) + QueryTasks(params.shape); }

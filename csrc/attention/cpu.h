@@ -8,6 +8,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 #include "params.h"
 
@@ -20,6 +21,9 @@ inline constexpr int64_t kMaxBlock = 256;    // queries or keys a block
 // The instruction set chosen for this machine: "avx512", "avx2", "neon" or "baseline". JAX_BSK_CPU_ISA may name a
 // lesser one this build has (for tests); it is read once, at the first call.
 const char* InstructionSet();
+
+// Why the kernels cannot take a call of these sizes; empty if they can. To be asked before anything else.
+std::string Refusal(const Shape& shape);
 
 // Number of independent tasks; 0 when there is nothing to write.
 int64_t ForwardTasks(const ForwardParams& params);

@@ -14,6 +14,7 @@ ffi::Future ForwardHandler(ffi::ThreadPool pool, Operand query, Operand key, Ope
   ForwardParams params{};
   ffi::Error error = ReadForward(query, key, value, {row_offsets, kv_blocks, tiles}, bit_tiles, lengths, sinks, gates,
                                  out, lse, {block_q, block_kv, scale, soft_cap, version}, &params);
+  if (error.success()) error = Refusal(cpu::Refusal(params.shape));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::ForwardTasks(params), &cpu::RunForwardTasks);
 }
@@ -27,6 +28,7 @@ ffi::Future BackwardHandler(ffi::ThreadPool pool, Operand dout, Operand query, O
   ffi::Error error = ReadBackward(dout, query, key, value, lse, delta, {row_offsets, kv_blocks, tiles},
                                   {col_offsets, q_blocks, col_tiles}, bit_tiles, lengths, row_gates, col_gates, dquery,
                                   dkey, dvalue, dgates, {block_q, block_kv, scale, soft_cap, version}, &params);
+  if (error.success()) error = Refusal(cpu::Refusal(params.shape));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::BackwardTasks(params), &cpu::RunBackwardTasks);
 }

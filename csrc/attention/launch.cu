@@ -12,6 +12,7 @@
 #include "attention/sm80/config.h"
 #include "attention/sm90/config.h"
 #include "device/host.h"
+#include "sizes.h"
 
 namespace jax_bsk::attention::cuda {
 namespace {
@@ -197,7 +198,8 @@ std::string ShapeRefusal(const Shape& shape, DType dtype, std::initializer_list<
       shape.heads * std::max(shape.head_dim, shape.value_dim) > kMaxInt) {
     return "the CUDA kernels take lengths, and heads times head size, below 2^31";
   }
-  if (shape.batch * shape.heads * (CeilDiv(shape.q_len, sm80::kTile) + CeilDiv(shape.kv_len, sm80::kTile)) > kMaxInt) {
+  const int64_t tiles = CeilDiv(shape.q_len, sm80::kTile) + CeilDiv(shape.kv_len, sm80::kTile);
+  if (Product({shape.batch, shape.heads, tiles}) > kMaxInt) {
     return "the CUDA kernels take fewer than 2^31 tiles (batch * heads * length / 64)";
   }
   for (const void* pointer : pointers) {
@@ -272,6 +274,11 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
   if (reason.empty())
     reason = ListRefusal(params.tiles, {&params.rows, &params.cols},
                          std::max(GateSumCount(params), Gated(params) ? GateCount(params.shape, params.rows) : 0));
+  const int64_t group = params.shape.heads / std::max<int64_t>(params.shape.kv_heads, 1);
+  const int64_t entry_pieces = params.shape.block_q / 64 * (params.shape.block_kv / 64);
+  if (reason.empty() && Product({group, params.cols.capacity, entry_pieces}) > kMaxInt) {
+    reason = "the CUDA backward takes lists of fewer than 2^31 tiles (entries * block sizes / 64) in a group of heads";
+  }
   if (!reason.empty()) return reason;
   return DeviceRefusal(device, [&](const DeviceFacts& facts) -> std::optional<int> {
     const BackwardKernel kernel = ChooseKernel(params, facts);

@@ -2,6 +2,7 @@
 // are the last line before a pointer is followed, because a plain custom call trusts whatever shapes it was given.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <string>
@@ -9,6 +10,7 @@
 #include <vector>
 
 #include "dtype.h"
+#include "sizes.h"
 #include "version.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -31,6 +33,24 @@ struct Extent {
   bool or_one = false;
 };
 
+// What a handler has to say against a call.
+inline ffi::Error Refusal(const std::string& reason) {
+  return reason.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("jax_bsk: " + reason);
+}
+
+// No machine has an array so large; but one without elements may have any other sizes, and handlers and kernels
+// multiply them. With this bound, and blocks no larger than a kernel takes, the products of an array's sizes and a few
+// constants stay below 2^63.
+constexpr int64_t kMaxElements = int64_t{1} << 48;
+
+inline ffi::Error CheckSize(const char* name, const ffi::AnyBuffer& buffer) {
+  int64_t elements = 1;
+  for (const int64_t size : buffer.dimensions()) elements = Product({elements, std::max<int64_t>(size, 1)});
+  if (elements <= kMaxElements) return ffi::Error::Success();
+  return Refusal(std::string(name) + " has shape " + ShapeString(buffer.dimensions()) +
+                 ", whose sizes other than 0 have a product beyond 2^48");
+}
+
 // Dimensions with all but the last `trailing` merged into the first: a call under `vmap` carries leading dimensions of
 // its own, and its buffers are dense and row-major, so the kernels see one batch.
 inline std::vector<int64_t> MergeLeading(const ffi::AnyBuffer& buffer, size_t trailing) {
@@ -40,7 +60,7 @@ inline std::vector<int64_t> MergeLeading(const ffi::AnyBuffer& buffer, size_t tr
   const size_t lead = dims.size() - trailing;
   for (size_t i = 0; i < dims.size(); ++i) {
     if (i < lead) {
-      merged[0] *= dims[i];
+      merged[0] = Product({merged[0], dims[i]});
     } else {
       merged.push_back(dims[i]);
     }
@@ -58,6 +78,7 @@ inline std::vector<int64_t> WithBatch(const ffi::AnyBuffer& buffer, size_t trail
 // Compares `dims`, the buffer's as one of the above has them, with what is expected.
 inline ffi::Error CheckDims(const char* name, const ffi::AnyBuffer& buffer, const std::vector<int64_t>& dims,
                             std::initializer_list<Extent> expected) {
+  if (ffi::Error error = CheckSize(name, buffer); error.failure()) return error;
   bool good = dims.size() == expected.size();
   size_t i = 0;
   std::string wanted = "[";
@@ -83,7 +104,7 @@ inline ffi::Error CheckBatched(const char* name, const ffi::AnyBuffer& buffer, s
 }
 
 inline ffi::Error CheckRank(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {
-  if (buffer.dimensions().size() >= rank) return ffi::Error::Success();
+  if (buffer.dimensions().size() >= rank) return CheckSize(name, buffer);
   return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has shape " +
                                      ShapeString(buffer.dimensions()) + ", expected rank " + std::to_string(rank) +
                                      " or more");

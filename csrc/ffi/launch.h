@@ -14,6 +14,4 @@ inline ffi::Error LaunchResult(const char* name, cudaError_t error) {
   return ffi::Error::Internal("jax_bsk: " + std::string(name) + " did not launch: " + cudaGetErrorString(error));
 }
 
-inline ffi::Error Refusal(const std::string& reason) { return ffi::Error::InvalidArgument("jax_bsk: " + reason); }
-
 }  // namespace jax_bsk

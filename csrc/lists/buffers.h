@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <initializer_list>
+#include <limits>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -15,6 +16,16 @@
 
 namespace jax_bsk::lists {
 
+// Rows, columns and entries are numbered in 32 bits.
+inline ffi::Error CheckCounts(std::initializer_list<int64_t> counts) {
+  for (const int64_t count : counts) {
+    if (count < 0 || count >= std::numeric_limits<int32_t>::max()) {
+      return Refusal("lists have from 0 to 2^31 - 2 rows, columns, units and entries, not " + std::to_string(count));
+    }
+  }
+  return ffi::Error::Success();
+}
+
 inline ffi::Error ReadTranspose(const Operand& offsets, const Operand& ids, const Operand& tiles, Output& col_offsets,
                                 Output& row_ids, Output& col_tiles, Output& entries, Output& places, int64_t columns,
                                 std::string_view version, TransposeParams* params) {
@@ -22,7 +33,8 @@ inline ffi::Error ReadTranspose(const Operand& offsets, const Operand& ids, cons
   JAX_BSK_RETURN_IF_ERROR(CheckRank("offsets", offsets, 2));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("ids", ids, 2));
   const auto rows = MergeLeading(offsets, 1), capacity = MergeLeading(ids, 1);
-  if (rows[1] < 1 || columns < 0) return ffi::Error::InvalidArgument("jax_bsk: lists have rows + 1 offsets");
+  if (rows[1] < 1) return Refusal("lists have rows + 1 offsets");
+  JAX_BSK_RETURN_IF_ERROR(CheckCounts({rows[1] - 1, columns, capacity[1]}));
   const std::pair<const char*, const Operand*> arrays[] = {{"offsets", &offsets},  {"ids", &ids},
                                                            {"tiles", &tiles},      {"col_offsets", &*col_offsets},
                                                            {"row_ids", &*row_ids}, {"col_tiles", &*col_tiles},
@@ -58,6 +70,7 @@ inline ffi::Error ReadChoose(const Operand& scores, const Operand& states, const
   const std::vector<int64_t> sizes = WithBatch(scores, 2);
   const int64_t tables = sizes[0], rows = sizes[1], units = sizes[2];
   const int64_t blocks = outline.dimensions().back(), capacity = kv_blocks->dimensions().back();
+  JAX_BSK_RETURN_IF_ERROR(CheckCounts({rows, units, blocks, capacity}));
   if (unit < 1 || blocks / unit + (blocks % unit != 0) != units) {
     return ffi::Error::InvalidArgument("jax_bsk: " + std::to_string(units) + " units of " + std::to_string(unit) +
                                        " blocks do not hold " + std::to_string(blocks));

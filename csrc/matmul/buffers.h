@@ -27,8 +27,6 @@ struct SampledAttributes {
   std::string_view version;
 };
 
-inline int64_t Blocks(int64_t length, int64_t block) { return (length + block - 1) / block; }
-
 inline ffi::Error ReadOutType(const char* name, Output& out, DType dtype, DType* out_dtype) {
   JAX_BSK_RETURN_IF_ERROR(ReadDType(name, *out, out_dtype));
   if (*out_dtype == dtype || *out_dtype == DType::kF32) return ffi::Error::Success();
@@ -49,6 +47,10 @@ inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const
   JAX_BSK_RETURN_IF_ERROR(CheckRank("out", *out, 2));
   const auto d = WithBatch(data, 3), b = WithBatch(dense, 2), y = WithBatch(*out, 2);
   JAX_BSK_RETURN_IF_ERROR(CheckBlock(d[2], d[3]));
+  if (attributes.rows < 0 || attributes.columns < 0) {
+    return Refusal("a matrix has no fewer than 0 rows and columns, not " + std::to_string(attributes.rows) + " and " +
+                   std::to_string(attributes.columns));
+  }
   const bool transposed = attributes.transposed, left = attributes.dense_left;
   params->transposed = transposed;
   params->dense_left = left;
@@ -60,8 +62,8 @@ inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const
   params->in_length = transposed ? attributes.rows : attributes.columns;
   params->out_block = transposed ? d[3] : d[2];
   params->in_block = transposed ? d[2] : d[3];
-  params->out_blocks = Blocks(params->out_length, params->out_block);
-  params->in_blocks = Blocks(params->in_length, params->in_block);
+  params->out_blocks = BlocksOf(params->out_length, params->out_block);
+  params->in_blocks = BlocksOf(params->in_length, params->in_block);
   params->width = left ? b[1] : b[2];
   JAX_BSK_RETURN_IF_ERROR(ReadDType("data", data, &params->dtype));
   JAX_BSK_RETURN_IF_ERROR(CheckType("dense", dense, data.element_type()));
@@ -109,8 +111,8 @@ inline ffi::Error ReadSampled(const Operand& left, const Operand& right, const O
   params->columns = params->right_transposed ? b[1] : b[2];
   params->block_rows = c[2];
   params->block_columns = c[3];
-  params->row_blocks = Blocks(params->rows, c[2]);
-  params->column_blocks = Blocks(params->columns, c[3]);
+  params->row_blocks = BlocksOf(params->rows, c[2]);
+  params->column_blocks = BlocksOf(params->columns, c[3]);
   params->capacity = c[1];
   JAX_BSK_RETURN_IF_ERROR(ReadDType("left", left, &params->dtype));
   JAX_BSK_RETURN_IF_ERROR(CheckType("right", right, left.element_type()));

@@ -3,6 +3,7 @@
 #include "matmul/cpu.h"
 
 #include <algorithm>
+#include <initializer_list>
 #include <thread>
 
 #include "cpu/choose.h"
@@ -29,6 +30,15 @@ int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t Begin(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 int64_t ComputedBytes(DType dtype) { return dtype == DType::kF64 ? 8 : 4; }
+
+std::string BlockRefusal(std::initializer_list<int64_t> blocks) {
+  for (const int64_t block : blocks) {
+    if (block > kMaxBlock) {
+      return "the CPU products take blocks up to " + std::to_string(kMaxBlock) + ", not " + std::to_string(block);
+    }
+  }
+  return "";
+}
 
 // Tasks are as large as they can be, since each packs the dense blocks that it needs once, but not so few that threads
 // wait for each other in the end. How the work is cut moves no bit of the result.
@@ -77,6 +87,10 @@ struct SampledGrid {
 };
 
 }  // namespace
+
+std::string Refusal(const ProductParams& params) { return BlockRefusal({params.out_block, params.in_block}); }
+
+std::string Refusal(const SampledParams& params) { return BlockRefusal({params.block_rows, params.block_columns}); }
 
 int64_t ProductTasks(const ProductParams& params) {
   const ProductGrid grid(params);

@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <string>
 
 #include "matmul/params.h"
 
@@ -14,6 +15,10 @@ namespace jax_bsk::matmul::cpu {
 
 // Rows or columns of a block, told to Python through build_info(): scratch is sized for it.
 inline constexpr int64_t kMaxBlock = 256;
+
+// Why the kernels cannot take a call; empty if they can. To be asked before anything else.
+std::string Refusal(const ProductParams& params);
+std::string Refusal(const SampledParams& params);
 
 // Number of independent tasks; 0 when there is nothing to write.
 int64_t ProductTasks(const ProductParams& params);

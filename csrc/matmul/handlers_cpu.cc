@@ -14,6 +14,7 @@ ffi::Future ProductHandler(ffi::ThreadPool pool, Operand data, Operand offsets, 
   ProductParams params{};
   ffi::Error error =
       ReadProduct(data, offsets, ids, places, dense, out, {rows, columns, transposed, dense_left, version}, &params);
+  if (error.success()) error = Refusal(cpu::Refusal(params));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::ProductTasks(params), &cpu::RunProductTasks);
 }
@@ -23,6 +24,7 @@ ffi::Future SampledHandler(ffi::ThreadPool pool, Operand left, Operand right, Op
   SampledParams params{};
   ffi::Error error =
       ReadSampled(left, right, row_ids, column_ids, blocks, {left_transposed, right_transposed, version}, &params);
+  if (error.success()) error = Refusal(cpu::Refusal(params));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::SampledTasks(params), &cpu::RunSampledTasks);
 }

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk import _ffi
 from jax_bsk.testing.faults import checks, direct
 from jax_bsk.testing.faults.calls import BLOCK
 from jax_bsk.testing.faults.direct import CAPACITY, B, DirectCall, H, N, S, T, shape
@@ -42,6 +43,23 @@ ATTRIBUTES: Changes = {
     "another version": {"version": "0.0.0"},
     "a number for a version": {"version": np.int64(1)},
 }
+
+
+def _large_blocks(**columns: Any) -> Changes:
+    """Blocks that no kernel takes, with lists, and bit tiles of which there is none, that fit them.
+
+    Scratch memory for them cannot be had, or its size overflows. `columns` are the lists of one block of keys.
+    """
+    changes = {}
+    for size in (288, 2**24, 2**40, 2**62):
+        tiles = {"bit_tiles": shape("uint32", 1, 1, 0, size, BLOCK // 32)}
+        rows = {"row_offsets": shape("int32", 1, 1, 2)}
+        changes[f"blocks of {size} queries"] = {"block_q": np.int64(size), **tiles, **rows}
+        tiles = {"bit_tiles": shape("uint32", 1, 1, 0, BLOCK, size // 32)}
+        changes[f"blocks of {size} keys"] = {"block_kv": np.int64(size), **tiles, **columns}
+    return changes
+
+
 OPERANDS: Changes = {
     "query rank": {"query": shape("float32", T, N, H)},
     "query type": {"query": shape("int32", B, T, N, H)},
@@ -136,6 +154,50 @@ def wrong_workspace(implementation: str) -> None:
     direct.check_unchanged(implementation)
 
 
+@scenario("bad-sizes-of-a-product", FAULT, EXPECTED, platforms=("cpu",), may_crash=True)
+def bad_sizes_of_a_product(implementation: str) -> None:
+    """Of the block-sparse products: attributes, and blocks that no kernel takes, which an empty matrix may have."""
+    del implementation  # CUDA's kernels take two block sizes
+    rows, columns, width, block = 64, 96, 8, 32
+    product = DirectCall(
+        _ffi.MATMUL_PRODUCT,
+        {
+            "data": jnp.ones((1, block, block), jnp.float32),
+            "offsets": jnp.array([0, 1, 1], jnp.int32),
+            "ids": jnp.array([2], jnp.int32),
+            "places": jnp.array([0], jnp.int32),
+            "dense": jnp.ones((columns, width), jnp.float32),
+        },
+        {"out": shape("float32", rows, width)},
+        _ffi.ProductAttributes(rows, columns, transposed=False, dense_left=False, out_dtype="float32").encode(),
+    )
+    sampled = DirectCall(
+        _ffi.MATMUL_SAMPLED,
+        {
+            "left": jnp.ones((rows, width), jnp.float32),
+            "right": jnp.ones((width, columns), jnp.float32),
+            "row_ids": jnp.array([1], jnp.int32),
+            "column_ids": jnp.array([2], jnp.int32),
+        },
+        {"blocks": shape("float32", 1, block, block)},
+        _ffi.SampledAttributes(False, False, (block, block), "float32").encode(),
+    )
+    faults: dict[str, Mapping[str, Any]] = {}
+    for size in (-(2**63), -rows, 2**40, 2**63 - 1):
+        faults |= {f"{size} rows": {"rows": np.int64(size)}, f"{size} columns": {"columns": np.int64(size)}}
+    none = {"ids": shape("int32", 0), "places": shape("int32", 0), "offsets": shape("int32", 2)}
+    # XLA makes no call whose results are empty, so that these blocks are no larger than a result can be.
+    blocks = {f"blocks of {size}": {"blocks": shape("float32", 1, *size)} for size in ((257, 32), (32, 65536))}
+    for size in (257, 2**31, 2**40, 2**62):
+        faults[f"blocks of {size} rows"] = {**none, "data": shape("float32", 0, size, block)}
+        faults[f"blocks of {size} columns"] = {**none, "data": shape("float32", 0, block, size)}
+    check_refused(product, faults)
+    check_refused(sampled, blocks)
+    # Row 0 of blocks is a product of ones with the third block of ones, row 1 is empty.
+    checks.check_close("out", product()["out"], np.repeat([[float(block)], [0.0]], block, axis=0) * np.ones(width))
+    checks.check_close("blocks", sampled()["blocks"], np.full((1, block, block), float(width)))
+
+
 # ---- a misaligned pointer ---------------------------------------------------------------------------------------
 
 
@@ -196,11 +258,17 @@ def misaligned_pointer(implementation: str) -> None:
 
 
 SCENARIOS = (
-    _refused("bad-attribute", FAULT, ATTRIBUTES, ATTRIBUTES),
+    _refused(
+        "bad-attribute",
+        FAULT,
+        {**ATTRIBUTES, **_large_blocks()},
+        {**ATTRIBUTES, **_large_blocks(col_offsets=shape("int32", 1, 1, 2))},
+    ),
     _refused("wrong-result-shape", FAULT, FORWARD_RESULTS, BACKWARD_RESULTS),
     _refused(
         "wrong-operand", "wrong operand shape or dtype at the native boundary", FORWARD_OPERANDS, BACKWARD_OPERANDS
     ),
     wrong_workspace,
+    bad_sizes_of_a_product,
     misaligned_pointer,
 )
