@@ -3,7 +3,8 @@
 Stands between `attention` (which validates, builds the block mask and picks an implementation) and `_ffi` (which names
 the custom calls). Each layer has one duty:
 
-- `attend` (custom_vjp within): saves out and log-sum-exp, computes the row sums `delta` and the sinks' gradient, which
+- `attend` (custom_vjp within): saves out and log-sum-exp (as two numbers: what rounding took from it counts where
+  logits are large), computes the row sums `delta` and the sinks' gradient, which
   are cheap row-wise sums that XLA fuses, and takes gates to the key-major order and their gradient back, so that every
   native backward sees the same small set of operands;
 - custom_vmap: a mapped axis becomes a leading dimension of the operands (never merged into the batch here: merging
@@ -35,7 +36,7 @@ from jax_bsk.masks import BlockMask
 from jax_bsk.masks._entry_order import to_columns, to_rows, with_entry_order
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
-RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse")
+RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse", "jax_bsk_lse_rest")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _forward_shapes(query, key, value, *lists_and_more, call: NativeCall):
     dims = list(range(query.ndim))
     out = like(query, (*lead, t, n, value.shape[-1]), query.dtype, [*dims[:-1], -1])
     lse = like(query, (*lead, n, t), stats_dtype(query.dtype), [*dims[:-3], dims[-2], dims[-3]])
-    return out, lse
+    return out, lse, lse
 
 
 def _backward_shapes(dout, query, key, value, *stats_lists_and_gates, call: NativeCall):
@@ -197,7 +198,7 @@ def _for_every_head(gates, query):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(call, query, key, value, sinks, gates, mask, lengths, order):
     del order
-    return _call_forward(call, query, key, value, sinks, gates, mask, lengths)
+    return _call_forward(call, query, key, value, sinks, gates, mask, lengths)[:2]
 
 
 def _call_forward(call, query, key, value, sinks, gates, mask, lengths):
@@ -226,13 +227,13 @@ def _once_differentiable_jvp(function, call, primals, tangents):
 
 
 def _attend_fwd(call, query, key, value, sinks, gates, mask, lengths, order):
-    out, lse = _call_forward(call, query, key, value, sinks, gates, mask, lengths)
-    out, lse = (checkpoint_name(x, name) for x, name in zip((out, lse), RESIDUAL_NAMES, strict=True))
-    return (out, lse), (query, key, value, sinks, gates, mask, lengths, order, out, lse)
+    results = _call_forward(call, query, key, value, sinks, gates, mask, lengths)
+    out, lse, lse_rest = (checkpoint_name(x, name) for x, name in zip(results, RESIDUAL_NAMES, strict=True))
+    return (out, lse), (query, key, value, sinks, gates, mask, lengths, order, out, lse, lse_rest)
 
 
 def _attend_bwd(call, residuals, cotangents):
-    query, key, value, sinks, gates, mask, lengths, order, out, lse = residuals
+    query, key, value, sinks, gates, mask, lengths, order, out, lse, lse_rest = residuals
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
     # dS = P o (dP - delta). With gates, of which O knows, the same: dS = P o (g dP - delta).
@@ -243,7 +244,7 @@ def _attend_bwd(call, residuals, cotangents):
         mask, order = with_entry_order(mask)
     rows = (mask.row_offsets, mask.kv_blocks, mask.tiles)
     cols = (mask.col_offsets, mask.q_blocks, mask.col_tiles)
-    args = _as_arrays(dout, query, key, value, lse, delta, *rows, *cols, mask.bit_tiles, lengths)
+    args = _as_arrays(dout, query, key, value, lse, lse_rest, delta, *rows, *cols, mask.bit_tiles, lengths)
     dgates = None
     if gates is None:
         dquery, dkey, dvalue = _once_differentiable(_backward, call, *args)
@@ -251,7 +252,7 @@ def _attend_bwd(call, residuals, cotangents):
         args = (*args, gates, to_columns(gates, order))
         dquery, dkey, dvalue, dgates = _once_differentiable(_gated_backward, call, *args)
         dgates = to_rows(dgates, order)
-    return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, delta), dgates, None, None, None
+    return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, lse_rest, delta), dgates, None, None, None
 
 
 def _row_products(dout, out, dtype):
@@ -264,14 +265,14 @@ def _row_products(dout, out, dtype):
     return jnp.einsum("btnh,h->bnt", dout * out, ones, precision=jax.lax.Precision.HIGHEST)
 
 
-def _sinks_gradient(sinks, lse, delta):
+def _sinks_gradient(sinks, lse, lse_rest, delta):
     """d loss / d sink = sum over rows of P_sink * (dlse - rowsum(dO o O)) = -sum P_sink * delta.
 
     P_sink = exp(sink - lse) is the sink's share of the softmax: the sink lowers every probability by it and raises the
     log-sum-exp by it.
     """
     logits = sinks[:, :, None]
-    share = jnp.where(jnp.isneginf(lse) | jnp.isneginf(logits), 0, jnp.exp(logits - lse))
+    share = jnp.where(jnp.isneginf(lse) | jnp.isneginf(logits), 0, jnp.exp((logits - lse) - lse_rest))
     gradient = -jnp.sum(jnp.where(share == 0, 0, share * delta), axis=2)
     for axis in (0, 1):
         if sinks.shape[axis] == 1:

@@ -138,7 +138,7 @@ class AttentionAttributes:
         }
 
 
-_FORWARD_OPERANDS, _BACKWARD_OPERANDS = 10, 16  # with gates
+_FORWARD_OPERANDS, _BACKWARD_OPERANDS = 10, 17  # with gates
 NO_GATES = (1, 1, 0)  # shape of what stands in their place where there are none
 
 
@@ -146,7 +146,8 @@ def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttribu
     """Lowers to the forward call.
 
     Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks and, if there are any, gates.
-    Results: out, lse; on CUDA also a workspace, which XLA allocates with the program's other buffers and nobody reads.
+    Results: out, lse, lse_rest; on CUDA also a workspace, which XLA allocates with the program's other buffers and nobody
+    reads.
     """
     results = list(ctx.avals_out)
     stats = results[1].dtype
@@ -173,16 +174,16 @@ def _forward_workspace(query_shape: Sequence[int]) -> int:
 def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
     """Lowers to the backward call.
 
-    Operands: dout, query, key, value, lse, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks, col_tiles,
-    bit_tiles, lengths and, if there are any, row_gates and col_gates. Results: dquery, dkey, dvalue and, with gates,
-    dgates in the order of col_gates; on CUDA also a workspace, as for the forward.
+    Operands: dout, query, key, value, lse, lse_rest, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks,
+    col_tiles, bit_tiles, lengths and, if there are any, row_gates and col_gates. Results: dquery, dkey, dvalue and, with
+    gates, dgates in the order of col_gates; on CUDA also a workspace, as for the forward.
     """
     results = list(ctx.avals_out)
     stats, missing = ctx.avals_in[4].dtype, _BACKWARD_OPERANDS - len(operands)
     if missing:
         results.append(jax.core.ShapedArray(NO_GATES, stats))
     if platform == "cuda":
-        query, key, ids = (ctx.avals_in[i].shape for i in (1, 2, 7))
+        query, key, ids = (ctx.avals_in[i].shape for i in (1, 2, 8))
         size = _backward_workspace(query, key, ids, (attributes.block_q, attributes.block_kv), results[3].shape)
         results.append(jax.core.ShapedArray((size,), np.dtype(np.uint8)))
     lower_ctx, operands = _without_gates(ctx, operands, missing, stats)
@@ -208,7 +209,7 @@ def _backward_workspace(
     kv_len, kv_heads = key_shape[-3:-1]
     query_rows, kv_rows = math.prod(lead) * heads, math.prod(lead) * kv_heads
     q_tiles, kv_tiles = -(-q_len // 64), -(-kv_len // 64)
-    words = 1 + 2 * kv_rows + 3 * kv_rows * kv_tiles + query_rows * q_tiles * 129 + 2 * math.prod(ids_shape) + 33
+    words = 1 + 2 * kv_rows + 3 * kv_rows * kv_tiles + query_rows * q_tiles * 193 + 2 * math.prod(ids_shape) + 33
     words += 4 * math.prod(gates_shape) * math.prod(-(-size // 64) for size in block_size)
     head_bytes = 2 * math.prod(block_size) * ids_shape[-1] * (heads // max(kv_heads, 1))
     enough = max(-(-1056 // max(-(-kv_len // 128), 1)), -(-264 * -(-q_len // block_size[0]) // max(ids_shape[-1], 1)))

@@ -36,6 +36,7 @@ FORWARD_OPERANDS = (
 FORWARD_RESULTS = (
     "B.N.",  # out
     "BN.",  # lse
+    "BN.",  # lse_rest
 )
 BACKWARD_OPERANDS = (
     "B.N.",  # dout
@@ -43,6 +44,7 @@ BACKWARD_OPERANDS = (
     "B.K.",  # key
     "B.K.",  # value
     "BN.",  # lse
+    "BN.",  # lse_rest
     "BN.",  # delta
     "bn.",  # row_offsets
     "bn.",  # kv_blocks

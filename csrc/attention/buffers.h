@@ -127,8 +127,8 @@ inline ffi::Error ReadGates(const char* name, const Operand& gates, const Shape&
 
 inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Operand& value, const ListOperands& rows,
                               const Operand& bit_tiles, const Operand& lengths, const Operand& sinks,
-                              const Operand& gates, Output& out, Output& lse, const Attributes& attributes,
-                              ForwardParams* params) {
+                              const Operand& gates, Output& out, Output& lse, Output& lse_rest,
+                              const Attributes& attributes, ForwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
@@ -143,8 +143,10 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
   JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", gates, shape, params->rows, stats, &gate_values));
   JAX_BSK_RETURN_IF_ERROR(CheckType("out", *out, query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(CheckShape("out", *out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckType("lse", *lse, stats));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("lse", *lse, {{shape.batch}, {shape.heads}, {shape.q_len}}));
+  for (const auto& [name, buffer] : {std::pair<const char*, Output*>{"lse", &lse}, {"lse_rest", &lse_rest}}) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, **buffer, stats));
+    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, **buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
+  }
   params->query = query.untyped_data();
   params->key = key.untyped_data();
   params->value = value.untyped_data();
@@ -154,14 +156,16 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
   params->gates = gate_values;
   params->out = out->untyped_data();
   params->lse = lse->untyped_data();
+  params->lse_rest = lse_rest->untyped_data();
   return ffi::Error::Success();
 }
 
 inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const Operand& key, const Operand& value,
-                               const Operand& lse, const Operand& delta, const ListOperands& rows,
-                               const ListOperands& cols, const Operand& bit_tiles, const Operand& lengths,
-                               const Operand& row_gates, const Operand& col_gates, Output& dquery, Output& dkey,
-                               Output& dvalue, Output& dgates, const Attributes& attributes, BackwardParams* params) {
+                               const Operand& lse, const Operand& lse_rest, const Operand& delta,
+                               const ListOperands& rows, const ListOperands& cols, const Operand& bit_tiles,
+                               const Operand& lengths, const Operand& row_gates, const Operand& col_gates,
+                               Output& dquery, Output& dkey, Output& dvalue, Output& dgates,
+                               const Attributes& attributes, BackwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
@@ -171,7 +175,8 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
   JAX_BSK_RETURN_IF_ERROR(ReadList(cols, shape, shape.kv_blocks, shape.q_blocks, &params->cols));
   JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
   JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
-  for (const auto& [name, buffer] : {std::pair<const char*, const Operand*>{"lse", &lse}, {"delta", &delta}}) {
+  for (const auto& [name, buffer] :
+       {std::pair<const char*, const Operand*>{"lse", &lse}, {"lse_rest", &lse_rest}, {"delta", &delta}}) {
     JAX_BSK_RETURN_IF_ERROR(CheckType(name, *buffer, stats));
     JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
   }
@@ -200,6 +205,7 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
   params->key = key.untyped_data();
   params->value = value.untyped_data();
   params->lse = lse.untyped_data();
+  params->lse_rest = lse_rest.untyped_data();
   params->delta = delta.untyped_data();
   params->dquery = dquery->untyped_data();
   params->dkey = dkey->untyped_data();
@@ -223,6 +229,7 @@ auto BindForwardOperands(Binding binding) {
       .template Arg<Operand>()  // gates [B, N, capacity], or [.., 0] for none
       .template Ret<Operand>()  // out [B, T, N, Hv]
       .template Ret<Operand>()  // lse [B, N, T]
+      .template Ret<Operand>()  // lse_rest [B, N, T]
       .template Attr<int64_t>("block_q")
       .template Attr<int64_t>("block_kv")
       .template Attr<float>("scale")
@@ -238,6 +245,7 @@ auto BindBackwardOperands(Binding binding) {
       .template Arg<Operand>()  // key [B, S, K, H]
       .template Arg<Operand>()  // value [B, S, K, Hv]
       .template Arg<Operand>()  // lse [B, N, T]
+      .template Arg<Operand>()  // lse_rest [B, N, T]
       .template Arg<Operand>()  // delta [B, N, T]
       .template Arg<Operand>()  // row_offsets [B|1, N|1, q_blocks + 1]
       .template Arg<Operand>()  // kv_blocks [B|1, N|1, capacity]

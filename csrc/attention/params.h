@@ -77,6 +77,9 @@ struct ForwardParams {
   float soft_cap;     // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
   void* out;          // [B, T, N, value_dim], dtype
   void* lse;          // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink, without the gates
+  // stats [B, N, T]: what rounding took from lse. The backward forms exp(logit - lse): with logits of 10^6 the last bit
+  // of lse alone would change its probabilities by 3 %, and gradients with them.
+  void* lse_rest;
 };
 
 // Below this scale (and for negative ones) a row's largest product need not be its largest logit, or the product of
@@ -90,7 +93,8 @@ struct BackwardParams {
   const void* query;  // as in ForwardParams
   const void* key;
   const void* value;
-  const void* lse;    // stats [B, N, T], as the forward wrote it
+  const void* lse;  // stats [B, N, T], as the forward wrote it
+  const void* lse_rest;
   const void* delta;  // stats [B, N, T]: sum(dout * out, -1) - dlse
   BlockList rows;     // query-major, for dQ
   BlockList cols;     // key-major, for dK and dV

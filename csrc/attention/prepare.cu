@@ -1,6 +1,7 @@
 #include <algorithm>
 
 #include "attention/prepare.h"
+#include "attention/sm90/bwd_plan.h"
 #include "device/block_list.cuh"
 #include "device/softmax.cuh"
 
@@ -21,11 +22,14 @@ __device__ __forceinline__ void ConvertStatistics(const BackwardParams& params, 
     if (position < limit.query) {
       const int64_t at = row * shape.q_len + position;
       result = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
+                                         __ldg(static_cast<const float*>(params.lse_rest) + at),
                                          __ldg(static_cast<const float*>(params.delta) + at));
     }
-    float* tile = statistics + (i / 64) * 128 + i % 64;
+    float* tile = statistics + (i / 64) * sm90::kStatisticsWords + i % 64;
     tile[0] = result.lse;
     tile[64] = result.delta;
+    // Where it is below 2^-15, and so of no account to 16-bit probabilities, no tile asks for the slower exponentials.
+    tile[128] = fabsf(result.lse) < 1024.f ? 0.f : result.rest;
   }
 }
 

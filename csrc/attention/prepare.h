@@ -20,8 +20,8 @@ struct Preparation {
   // either may have written last. Entries that belong to no row are left alone. Both lists are per batch and per head
   // alike.
   int2* matches;
-  // [batch, heads, ceil(q_len / 64), 2, 64]: RowStatistics of each 64 queries, first lse, then delta, as the copy
-  // engine can take them whatever the length.
+  // [batch, heads, ceil(q_len / 64), 3, 64]: RowStatistics of each 64 queries, first lse, then delta, then rest, as the
+  // copy engine can take them whatever the length.
   float* statistics;
   // [units, key_items]: items of keys in the order in which they are handed out: first those with more than twice the
   // mean number of entries, then the others, each kind as it is numbered. Item i is tile i % key_tiles of the unit's

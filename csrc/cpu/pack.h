@@ -51,12 +51,13 @@ JAX_BSK_NO_INLINE void UnpackTransposed(const C* from, int64_t ld, const C* fact
   }
 }
 
-// Copies rows, padded with zeros to whole vectors.
+// Copies rows times a factor, padded with zeros to whole vectors.
 template <class C, class E>
-JAX_BSK_NO_INLINE void PackRows(const E* from, int64_t stride, int64_t rows, int64_t columns, C* to, int64_t ld) {
+JAX_BSK_NO_INLINE void PackRows(const E* from, int64_t stride, int64_t rows, int64_t columns, C* to, int64_t ld,
+                                C factor = C(1)) {
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < columns; c += kLanes<C>) {
-      Store<C>(to + r * ld + c, LoadUpTo<C>(from + r * stride + c, columns - c));
+      Store<C>(to + r * ld + c, factor * LoadUpTo<C>(from + r * stride + c, columns - c));
     }
   }
 }

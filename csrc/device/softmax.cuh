@@ -10,7 +10,9 @@
 namespace jax_bsk::device {
 
 constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2ERest = 1.9259629911e-8f;  // log2(e) less kLog2E
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLn2Rest = -1.9046542999e-9f;  // ln(2) less kLn2
 __device__ __forceinline__ float Infinity() { return __int_as_float(0x7F800000); }
 __device__ __forceinline__ float QuietNan() { return __int_as_float(0x7FFFFFFF); }
 
@@ -43,17 +45,42 @@ struct LogitMap {
   __device__ float Slope(float x) const { return capped ? 1.f - x * x : 1.f; }
 };
 
-// Statistics of a query row, such that P = Exp2(logit - lse) in units of log2 needs no special case.
+// The natural logarithm of sum * 2^max, rounded, and what rounding took from it.
+struct LogSum {
+  float value;
+  float rest;
+
+  __device__ static LogSum Of(float max, float sum) {
+    const float product = max * kLn2, log_sum = logf(sum), value = fmaf(max, kLn2, log_sum);
+    const float lost = fmaf(max, kLn2, -product) + max * kLn2Rest;  // by the product
+    const float rest = ((product - value) + log_sum) + lost;        // the difference is exact where value is large
+    return {value, isfinite(rest) ? rest : 0.f};
+  }
+};
+
+// Statistics of a query row, such that P = Probability(logit) in units of log2 needs no special case.
 struct RowStatistics {
   float lse;  // +inf for a row that attends to nothing (P = 0); NaN when the row is poisoned or delta is not finite
   float delta;
+  float rest;  // of lse: see LogSum
 
-  __device__ static RowStatistics None() { return {Infinity(), 0.f}; }
-  __device__ static RowStatistics Of(float lse, float delta) {
+  __device__ static RowStatistics None() { return {Infinity(), 0.f, 0.f}; }
+  __device__ static RowStatistics Of(float lse, float lse_rest, float delta) {
     if (lse == -Infinity()) return None();
-    return {isfinite(delta) ? lse * kLog2E : QuietNan(), delta};
+    const float value = lse * kLog2E, lost = fmaf(lse, kLog2E, -value) + lse * kLog2ERest;
+    const float rest = fmaf(lse_rest, kLog2E, lost);
+    return {isfinite(delta) ? value : QuietNan(), delta, isfinite(rest) ? rest : 0.f};
   }
 };
+
+// The exponent of a probability whose logit, in units of log2, is `difference` away from its row's log-sum-exp, less what
+// the latter's rest says. It is at most 0, whatever rounding made of logits so large that the forward's and the
+// backward's differ; NaN stays NaN.
+__device__ __forceinline__ float Exponent(float difference, float rest) {
+  const float x = difference - rest;
+  return x > 0.f ? 0.f : x;
+}
+__device__ __forceinline__ float Probability(float difference, float rest) { return Exp2(Exponent(difference, rest)); }
 
 // Bits of the columns below `count` of a 64-column tile.
 __device__ __forceinline__ uint64_t FirstBits(int count) {

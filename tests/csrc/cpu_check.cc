@@ -87,7 +87,7 @@ bool Broken(const Lists& lists, int64_t n_tiles, int64_t leading, int64_t row) {
 struct Case {
   Shape shape;
   DType dtype;
-  Array query, key, value, dout, sinks, lse, delta;
+  Array query, key, value, dout, sinks, lse, lse_rest, delta;
   Lists rows, cols;
   int64_t tiles_batch, tiles_heads, n_tiles, lengths_batch, sinks_batch, sinks_heads;
   std::unique_ptr<uint32_t[]> words;
@@ -96,7 +96,7 @@ struct Case {
   bool gated;
   Array gates, col_gates;  // of the two lists' entries, with nothing to do with each other: no kernel reads both
   // Results of the kernels.
-  Array out, got_lse, dquery, dkey, dvalue, dgates;
+  Array out, got_lse, got_lse_rest, dquery, dkey, dvalue, dgates;
 
   ForwardParams Forward() {
     return {shape,
@@ -114,7 +114,8 @@ struct Case {
             scale,
             soft_cap,
             out.data.get(),
-            got_lse.data.get()};
+            got_lse.data.get(),
+            got_lse_rest.data.get()};
   }
   BackwardParams Backward() {
     return {shape,
@@ -124,6 +125,7 @@ struct Case {
             key.data.get(),
             value.data.get(),
             lse.data.get(),
+            lse_rest.data.get(),
             delta.data.get(),
             rows.View(),
             cols.View(),
@@ -271,6 +273,7 @@ Case MakeCase(uint64_t seed) {
   }
   c.out = Array(c.dtype, c.dout.size);
   c.got_lse = Array(Statistics(c.dtype), q_rows);
+  c.got_lse_rest = Array(Statistics(c.dtype), q_rows);
   c.dquery = Array(c.dtype, c.query.size);
   c.dkey = Array(c.dtype, c.key.size);
   c.dvalue = Array(c.dtype, c.value.size);
@@ -404,6 +407,7 @@ struct Reference {
   // Statistics for the backward, rounded as the caller would hand them over.
   void SetStatistics(Case& to) const {
     to.lse = Array(Statistics(c.dtype), lse.value.size());
+    to.lse_rest = Array(Statistics(c.dtype), lse.value.size());
     to.delta = Array(Statistics(c.dtype), lse.value.size());
     for (int64_t b = 0; b < s.batch; ++b)
       for (int64_t h = 0; h < s.heads; ++h)
@@ -412,6 +416,7 @@ struct Reference {
           double sum = 0;
           for (int64_t d = 0; d < s.value_dim; ++d) sum += c.dout[q * s.value_dim + d] * out.value[q * s.value_dim + d];
           to.lse.Set(i, lse.value[i]);
+          to.lse_rest.Set(i, std::isfinite(lse.value[i]) ? lse.value[i] - to.lse[i] : 0);
           to.delta.Set(i, sum);
         }
   }
@@ -468,7 +473,7 @@ struct Reference {
 
   PairTerms Terms(int64_t b, int64_t h, int64_t t, int64_t key, double gate) const {
     const int64_t q = QueryRow(b, t, h), k = KeyRow(b, key, h), i = (b * s.heads + h) * s.q_len + t;
-    const double row_lse = c.lse[i], delta = c.delta[i];
+    const double row_lse = c.lse[i] + c.lse_rest[i], delta = c.delta[i];
     double logit_terms;
     const double logit = Logit(q, k, logit_terms);
     PairTerms x{};
@@ -613,7 +618,9 @@ void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64
   c.cols = MakeLists({cols}, 1, 1, n, 0);
   c.out = Array(dtype, c.dout.size);
   c.got_lse = Array(Statistics(dtype), heads * length);
+  c.got_lse_rest = Array(Statistics(dtype), heads * length);
   c.lse = random.Normals(Statistics(dtype), heads * length);
+  c.lse_rest = random.Normals(Statistics(dtype), heads * length);
   c.delta = random.Normals(Statistics(dtype), heads * length);
   c.dquery = Array(dtype, c.query.size);
   c.dkey = Array(dtype, c.key.size);
@@ -627,6 +634,7 @@ void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64
 
   RunForward(c, 1);
   std::memcpy(c.lse.data.get(), c.got_lse.data.get(), heads * length * Size(Statistics(dtype)));
+  std::memcpy(c.lse_rest.data.get(), c.got_lse_rest.data.get(), heads * length * Size(Statistics(dtype)));
   const double flops = 4.0 * heads * dim * visited * block * block;
   std::printf("%-34s %3.0f %% of blocks:", title, 100.0 * visited / (n * n));
   for (int workers = 1; workers <= 2; ++workers) {

@@ -301,6 +301,7 @@ struct Problem {
         workspace(4 * cuda::ForwardWorkspace(ShapeOf(c)), 0x7F),  // garbage, as XLA hands it out
         out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
+        lse_rest(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
         delta(size_t(c.batch) * c.q_len * c.heads * 4),
         gradient_bytes(BackwardBytes(c, m, !g.rows.empty())),
         gradient_workspace(gradient_bytes),
@@ -318,10 +319,28 @@ struct Problem {
     const Lengths limit{i32(pairs), int64_t(lengths.size() / 2)};
     forward = {shape, c.dtype,    query.data(), key.data(), value.data(),          rows,
                bits,  limit,      sink.data(),  1,          int64_t(sinks.size()), numbers(gates),
-               scale, c.soft_cap, out.data(),   lse.data()};
-    backward = {shape,           c.dtype, dout.data(), query.data(),  key.data(),  value.data(),   lse.data(),
-                delta.data(),    rows,    cols,        bits,          limit,       numbers(gates), numbers(col_gates),
-                numbers(dgates), scale,   c.soft_cap,  dquery.data(), dkey.data(), dvalue.data()};
+               scale, c.soft_cap, out.data(),   lse.data(), lse_rest.data()};
+    backward = {shape,
+                c.dtype,
+                dout.data(),
+                query.data(),
+                key.data(),
+                value.data(),
+                lse.data(),
+                lse_rest.data(),
+                delta.data(),
+                rows,
+                cols,
+                bits,
+                limit,
+                numbers(gates),
+                numbers(col_gates),
+                numbers(dgates),
+                scale,
+                c.soft_cap,
+                dquery.data(),
+                dkey.data(),
+                dvalue.data()};
   }
   static int64_t BackwardBytes(const Case& c, const Mask& m, bool gated) {
     BackwardParams params{};
@@ -336,13 +355,13 @@ struct Problem {
   }
   // Of the forward, or of the forward and the backward after it.
   std::vector<Device*> Results(bool backward) {
-    if (!backward) return {&out, &lse};
-    return {&out, &lse, &dquery, &dkey, &dvalue, &dgates};
+    if (!backward) return {&out, &lse, &lse_rest};
+    return {&out, &lse, &lse_rest, &dquery, &dkey, &dvalue, &dgates};
   }
 
   Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink, gates,
       col_gates, workspace;
-  Device out, lse, delta;
+  Device out, lse, lse_rest, delta;
   int64_t gradient_bytes;
   Device gradient_workspace, dquery, dkey, dvalue, dgates;
   ForwardParams forward;
@@ -620,8 +639,8 @@ bool RunCase(Case c) {
   // Logits of 100 are rounded to 2^-18 in float32, and so are then their exponentials.
   const double epsilon = Epsilon(c.dtype), spread = std::max({1.f, c.amplitude, c.jump});
   const auto guards = [&] {
-    for (const Device* d : {&problem.out, &problem.lse, &problem.dquery, &problem.dkey, &problem.dvalue,
-                            &problem.dgates, &problem.workspace, &problem.gradient_workspace})
+    for (const Device* d : {&problem.out, &problem.lse, &problem.lse_rest, &problem.dquery, &problem.dkey,
+                            &problem.dvalue, &problem.dgates, &problem.workspace, &problem.gradient_workspace})
       if (!d->GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
   };
   for (const auto& [name, kernel, unused] : ForwardKernels(c)) {
@@ -733,12 +752,14 @@ bool RunHuge() {
   const auto key_bytes = Encode(key, c.dtype), value_bytes = Encode(value, c.dtype);
   const uint64_t count = uint64_t(c.q_len) * c.heads * 128;
   const std::vector<uint8_t> tiny(16);
-  Device query(count * 2), out(count * 2, 0xFF), lse(uint64_t(c.q_len) * c.heads * 4, 0xFF);
+  Device query(count * 2), out(count * 2, 0xFF), lse(uint64_t(c.q_len) * c.heads * 4, 0xFF),
+      lse_rest(uint64_t(c.q_len) * c.heads * 4, 0xFF);
   FillHash<<<1024, 256>>>(static_cast<__nv_bfloat16*>(query.data()), count);
   Problem p(Case{"none", DType::kBF16, 1, 1, 128, 1, 1, 128, 128, 128, 128}, mask, tiny, key_bytes, value_bytes, tiny,
             {c.q_len, 128}, {-INFINITY}, 0.1f);
   p.forward.shape = ShapeOf(c);
   p.forward.query = query.data(), p.forward.out = out.data(), p.forward.lse = lse.data();
+  p.forward.lse_rest = lse_rest.data();
   const Device workspace(4 * cuda::ForwardWorkspace(p.forward.shape), 0x7F);
   CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(workspace.data()), 0, nullptr));
   CUDA_OK(cudaDeviceSynchronize());

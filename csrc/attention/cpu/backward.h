@@ -5,6 +5,9 @@
 //
 // The two are mirror images: dQ keeps the queries along the lanes, as the forward does, dK and dV the keys. With
 //   P = 2^(S - lse),  dS = P * (g * dP - delta),  dP = dO V^T,  g the block's gate or 1,
+// and lse the sum of two numbers (params.h), and S the forward's to the last bit: queries have the scale in both. So P
+// is right however large S is.
+//
 // each needs S and dP with its own side along the lanes (products of rows), then sums dS or P times the other side's
 // rows (products of columns). dK and dV, which have the
 // weights g * P of the values, also sum the gates' own gradients P * dP.
@@ -17,15 +20,16 @@ namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
 // `own` is the side along the lanes, w lanes wide; `other` the side whose blocks are visited, o rows.
 template <class C>
 struct BackwardScratch {
-  C* own_head;     // [head_dim, w] Q^T (scaled) or K^T (scaled)
+  C* own_head;     // [head_dim, w] Q^T (scaled) or K^T
   C* own_value;    // [value_dim, w] dO^T or V^T
-  C* other_head;   // [o, head_dim] K or Q
+  C* other_head;   // [o, head_dim] K or Q (scaled)
   C* other_value;  // [o, value_dim] V or dO
   C* scores;       // [o, w] S, then P
   C* gradient;     // [o, w] dP, then dS
   C* d_head;       // [head_dim, w] dQ^T or dK^T
   C* d_value;      // [value_dim, w] dV^T, key-major only
   C* lse;          // [max(w, o)] in base-2 units, +inf for P = 0
+  C* lse_rest;     // [max(w, o)] what rounding took from it
   C* delta;        // [max(w, o)]
   C* factor;       // [w] of the results
   Lane<C>* tile;   // [block_kv / 32, w]
@@ -47,6 +51,7 @@ struct BackwardScratch {
     d_head = carver.Take<C>(head_dim * block);
     d_value = carver.Take<C>(value_dim * block);
     lse = carver.Take<C>(block);
+    lse_rest = carver.Take<C>(block);
     delta = carver.Take<C>(block);
     factor = carver.Take<C>(block);
     tile = carver.Take<Lane<C>>(s.block_kv / 32 * s.block_q);
@@ -59,39 +64,60 @@ struct BackwardScratch {
 // Both directions' constants of the scores. With a soft cap they are kept divided by it up to the tanh.
 template <class C>
 struct ScoreUnits {
-  C packed;   // what the packed side is multiplied by
-  C cap;      // soft cap in base-2 units
-  C natural;  // what dQ and dK are multiplied by in the end
+  C packed;  // what queries are multiplied by
+  C cap;     // soft cap in base-2 units
+  C dquery;  // what dQ is multiplied by in the end
+  C dkey;    // what dK is, whose queries are multiplied by `packed` already
 
   explicit ScoreUnits(const BackwardParams& p)
       : packed(static_cast<C>(p.soft_cap != 0 ? double(p.scale) / p.soft_cap : p.scale * kLog2E)),
         cap(static_cast<C>(p.soft_cap * kLog2E)),
-        natural(static_cast<C>(p.scale)) {}
+        dquery(static_cast<C>(p.scale)),
+        dkey(static_cast<C>(p.soft_cap != 0 ? p.soft_cap : kLn2)) {}
 };
 
 // The statistics of `count` queries, padded with P = 0 up to `lanes`. lse = -inf means that nothing was attended to, so
 // P is to be 0; a delta that is not finite counts as lse = NaN.
 template <class C>
-void PackStatistics(const C* lse, const C* delta, int64_t count, int64_t lanes, C* lse_to, C* delta_to) {
+void PackStatistics(const BackwardParams& p, int64_t first, int64_t count, int64_t lanes, const BackwardScratch<C>& x) {
+  const C *lse = static_cast<const C*>(p.lse) + first, *lse_rest = static_cast<const C*>(p.lse_rest) + first,
+          *delta = static_cast<const C*>(p.delta) + first;
   for (int64_t r = 0; r < lanes; ++r) {
     const bool valid = r < count;
     const bool finite = valid && delta[r] - delta[r] == 0;
-    const C base2 = valid && lse[r] != -kInfinity<C> ? static_cast<C>(lse[r] * kLog2E) : kInfinity<C>;
-    lse_to[r] = valid && !finite ? kNaN<C> : base2;
-    delta_to[r] = finite ? delta[r] : 0;
+    const bool attends = valid && lse[r] != -kInfinity<C>;
+    const C base2 = attends ? static_cast<C>(lse[r] * kLog2E) : kInfinity<C>;
+    const double lost = attends ? __builtin_fma(double(lse[r]), kLog2E, -double(base2)) + lse[r] * kLog2ERest : 0;
+    const double rest = attends ? lost + lse_rest[r] * kLog2E : 0;
+    x.lse[r] = valid && !finite ? kNaN<C> : base2;
+    x.lse_rest[r] = rest - rest == 0 ? static_cast<C>(rest) : C(0);
+    x.delta[r] = finite ? delta[r] : 0;
   }
+}
+
+// A query's statistics, in all lanes, or a query a lane.
+template <class C>
+struct Statistics {
+  Vec<C> lse, rest, delta;
+};
+
+// 2^(score - lse), at most 1, whatever the compiler made of products that it computes anew; NaN stays NaN.
+template <class C>
+JAX_BSK_INLINE Vec<C> Probability(Vec<C> score, const Statistics<C>& of) {
+  const Vec<C> x = (score - of.lse) - of.rest;
+  return Exp2<C>(Select<C>(x > C(0), Vec<C>{}, x));
 }
 
 // P and dS of one vector of pairs from S and dP.
 template <class C, bool kSoftCap>
-JAX_BSK_INLINE void PairGradient(Vec<C>& score, Vec<C>& gradient, Vec<C> lse, Vec<C> delta, C cap) {
+JAX_BSK_INLINE void PairGradient(Vec<C>& score, Vec<C>& gradient, const Statistics<C>& of, C cap) {
   if constexpr (kSoftCap) {
     const Vec<C> capped = Tanh<C>(score);
-    score = Exp2<C>(cap * capped - lse);
-    gradient = score * (gradient - delta) * (C(1) - capped * capped);
+    score = Probability<C>(cap * capped, of);
+    gradient = score * (gradient - of.delta) * (C(1) - capped * capped);
   } else {
-    score = Exp2<C>(score - lse);
-    gradient = score * (gradient - delta);
+    score = Probability<C>(score, of);
+    gradient = score * (gradient - of.delta);
   }
 }
 
@@ -100,13 +126,12 @@ JAX_BSK_INLINE void PairGradient(Vec<C>& score, Vec<C>& gradient, Vec<C> lse, Ve
 template <class C, bool kPartial, bool kSoftCap, bool kGated>
 void QueryGradient(const BackwardScratch<C>& x, int64_t ld, int64_t keys, int64_t vectors, C cap, C gate) {
   for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
-    const Vec<C> lse = Load<C>(x.lse + v);
-    const Vec<C> delta = Load<C>(x.delta + v);
+    const Statistics<C> of = {Load<C>(x.lse + v), Load<C>(x.lse_rest + v), Load<C>(x.delta + v)};
     for (int64_t k = 0; k < keys; ++k) {
       Vec<C> score = Load<C>(x.scores + k * ld + v);
       Vec<C> gradient = Load<C>(x.gradient + k * ld + v);
       if constexpr (kGated) gradient *= gate;
-      PairGradient<C, kSoftCap>(score, gradient, lse, delta, cap);
+      PairGradient<C, kSoftCap>(score, gradient, of, cap);
       if constexpr (kPartial) {
         if (x.bad[k]) gradient = Broadcast<C>(kNaN<C>);
         gradient = Select<C>(QueriesAttend<C>(x.tile + v, ld, k), gradient, Vec<C>{});
@@ -123,14 +148,13 @@ void KeyGradient(const BackwardScratch<C>& x, int64_t ld, int64_t queries, int64
                  C gate) {
   if constexpr (kGated) Fill<C>(x.d_gate, vectors * kLanes<C>, C(0));
   for (int64_t q = 0; q < queries; ++q) {
-    const Vec<C> lse = Broadcast<C>(x.lse[q]);
-    const Vec<C> delta = Broadcast<C>(x.delta[q]);
+    const Statistics<C> of = {Broadcast<C>(x.lse[q]), Broadcast<C>(x.lse_rest[q]), Broadcast<C>(x.delta[q])};
     for (int64_t v = 0; v < vectors * kLanes<C>; v += kLanes<C>) {
       Vec<C> score = Load<C>(x.scores + q * ld + v);
       Vec<C> gradient = Load<C>(x.gradient + q * ld + v);
       Vec<C> d_gate = gradient;
       if constexpr (kGated) gradient *= gate;
-      PairGradient<C, kSoftCap>(score, gradient, lse, delta, cap);
+      PairGradient<C, kSoftCap>(score, gradient, of, cap);
       if constexpr (kGated) {
         d_gate *= score;
         score *= gate;
@@ -208,10 +232,9 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
                     units.packed, x.own_head, ld);
   PackTransposed<C>(static_cast<const E*>(p.dout) + row_index * s.value_dim, s.heads * s.value_dim, queries,
                     s.value_dim, C(1), x.own_value, ld);
-  PackStatistics<C>(static_cast<const C*>(p.lse) + statistics, static_cast<const C*>(p.delta) + statistics, queries, ld,
-                    x.lse, x.delta);
+  PackStatistics<C>(p, statistics, queries, ld, x);
   Fill<C>(x.d_head, head_ld * ld, C(0));
-  Fill<C>(x.factor, ld, units.natural);
+  Fill<C>(x.factor, ld, units.dquery);
   const C* const gates = RowGates<const C>(p.row_gates, p.rows, s, b, h, row);
 
   for (int64_t entry = 0; entry < row.count; ++entry) {
@@ -290,8 +313,8 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   const bool gated = p.dgates != nullptr;  // whose entries are written here, if only with 0
   if (keys == 0 && !gated) return;
 
-  // --- Start: K^T with the scale in it, V^T.
-  PackTransposed<C>(static_cast<const E*>(p.key) + row_index * s.head_dim, key_stride, keys, s.head_dim, units.packed,
+  // --- Start: K^T, V^T.
+  PackTransposed<C>(static_cast<const E*>(p.key) + row_index * s.head_dim, key_stride, keys, s.head_dim, C(1),
                     x.own_head, ld);
   PackTransposed<C>(static_cast<const E*>(p.value) + row_index * s.value_dim, value_stride, keys, s.value_dim, C(1),
                     x.own_value, ld);
@@ -320,10 +343,10 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       const bool partial = row.tiles[entry] >= 0;
 
       // --- Load: rows of Q and dO in the compute type, and their statistics.
-      PackRows<C>(query + first_query * query_stride, query_stride, queries, s.head_dim, x.other_head, head_ld);
+      PackRows<C>(query + first_query * query_stride, query_stride, queries, s.head_dim, x.other_head, head_ld,
+                  units.packed);
       PackRows<C>(dout + first_query * dout_stride, dout_stride, queries, s.value_dim, x.other_value, value_ld);
-      PackStatistics<C>(static_cast<const C*>(p.lse) + statistics + first_query,
-                        static_cast<const C*>(p.delta) + statistics + first_query, queries, queries, x.lse, x.delta);
+      PackStatistics<C>(p, statistics + first_query, queries, queries, x);
       const uint32_t* tile = nullptr;
       if (partial) {
         tile = TileWords(p.tiles, s, b, h, row.tiles[entry]);
@@ -370,8 +393,8 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
     return;
   }
 
-  // --- Finish: dK = scale * dK^T, dV = dV^T
-  Fill<C>(x.factor, ld, units.natural);
+  // --- Finish: dK = dK^T in natural units, dV = dV^T
+  Fill<C>(x.factor, ld, units.dkey);
   UnpackTransposed<C>(x.d_head, ld, x.factor, keys, s.head_dim, dkey, key_stride);
   Fill<C>(x.factor, ld, C(1));
   UnpackTransposed<C>(x.d_value, ld, x.factor, keys, s.value_dim, dvalue, value_stride);

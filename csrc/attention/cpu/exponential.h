@@ -9,7 +9,9 @@ namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
 using namespace jax_bsk::cpu::JAX_BSK_CPU_ISA;
 
 constexpr double kLog2E = 1.4426950408889634074;
+constexpr double kLog2ERest = 2.0355273740931033e-17;  // log2(e) less kLog2E
 constexpr double kLn2 = 0.69314718055994530942;
+constexpr double kLn2Rest = 2.3190468138462996e-17;  // ln(2) less kLn2
 
 template <class C>
 struct ExpConstants;

@@ -146,10 +146,12 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   const E* const values = static_cast<const E*>(p.value) + (b * s.kv_len * s.kv_heads + kv_head) * s.value_dim;
   E* const out = static_cast<E*>(p.out) + ((b * s.q_len + first) * s.heads + h) * s.value_dim;
   C* const lse = static_cast<C*>(p.lse) + (b * s.heads + h) * s.q_len + first;
+  C* const lse_rest = static_cast<C*>(p.lse_rest) + (b * s.heads + h) * s.q_len + first;
 
   // --- Rows beyond the example's length, and rows whose list is broken.
   FillRows<C>(out + queries * out_stride, out_stride, rows - queries, s.value_dim, C(0));
   Fill<C>(lse + queries, rows - queries, -kInfinity<C>);
+  Fill<C>(lse_rest, rows, C(0));
   if (queries == 0) return;
   const BlockRow row = ReadRow(p.rows, p.tiles.count, b, h, i);
   if (row.poisoned) {
@@ -220,8 +222,10 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     const double sum = x.sum[r];
     double total = sum;
     double shift = maximum;
+    // What rounding took from `maximum`.
+    double lost = __builtin_fma(double(x.maximum[r]), kLn2, -maximum) + x.maximum[r] * kLn2Rest;
     if (sink != -kInfinity<C>) {
-      shift = sink > maximum ? double(sink) : maximum;
+      if (sink > maximum) shift = sink, lost = 0;
       total = sum == 0 ? 0 : sum * __builtin_exp(maximum - shift);
       const double own = __builtin_exp(sink - shift);
       x.rescale[r] = static_cast<C>(sum == 0 ? 0 : __builtin_exp(maximum - shift) / (total + own));
@@ -229,7 +233,10 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     } else {
       x.rescale[r] = static_cast<C>(sum == 0 ? 0 : 1 / sum);
     }
-    if (r < queries) lse[r] = total == 0 ? -kInfinity<C> : static_cast<C>(shift + __builtin_log(total));
+    if (r >= queries) continue;
+    lse[r] = total == 0 ? -kInfinity<C> : static_cast<C>(shift + __builtin_log(total));
+    const double rest = (shift - lse[r]) + __builtin_log(total) + lost;
+    lse_rest[r] = rest - rest == 0 ? static_cast<C>(rest) : C(0);
   }
   UnpackTransposed<C>(x.out, ld, x.rescale, queries, s.value_dim, out, out_stride);
 }

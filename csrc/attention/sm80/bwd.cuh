@@ -21,7 +21,7 @@ __device__ __forceinline__ void PairGradient(float& product, float& dprob, const
     product = map(product);
     slope = map.Slope(product);
   }
-  product = device::Exp2(fmaf(product, map.multiplier, -row.lse));
+  product = device::Probability(fmaf(product, map.multiplier, -row.lse), row.rest);
   dprob = product * fmaf(gate, dprob, -row.delta) * slope;
 }
 
@@ -90,6 +90,7 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
     rows[half] = device::RowStatistics::None();
     if (row < q_rows) {
       rows[half] = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + statistics + row),
+                                             __ldg(static_cast<const float*>(params.lse_rest) + statistics + row),
                                              __ldg(static_cast<const float*>(params.delta) + statistics + row));
     }
   }
@@ -322,6 +323,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     if (thread < kTileQ && now.start + thread < limit.query) {
       const int64_t index = (int64_t{batch} * heads + now_head) * shape.q_len + now.start + thread;
       row = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + index),
+                                      __ldg(static_cast<const float*>(params.lse_rest) + index),
                                       __ldg(static_cast<const float*>(params.delta) + index));
     }
     if (now.tile >= 0 && thread < 2 * kTileQ) {

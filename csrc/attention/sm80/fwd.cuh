@@ -174,7 +174,9 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
                                : __ldg(sinks + device::TableIndex(params.sinks_batch, params.sinks_heads, batch, head));
   const float sink = device::kLog2E * sink_logit;
   auto* out_rows = static_cast<Element*>(params.out) + first_query * out_stride + head * value_dim;
-  float* lse = static_cast<float*>(params.lse) + (int64_t{batch} * heads + head) * shape.q_len + q_start;
+  const int64_t statistics = (int64_t{batch} * heads + head) * shape.q_len + q_start;
+  float *lse = static_cast<float*>(params.lse) + statistics,
+        *lse_rest = static_cast<float*>(params.lse_rest) + statistics;
   const bool poisoned = walker.poisoned();
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -189,10 +191,12 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
       const bool valid = row < q_rows;
       finish[half] = {valid && !poisoned && sum != 0.f, rescale / sum, valid && poisoned ? device::QuietNan() : 0.f};
       if (t == 0 && q_start + row < q_len) {
+        const auto log_sum = device::LogSum::Of(max, sum);
         lse[row] = !valid           ? -device::Infinity()
                    : poisoned       ? device::QuietNan()
                    : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
-                                    : fmaf(max, device::kLn2, logf(sum));
+                                    : log_sum.value;
+        lse_rest[row] = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
       }
     }
     device::StoreRows(out[m], finish, shared.query, warp_row + 16 * m, out_rows, out_stride, q_len - q_start,

@@ -164,7 +164,7 @@ class BackwardConsumer {
     if constexpr (Config::kPlain) {
       device::sm90::WaitForProducts<1>();
       device::sm90::Pin(scores);
-      Probabilities(scores, rows);
+      Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
       if constexpr (!Config::kGated) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
@@ -191,7 +191,7 @@ class BackwardConsumer {
       MapLogits(scores);
 #pragma unroll
       for (int i = 0; i < kScores; ++i) dscores[i] *= plan_.logits.Slope(scores[i]);
-      Probabilities(scores, rows);
+      Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     }
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
@@ -236,7 +236,7 @@ class BackwardConsumer {
     }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][0]);
-    Probabilities(scores, rows);
+    Probabilities(scores, rows, stage);
     if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     uint32_t packed[kPacked];
     if constexpr (Config::kGated) {
@@ -323,12 +323,23 @@ class BackwardConsumer {
     }
   }
 
-  // Logits to probabilities.
-  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked]) {
+  // Logits to probabilities. Where the log-sum-exp of a query is so large that its rounding would be seen, what is left
+  // of it comes from shared memory: a branch a step, so that all others cost what they would without.
+  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked], int stage) {
+    const float* rest = shared_.statistics[stage][2];
+    const float2 own = *reinterpret_cast<const float2*>(rest + 2 * (Thread() % 32));
+    const bool large = __any_sync(0xFFFFFFFFu, own.x != 0.f || own.y != 0.f);
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      x[i] = device::Exp2(fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]));
+    for (int i = 0; i < kScores; ++i) x[i] = fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]);
+    if (large) {
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        x[i] = device::Exponent(x[i], rest[8 * (i / 4) + Thread() % 4 * 2 + i % 2]);
+        if (i % 2 == 1) device::sm90::Pin(x);  // two at a time: more would spill
+      }
     }
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] = device::Exp2(x[i]);
   }
 
   // With a soft cap, or a scale that is not positive.

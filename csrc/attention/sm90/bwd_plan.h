@@ -18,6 +18,7 @@
 namespace jax_bsk::attention::cuda::sm90 {
 
 constexpr int kPieceElements = 64 * 64;
+constexpr int kStatisticsWords = 3 * 64;  // of 64 queries: lse, delta, rest
 constexpr int kUnitSlots = 3;  // units whose dS exists at a time: one is written, one is read, and one waits to be
 // Items of the first kind that a unit needs not have more of, in tiles of 128 keys: eight a multiprocessor. Against two
 // it is 1 to 8 % faster where the workspace allows it (8192 positions, random and causal).
@@ -37,7 +38,7 @@ struct BackwardLayout {
   int64_t suspect_keys_offset;  // one word for each 64 keys of a head
   int64_t suspect_queries_offset;
   int64_t matches_offset;     // two words for each entry of the query-major lists
-  int64_t statistics_offset;  // 128 words for each 64 queries of a head
+  int64_t statistics_offset;  // kStatisticsWords for each 64 queries of a head
   int64_t order_offset;       // one word for each item of keys
   int64_t gate_sums_offset;   // what gates.h says
   int64_t pieces_offset;      // in bytes
@@ -54,7 +55,7 @@ struct BackwardLayout {
     suspect_queries_offset = suspect_keys_offset + kv_rows * ceil_div(shape.kv_len, 64);
     matches_offset = ceil_div(suspect_queries_offset + query_rows * ceil_div(shape.q_len, 64), 2) * 2;
     statistics_offset = ceil_div(matches_offset + 2 * rows.batch * rows.heads * rows.capacity, 32) * 32;
-    gate_sums_offset = statistics_offset + query_rows * ceil_div(shape.q_len, 64) * 128;
+    gate_sums_offset = statistics_offset + query_rows * ceil_div(shape.q_len, 64) * kStatisticsWords;
     order_offset = gate_sums_offset + gate_sums;
     // Of whole units: fewer than twice the heads there are.
     pieces_offset = ceil_div(4 * (order_offset + 2 * kv_rows * key_tiles), 1024) * 1024;

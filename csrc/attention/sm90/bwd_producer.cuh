@@ -326,7 +326,7 @@ class BackwardLoader {
       shared_.gates[place] = {device::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_pieces)), gate_sums_};
     }
     const int pieces_bytes = block_q / 64 * kPieceElements * 2;
-    device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + 512 : pieces_bytes));
+    device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : pieces_bytes));
     const int head = keys ? head_ : head_ / plan_.group;
 #pragma unroll 1
     for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
@@ -340,8 +340,8 @@ class BackwardLoader {
     }
     if (keys) {
       const int row = item.batch * static_cast<int>(params_.shape.heads) + head_;
-      const float* statistics = plan_.statistics + (int64_t{row} * plan_.query_tiles + start_ / 64) * 128;
-      device::sm90::LoadBytes(shared_.statistics[place], statistics, full, 512);
+      const float* statistics = plan_.statistics + (int64_t{row} * plan_.query_tiles + start_ / 64) * kStatisticsWords;
+      device::sm90::LoadBytes(shared_.statistics[place], statistics, full, kStatisticsBytes);
     }
     if (!keys) {
       const auto* source = static_cast<const Element*>(plan_.pieces) + int64_t{pieces_} * kPieceElements;
@@ -354,6 +354,8 @@ class BackwardLoader {
       device::sm90::LoadBytes(shared_.bits[place], words, full, 64 * block_kv / 8);
     }
   }
+
+  static constexpr int kStatisticsBytes = 4 * kStatisticsWords;
 
   Shared& shared_;
   const BackwardParams& params_;

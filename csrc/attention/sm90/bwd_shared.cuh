@@ -97,7 +97,7 @@ struct BackwardShared {
   alignas(1024) Element scores[kScoreStages][Config::kKeyGroups][kPieceElements];  // dS, [key][query]
   alignas(16) float probs[Config::kSplit ? Config::kProbStages : 1][Config::kSplit ? 8 * kWarpgroup * 4 : 4];
   alignas(16) uint8_t bits[kStages][64 * 16];    // bit tile of a step: [query][keys of the block / 8]
-  alignas(16) float statistics[kStages][2][64];  // of the queries: lse, delta, as RowStatistics has them
+  alignas(16) float statistics[kStages][3][64];  // of the queries: lse, delta, rest, as RowStatistics has them
   int flags[kPlaces];                            // of a step
   GateStep gates[Config::kGated ? kStages : 1];  // of a step of keys
   StoreOrder orders[kOrders];                    // of the CTA's steps of keys

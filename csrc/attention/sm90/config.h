@@ -109,7 +109,7 @@ struct BackwardConfig {
 template <typename Config>
 constexpr int BackwardSharedBytes() {
   return 2 * Config::kTileKv * Config::kChunks * kChunk * 2 +
-         Config::kStages * (Config::kFirstBytes + Config::kSecondBytes + 1536) +
+         Config::kStages * (Config::kFirstBytes + Config::kSecondBytes + 1792) +
          Config::kScoreStages * Config::kKeyGroups * 8192 + Config::kProbStages * 16384 + 1536;
 }
 

@@ -413,10 +413,12 @@ class ForwardConsumer {
       finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum),
                       valid && poisoned ? device::QuietNan() : 0.f};
       if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
+        const auto log_sum = device::LogSum::Of(max, sum);
         lse[row] = !valid           ? -device::Infinity()
                    : poisoned       ? device::QuietNan()
                    : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
-                                    : fmaf(max, device::kLn2, logf(sum));
+                                    : log_sum.value;
+        LogSumExpRest(tile)[row] = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
       }
       suspect |= finish[half].keep && !RowIsFinite(out_, half) && sum - sum == 0.f;
     }
@@ -448,6 +450,7 @@ class ForwardConsumer {
     for (int r = Thread(); r < rows; r += kWarpgroup) {
       const bool valid = first + r < tile.q_rows;
       LogSumExp(tile)[first + r] = !valid ? -device::Infinity() : poisoned ? device::QuietNan() : sink;
+      LogSumExpRest(tile)[first + r] = 0.f;
     }
     const uint32_t nan = device::PackPair<Element>(device::QuietNan(), device::QuietNan());
     const int vectors = value_dim / 8;
@@ -463,9 +466,14 @@ class ForwardConsumer {
     return static_cast<Element*>(params_.out) +
            ((tile.batch * shape.q_len + tile.q_start + row) * shape.heads + tile.head) * shape.value_dim;
   }
+  __device__ __forceinline__ int64_t Statistics(const TileHeader& tile) const {
+    return (tile.batch * params_.shape.heads + tile.head) * params_.shape.q_len + tile.q_start;
+  }
   __device__ __forceinline__ float* LogSumExp(const TileHeader& tile) const {
-    return static_cast<float*>(params_.lse) + (tile.batch * params_.shape.heads + tile.head) * params_.shape.q_len +
-           tile.q_start;
+    return static_cast<float*>(params_.lse) + Statistics(tile);
+  }
+  __device__ __forceinline__ float* LogSumExpRest(const TileHeader& tile) const {
+    return static_cast<float*>(params_.lse_rest) + Statistics(tile);
   }
 
   // Taking turns: while one warpgroup is at its softmax, the other has the tensor cores.

@@ -30,7 +30,8 @@ __device__ __forceinline__ float DotRows(const Element* a, const Element* b, int
 // e^(logit - lse) * value.
 template <typename Config>
 __device__ __forceinline__ void ExactRow(const ForwardParams& params, const TileHeader& tile, int row,
-                                         const device::LogitMap& map, float lse, float (&out)[Config::kChunks][2]) {
+                                         const device::LogitMap& map, const device::RowStatistics& statistics,
+                                         float (&out)[Config::kChunks][2]) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
   const int lane = device::ThreadHere() % 32, position = tile.q_start + row;
@@ -62,7 +63,7 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
     if (attends) {
       float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
       if constexpr (!Config::kPlain) x = map(x);
-      prob = device::Exp2(fmaf(x, map.multiplier, -lse * device::kLog2E));
+      prob = device::Probability(fmaf(x, map.multiplier, -statistics.lse), statistics.rest);
       if constexpr (Config::kGated) {
         prob *= device::ReadGate(params.gates,
                                  device::GateIndex(params.rows, shape.heads, tile.batch, tile.head, walker.position()));
@@ -104,8 +105,8 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
   for (int row = first_row; row < min(first_row + 16, tile.q_rows); ++row) {
     const int64_t position = tile.batch * shape.q_len + tile.q_start + row;
     auto* out = static_cast<Element*>(params.out) + (position * shape.heads + tile.head) * value_dim;
-    const float lse = static_cast<const float*>(
-        params.lse)[(tile.batch * shape.heads + tile.head) * shape.q_len + tile.q_start + row];
+    const int64_t at = (tile.batch * shape.heads + tile.head) * shape.q_len + tile.q_start + row;
+    const float lse = static_cast<const float*>(params.lse)[at];
     bool finite = true;
     for (int column = lane; column < value_dim; column += 32) {
       const float x = static_cast<float>(out[column]);
@@ -114,7 +115,8 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
     // Where lse is NaN so is every output.
     if (__all_sync(0xFFFFFFFFu, finite) || lse - lse != 0.f) continue;
     float exact[Config::kChunks][2];
-    ExactRow<Config>(params, tile, row, plan.logits, lse, exact);
+    const auto statistics = device::RowStatistics::Of(lse, static_cast<const float*>(params.lse_rest)[at], 0.f);
+    ExactRow<Config>(params, tile, row, plan.logits, statistics, exact);
 #pragma unroll
     for (int c = 0; c < Config::kChunks; ++c) {
       const int column = c * kChunk + 2 * lane;

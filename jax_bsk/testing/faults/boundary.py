@@ -91,6 +91,7 @@ BACKWARD_OPERANDS: Changes = {
     "dout shape": {"dout": shape("float32", B, T, N, H - 1)},
     "dout type": {"dout": shape("bfloat16", B, T, N, H)},
     "lse type": {"lse": shape("bfloat16", B, N, T)},
+    "lse_rest shape": {"lse_rest": shape("float32", B, T, N)},
     "delta shape": {"delta": shape("float32", B, T, N)},
     "column offsets length": {"col_offsets": shape("int32", 1, 1, S // BLOCK)},
     "column ids type": {"q_blocks": shape("float32", 1, 1, CAPACITY)},
@@ -108,6 +109,7 @@ FORWARD_RESULTS: Changes = {
     "lse shape": {"lse": shape("float32", B, T, N)},
     "lse type": {"lse": shape("bfloat16", B, N, T)},
     "no lse": {"lse": None},
+    "lse_rest shape": {"lse_rest": shape("float32", B, N, T + 1)},
 }
 BACKWARD_RESULTS: Changes = {
     "dquery shape": {"dquery": shape("float32", B, T, N, 1)},

@@ -94,7 +94,7 @@ def _attributes() -> dict[str, Any]:
 
 def forward_call(implementation: str) -> DirectCall:
     """The forward of ones."""
-    results = {"out": shape("float32", B, T, N, H), "lse": shape("float32", B, N, T)}
+    results = {"out": shape("float32", B, T, N, H), "lse": shape("float32", B, N, T), "lse_rest": shape("float32", B, N, T)}
     if implementation == "cuda":
         results["workspace"] = shape("int32", _ffi._forward_workspace((B, T, N, H)))
     sinks = jnp.full((1, 1), -jnp.inf, jnp.float32)
@@ -114,8 +114,9 @@ def backward_call(implementation: str) -> DirectCall:
     results["dgates"] = gates
     if implementation == "cuda":
         results["workspace"] = shape("uint8", _backward_bytes(gates.shape))
-    # lse is of BLOCK logits of H * SCALE, delta the sum of H products of ones.
-    statistics = {"lse": _ones(B, N, T) * (H * SCALE + math.log(BLOCK)), "delta": _ones(B, N, T) * H}
+    # lse is of BLOCK logits of H * SCALE, its rest nothing, delta the sum of H products of ones.
+    lse = _ones(B, N, T) * (H * SCALE + math.log(BLOCK))
+    statistics = {"lse": lse, "lse_rest": jnp.zeros_like(lse), "delta": _ones(B, N, T) * H}
     operands = {"dout": _ones(B, T, N, H), **_inputs(), **statistics, **_rows(), **_columns(), **_rest()}
     operands |= {"row_gates": gates, "col_gates": gates}
     return DirectCall(_ffi.ATTENTION_BACKWARD, operands, results, _attributes())
