@@ -1,0 +1,125 @@
+"""What the models take from the kernels' sources: sizes of rings, counts of barriers, and the names they mirror."""
+
+from __future__ import annotations
+
+import functools
+import re
+from pathlib import Path
+
+CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
+FORWARD = ("attention/sm90/config.h", "attention/sm90/fwd_shared.cuh")
+BACKWARD = ("attention/sm90/config.h", "attention/sm90/bwd_shared.cuh", "attention/sm90/bwd_plan.h")
+PRODUCTS = ("matmul/sm90/config.h", "matmul/sm90/shared.cuh", "matmul/sm90/product.cuh", "matmul/sm90/consumer.cuh")
+
+
+@functools.cache
+def text(path: str) -> str:
+    """A file of csrc, without comments."""
+    return re.sub(r"//[^\n]*", "", (CSRC / path).read_text())
+
+
+def python_of(expression: str) -> str:
+    """A C++ expression of integers and truth values as one of Python."""
+    expression = re.sub(r"\b(?:Config|Shared)::|\bint64_t\b", "", expression)
+    expression = re.sub(r"!(?!=)", " not ", expression.replace("&&", " and ").replace("||", " or ").replace("/", "//"))
+    expression = expression.replace("true", "True").replace("false", "False").strip()
+    return _conditional(expression)
+
+
+def _conditional(expression: str) -> str:
+    """`a ? b : c`, nested or in parentheses, as `b if a else c`."""
+    depth = 0
+    for i, x in enumerate(expression):
+        depth += (x == "(") - (x == ")")
+        if x == "?" and depth == 0:
+            nested = 0
+            for j in range(i + 1, len(expression)):
+                depth += (expression[j] == "(") - (expression[j] == ")")
+                nested += (expression[j] == "?") - (expression[j] == ":") if depth == 0 else 0
+                if nested < 0:
+                    a, b, c = expression[:i], expression[i + 1 : j], expression[j + 1 :]
+                    return f"({_conditional(b)}) if ({_conditional(a)}) else ({_conditional(c)})"
+    return expression
+
+
+class Constants:
+    """The constants of some files and of a struct of the first, for given template arguments: `constants["kStages"]`.
+
+    Of two definitions under #if and #else the latter holds: that of the library, and not of its checks.
+    """
+
+    def __init__(self, paths: tuple[str, ...], struct: str = "", **arguments):
+        source = "".join(text(path) for path in paths)
+        if struct:  # of the other structs of config.h nothing is wanted
+            config = text(paths[0])
+            body = re.search(rf"struct {struct} {{.*?\n}};", config, re.S)
+            assert body, struct
+            source = config[: config.index("template")] + body[0] + "".join(text(path) for path in paths[1:])
+        self.values: dict[str, object] = dict(arguments)
+        self.source = source
+        self.expressions: dict[str, str] = {}
+        for declaration in re.findall(r"constexpr (?:int|bool|int64_t|uint32_t) ([^;]+);", source):
+            depth, parts = 0, [""]
+            for x in declaration:
+                depth += (x in "(<") - (x in ")>")
+                if x == "," and depth == 0:
+                    parts.append("")
+                else:
+                    parts[-1] += x
+            for part in parts:
+                name, equals, expression = part.partition("=")
+                if equals and python_of(expression) != name.strip():  # `kStages = Config::kStages` says nothing
+                    self.expressions[name.strip()] = expression
+
+    def __getitem__(self, name: str):
+        if name not in self.values:
+            self.values[name] = self.evaluate(self.expressions[name])
+        return self.values[name]
+
+    def evaluate(self, expression: str):
+        python = python_of(expression)
+        names = {name: self[name] for name in re.findall(r"[A-Za-z_]\w*", python) if name not in _WORDS}
+        return eval(python, {"__builtins__": {}}, names)
+
+    def count(self, barrier: str) -> int:
+        """Arrivals of a phase, as in `InitBarrier(barrier[..], arrivals)`."""
+        found = re.findall(rf"InitBarrier\({barrier}(?:\[\w+\])*, ([^;]+)\);", self.source)
+        assert len(found) == 1, (barrier, found)
+        return self.evaluate(found[0])
+
+    def size(self, barrier: str) -> int:
+        """Barriers of a name, as in `Barrier barrier[size], other;`: of the first dimension."""
+        for declaration in re.findall(r"\bBarrier ([^;]+);", self.source):
+            for part in declaration.split(","):
+                found = re.fullmatch(r"(\w+)(?:\[([^\]]+)\])?(?:\[[^\]]+\])?", part.strip())
+                if found and found[1] == barrier:
+                    return self.evaluate(found[2]) if found[2] else 1
+        raise KeyError(barrier)
+
+
+_WORDS = {"if", "else", "and", "or", "not", "True", "False"}
+
+
+def mirrored(docstring: str) -> list[tuple[str, str]]:
+    """The functions that a docstring names, with their files: "`Class::Function` and `Other` in file.cuh"."""
+    found = []
+    for names, path in re.findall(r"((?:`[\w:]+`(?:, | and )?)+) in ([\w/]+\.(?:cuh|h|cu))", docstring):
+        found += [(name, path) for name in re.findall(r"`([\w:]+)`", names)]
+    return found
+
+
+def missing(name: str, path: str) -> str:
+    """Why there is no such function (or struct) in a file of csrc: empty where there is."""
+    paths = [x for x in CSRC.rglob(Path(path).name) if str(x).endswith("/" + path)]
+    if len(paths) != 1:
+        return f"{path}: {len(paths)} files"
+    source = re.sub(r"//[^\n]*", "", paths[0].read_text())
+    *scopes, function = name.split("::")
+    for scope in scopes:
+        if not re.search(rf"\b(?:class|struct) (?:alignas\(\d+\) )?{scope}\b", source):
+            return f"{path}: no class {scope}"
+    # A definition: its name, parentheses, and a body; or a struct.
+    parameters = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
+    if not re.search(rf"\b{function}{parameters}\s*(?:const\s*)?(?::[^;{{]*)?{{|\bstruct {function}\b", source):
+        return f"{path}: no function {function}"
+    return ""
