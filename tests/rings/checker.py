@@ -104,6 +104,10 @@ class Agent:
         """Arrivals of one instruction, in several CTAs: each lands whenever it does."""
         self.program.append(("send", tuple(arrivals), weight))
 
+    def fence(self):
+        """What this agent sent has landed."""
+        self.program.append(("fence",))
+
     def expect(self, barriers: Barriers, use: int, copies: int = 1):
         """The phase waits for so many copies as well."""
         self.program.append(("expect", barriers, use, copies))
@@ -226,6 +230,7 @@ class State:
         self.places: dict[tuple[Barriers, int], _Place] = {}
         self.buffers: dict[tuple[Memory, int], _Buffer] = {}
         self.counters: dict = {}  # (value, past)
+        self.sent = [0] * len(agents)  # arrivals of each agent in other CTAs
         self.airborne: dict[int, list[int]] = {}  # CTA: events that have to happen in its lifetime
         self.findings: list[tuple[str, str]] = []
 
@@ -233,6 +238,7 @@ class State:
         other = State.__new__(State)
         other.names, other.ctas, other.events = self.names, self.ctas, self.events
         other.at, other.past = list(self.at), list(self.past)
+        other.sent = list(self.sent)
         other.places = {key: place.copy() for key, place in self.places.items()}
         other.buffers = {key: buffer.copy() for key, buffer in self.buffers.items()}
         other.counters = dict(self.counters)
@@ -296,6 +302,7 @@ class State:
                 landed = self._event()
                 if barriers.cta != self.ctas[agent]:
                     self.airborne.setdefault(barriers.cta, []).append(landed)
+                    self.sent[agent] |= 1 << landed
                 self._arrive(agent, barriers, use, weight, self.past[agent] | 1 << landed, issued)
         elif kind == "expect":
             _, barriers, use, copies = operation
@@ -305,6 +312,8 @@ class State:
                 phase.past |= self.past[agent]
         elif kind == "copy":
             self._copy(agent, *operation[1:])
+        elif kind == "fence":
+            self.past[agent] |= self.sent[agent]
         elif kind == "add":
             value, past = self.counters.get(operation[1], (0, 0))
             self.counters[operation[1]] = (value + 1, past | self.past[agent])
@@ -529,10 +538,10 @@ class State:
             return result
 
         for number, (agent, at) in enumerate(zip(agents, self.at, strict=True)):
-            self.past[number] = forget(self.past[number])
+            self.past[number], self.sent[number] = forget(self.past[number]), forget(self.sent[number])
             left = tuple(_relative(operation, totals) for operation in agent.program[at:])
             context = tuple(x[1] - totals[x[0]] if isinstance(x, tuple) else x for x in agent.context)
-            key.append((self.past[number], left, context))
+            key.append((self.past[number], self.sent[number], left, context))
             progress.append((left, context))
         for _, _, latest, place in places:
             place.past = forget(place.past)

@@ -44,7 +44,7 @@ MISTAKES = (
     "empty tiles are skipped before the tile is stored",
     "queries are released before the last product that reads them",
     "keys are released before the mask is read",
-    "keys are released a step too late",
+    "queries are released when the next have come",
     "values are not released",
     "empty tiles do not release their header",
     "the loader does not release headers of empty tiles",
@@ -307,8 +307,8 @@ class _Consumer(_ForwardAgent):
         if model.overlap and self.is_live(self.wait_for_header(tile + 1)):
             self.finish_under_next(tile, tile + 1)
             return True
-        if not model.in_registers:
-            self.release(model.empty_query, self.live)
+        if not model.in_registers and "queries are released" not in model.mistake:
+            self.release(model.empty_query, self.live)  # its products are done
         self.last_product()
         self.store_tile(tile)  # releases the tile's header
         following = self.skip_empty_tiles(tile + 1)
@@ -371,6 +371,8 @@ class _Consumer(_ForwardAgent):
         self.wait(self.model.full_key, self.step)
         self.read(self.model.headers, tile)  # the parity of the queries
         self.wait(self.model.full_query, self.live + 1)
+        if self.model.mistake == "queries are released when the next have come" and self.live >= 0:
+            self.release(self.model.empty_query, self.live)
 
     def start_tile(self, tile: int):
         """`ForwardConsumer::StartTile` and `LoadQueries` in fwd_consumer.cuh."""
@@ -378,11 +380,12 @@ class _Consumer(_ForwardAgent):
         self.tile, self.live, self.left = tile, self.live + 1, self.items[tile].steps - 1
         self.context = (("tiles", tile), ("steps", self.step + self.left))
         early = model.mistake == "queries are released before the last product that reads them"
+        late = model.mistake == "queries are released when the next have come"
+        if early:
+            self.release(model.empty_query, self.live)
         if model.in_registers:
-            if early:
-                self.release(model.empty_query, self.live)
             self.read(model.query, self.live)
-            if not early:
+            if not early and not late:
                 self.release(model.empty_query, self.live)
         self.read(model.steps, self.step)  # flags
         self.softmax()
@@ -399,10 +402,7 @@ class _Consumer(_ForwardAgent):
             return
         self.read(model.steps, self.step)
         self.end_read(model.key, self.step)
-        if model.mistake != "keys are released a step too late":
-            self.release(model.empty_key, self.step)
-        elif self.step > 0:
-            self.release(model.empty_key, self.step - 1)
+        self.release(model.empty_key, self.step)
 
     def catch_up(self):
         """`ForwardConsumer::CatchUp`, `LoadOperands` and `KeepProbabilities` in fwd_consumer.cuh: the keys are gone."""

@@ -28,18 +28,31 @@ def python_of(expression: str) -> str:
 
 def _conditional(expression: str) -> str:
     """`a ? b : c`, nested or in parentheses, as `b if a else c`."""
-    depth = 0
-    for i, x in enumerate(expression):
-        depth += (x == "(") - (x == ")")
-        if x == "?" and depth == 0:
-            nested = 0
-            for j in range(i + 1, len(expression)):
-                depth += (expression[j] == "(") - (expression[j] == ")")
-                nested += (expression[j] == "?") - (expression[j] == ":") if depth == 0 else 0
-                if nested < 0:
-                    a, b, c = expression[:i], expression[i + 1 : j], expression[j + 1 :]
-                    return f"({_conditional(b)}) if ({_conditional(a)}) else ({_conditional(c)})"
+    groups: list[str] = []  # in parentheses, innermost first
+
+    def put_away(match: re.Match) -> str:
+        groups.append(f"({_choice(match[1])})")
+        return f"@{len(groups) - 1}@"
+
+    while "(" in expression:
+        expression = re.sub(r"\(([^()]*)\)", put_away, expression)
+    expression = _choice(expression)
+    while "@" in expression:
+        expression = re.sub(r"@(\d+)@", lambda match: groups[int(match[1])], expression)
     return expression
+
+
+def _choice(expression: str) -> str:
+    """The same without parentheses."""
+    condition, question, rest = expression.partition("?")
+    if not question:
+        return expression
+    depth = 0
+    for i, x in enumerate(rest):
+        depth += (x == "?") - (x == ":")
+        if depth < 0:
+            return f"({_choice(rest[:i])}) if ({condition}) else ({_choice(rest[i + 1 :])})"
+    raise ValueError(expression)
 
 
 class Constants:
