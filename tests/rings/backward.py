@@ -23,7 +23,6 @@ MISTAKES = (
     "the loader of keys and values does not wait for open items",
     "an item of keys does not wait for the places of queries",
     "an item of queries does not wait for the places of keys",
-    "an item of queries does not wait for keys and values",
     "a void step has no scores",
     "the storer is told in five places",
     "the storer is told in three places",
@@ -66,7 +65,8 @@ class Item:
 
 
 class Backward(Model):
-    """`BackwardShared` in bwd_shared.cuh, and `BackwardKernel` in bwd.cuh, for one `BackwardConfig` in config.h."""
+    """`BackwardShared` in bwd_shared.cuh, and `BackwardKernel` in sm90/bwd.cuh, for one `BackwardConfig` in
+    attention/sm90/config.h."""
 
     def __init__(self, dim: int, split: bool, mistake: str = "", cta: int = 0, launch: Launch | None = None):
         assert not mistake or mistake in MISTAKES or mistake in LAUNCH_MISTAKES, mistake
@@ -279,13 +279,16 @@ class _Loader(_BackwardAgent):
         self.key_items += 1
 
     def begin_queries(self):
-        """`BackwardLoader::BeginQueries` in bwd_producer.cuh."""
+        """`BackwardLoader::BeginQueries` in bwd_producer.cuh.
+
+        The wait for keys and values is for safety: a consumer releases them before its last step's place. Without it the
+        model finds nothing.
+        """
         if self.model.mistake != "an item of queries does not wait for the places of keys":
             for i in range(self.model.stages):
                 self.wait_until_empty(KEYS, self.step[KEYS] + i)
-        if self.model.mistake != "an item of queries does not wait for keys and values":
-            for group in range(2):
-                self.wait(self.model.empty_key[group], self.key_items - 1)
+        for group in range(2):
+            self.wait(self.model.empty_key[group], self.key_items - 1)
 
     def wait_until_empty(self, kind: str, step: int):
         """`BackwardLoader::WaitUntilEmpty` in bwd_producer.cuh."""

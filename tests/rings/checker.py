@@ -475,10 +475,26 @@ class State:
         self.findings.append((kind, what))
 
     # ---- The state as something to compare
-    def normalise(self, agents: Sequence[Agent], totals: dict[str, int], ordered: bool = True) -> tuple:
+    def progress(self, agents: Sequence[Agent], totals: dict[str, int]) -> tuple:
+        """What decides who can go on: what agents have left to do, and the phases of the barriers."""
+        places = []
+        for (barriers, _), place in self.places.items():
+            phases = tuple(
+                (use - place.latest, phase.arrived, phase.expected, phase.landed)
+                for use, phase in sorted(place.phases.items())
+            )
+            places.append((barriers.name, barriers.cta, place.latest - totals[barriers.counter], phases))
+        return (tuple(sorted(places)), tuple(self._left(agents, totals)))
+
+    def _left(self, agents: Sequence[Agent], totals: dict[str, int]):
+        for agent, at in zip(agents, self.at, strict=True):
+            context = tuple(x[1] - totals[x[0]] if isinstance(x, tuple) else x for x in agent.context)
+            yield (context, tuple(_relative(operation, totals) for operation in agent.program[at:]))
+
+    def normalise(self, agents: Sequence[Agent], totals: dict[str, int]) -> tuple:
         """Forgets what cannot matter any more, and returns all that can, with numbers counted back from the totals.
 
-        Without `ordered` it returns what decides who can go on. What all agents know of needs no event, since whatever happens from now on happens after it.
+        What all agents know of needs no event, since whatever happens from now on happens after it.
         """
         self._land()
         known = ~0
@@ -502,7 +518,6 @@ class State:
         buffers.sort(key=lambda x: x[:4])
 
         key: list = []
-        progress: list = [(name, cta, latest) for name, cta, latest, _ in places]
         for name, cta, latest, place in places:
             place.event, place.before = rename(place.event), rename(place.before)
             renamed = ((agent, rename(event)) for agent, event in sorted(place.waiters.items()))
@@ -529,20 +544,21 @@ class State:
         for event in order:
             live |= 1 << event
 
+        everything = (1 << len(order)) - 1
+
         def forget(past: int) -> int:
-            left, result = past & live, 0
+            left = past & live
+            most = 2 * left.bit_count() > len(order)  # then count what is missing
+            left, result = (left ^ live, everything) if most else (left, 0)
             while left:
                 low = left & -left
-                result |= 1 << order[low.bit_length() - 1]
+                result ^= 1 << order[low.bit_length() - 1]
                 left ^= low
             return result
 
-        for number, (agent, at) in enumerate(zip(agents, self.at, strict=True)):
+        for number in range(len(agents)):
             self.past[number], self.sent[number] = forget(self.past[number]), forget(self.sent[number])
-            left = tuple(_relative(operation, totals) for operation in agent.program[at:])
-            context = tuple(x[1] - totals[x[0]] if isinstance(x, tuple) else x for x in agent.context)
-            key.append((self.past[number], self.sent[number], left, context))
-            progress.append((left, context))
+        key += (*self.past, *self.sent, *self._left(agents, totals))
         for _, _, latest, place in places:
             place.past = forget(place.past)
             key.append(place.past)
@@ -550,9 +566,8 @@ class State:
                 phase.past = forget(phase.past)
                 key.append((use - place.latest + latest, phase.arrived, phase.expected, phase.landed, phase.past))
                 key.append(tuple(phase.issued))
-                progress.append((use - place.latest + latest, phase.arrived, phase.expected, phase.landed))
         self.events = len(order)
-        return tuple(key if ordered else progress)
+        return tuple(key)
 
 
 def _knows(past: int, event: int | None) -> bool:
@@ -664,7 +679,10 @@ def explore(
                 if state.findings:
                     return Coverage(len(seen), sequences, longest, False, findings(state, longer))
                 totals = model.totals(longer)
-                key = (model.places(totals), state.normalise(agents, totals, order))
+                if order:
+                    key = (model.places(totals), state.normalise(agents, totals))
+                else:
+                    key = state.progress(agents, totals)
                 if key in seen:
                     continue
                 seen.add(key)

@@ -57,7 +57,8 @@ MISTAKES = (
 
 
 class Forward(Model):
-    """`ForwardShared` in fwd_shared.cuh, and `ForwardKernel` in fwd.cuh, for one `ForwardConfig` in config.h."""
+    """`ForwardShared` in fwd_shared.cuh, and `ForwardKernel` in sm90/fwd.cuh, for one `ForwardConfig` in
+    attention/sm90/config.h."""
 
     def __init__(self, dim: int, consumers: int, mistake: str = "", headers: int | None = None):
         assert not mistake or mistake in MISTAKES, mistake

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 from pathlib import Path
 
@@ -121,18 +122,39 @@ def mirrored(docstring: str) -> list[tuple[str, str]]:
     return found
 
 
-def missing(name: str, path: str) -> str:
-    """Why there is no such function (or struct) in a file of csrc: empty where there is."""
+def body(name: str, path: str) -> str:
+    """The text of a function (or struct) of csrc without comments, from its name on; empty where there is none."""
     paths = [x for x in CSRC.rglob(Path(path).name) if str(x).endswith("/" + path)]
     if len(paths) != 1:
-        return f"{path}: {len(paths)} files"
+        return ""
     source = re.sub(r"//[^\n]*", "", paths[0].read_text())
     *scopes, function = name.split("::")
     for scope in scopes:
-        if not re.search(rf"\b(?:class|struct) (?:alignas\(\d+\) )?{scope}\b", source):
-            return f"{path}: no class {scope}"
-    # A definition: its name, parentheses, and a body; or a struct.
+        found = re.search(rf"\b(?:class|struct) (?:alignas\(\d+\) )?{scope} {{.*?^}};", source, re.S | re.M)
+        if not found:
+            return ""
+        source = found[0]
+    # A definition: its name, parentheses, perhaps initial values, and a body.
     parameters = r"\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)"
-    if not re.search(rf"\b{function}{parameters}\s*(?:const\s*)?(?::[^;{{]*)?{{|\bstruct {function}\b", source):
-        return f"{path}: no function {function}"
-    return ""
+    found = re.search(rf"\b{function}{parameters}\s*(?:const\s*)?(?::[^;{{]*)?{{|\bstruct {function} {{", source)
+    if not found:
+        return ""
+    depth, at = 1, found.end()
+    while depth > 0:
+        depth += (source[at] == "{") - (source[at] == "}")
+        at += 1
+    return source[found.start() : at]
+
+
+def skeleton(name: str, path: str) -> list[str]:
+    """What a function waits for, arrives at, copies and decides: its statements that do."""
+    statements = [" ".join(x.split()) for x in re.split(r"[;{}]", body(name, path))]
+    return [x for x in statements if _MATTERS.search(x)]
+
+
+# Branches, loops, and calls of the kernels' own functions, which have capital letters.
+_MATTERS = re.compile(r"\b(?:if|else|while|for|do|return|break|continue)\b|\b[A-Z]\w*(?:<[^<>]*>)?\(")
+
+
+def digest(name: str, path: str) -> str:
+    return hashlib.sha256("\n".join(skeleton(name, path)).encode()).hexdigest()[:12]
