@@ -11,7 +11,7 @@
 |          | everything: all of up to 4 items of three kinds                        | (2 * kItems + 1 and more)   |
 | launches | all ways to give up to 8 tickets to 1 or 2 CTAs, and 6 to 3            | larger plans, up to 3 CTAs  |
 | products | deadlocks: sequences of all lengths of four kinds of tiles;            | everything: 6 to 12 tiles   |
-|          | everything: all of up to 4 or 5 tiles                                  |                             |
+|          | everything: all of up to 4 tiles, of 3 where a block has two stages    |                             |
 
 "Deadlocks" means that states are told apart by who can go on, "everything" that they are also told apart by what surely
 happened before what; the other findings are looked for in every sequence that is run.
@@ -180,7 +180,7 @@ def test_launch(shape, plan, ctas):
 
 def test_launch_sampled():
     rng = random.Random(0)
-    for _ in range(2 * SAMPLES):
+    for _ in range(SAMPLES):
         units, heads = rng.randint(1, 6), rng.randint(1, 2)
         plan = Plan(
             units, heads, missing=rng.randint(0, heads - 1), tiles=rng.randint(1, 3), blocks=rng.randint(1, 2),
@@ -202,13 +202,15 @@ def test_units_and_slots():
 # ---- The products
 
 
-@pytest.mark.parametrize(("kind", "steps"), [(ROWS, 1), (ROWS, 2), (PAIRS, 1), (PAIRS, 2), (SAMPLED, 1), (SAMPLED_64, 1)])
+@pytest.mark.parametrize(
+    ("kind", "steps"), [(ROWS, 1), (ROWS, 2), (PAIRS, 1), (PAIRS, 2), (SAMPLED, 1), (SAMPLED_64, 1)]
+)
 def test_products(kind, steps):
     model = Products(kind, steps)
     coverage = explore(model, product_tiles(model), order=False)
     assert not coverage.findings, coverage.findings[0]
     assert coverage.complete
-    length = 4 if kind in (ROWS, PAIRS) else 5
+    length = 4 if steps == 1 else 3
     coverage = explore(model, product_tiles(model), length=length)
     assert not coverage.findings, coverage.findings[0]
     assert coverage.length == length
@@ -295,8 +297,8 @@ LAUNCH_MISTAKES = [
 @pytest.mark.parametrize(("mistake", "kind"), LAUNCH_MISTAKES)
 def test_launch_mistake(mistake, kind):
     launch = Launch(128, False, Plan(units=4, slots=3, tiles=1, steps=(1,)), 2, mistake)
-    found = {finding.kind for items in assignments(len(launch.tickets), 2) for finding in check(launch, items)}
-    assert kind in found
+    cases = assignments(len(launch.tickets), 2)
+    assert any(kind == finding.kind for items in cases for finding in check(launch, items))
 
 
 PRODUCT_MISTAKES = [
@@ -389,9 +391,11 @@ def test_kernels_are_those_that_the_models_mirror():
 
 
 def test_constants_are_read_from_the_sources():
-    assert python_of("a && !b ? 1 : c == 2 ? (d ? 3 : 4) / 2 : 5").split() == (
-        "(1) if (a and not b ) else (((3) if (d ) else ( 4)) // 2) if (c == 2 ) else ( 5)".split()
-    ) or eval(python_of("1 && !0 ? 7 : 0 == 2 ? (1 ? 3 : 4) / 2 : 5")) == 7
+    expression = "a && !b ? 1 : c == 2 ? (b ? 4 : 6) / 2 : 5"
+    values = {(a, b, c): eval(python_of(expression)) for a in (0, 1) for b in (0, 1) for c in (2, 3)}
+    assert values == {
+        (0, 0, 2): 3, (0, 0, 3): 5, (0, 1, 2): 2, (0, 1, 3): 5, (1, 0, 2): 1, (1, 0, 3): 1, (1, 1, 2): 2, (1, 1, 3): 5,
+    }  # fmt: skip
     constants = Constants(FORWARD, "ForwardConfig", kDim=128, kConsumers=2)
     expected = {"kHeaders": 4, "kKeyStages": 3, "kValueStages": 2, "kTileQ": 128, "kOverlapTiles": True}
     assert {name: constants[name] for name in expected} == expected

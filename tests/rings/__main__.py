@@ -1,9 +1,9 @@
 """Longer explorations than those of `tests/test_rings.py`:
 
-    python -m tests.rings forward --dim 128 --consumers 2 --length 9
-    python -m tests.rings backward --dim 64 --split --any-order
-    python -m tests.rings products --kind pairs --steps 2 --length 6
-    python -m tests.rings agree                                        # see agreement.py
+- `python -m tests.rings forward --dim 128 --consumers 2 --length 9`
+- `python -m tests.rings backward --dim 64 --split --any-order`
+- `python -m tests.rings products --kind pairs --steps 2 --length 6`
+- `python -m tests.rings agree` writes agreed.json: see agreement.py
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def main():
     parser.add_argument("--mistake", default="", help="one of the model's MISTAKES")
     args = parser.parse_args()
     if args.pipeline == "agree":
-        return agreement.agree()
+        agreement.agree()
+        return
     if args.pipeline == "forward":
         model = forward.Forward(args.dim, args.consumers, args.mistake)
         alphabet = tiles(model)

@@ -1,7 +1,7 @@
 """Whether models and kernels still agree: what the models mirror, and what that looked like when they were written.
 
-`agreed.json` has a digest of each function that a model names: of its statements that wait, arrive, copy or branch. When
-one differs, somebody has to read the function and its model again; `python -m tests.rings agree` then writes the file.
+`agreed.json` has a digest of each function that a model names: of its branches, loops and calls. When one differs,
+somebody has to read the function and its model again; `python -m tests.rings agree` then writes the file.
 """
 
 from __future__ import annotations

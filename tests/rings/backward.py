@@ -1,13 +1,14 @@
 """The pipeline of the Hopper backward, csrc/attention/sm90/bwd_*.cuh: four producer warps and two warpgroups.
 
-`Backward` is one CTA, and an item is what its scheduler finds for it: all orders of items are possible, since other CTAs
-may have taken those between. `Launch` is all CTAs of a launch with the counters of global memory between them.
+`Backward` is one CTA, and an item is what its scheduler finds for it: all orders of items are possible, since other
+CTAs may have taken those between. `Launch` is all CTAs of a launch with the counters of global memory between them.
 
 Not modelled: what is computed; the barrier `open`; lists that cannot be followed (they end early, with the same steps).
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -171,10 +172,8 @@ class _BackwardAgent(Agent):
         self.ended = ended
 
     def write_program(self):
-        try:
+        with contextlib.suppress(OutOfItems):
             self.run()
-        except OutOfItems:
-            pass
 
     def run(self):
         """`ForEachItem` in bwd_producer.cuh; the consumers' loop is the same, `BackwardConsumer::Run` in
@@ -281,8 +280,8 @@ class _Loader(_BackwardAgent):
     def begin_queries(self):
         """`BackwardLoader::BeginQueries` in bwd_producer.cuh.
 
-        The wait for keys and values is for safety: a consumer releases them before its last step's place. Without it the
-        model finds nothing.
+        The wait for keys and values is for safety: a consumer releases them before its last step's place. Without it
+        the model finds nothing.
         """
         if self.model.mistake != "an item of queries does not wait for the places of keys":
             for i in range(self.model.stages):
@@ -471,8 +470,7 @@ class _Consumer(_BackwardAgent):
             self.release_place(KEYS, self.step - 1)
 
     def release_resident(self, last: bool, early: bool):
-        """The end of a step's first products, and of an item's use of keys and values: in `BackwardConsumer::KeyStep` in
-        bwd_consumer.cuh."""
+        """The end of a step's first products, and in the last step that of the item's use of keys and values."""
         if early:
             self.release(self.model.empty_key[self.group], self.place)
         self.end_reads(self.model.own(self.group, self.place))

@@ -8,11 +8,11 @@ hangs, and the order of happening before, which the run builds as it goes, decid
 | finding            | what may happen |
 |--------------------|-----------------|
 | deadlock           | agents wait for each other, or for what never comes |
-| early wait         | a wait for a phase begins while the phase before may be incomplete; parities cannot tell it from the one before that, so it passes a phase early |
-| overrun            | two phases may be complete before a waiter looks: it sees the old parity and waits for a phase too many |
+| early wait         | a wait begins while the phase before its own may be incomplete: it passes a phase early |
+| overrun            | two phases may be complete before a waiter looks: it sees the old parity and waits on |
 | misplaced arrival  | an arrival may count in the phase before the one it is meant for |
 | extra arrival      | more arrivals than the barrier's count |
-| overwritten        | a buffer may be overwritten while it is still read, or while what was written before it is still on its way |
+| overwritten        | a buffer may be written while it is still read, or while an older write is on its way |
 | stale read         | a read may see what was there before, or half of what it wants |
 | left open          | a read or a write is never over |
 | outlives its CTA   | a copy or an arrival from elsewhere may land when all agents of the CTA have ended |
@@ -22,10 +22,11 @@ its place; use x may begin when use x - n is over. Uses below zero are over from
 `Ring::Empty` (csrc/device/ring.cuh) gives for a fresh barrier. A kernel waits for parities and the model for phases;
 that they mean the same is what the findings "early wait" and "overrun" are about.
 
-Sequences of any length: `explore` feeds items one by one and runs what can run. What matters of the past is then little:
-what the agents have left to do, the phases the barriers are in, and which of the last accesses, arrivals and waits
-surely happened before which. Written with numbers counted back from the totals, this state takes few values; a sequence
-that leads to a known one need not be continued. Where the states run out, sequences of all lengths have been checked.
+Sequences of any length: `explore` feeds items one by one and runs what can run. What matters of the past is then
+little: what the agents have left to do, the phases the barriers are in, and which of the last accesses, arrivals and
+waits surely happened before which. Written with numbers counted back from the totals, this state takes few values; a
+sequence that leads to a known one need not be continued. Where the states run out, sequences of all lengths have been
+checked.
 """
 
 from __future__ import annotations
@@ -130,12 +131,10 @@ class Agent:
         self.program.append(("end", "write", memory, use, version))
 
     def read(self, memory: Memory, use: int, version=0):
-        self.begin_read(memory, use, version)
-        self.end_read(memory, use, version)
+        self.program.append(("access", "read", memory, use, version))
 
     def write(self, memory: Memory, use: int, version=0):
-        self.begin_write(memory, use, version)
-        self.end_write(memory, use, version)
+        self.program.append(("access", "write", memory, use, version))
 
     # ---- Counters in global memory
     def add(self, counter):
@@ -283,7 +282,13 @@ class State:
         kind = operation[0]
         if kind == "wait":
             return self._wait(agent, operation[1], operation[2])
-        if kind == "begin":
+        if kind == "access":
+            _, access, memory, use, version = operation
+            buffer = self._begin(access, None, self.past[agent], memory, use, version, self.names[agent])
+            event = self._event()
+            self.past[agent] |= 1 << event
+            getattr(buffer, access).setdefault(agent, [0, None])[1] = event
+        elif kind == "begin":
             _, access, memory, use, version = operation
             self._begin(access, agent, self.past[agent], memory, use, version, self.names[agent])
         elif kind == "end":
@@ -402,7 +407,8 @@ class State:
             issued, earlier = place.phases[use].issued, place.event
         else:
             return False
-        return sum(weight for weight, event in issued if _knows(past, event)) == barriers.count and _knows(past, earlier)
+        certain = sum(weight for weight, event in issued if _knows(past, event))
+        return certain == barriers.count and _knows(past, earlier)
 
     def _complete(self, barriers: Barriers, use: int):
         place = self._place(barriers, use)
@@ -525,7 +531,9 @@ class State:
             place.issued = [(weight, rename(event)) for weight, event in place.issued]
             for phase in place.phases.values():
                 phase.issued = [(weight, rename(event)) for weight, event in phase.issued]
-            key.append((name, cta, latest, place.event, place.before, tuple(place.waiters.items()), tuple(place.issued)))
+            key.append(
+                (name, cta, latest, place.event, place.before, tuple(place.waiters.items()), tuple(place.issued))
+            )
         for name, cta, version, use, buffer in buffers:
             before = [(kind, who, rename(event), begun) for kind, who, event, begun in buffer.before]
             buffer.before = [x for x in before if x[2] is not None or x[3]]
@@ -598,7 +606,7 @@ def _relative(operation: tuple, totals: dict[str, int]) -> tuple:
     if kind == "copy":
         _, writes, signal, reads = operation
         return (kind, tuple(access(*x) for x in writes), barrier(*signal), tuple(access(*x) for x in reads))
-    if kind in ("begin", "end"):
+    if kind in ("access", "begin", "end"):
         return (kind, operation[1], *access(*operation[2:]))
     return operation
 

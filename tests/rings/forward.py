@@ -1,10 +1,11 @@
 """The pipeline of the Hopper forward, csrc/attention/sm90/fwd_*.cuh: a scheduler, a loader, one or two warpgroups.
 
-An item is a `Tile` of queries as one CTA meets them, whoever handed them out: by the counter of a persistent CTA, or the
-only tile of a CTA. The end marker follows the last.
+An item is a `Tile` of queries as one CTA meets them, whoever handed them out: the counter of persistent CTAs, or the
+launch, of one tile a CTA. The end marker follows the last.
 
 Not modelled: what is computed; the barrier `open`, which is never waited for in earnest; `suspect_noted`, which only
-consumers touch, between a header's arrival and its release; initialisation, which a __syncthreads() divides from all else.
+consumers touch, between a header's arrival and its release; initialisation, which a __syncthreads() divides from all
+else.
 """
 
 from __future__ import annotations

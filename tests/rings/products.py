@@ -1,11 +1,15 @@
-"""The pipelines of the Hopper products, csrc/matmul/sm90: clusters of two CTAs (BSR x dense), and single CTAs (sampled).
+"""The pipelines of the Hopper products, csrc/matmul/sm90: clusters of two CTAs (BSR x dense), and CTAs alone (sampled).
 
 An item is a tile as a cluster or a CTA meets it: what its blocks are of use for, one after the other.
 
 Not modelled: what is computed; results of 32-bit words, which registers write; initialisation, which a barrier of the
-whole cluster divides from all else. The preparation of the lists (csrc/lists/*.cu, csrc/matmul/plan.cu,
-csrc/attention/prepare.cu) has no rings: its kernels use __syncthreads() and warp votes alone, in control flow that depends
-on block indices and on kernel parameters, and is uniform in a CTA.
+whole cluster divides from all else.
+
+The preparation of lists and plans (csrc/lists/*.cu, csrc/matmul/plan.cu, csrc/attention/prepare.cu) needs no model: it
+has no rings, and its warps meet at __syncthreads() alone. None of these may hang, because all threads of a CTA come to
+the same ones: the loops and branches around them depend on kernel parameters, on block indices, and on what a
+__syncthreads() before has made the same for all. Warp votes have full masks, and are in branches that a warp takes as
+a whole.
 """
 
 from __future__ import annotations
@@ -22,10 +26,10 @@ THREADS = 32 * WARPS
 # Why a warp's release of a stage may count for another's of the phase before (see `Consumer::Release` in
 # csrc/matmul/sm90/consumer.cuh).
 STAND_IN = """A warp issues its arrivals in both CTAs together, behind its last read of the stage. Where a stage has
-nothing from the other CTA's producer, a warp may be a phase ahead in the other CTA, and its arrival there may land before
-a late one of the phase before. But that one has been issued: this CTA's stage was free only when its twin had landed
-here. So the phase it stands in for completes behind the last reads all the same, and the late one then counts in its
-place."""
+nothing from the other CTA's producer, a warp may be a phase ahead in the other CTA, and its arrival there may land
+before a late one of the phase before. But that one has been issued: this CTA's stage was free only when its twin had
+landed here. So the phase it stands in for completes behind the last reads all the same, and the late one then counts in
+its place."""
 
 ROWS, PAIRS, SAMPLED, SAMPLED_64 = "rows", "pairs", "sampled", "sampled, blocks of 64 rows"
 
@@ -51,9 +55,9 @@ class Products(Model):
       steps: stages of a block: its columns / 64; for a sampled item 1.
       mistake: Seeded mistake, one of MISTAKES.
 
-    Items are tuples of masks, one for each block of the tile in the order of their columns: bit w is set if the block is
-    of use to warpgroup w. Of ROWS all masks are 3. The empty tuple is a tile without blocks. Masks of a sampled item are
-    its steps.
+    Items are tuples of masks, one for each block of the tile in the order of their columns: bit w is set if the block
+    is of use to warpgroup w. Of ROWS all masks are 3. The empty tuple is a tile without blocks. Masks of a sampled item
+    are its steps.
     """
 
     def __init__(self, kind: str, steps: int = 1, mistake: str = ""):
