@@ -306,21 +306,20 @@ class _Consumer(_ForwardAgent):
             return following is not END
 
         # One header beyond the current tile's, at most.
-        if model.overlap and self.is_live(self.wait_for_header(tile + 1)):
-            self.finish_under_next(tile, tile + 1)
-            return True
-        if not model.in_registers and "queries are released" not in model.mistake:
-            self.release(model.empty_query, self.live)  # its products are done
-        self.last_product()
-        self.store_tile(tile)  # releases the tile's header
-        following = self.skip_empty_tiles(tile + 1)
-        if following is END:
-            return False
-        self.first_step(following)
+        if not model.overlap or not self.is_live(self.wait_for_header(tile + 1)):
+            if not model.in_registers and "queries are released" not in model.mistake:
+                self.release(model.empty_query, self.live)  # its products are done
+            self.last_product()
+            self.store_tile(tile)  # releases the tile's header
+            following = self.skip_empty_tiles(tile + 1)
+            if following is not END:
+                self.first_step(following)
+            return following is not END
+        self.finish_under_next(tile, tile + 1)
         return True
 
     def finish_under_next(self, tile: int, following: int):
-        """What `FinishTile` in fwd_consumer.cuh does with a live tile behind: its first product runs meanwhile."""
+        """`ForwardConsumer::FinishTile` in fwd_consumer.cuh, with a live tile next, whose first product runs meanwhile."""
         model = self.model
         self.wait_for_first_operands(following)
         self.wait(model.full_value, self.step - 1)
@@ -359,7 +358,7 @@ class _Consumer(_ForwardAgent):
             tile += 1
 
     def wait_for_header(self, tile: int) -> Tile | None:
-        """`ForwardConsumer::SkipEmptyTiles` in fwd_consumer.cuh: its first lines, which `FinishTile` needs, too."""
+        """`ForwardConsumer::WaitForHeader` in fwd_consumer.cuh."""
         self.wait(self.model.full_header, tile)
         self.read(self.model.headers, tile)
         return self.item(tile)
