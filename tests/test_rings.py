@@ -98,7 +98,7 @@ def test_forward_sampled(shape):
     model, rng = Forward(*shape), random.Random(0)
     for _ in range(SAMPLES):
         items = [
-            Tile(steps, cut=steps > 0 and rng.random() < 0.3)
+            Tile(steps, cut=tuple(i for i in range(steps) if rng.random() < 0.2))
             for steps in rng.choices((0, 1, 2, 3, 5, 9), (6, 4, 2, 2, 1, 1), k=rng.randint(9, 14))
         ]
         assert check(model, items) == []

@@ -10,12 +10,15 @@ from tests.rings.products import PAIRS, Products
 def tiles(model: Forward) -> list[Tile]:
     """Tiles of queries: none, one, two and three steps, and enough to wrap the rings of keys and of values twice."""
     wraps_twice = 2 * max(model.full_key.size, model.full_value.size) + 1
-    return [EMPTY, Tile(1), Tile(2), Tile(1, cut=True), Tile(3, cut=True), Tile(wraps_twice), Tile(2 * wraps_twice - 1)]
+    return [
+        EMPTY, Tile(1), Tile(2), Tile(1, cut=(0,)), Tile(3, cut=(0, 2)), Tile(wraps_twice), Tile(2 * wraps_twice - 1)
+    ]  # fmt: skip
 
 
 def few_tiles(model: Forward) -> list[Tile]:
     """For longer sequences."""
-    return [EMPTY, Tile(1), Tile(2 * max(model.full_key.size, model.full_value.size) + 1, cut=True)]
+    last = 2 * max(model.full_key.size, model.full_value.size)
+    return [EMPTY, Tile(1), Tile(last + 1, cut=(1, 2, last))]
 
 
 def backward_items(model: Backward) -> list[Item]:

@@ -27,14 +27,14 @@ class Tile:
 
     Attributes:
       steps: number of steps; 0: nothing to attend to, or poisoned.
-      cut: whether the values of the last step are cut by the key/value length.
+      cut: numbers of the steps whose values the key/value length cuts.
     """
 
     steps: int
-    cut: bool = False
+    cut: tuple[int, ...] = ()
 
     def __repr__(self):
-        return f"{self.steps}{'c' if self.cut else ''}"
+        return f"{self.steps}{f' cut {self.cut}' if self.cut else ''}"
 
 
 EMPTY = Tile(0)
@@ -104,7 +104,7 @@ class Forward(Model):
             "tiles": len(items),
             "live": sum(tile.steps > 0 for tile in items),
             "steps": sum(tile.steps for tile in items),
-            "cuts": sum(tile.cut for tile in items),
+            "cuts": sum(len(tile.cut) for tile in items),
             "none": 0,
         }
 
@@ -192,9 +192,9 @@ class _Loader(_ForwardAgent):
         for i in range(tile.steps):
             self.load_keys()
             if i > 0:
-                self.load_values(self.step - 1, cut=False)
+                self.load_values(self.step - 1, cut=i - 1 in tile.cut)
             self.step += 1
-        self.load_values(self.step - 1, cut=tile.cut)
+        self.load_values(self.step - 1, cut=tile.steps - 1 in tile.cut)
 
     def load_keys(self):
         """`ForwardLoader::LoadKeys`, `LoadBits` and `LoadTile` in fwd_producer.cuh."""
@@ -319,7 +319,7 @@ class _Consumer(_ForwardAgent):
         return True
 
     def finish_under_next(self, tile: int, following: int):
-        """`ForwardConsumer::FinishTile` in fwd_consumer.cuh, with a live tile next, whose first product runs meanwhile."""
+        """`ForwardConsumer::FinishTile` in fwd_consumer.cuh, before a live tile, whose first product runs meanwhile."""
         model = self.model
         self.wait_for_first_operands(following)
         self.wait(model.full_value, self.step - 1)
