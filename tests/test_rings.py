@@ -5,13 +5,15 @@
 
 | model    | exhaustively                                                           | sampled, with fixed seeds   |
 |----------|------------------------------------------------------------------------|-----------------------------|
-| forward  | deadlocks: sequences of all lengths of seven kinds of tiles;           | everything: 9 to 14 tiles   |
+| forward  | deadlocks: sequences of all lengths of seven kinds of tiles;           | everything: 12 tiles        |
 |          | everything: all of up to 9 tiles (2 * kHeaders + 1) of three kinds     |                             |
-| backward | deadlocks: sequences of all lengths of six kinds of items;             | everything: 9 to 14 items   |
-|          | everything: all of up to 4 items of three kinds                        | (2 * kItems + 1 and more)   |
+| backward | deadlocks: sequences of all lengths of six kinds of items;             | everything: 12 items        |
+|          | everything: all of up to 4 items of three kinds                        | (more than 2 * kItems)      |
 | launches | all ways to give up to 8 tickets to 1 or 2 CTAs, and 6 to 3            | larger plans, up to 3 CTAs  |
-| products | deadlocks: sequences of all lengths of four kinds of tiles;            | everything: 6 to 12 tiles   |
+| products | deadlocks: sequences of all lengths of four kinds of tiles;            | everything: 8 tiles         |
 |          | everything: all of up to 4 tiles, of 3 where a block has two stages    |                             |
+| all      |                                                                        | random orders on simulated  |
+|          |                                                                        | barriers: 8 or 12 items     |
 
 "Deadlocks" means that states are told apart by who can go on, "everything" that they are also told apart by what surely
 happened before what; the other findings are looked for in every sequence that is run.
@@ -46,9 +48,31 @@ from tests.rings.checker import (
 )
 from tests.rings.forward import EMPTY, Forward, Tile
 from tests.rings.products import PAIRS, ROWS, SAMPLED, SAMPLED_64, Products
+from tests.rings.simulator import simulate
 from tests.rings.sources import BACKWARD, FORWARD, Constants, body, python_of
 
 SAMPLES = 40
+
+# ---- Random items
+
+
+def random_tiles(rng: random.Random) -> list[Tile]:
+    steps = rng.choices((0, 1, 2, 3, 5, 9), (6, 4, 2, 2, 1, 1), k=12)
+    return [Tile(n, cut=tuple(i for i in range(n) if rng.random() < 0.2)) for n in steps]
+
+
+def random_items(rng: random.Random) -> list[Item]:
+    steps = rng.choices((0, 1, 2, 3, 5, 9), k=12)
+    return [Item(rng.choice((KEYS, QUERIES)), n, half=rng.random() < 0.5) for n in steps]
+
+
+def random_blocks(rng: random.Random, masks: tuple[int, ...] = (3,)) -> list[tuple[int, ...]]:
+    return [tuple(rng.choices(masks, k=rng.choice((0, 0, 1, 1, 2, 3, 4, 7, 9)))) for _ in range(8)]
+
+
+def random_pairs(rng: random.Random) -> list[tuple[int, ...]]:
+    return random_blocks(rng, (1, 2, 3))
+
 
 # ---- The forward
 
@@ -97,11 +121,7 @@ def test_forward_of_one_tile(shape):
 def test_forward_sampled(shape):
     model, rng = Forward(*shape), random.Random(0)
     for _ in range(SAMPLES):
-        items = [
-            Tile(steps, cut=tuple(i for i in range(steps) if rng.random() < 0.2))
-            for steps in rng.choices((0, 1, 2, 3, 5, 9), (6, 4, 2, 2, 1, 1), k=rng.randint(9, 14))
-        ]
-        assert check(model, items) == []
+        assert check(model, random_tiles(rng)) == []
 
 
 def test_old_forward_hangs_on_a_live_tile_and_three_empty_ones():
@@ -143,11 +163,7 @@ def test_backward(shape):
 def test_backward_sampled(shape):
     model, rng = Backward(*shape), random.Random(0)
     for _ in range(SAMPLES):
-        items = [
-            Item(rng.choice((KEYS, QUERIES)), rng.choice((0, 0, 1, 1, 2, 3, 5, 9)), half=rng.random() < 0.5)
-            for _ in range(rng.randint(2 * model.items.size + 1, 14))
-        ]
-        assert check(model, items) == []
+        assert check(model, random_items(rng)) == []
 
 
 def assignments(tickets: int, ctas: int) -> Iterator[tuple[int, ...]]:
@@ -221,11 +237,7 @@ def test_products_sampled(kind):
     rng = random.Random(0)
     for _ in range(SAMPLES):
         model = Products(kind, 1 if kind in (SAMPLED, SAMPLED_64) else rng.randint(1, 2))
-        masks = (1, 2, 3) if kind == PAIRS else (3,)
-        items = [
-            tuple(rng.choices(masks, k=rng.choice((0, 0, 1, 1, 2, 3, 4, 7, 9)))) for _ in range(rng.randint(6, 12))
-        ]
-        assert check(model, items) == []
+        assert check(model, random_pairs(rng) if kind == PAIRS else random_blocks(rng)) == []
 
 
 # ---- Seeded mistakes: the shortest sequences that show them. Kinds of findings that must be among those reported.
@@ -374,6 +386,35 @@ class Toy(Model):
 )
 def test_checker(count, programs, kinds):
     assert {finding.kind for finding in check(Toy(count, *programs), ())} == kinds
+
+
+# ---- The same programs on barriers that count, in random orders
+
+
+SIMULATED = [
+    (Forward(128, 2), random_tiles),
+    (Forward(256, 1), random_tiles),
+    (Backward(128, False), random_items),
+    (Backward(64, True), random_items),
+    (Products(PAIRS), random_pairs),
+    (Products(ROWS), random_blocks),
+    (Products(SAMPLED), random_blocks),
+]
+
+
+@pytest.mark.parametrize(("model", "items"), SIMULATED)
+def test_simulated(model, items):
+    for seed in range(SAMPLES // 2):
+        assert simulate(model, items(random.Random(seed)), seed) == ""
+
+
+def test_simulator_finds():
+    mistake = "empty tiles are skipped before the tile is stored"
+    items = [Tile(1), EMPTY, EMPTY, EMPTY]
+    assert {simulate(Forward(128, 2, mistake), items, seed) for seed in range(5)} == {DEADLOCK}
+    model = Products(PAIRS, 1, "stages are released to the own CTA alone, and counted so")
+    found = {simulate(model, [(1, 2) * 5], seed) for seed in range(20)}
+    assert found >= {OVERWRITTEN, STALE}
 
 
 # ---- Models and kernels
