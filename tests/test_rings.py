@@ -51,7 +51,7 @@ from tests.rings.products import PAIRS, ROWS, SAMPLED, SAMPLED_64, Products
 from tests.rings.simulator import simulate
 from tests.rings.sources import BACKWARD, FORWARD, Constants, body, python_of
 
-SAMPLES = 40
+SAMPLES = 30
 
 # ---- Random items
 

@@ -16,8 +16,8 @@ def tiles(model: Forward) -> list[Tile]:
 
 
 def few_tiles(model: Forward) -> list[Tile]:
-    """For longer sequences."""
-    last = 2 * max(model.full_key.size, model.full_value.size)
+    """For longer sequences: two such tiles wrap the rings twice."""
+    last = max(model.full_key.size, model.full_value.size) + 1
     return [EMPTY, Tile(1), Tile(last + 1, cut=(1, 2, last))]
 
 
