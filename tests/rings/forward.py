@@ -61,7 +61,7 @@ class Forward(Model):
     """`ForwardShared` in fwd_shared.cuh, and `ForwardKernel` in sm90/fwd.cuh, for one `ForwardConfig` in
     attention/sm90/config.h."""
 
-    def __init__(self, dim: int, consumers: int, mistake: str = "", headers: int | None = None):
+    def __init__(self, dim: int, consumers: int, mistake: str = ""):
         assert not mistake or mistake in MISTAKES, mistake
         self.mistake = mistake
         self.constants = constants = Constants(FORWARD, "ForwardConfig", kDim=dim, kConsumers=consumers)
