@@ -113,7 +113,11 @@ class Consumer {
   }
 
   // A stage is written by the producers of all CTAs of the cluster, so all of them are told; this CTA's by lane 0,
-  // which has read the stage's message.
+  // which has read the stage's message. Both arrivals must stay one instruction, behind the warp's last read. Where a
+  // stage has nothing from the other CTA's producer, this warp may be a phase ahead of the other CTA, and its arrival
+  // there may land before a late one of the phase before and be counted in its place. That is harmless only because
+  // the late one has been issued, reads and all: this CTA's stage could not have become free without its twin. With
+  // the two arrivals issued apart, a phase could complete while a warp still reads (tests/rings/products.py).
   __device__ __forceinline__ void Release(int stage) {
     const int lane = device::ThreadHere() % 32;
     if constexpr (kCluster > 1) {
