@@ -22,13 +22,14 @@ from jax_bsk import _compat
 
 # Dimension letters: B batch, N query heads, K key/value heads; b, n the same or 1 (an array shared along it);
 # "." a dimension that is never split.
+LISTS = "bn."  # an array of the lists, of which all have the same batch and heads
 FORWARD_OPERANDS = (
     "B.N.",  # query
     "B.K.",  # key
     "B.K.",  # value
-    "bn.",  # row_offsets
-    "bn.",  # kv_blocks
-    "bn.",  # tiles
+    LISTS,  # row_offsets
+    LISTS,  # kv_blocks
+    LISTS,  # tiles
     "bn...",  # bit_tiles
     "b.",  # lengths
     "bn",  # sinks
@@ -46,12 +47,12 @@ BACKWARD_OPERANDS = (
     "BN.",  # lse
     "BN.",  # lse_rest
     "BN.",  # delta
-    "bn.",  # row_offsets
-    "bn.",  # kv_blocks
-    "bn.",  # tiles
-    "bn.",  # col_offsets
-    "bn.",  # q_blocks
-    "bn.",  # col_tiles
+    LISTS,  # row_offsets
+    LISTS,  # kv_blocks
+    LISTS,  # tiles
+    LISTS,  # col_offsets
+    LISTS,  # q_blocks
+    LISTS,  # col_tiles
     "bn...",  # bit_tiles
     "b.",  # lengths
 )
@@ -71,19 +72,22 @@ class CallDims:
       results: Letters of each result's.
       query: Where the query stands among the operands.
       key: Where the key does.
-      lists: The operands of each block list. Kernels read its arrays with one count of examples, so that they have all
-        leading dimensions and the batch, or ones, together. Every other operand is for itself.
     """
 
     operands: tuple[str, ...]
     results: tuple[str, ...]
     query: int
     key: int
-    lists: tuple[tuple[int, ...], ...]
 
     def group(self, operand: int) -> tuple[int, ...]:
-        """The operands that have leading dimensions and the batch, or ones, together with this one."""
-        return next((arrays for arrays in self.lists if operand in arrays), (operand,))
+        """The operands that have leading dimensions and the batch, or ones, together with this one.
+
+        Kernels read all arrays of the lists, query-major and key-major, with one count of examples. Every other operand
+        is for itself.
+        """
+        if self.operands[operand] != LISTS:
+            return (operand,)
+        return tuple(i for i, letters in enumerate(self.operands) if letters == LISTS)
 
     def lead(self, query_rank: int) -> int:
         """Number of leading `vmap` dimensions, from the query's rank."""
@@ -92,8 +96,8 @@ class CallDims:
 
 GATES = "BN."  # [B, N, capacity], in every order
 
-FORWARD = CallDims(FORWARD_OPERANDS, FORWARD_RESULTS, query=0, key=1, lists=((3, 4, 5),))
-BACKWARD = CallDims(BACKWARD_OPERANDS, BACKWARD_RESULTS, query=1, key=2, lists=((6, 7, 8), (9, 10, 11)))
+FORWARD = CallDims(FORWARD_OPERANDS, FORWARD_RESULTS, query=0, key=1)
+BACKWARD = CallDims(BACKWARD_OPERANDS, BACKWARD_RESULTS, query=1, key=2)
 # The same calls with gates: their last operands, and of the backward the last result.
 GATED_FORWARD = dataclasses.replace(FORWARD, operands=(*FORWARD_OPERANDS, GATES))
 GATED_BACKWARD = dataclasses.replace(

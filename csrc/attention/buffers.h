@@ -95,6 +95,17 @@ inline ffi::Error ReadList(const ListOperands& operands, const Shape& shape, int
   return ffi::Error::Success();
 }
 
+// The two lists of a backward are tables of the same examples and heads. The Hopper kernels depend on it: they look up
+// an entry of a row in the column's table once for each table of the rows, and read dS there. Nothing else makes sense
+// to the others, either: lists that share a table for some examples are shared for all of them, in both orders.
+inline ffi::Error CheckSameTables(const ListOperands& row_operands, const BlockList& rows,
+                                  const ListOperands& col_operands, const BlockList& cols) {
+  if (rows.batch == cols.batch && rows.heads == cols.heads) return ffi::Error::Success();
+  return Refusal("the query-major block list ids have shape " + ShapeString(row_operands.ids.dimensions()) +
+                 " and the key-major ones " + ShapeString(col_operands.ids.dimensions()) +
+                 ", but both are shared by examples (and by heads) or neither is; broadcast the shared ones");
+}
+
 inline ffi::Error ReadTiles(const Operand& bit_tiles, const Shape& shape, BitTiles* tiles) {
   JAX_BSK_RETURN_IF_ERROR(CheckType("bit_tiles", bit_tiles, ffi::U32));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("bit_tiles", bit_tiles, 5));
@@ -173,6 +184,7 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
   JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
   JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
   JAX_BSK_RETURN_IF_ERROR(ReadList(cols, shape, shape.kv_blocks, shape.q_blocks, &params->cols));
+  JAX_BSK_RETURN_IF_ERROR(CheckSameTables(rows, params->rows, cols, params->cols));
   JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
   JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
   for (const auto& [name, buffer] :

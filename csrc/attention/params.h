@@ -97,7 +97,7 @@ struct BackwardParams {
   const void* lse_rest;
   const void* delta;  // stats [B, N, T]: sum(dout * out, -1) - dlse
   BlockList rows;     // query-major, for dQ
-  BlockList cols;     // key-major, for dK and dV
+  BlockList cols;     // key-major, for dK and dV; its batch and heads are those of `rows`
   BitTiles tiles;
   Lengths lengths;
   // Gates, or null, all three of them: with g a block's gate, dS = P (g dO V^T - delta), dV += g P^T dO, and the gate's

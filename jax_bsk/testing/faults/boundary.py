@@ -60,6 +60,12 @@ def _large_blocks(**columns: Any) -> Changes:
     return changes
 
 
+def _tables(names: str, *tables: int) -> Mapping[str, Any]:
+    """Lists of their own for examples or heads: good ones, empty."""
+    lengths = {"row_offsets": T // BLOCK + 1, "col_offsets": S // BLOCK + 1}
+    return {name: shape("int32", *tables, lengths.get(name, CAPACITY)) for name in names.split()}
+
+
 OPERANDS: Changes = {
     "query rank": {"query": shape("float32", T, N, H)},
     "query type": {"query": shape("int32", B, T, N, H)},
@@ -96,6 +102,10 @@ BACKWARD_OPERANDS: Changes = {
     "column offsets length": {"col_offsets": shape("int32", 1, 1, S // BLOCK)},
     "column ids type": {"q_blocks": shape("float32", 1, 1, CAPACITY)},
     "column tiles heads": {"col_tiles": shape("int32", 1, N, CAPACITY)},
+    "rows shared by the examples, columns not": _tables("col_offsets q_blocks col_tiles", B, 1),
+    "rows shared by the heads, columns not": _tables("col_offsets q_blocks col_tiles", 1, N),
+    "columns shared by the examples, rows not": _tables("row_offsets kv_blocks tiles", B, 1),
+    "columns shared by the heads, rows not": _tables("row_offsets kv_blocks tiles", 1, N),
     "gates of rows alone": {"row_gates": GATES},
     "gates of columns alone": {"col_gates": GATES},
     "gates without their gradient": {"row_gates": GATES, "col_gates": GATES},
