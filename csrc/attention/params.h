@@ -32,6 +32,11 @@ struct Shape {
 // The contents come from the user's device memory and are not trusted: a row whose offsets are negative, decreasing or
 // beyond `capacity`, or that lists an id outside [0, ids) or a tile outside [-1, BitTiles::count), yields NaN for the
 // whole row of the results, and nothing outside an array is ever read.
+//
+// Where offsets decrease, rows may have entries in common: of [0, 10, 5, 12], rows 0 and 2 have entries 5 to 9, and row
+// 1 is the one that cannot be followed. Rows whose own two offsets are in order are visited as listed all the same:
+// each reads its own range, and owns its results. Only what belongs to an entry has no owner then, which is the
+// gradient of its gate (see BackwardParams). To refuse such rows would take a look at all offsets for each of them.
 struct BlockList {
   const int32_t* offsets;  // [batch, heads, rows + 1]
   const int32_t* ids;      // [batch, heads, capacity]
@@ -104,8 +109,10 @@ struct BackwardParams {
   // own gradient is the sum of P o (dO V^T) over the block.
   const void* row_gates;  // stats [B, N, rows.capacity]
   const void* col_gates;  // stats [B, N, cols.capacity]: the same numbers in the key-major lists' order
-  // stats [B, N, cols.capacity], in that order. What no sound row has may be left as it was. A row that is not sound
-  // may make NaN of the gradients of its group's other heads for the same keys.
+  // stats [B, N, cols.capacity], in that order. 0 for an entry that no column has (with no columns: left as it was),
+  // and where the keys are past the length; NaN for one that several columns have, and for those of a column that lists
+  // an id or a tile out of range. A column that cannot be followed may make NaN of the gradients of its group's other
+  // heads for the same keys.
   void* dgates;
   float scale;
   float soft_cap;

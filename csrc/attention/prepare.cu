@@ -40,18 +40,25 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
   if (table >= rows.batch * rows.heads) return;
   const int batch = table / static_cast<int>(rows.heads), head = table % static_cast<int>(rows.heads);
   const device::ListRow row = device::FindRow(rows, batch, head, row_id);
+  // Rows or columns that have entries in common would write each other's matches and pieces of dS. Those that have more
+  // entries than there are blocks list some of them twice, which is allowed, but would make the search take time in
+  // proportion to the product of their lengths: with them, no row takes longer than one of a full mask does. Such rows
+  // have no match, and the portable kernels see to them. (Both lists have the same tables.)
+  const bool in_order = device::InOrder<kThreads>(rows, table) && device::InOrder<kThreads>(cols, table);
+  const bool searched = !__syncthreads_or(!in_order) && row.length <= rows.ids_end;
   const int lane = threadIdx.x % 32;
   for (int entry = threadIdx.x / 32; entry < row.length; entry += kThreads / 32) {
     const int64_t at = row.begin + entry;
     const int id = __ldg(rows.ids + at), tile = __ldg(rows.tiles + at);
     int match = -1;
-    if (id >= 0 && id < rows.ids_end && tile >= -1 && tile < params.tiles.count) {
-      const device::ListRow col = device::FindRow(cols, batch, head, id);
+    const bool readable = id >= 0 && id < rows.ids_end && tile >= -1 && tile < params.tiles.count;
+    const device::ListRow col = searched && readable ? device::FindRow(cols, batch, head, id) : device::ListRow{0, -1};
+    if (col.length <= cols.ids_end) {
       bool sound = true;
       // A block may be listed more than once, and then each entry has its own gate: as many of the same are before its
       // match as are before it. Without gates any of them will do.
       int before = 0;
-      for (int i = 0; params.dgates != nullptr && i < entry; i += 32) {
+      for (int i = 0; params.dgates != nullptr && col.length > 0 && i < entry; i += 32) {
         const bool same = i + lane < entry && __ldg(rows.ids + row.begin + i + lane) == id &&
                           __ldg(rows.tiles + row.begin + i + lane) == tile;
         before += __popc(__ballot_sync(0xFFFFFFFFu, same));

@@ -16,9 +16,9 @@ struct Preparation {
   int64_t zero_count;
   // [entries of the query-major lists]: x is the place of the same block, with the same bit tile, in the key-major list
   // of the same head, counted from that list's beginning (with gates, of the same of several such entries); -1 where
-  // there is none or a list cannot be read. y is the row that this is of: rows of a bad list may overlap, and then
-  // either may have written last. Entries that belong to no row are left alone. Both lists are per batch and per head
-  // alike.
+  // there is none, a list cannot be read, or its offsets decrease. y is the row that this is of: rows of such a list
+  // may overlap, and then either may have written last. Entries that belong to no row are left alone. Both lists are
+  // per batch and per head alike.
   int2* matches;
   // [batch, heads, ceil(q_len / 64), 3, 64]: RowStatistics of each 64 queries, first lse, then delta, then rest, as the
   // copy engine can take them whatever the length.

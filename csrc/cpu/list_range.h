@@ -23,4 +23,21 @@ JAX_BSK_INLINE ListRange ReadRange(const int32_t* offsets, int64_t capacity) {
   return {begin >= 0 && end >= begin && end <= capacity, begin, end - begin};
 }
 
+// Whether `rows` rows have no entry in common: none of the rows + 1 offsets is less than the one before it.
+JAX_BSK_INLINE bool InOrder(const int32_t* offsets, int64_t rows) {
+  bool in_order = true;
+  for (int64_t row = 0; row < rows; ++row) in_order &= offsets[row] <= offsets[row + 1];
+  return in_order;
+}
+
+// How many rows have an entry.
+inline int64_t CountOwners(const int32_t* offsets, int64_t rows, int64_t capacity, int64_t entry) {
+  int64_t owners = 0;
+  for (int64_t row = 0; row < rows; ++row) {
+    const ListRange range = ReadRange(offsets + row, capacity);
+    owners += range.sound && range.begin <= entry && entry < range.begin + range.count;
+  }
+  return owners;
+}
+
 }  // namespace jax_bsk::cpu::JAX_BSK_CPU_ISA

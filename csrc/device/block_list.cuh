@@ -66,10 +66,24 @@ __device__ __forceinline__ ListRow MakeRow(const BlockList& list, int64_t table,
   return {table * list.capacity + begin, poisoned ? -1 : end - begin};
 }
 
-__device__ __forceinline__ ListRow FindRow(const BlockList& list, int batch, int head, int row) {
-  const int64_t table = TableIndex(list.batch, list.heads, batch, head);
+__device__ __forceinline__ ListRow FindRow(const BlockList& list, int64_t table, int row) {
   const int32_t* offsets = list.offsets + table * (list.rows + 1) + row;
   return MakeRow(list, table, __ldg(offsets), __ldg(offsets + 1));
+}
+__device__ __forceinline__ ListRow FindRow(const BlockList& list, int batch, int head, int row) {
+  return FindRow(list, TableIndex(list.batch, list.heads, batch, head), row);
+}
+
+// Whether the rows of a table have no entry in common: none of its offsets is less than the one before it. Each of the
+// CTA's threads answers for a part of them.
+template <int kThreads>
+__device__ __forceinline__ bool InOrder(const BlockList& list, int64_t table) {
+  const int32_t* offsets = list.offsets + table * (list.rows + 1);
+  bool in_order = true;
+  for (int row = static_cast<int>(threadIdx.x); row < list.rows; row += kThreads) {
+    in_order &= __ldg(offsets + row) <= __ldg(offsets + row + 1);
+  }
+  return in_order;
 }
 
 // Where the gate of the entry at `position` of the list's arrays lies: gates are [batch, heads, capacity] whatever the

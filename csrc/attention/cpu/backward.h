@@ -280,6 +280,30 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
   UnpackTransposed<C>(x.d_head, ld, x.factor, queries, s.head_dim, dquery, query_stride);
 }
 
+// Gradients of the gates that no column writes, by the first one: 0 for those of no entry of a column, NaN for those of
+// an entry that several have.
+template <class C>
+void FinishGates(const BackwardParams& p, int64_t b, int64_t h) {
+  const BlockList& list = p.cols;
+  const int32_t* const offsets = RowOffsets(list, b, h);
+  C* const dgates = static_cast<C*>(p.dgates) + (b * p.shape.heads + h) * list.capacity;
+  if (InOrder(offsets, list.rows)) {
+    int64_t end = 0;
+    for (int64_t row = 0; row < list.rows; ++row) {
+      const ListRange range = ReadRange(offsets + row, list.capacity);
+      if (!range.sound) continue;
+      Fill<C>(dgates + end, range.begin - end, C(0));
+      end = range.begin + range.count;
+    }
+    Fill<C>(dgates + end, list.capacity - end, C(0));
+  } else {
+    for (int64_t entry = 0; entry < list.capacity; ++entry) {
+      const int64_t owners = CountOwners(offsets, list.rows, list.capacity, entry);
+      if (owners != 1) dgates[entry] = owners == 0 ? C(0) : kNaN<C>;
+    }
+  }
+}
+
 template <class C, class E>
 void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
@@ -312,6 +336,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   FillRows<C>(dvalue + keys * value_stride, value_stride, rows - keys, s.value_dim, C(0));
   const bool gated = p.dgates != nullptr;  // whose entries are written here, if only with 0
   if (keys == 0 && !gated) return;
+  for (int64_t h = kv_head * group; gated && j == 0 && h < (kv_head + 1) * group; ++h) FinishGates<C>(p, b, h);
 
   // --- Start: K^T, V^T.
   PackTransposed<C>(static_cast<const E*>(p.key) + row_index * s.head_dim, key_stride, keys, s.head_dim, C(1),
@@ -324,13 +349,23 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   bool poisoned = false;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
     const BlockRow row = ReadRow(p.cols, p.tiles.count, b, h, j);
-    if (row.poisoned) {
-      poisoned = true;
-      if (gated) continue;  // the other heads' gates have gradients of their own
-      break;
-    }
     const C* const gates = RowGates<const C>(p.col_gates, p.cols, s, b, h, row);
     C* const dgates = RowGates<C>(p.dgates, p.cols, s, b, h, row);
+    // An entry that other columns have, too, is not written here. Only with offsets that are out of order are there
+    // any.
+    const int32_t* const offsets = RowOffsets(p.cols, b, h);
+    const bool exclusive = !gated || InOrder(offsets, p.cols.rows);
+    const auto is_own = [&](int64_t entry) {
+      return gated && (exclusive || CountOwners(offsets, p.cols.rows, p.cols.capacity, row.begin + entry) == 1);
+    };
+    if (row.poisoned) {
+      poisoned = true;
+      if (!gated) break;
+      for (int64_t entry = 0; entry < row.count; ++entry) {
+        if (is_own(entry)) dgates[entry] = keys > 0 ? kNaN<C> : C(0);
+      }
+      continue;  // the other heads' gates have gradients of their own
+    }
     const int64_t statistics = (b * s.heads + h) * s.q_len;
     const E* const query = static_cast<const E*>(p.query) + (b * s.q_len * s.heads + h) * s.head_dim;
     const E* const dout = static_cast<const E*>(p.dout) + (b * s.q_len * s.heads + h) * s.value_dim;
@@ -338,7 +373,8 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
     for (int64_t entry = 0; entry < row.count; ++entry) {
       const int64_t first_query = row.ids[entry] * s.block_q;
       const int64_t queries = Minimum(s.block_q, q_length - first_query);
-      if (gated) dgates[entry] = 0;
+      const bool own = is_own(entry);
+      if (own) dgates[entry] = 0;
       if (queries <= 0 || keys == 0) continue;
       const bool partial = row.tiles[entry] >= 0;
 
@@ -376,7 +412,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       if (gated) {
         double sum = 0;
         for (int64_t k = 0; k < keys; ++k) sum += x.d_gate[k];
-        dgates[entry] = static_cast<C>(sum);
+        if (own) dgates[entry] = static_cast<C>(sum);
       }
 
       // --- dV^T += dO^T (g * P) and dK^T += Q^T dS

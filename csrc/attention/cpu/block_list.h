@@ -22,8 +22,13 @@ JAX_BSK_INLINE int64_t KeyLength(const Lengths& lengths, const Shape& shape, int
   return Clamp(lengths.pairs[2 * (lengths.batch == 1 ? 0 : b) + 1], shape.kv_len);
 }
 
+// Of all rows of (b, h), [rows + 1].
+JAX_BSK_INLINE const int32_t* RowOffsets(const BlockList& list, int64_t b, int64_t h) {
+  return list.offsets + LeadingIndex(list.batch, list.heads, b, h) * (list.rows + 1);
+}
+
 struct BlockRow {
-  bool poisoned;  // the row of results is NaN; nothing else here may be used
+  bool poisoned;  // the row of results is NaN; the ids and tiles may not be used
   int64_t begin;  // of the row's entries in the list
   int64_t count;
   const int32_t* ids;    // [count], each in [0, ids_end)
@@ -33,7 +38,7 @@ struct BlockRow {
 // One row of a list, checked to its last entry before any of it is used.
 inline BlockRow ReadRow(const BlockList& list, int64_t tile_count, int64_t b, int64_t h, int64_t row) {
   const int64_t leading = LeadingIndex(list.batch, list.heads, b, h);
-  const ListRange range = ReadRange(list.offsets + leading * (list.rows + 1) + row, list.capacity);
+  const ListRange range = ReadRange(RowOffsets(list, b, h) + row, list.capacity);
   if (!range.sound) return {true, 0, 0, nullptr, nullptr};
   BlockRow result = {false, range.begin, range.count, list.ids + leading * list.capacity + range.begin,
                      list.tiles + leading * list.capacity + range.begin};

@@ -402,7 +402,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   device::WaitForCopies();
   __syncthreads();
   if constexpr (Config::kGated) {
-    if (walker.poisoned()) SpoilGateSums<kThreads>(params, gate_sums, batch, kv_head, kv_start, thread);
+    if (walker.poisoned() && kv_rows > 0) SpoilGateSums<kThreads>(params, gate_sums, batch, kv_head, kv_start, thread);
   }
   const auto finish_rows = [&](device::RowFinish(&finish)[2], float scale) {
 #pragma unroll

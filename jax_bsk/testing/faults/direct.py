@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -43,16 +44,25 @@ class DirectCall:
 
         A part of None is left out; an operand that is given by its shape becomes an array of zeros.
         """
+        return self.prepare(**changes)()
+
+    def prepare(self, **changes: Any) -> Callable[..., dict[str, jax.Array]]:
+        """The same as a jitted function, which takes operands of the same shapes to replace those by name."""
         unknown = changes.keys() - self.operands.keys() - self.results.keys() - self.attributes.keys()
         assert not unknown, f"{self.target} has no {unknown}"
         operands, results, attributes = (
             {name: changes.get(name, part) for name, part in parts.items() if changes.get(name, part) is not None}
             for parts in (self.operands, self.results, self.attributes)
         )
-        arrays = [jnp.zeros(x.shape, x.dtype) if _is_shape(x) else x for x in operands.values()]
+        arrays = {name: jnp.zeros(x.shape, x.dtype) if _is_shape(x) else x for name, x in operands.items()}
         call = jax.ffi.ffi_call(self.target, list(results.values()))
-        values = jax.jit(lambda arrays: call(*arrays, **attributes))(arrays)
-        return dict(zip(results, jax.block_until_ready(values), strict=True))
+        step = jax.jit(lambda arrays: call(*arrays, **attributes))
+
+        def run(**replaced: Any) -> dict[str, jax.Array]:
+            values = step([replaced.get(name, x) for name, x in arrays.items()])
+            return dict(zip(results, jax.block_until_ready(values), strict=True))
+
+        return run
 
 
 def _is_shape(x: Any) -> bool:
@@ -102,8 +112,8 @@ def forward_call(implementation: str) -> DirectCall:
     return DirectCall(_ffi.ATTENTION_FORWARD, operands, results, _attributes())
 
 
-def _backward_bytes(gates: tuple[int, ...]) -> int:
-    return _ffi._backward_workspace((B, T, N, H), (B, S, N, H), (1, 1, CAPACITY), (BLOCK, BLOCK), gates)
+def _backward_bytes(gates: tuple[int, ...], capacity: int = CAPACITY) -> int:
+    return _ffi._backward_workspace((B, T, N, H), (B, S, N, H), (1, 1, capacity), (BLOCK, BLOCK), gates)
 
 
 def backward_call(implementation: str) -> DirectCall:
@@ -120,6 +130,24 @@ def backward_call(implementation: str) -> DirectCall:
     operands = {"dout": _ones(B, T, N, H), **_inputs(), **statistics, **_rows(), **_columns(), **_rest()}
     operands |= {"row_gates": gates, "col_gates": gates}
     return DirectCall(_ffi.ATTENTION_BACKWARD, operands, results, _attributes())
+
+
+def gated_columns(implementation: str, capacity: int) -> Callable[[Sequence[int], Sequence[int]], dict[str, jax.Array]]:
+    """The backward with gates of 1 and key-major lists of full blocks, whose offsets and ids it takes."""
+    gates = (B, N, capacity)
+    changes = {
+        "kv_blocks": _integers(*[0] * capacity),
+        "tiles": _integers(*[-1] * capacity),
+        "q_blocks": shape("int32", 1, 1, capacity),
+        "col_tiles": _integers(*[-1] * capacity),
+        "row_gates": _ones(*gates),
+        "col_gates": _ones(*gates),
+        "dgates": shape("float32", *gates),
+    }
+    if implementation == "cuda":
+        changes["workspace"] = shape("uint8", _backward_bytes(gates, capacity))
+    run = backward_call(implementation).prepare(**changes)
+    return lambda offsets, ids: run(col_offsets=_integers(*offsets), q_blocks=_integers(*ids))
 
 
 def check_unchanged(implementation: str) -> None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 
 from jax_bsk import BlockMask
-from jax_bsk.testing.faults import calls, checks
+from jax_bsk.testing.faults import calls, checks, direct
 from jax_bsk.testing.faults.calls import BLOCK, Operands
 from jax_bsk.testing.faults.lists import FAULT, LENGTH, POISON, block_mask, check_keys, check_rows, positions
-from jax_bsk.testing.faults.scenario import scenario
+from jax_bsk.testing.faults.scenario import NATIVE, scenario
 
 BLOCKS = LENGTH // BLOCK
 
@@ -70,15 +70,74 @@ def gates_of_padding(implementation: str) -> None:
 @scenario("gates-of-duplicates", "duplicate or unsorted ids, with gates", "each entry has its own", may_crash=True)
 def gates_of_duplicates(implementation: str) -> None:
     rows = {"kv_blocks": [0, 0, 2, 1, 2, 2, 3, 0], "tiles": [0, -1, -1, 0, -1, -1, 0, -1]}
-    mask = block_mask(**rows)
-    gates = _gates(mask)
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        results = calls.attend(operands, mask, implementation, gates=gates)
-        expected = calls.as_listed(operands, mask, gates)
-        check_rows(results, expected, [], dtype)
-        check_keys(results, expected, range(BLOCKS), dtype)
-        checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)
+    longer = {**rows, "row_offsets": [0, 6, 7, 8, 8]}  # than there are blocks of keys
+    longest = {**longer, "kv_blocks": [2] * 8}  # a column that is longer than there are blocks of queries, too
+    for mask in (block_mask(**rows), block_mask(**longer), block_mask(**longest)):
+        gates = _gates(mask)
+        for dtype in calls.dtypes(implementation):
+            operands = Operands.random(dtype, LENGTH, LENGTH)
+            results = calls.attend(operands, mask, implementation, gates=gates)
+            expected = calls.as_listed(operands, mask, gates)
+            check_rows(results, expected, [], dtype)
+            check_keys(results, expected, range(BLOCKS), dtype)
+            checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)
+
+
+@scenario(
+    "overlapping-rows",
+    f"{FAULT} (decreasing offsets), with and without gates",
+    "rows whose own offsets are in order are as listed; dk, dv and dgates count an entry for the first row that has "
+    "it; repeats give the same bits",
+    platforms=NATIVE,
+    may_crash=True,
+)
+def overlapping_rows(implementation: str) -> None:
+    mask, first = block_mask(row_offsets=[0, 6, 2, 6, 8]), block_mask(row_offsets=[0, 6, 6, 6, 8])
+    for gates in (None, _gates(mask)):
+        for dtype in calls.dtypes(implementation):
+            operands = Operands.random(dtype, LENGTH, LENGTH)
+            results = calls.attend(operands, mask, implementation, gates=gates)
+            check_rows(results, calls.as_listed(operands, mask, gates), [1], dtype)
+            expected = calls.as_listed(operands, first, gates)
+            check_keys(results, expected, range(BLOCKS), dtype)
+            if gates is not None:
+                checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)
+            for _ in range(10):
+                again = calls.attend(operands, mask, implementation, gates=gates)
+                for name, x in results.items():
+                    checks.check_equal(f"{name} once more ({dtype})", again[name], x.astype(np.float64))
+
+
+@scenario(
+    "gates-of-bad-columns",
+    f"{FAULT} (of the key-major lists), with gates",
+    "dgates of an entry that no column has are 0, that two have NaN, of a column with a bad id NaN; the others what is "
+    "due; repeats give the same bits",
+    platforms=NATIVE,
+    may_crash=True,
+)
+def gates_of_bad_columns(implementation: str) -> None:
+    """Past the public function, which makes these lists itself where there are gates."""
+    run = direct.gated_columns(implementation, 6)
+    due, nan = BLOCK * direct.H, np.nan  # of any block: BLOCK rows of probabilities 1 / BLOCK, and products of H ones
+    for what, offsets, ids, dgates, dvalue in (
+        ("columns 0 and 2 overlap", [0, 4, 2, 5], [0, 1, 0, 1, 0, 9], [due, due, nan, nan, due, 0], [4, nan, 3]),
+        ("all columns overlap", [0, 6, 0, 6], [0, 1, 0, 1, 0, 1], [nan] * 6, [6, nan, 6]),
+        ("negative offset", [-1, 2, 4, 5], [0, 1, 0, 1, 0, 1], [0, 0, due, due, due, 0], [nan, 2, 1]),
+        ("overflow", [1, 2, 4, 7], [0, 1, 0, 1, 0, 1], [0, due, due, due, 0, 0], [1, 2, nan]),
+        ("bad id", [0, 2, 3, 5], [0, 1, 0, 1, 9, 9], [due, due, due, nan, nan, 0], [2, 1, nan]),
+    ):
+        results = run(offsets, ids)
+        by_key = np.repeat(np.array(dvalue), BLOCK)[:, None, None]
+        for name, wanted in (("dgates", np.array(dgates)), ("dvalue", by_key)):
+            actual = np.asarray(results[name])
+            wanted = np.broadcast_to(wanted, actual.shape)
+            checks.check_equal(f"{what}: NaN in {name}", np.isnan(actual), np.isnan(wanted))
+            checks.check_close(f"{what}: {name}", np.nan_to_num(actual), np.nan_to_num(wanted))
+        for _ in range(10):
+            again = run(offsets, ids)
+            for name in ("dquery", "dkey", "dvalue", "dgates"):
+                checks.check_equal(f"{what}: {name} once more", again[name], np.asarray(results[name], np.float64))
 
 
 @scenario(
@@ -114,4 +173,11 @@ def not_finite_gates(implementation: str) -> None:
             assert not finite.any(), f"out, {what}: {finite.sum()} of {finite.size} rows that attend are finite"
 
 
-SCENARIOS = (gates_of_bad_lists, gates_of_padding, gates_of_duplicates, not_finite_gates)
+SCENARIOS = (
+    gates_of_bad_lists,
+    gates_of_padding,
+    gates_of_duplicates,
+    overlapping_rows,
+    gates_of_bad_columns,
+    not_finite_gates,
+)
