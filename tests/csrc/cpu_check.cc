@@ -166,12 +166,6 @@ void SetGates(Random& random, Case& c) {
 
 void Poison(Random& random, Lists& lists, int64_t n_tiles, int64_t times) {
   const int64_t leading = lists.batch * lists.heads;
-  if (times > 0 && random.Chance(0.3)) {  // any offsets: rows have entries in common, and some have nearly all
-    for (int64_t i = 0; i < leading * (lists.rows + 1); ++i) {
-      lists.offsets[i] = static_cast<int32_t>(random.Int(0, lists.capacity));
-    }
-    return;
-  }
   for (int64_t t = 0; t < times; ++t) {
     const int64_t at_row = random.Int(0, leading * (lists.rows + 1) - 1);
     const int32_t wild = random.Pick<int32_t>({-1, -2, INT32_MIN, INT32_MAX, static_cast<int32_t>(lists.capacity + 1)});
@@ -185,6 +179,13 @@ void Poison(Random& random, Lists& lists, int64_t n_tiles, int64_t times) {
         lists.tiles[at] = random.Chance(0.5) ? static_cast<int32_t>(n_tiles) : std::min(wild, -2);
       }
     }
+  }
+}
+
+// Any offsets: rows have entries in common, and some have nearly all.
+void Scramble(Random& random, Lists& lists) {
+  for (int64_t i = 0; i < lists.batch * lists.heads * (lists.rows + 1); ++i) {
+    lists.offsets[i] = static_cast<int32_t>(random.Int(0, lists.capacity));
   }
 }
 
@@ -262,6 +263,10 @@ Case MakeCase(uint64_t seed) {
   c.words = Exact(words);
   SetLists(random, c, random.Chance(0.25), random.Pick<double>({0.1, 0.5, 0.9, 1}));
   SetGates(random, c);
+
+  Random others(seed + (uint64_t{1} << 32));  // so that the other cases stay what they are
+  if (others.Chance(0.1)) Scramble(others, c.rows);
+  if (others.Chance(0.1)) Scramble(others, c.cols);
 
   c.lengths_batch = random.Chance(0.5) ? 1 : s.batch;
   std::vector<int32_t> lengths;
@@ -462,9 +467,9 @@ struct Reference {
           }
         }
         for (int64_t i = 0; c.gated && i < c.cols.capacity; ++i) {
-          if (owners[i] == 1 || s.kv_blocks == 0) continue;
+          if (owners[i] == 1) continue;
           dgates.value[first_gate + i] = owners[i] == 0 ? 0 : kNaN;
-          dgates.tainted[first_gate + i] = false;
+          dgates.tainted[first_gate + i] = s.kv_blocks == 0;  // with no column nobody writes
         }
       }
     for (int64_t row : broken_keys) {

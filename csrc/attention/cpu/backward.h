@@ -336,7 +336,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   FillRows<C>(dvalue + keys * value_stride, value_stride, rows - keys, s.value_dim, C(0));
   const bool gated = p.dgates != nullptr;  // whose entries are written here, if only with 0
   if (keys == 0 && !gated) return;
-  for (int64_t h = kv_head * group; gated && j == 0 && h < (kv_head + 1) * group; ++h) FinishGates<C>(p, b, h);
+  for (int64_t i = 0; gated && j == 0 && i < group; ++i) FinishGates<C>(p, b, kv_head * group + i);
 
   // --- Start: K^T, V^T.
   PackTransposed<C>(static_cast<const E*>(p.key) + row_index * s.head_dim, key_stride, keys, s.head_dim, C(1),
