@@ -31,7 +31,7 @@ NAMES += [
     f"instance-{dtype}-d{dim}{cap}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256) for cap in ("", "-cap")
 ]
 NAMES += [f"gates-instance-{dtype}-d{dim}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256)]
-NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000) for size in ("", "-d128-b128")]
+NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000, 10_000_000) for size in ("", "-d128-b128")]
 FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)
 NAMES += [f"{fault}-d{dim}" for fault in FAULTS for dim in (64, 128, 256)]
 NAMES += [

@@ -51,7 +51,8 @@ struct LogSum {
   float rest;
 
   __device__ static LogSum Of(float max, float sum) {
-    const float product = max * kLn2, log_sum = logf(sum), value = fmaf(max, kLn2, log_sum);
+    // Rounded here, and not part of a fused operation below.
+    const float product = __fmul_rn(max, kLn2), log_sum = logf(sum), value = fmaf(max, kLn2, log_sum);
     const float lost = fmaf(max, kLn2, -product) + max * kLn2Rest;  // by the product
     const float rest = ((product - value) + log_sum) + lost;        // the difference is exact where value is large
     return {value, isfinite(rest) ? rest : 0.f};
@@ -67,14 +68,14 @@ struct RowStatistics {
   __device__ static RowStatistics None() { return {Infinity(), 0.f, 0.f}; }
   __device__ static RowStatistics Of(float lse, float lse_rest, float delta) {
     if (lse == -Infinity()) return None();
-    const float value = lse * kLog2E, lost = fmaf(lse, kLog2E, -value) + lse * kLog2ERest;
+    const float value = __fmul_rn(lse, kLog2E), lost = fmaf(lse, kLog2E, -value) + lse * kLog2ERest;
     const float rest = fmaf(lse_rest, kLog2E, lost);
     return {isfinite(delta) ? value : QuietNan(), delta, isfinite(rest) ? rest : 0.f};
   }
 };
 
-// The exponent of a probability whose logit, in units of log2, is `difference` away from its row's log-sum-exp, less what
-// the latter's rest says. It is at most 0, whatever rounding made of logits so large that the forward's and the
+// The exponent of a probability whose logit, in units of log2, is `difference` away from its row's log-sum-exp, less
+// what the latter's rest says. It is at most 0, whatever rounding made of logits so large that the forward's and the
 // backward's differ; NaN stays NaN.
 __device__ __forceinline__ float Exponent(float difference, float rest) {
   const float x = difference - rest;

@@ -159,12 +159,13 @@ class BackwardConsumer {
     device::sm90::CommitProducts();
     flags_ = ReadShared(shared_.flags[stage]);
 
+    const bool large = IsLarge(stage);
     LoadStatistics(rows, shared_.statistics[stage][0]);
     device::sm90::Pin(rows);
     if constexpr (Config::kPlain) {
       device::sm90::WaitForProducts<1>();
       device::sm90::Pin(scores);
-      Probabilities(scores, rows, stage);
+      Probabilities(scores, rows, stage, large);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
       if constexpr (!Config::kGated) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
@@ -191,7 +192,7 @@ class BackwardConsumer {
       MapLogits(scores);
 #pragma unroll
       for (int i = 0; i < kScores; ++i) dscores[i] *= plan_.logits.Slope(scores[i]);
-      Probabilities(scores, rows, stage);
+      Probabilities(scores, rows, stage, large);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     }
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
@@ -221,6 +222,7 @@ class BackwardConsumer {
     const int stage = Stages().Stage();
     BeginStep(scores, shared_.key, shared_.first[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
+    const bool large = IsLarge(stage);
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(scores);
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
@@ -236,7 +238,7 @@ class BackwardConsumer {
     }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][0]);
-    Probabilities(scores, rows, stage);
+    Probabilities(scores, rows, stage, large);
     if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     uint32_t packed[kPacked];
     if constexpr (Config::kGated) {
@@ -323,18 +325,31 @@ class BackwardConsumer {
     }
   }
 
-  // Logits to probabilities. Where the log-sum-exp of a query is so large that its rounding would be seen, what is left
-  // of it comes from shared memory: a branch a step, so that all others cost what they would without.
-  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked], int stage) {
-    const float* rest = shared_.statistics[stage][2];
-    const float2 own = *reinterpret_cast<const float2*>(rest + 2 * (Thread() % 32));
-    const bool large = __any_sync(0xFFFFFFFFu, own.x != 0.f || own.y != 0.f);
+  // Whether the log-sum-exp of a query of the step is so large that its rounding would be seen. To be asked for while
+  // products are under way.
+  __device__ __forceinline__ bool IsLarge(int stage) const {
+    const float2 rest = *reinterpret_cast<const float2*>(shared_.statistics[stage][2] + Thread() % 32 * 2);
+    return __any_sync(0xFFFFFFFFu, rest.x != 0.f || rest.y != 0.f);
+  }
+
+  // Logits to probabilities. Those of a large log-sum-exp also need what rounding took from it: a branch for each step,
+  // so that all others cost what they would without.
+  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked], int stage,
+                                                bool large) {
+    const float* rest = shared_.statistics[stage][2] + Thread() % 4 * 2;
+    if (Config::kPlain && !large) {  // exponentials start while other exponents are computed
+#pragma unroll
+      for (int i = 0; i < kScores; ++i) {
+        x[i] = device::Exp2(fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]));
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kScores; ++i) x[i] = fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]);
     if (large) {
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        x[i] = device::Exponent(x[i], rest[8 * (i / 4) + Thread() % 4 * 2 + i % 2]);
+        x[i] = device::Exponent(x[i], rest[8 * (i / 4) + i % 2]);
         if (i % 2 == 1) device::sm90::Pin(x);  // two at a time: more would spill
       }
     }
