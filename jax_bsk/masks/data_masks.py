@@ -221,9 +221,15 @@ class FunctionMask(Mask):
 
     Args:
       fn: `fn(q_idx, kv_idx)` with int32 index arrays that broadcast against each other (numpy on the host, jax.numpy
-        when traced) returning booleans of the broadcast shape, elementwise. It must be pure: masks with the same
-        function are equal, and what was built of one may be reused for another. It is asked only about positions
-        inside the lengths. A function that closes over traced arrays makes the mask traced.
+        when traced) returning booleans of exactly the broadcast shape, elementwise: other arrays are read at the
+        indices, as in `flags[q_idx]`, and nothing adds a dimension (a mask an example is an `ArrayMask`, or a
+        function under `jax.vmap`). It must be pure: masks with the same function are equal, and what was built of one
+        may be reused for another. It is asked only about positions inside the lengths. A function that closes over
+        traced arrays makes the mask traced.
+
+    Raises:
+      TypeError: fn is not callable; when bound, where it does not return booleans.
+      ValueError: when bound, where it returns another shape.
 
     Nothing is known about such a mask beforehand: every block is evaluated once. Combined by `&` with masks of known
     bounds, only blocks they leave open are.
@@ -239,13 +245,27 @@ class FunctionMask(Mask):
             )
         self._set(fn=fn)
 
+    def _validate(self, q_len: int, kv_len: int) -> None:
+        """Asks for two shapes: an array that is not read at the indices may fit the blocks' shape, never both of these.
+
+        They have two dimensions, so that any that the function adds is seen, and no length is 1.
+        """
+        if not q_len or not kv_len:
+            return
+        ask = self._shape_when_traced if self._closes_over_tracers() else self._values
+        for rows, columns in ((2, 3), (3, 5)):
+            q = np.minimum(np.arange(rows, dtype=np.int32), q_len - 1)[:, None]
+            k = np.minimum(np.arange(columns, dtype=np.int32), kv_len - 1)[None, :]
+            self._check(self._answer(ask, q, k), q, k)
+
     def _own_traced(self, grid: Grid) -> bool:
-        if not grid.q_len or not grid.kv_len:
-            return False
+        return bool(grid.q_len and grid.kv_len) and self._closes_over_tracers()
+
+    def _closes_over_tracers(self) -> bool:
         index = np.zeros((1, 1), np.int32)
         try:
             with jax.ensure_compile_time_eval():
-                return is_traced(self.fn(index, index))
+                return is_traced(self._answer(self.fn, index, index))
         except (jax.errors.TracerArrayConversionError, jax.errors.TracerBoolConversionError):
             return True  # numpy code that met a tracer: will be told so, by JAX, when it is traced
 
@@ -254,27 +274,48 @@ class FunctionMask(Mask):
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         q, k = grid.clip_q(q), grid.clip_kv(k)
-        if grid.xp is not np:
-            return self._check(self.fn(q, k), q, k)
-        # A function written with jax.numpy would otherwise be staged into a surrounding jit.
+        return self._check(self.fn(q, k) if grid.xp is not np else self._values(q, k), q, k)
+
+    def _answer(self, ask: Callable[[Any, Any], Any], q: Any, k: Any) -> Any:
+        """`ask(q, k)`; where shapes that do not fit each other make it fail, with the remedy."""
+        try:
+            return ask(q, k)
+        except (TypeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            if "broadcast" not in reason:
+                raise
+            raise ValueError(f"{self!r}: fn fails for {_described(q, k)} ({reason}); {_ELEMENTWISE}") from error
+
+    def _values(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
         result = self.fn(q, k)
-        if is_traced(result):
+        if is_traced(result):  # written with jax.numpy, it was staged into a surrounding jit
             with jax.ensure_compile_time_eval():
                 result = self.fn(q, k)
-        return self._check(np.asarray(result), q, k)
+        return np.asarray(result)
+
+    def _shape_when_traced(self, q: np.ndarray, k: np.ndarray) -> Any:
+        return jax.eval_shape(self.fn, jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype))
 
     def _check(self, result: Any, q: Any, k: Any) -> Any:
         expected = np.broadcast_shapes(q.shape, k.shape)
         given = f"{getattr(result, 'dtype', type(result).__name__)}{getattr(result, 'shape', '')}"
         if getattr(result, "dtype", None) != np.bool_:
-            raise TypeError(f"{self!r}: fn must return booleans, given {given} for indices {q.shape} and {k.shape}")
-        try:
-            fits = np.broadcast_shapes(result.shape, expected) == expected
-        except ValueError:
-            fits = False
-        if not fits:
-            raise ValueError(f"{self!r}: fn must return the shape {expected}, given {given}; is it elementwise?")
+            raise TypeError(f"{self!r}: fn must return booleans, given {given} for {_described(q, k)}")
+        if result.shape != expected:
+            raise ValueError(
+                f"{self!r}: fn must return the shape {expected} for {_described(q, k)}, given {given}; {_ELEMENTWISE}"
+            )
         return result
 
     def _repr_arguments(self) -> list[str]:
         return [getattr(self.fn, "__qualname__", None) or repr(self.fn)]
+
+
+_ELEMENTWISE = (
+    "is it elementwise? Read arrays at the indices, as in flags[q_idx], and name both indices, as in (q_idx > 4) & "
+    "(kv_idx >= 0). For a mask an example use ArrayMask, or jax.vmap over the call; for one a head MultiHeadMask"
+)
+
+
+def _described(q: Any, k: Any) -> str:
+    return f"indices of shapes {q.shape} and {k.shape}"

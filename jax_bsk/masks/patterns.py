@@ -85,7 +85,12 @@ class CausalMask(Mask):
 
     def __init__(self, offset: int = 0) -> None:
         self._set(
-            offset=static_int(offset, "CausalMask", "offset", remedy="for an offset per example use FunctionMask")
+            offset=static_int(
+                offset,
+                "CausalMask",
+                "offset",
+                remedy="for an offset per example use ArrayMask, or jax.vmap over FunctionMask",
+            )
         )
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:

@@ -118,6 +118,49 @@ def test_function_is_asked_inside_the_lengths_only():
     np.testing.assert_array_equal(m.FunctionMask(look_up).bind(70, 45, block_size=32).to_dense()[0, 0], table)
 
 
+# Of 300 keys in blocks of 128: three blocks a row, and tiles of 128 x 128.
+NOT_ELEMENTWISE = {
+    "an example": lambda q, k, xp: k <= q + xp.array([5, 150, 296])[:, None, None],
+    "one example": lambda q, k, xp: k <= q + xp.array([5])[:, None, None],
+    "a token of a block": lambda q, k, xp: k <= q + xp.arange(128)[:, None],
+    "a key of a block": lambda q, k, xp: (k <= q) & (xp.arange(128)[None] > 3),
+    "a tile": lambda q, k, xp: (k <= q) & (xp.ones((128, 128)) > 0),
+    "the query alone": lambda q, k, xp: q > 4,
+    "neither": lambda q, k, xp: xp.ones((1, 1)) > 0,
+    "a scalar": lambda q, k, xp: xp.max(q) > 0,
+}
+
+
+@pytest.mark.parametrize("traced", [False, True])
+@pytest.mark.parametrize("name", NOT_ELEMENTWISE)
+@pytest.mark.parametrize("q_len", [3, 128, 300])
+def test_functions_that_are_not_elementwise_are_refused_by_shape(name, traced, q_len):
+    import jax
+    import jax.numpy as jnp
+
+    function = NOT_ELEMENTWISE[name]
+
+    def bind(x):
+        # x closes the function over a tracer where there is one.
+        return m.FunctionMask(lambda q, k: function(q + x, k, jnp if traced else np)).bind(q_len, 300)
+
+    with pytest.raises(ValueError, match=r"FunctionMask\(.*fn (must return|fails).* is it elementwise.* use ArrayMask"):
+        jax.make_jaxpr(bind)(np.int32(0)) if traced else bind(0)
+    if traced:  # or where it is of host arrays alone, written with jax.numpy, and asked inside jit
+        with pytest.raises(ValueError, match="is it elementwise"):
+            jax.make_jaxpr(lambda x: bind(0))(np.int32(0))
+
+
+def test_mistakes_inside_a_function_are_its_own():
+    def wrong(q, k):
+        raise TypeError("something else")
+
+    with pytest.raises(TypeError, match=r"^something else$"):
+        m.FunctionMask(wrong).bind(64)
+    with pytest.raises(TypeError, match="positional argument"):
+        m.FunctionMask(lambda q: q > 3).bind(64)
+
+
 def test_function_of_jax_numpy():
     import jax
     import jax.numpy as jnp
