@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.masks.algebra import Mask, is_array
+from jax_bsk.masks.algebra import Mask, is_array, is_hashable
 from jax_bsk.masks.block_mask import BlockMask
 from jax_bsk.masks.data_masks import ArrayMask
 
@@ -58,10 +58,9 @@ def as_block_mask(
             raise TypeError(f"mask must be a Mask, a BlockMask or a boolean array, given {type(mask).__name__}")
         mask = ArrayMask(_broadcast(mask, q_len, kv_len))
     _check_dims(mask.batch, mask.heads, batch, heads, mask)
-    try:
-        key = (hash(mask), mask, q_len, kv_len, block_size)
-    except TypeError:  # holds arrays
+    if not is_hashable(mask):  # holds arrays
         return BlockMask.from_mask(mask, q_len, kv_len, block_size=block_size)
+    key = (hash(mask), mask, q_len, kv_len, block_size)
     with _lock:
         if key in _cache:
             _cache.move_to_end(key)

@@ -101,6 +101,15 @@ def is_traced(x: Any) -> bool:
     return isinstance(x, Tracer)
 
 
+def is_hashable(mask: Mask) -> bool:
+    """Whether equal masks can be found again: those that hold no array."""
+    try:
+        hash(mask)
+    except TypeError:
+        return False
+    return True
+
+
 class Mask:
     """Which query attends to which key, lazily. `True` means "attend".
 

@@ -94,3 +94,10 @@ def test_nothing_traced_is_kept():
     mask = jax.jit(make)(3)
     assert not _convert._cache
     np.testing.assert_array_equal(mask.to_dense(), m.CausalMask(3).bind(64).to_dense())
+
+
+def test_errors_of_a_mask_with_arrays_are_not_of_its_hash():
+    wrong = m.ArrayMask(np.ones((40, 40), bool)) & m.FunctionMask(lambda q, k: q + None)
+    with pytest.raises(TypeError, match="unsupported operand") as raised:
+        m.as_block_mask(wrong, 40, 40, **CALL)
+    assert raised.value.__context__ is None  # no "unhashable mask" that the traceback begins with
