@@ -6,18 +6,15 @@ The top of the one path of a call: `attention` -> `masks` -> `_dispatch` -> `_at
 from __future__ import annotations
 
 import functools
-import math
-import numbers
 import operator
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_bsk import _attention_op, _dispatch
+from jax_bsk import _attention_op, _dispatch, _numbers
 from jax_bsk._ffi import AttentionAttributes
 from jax_bsk._reference import sparse_attention_xla
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
@@ -68,13 +65,16 @@ def sparse_attention(
       bias: Added to the logits, broadcastable to BNTS (NTS); "xla" only.
       mask: What may attend to what (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a boolean array
         broadcastable to BNTS (NTS for unbatched inputs, or TS). None attends to everything. May be traced.
-      scale: Factor of the logits, a Python number; 1 / sqrt(H) by default.
+      scale: Factor of the logits, a Python number in [-2e38, 2e38]; 1 / sqrt(H) by default. It is used in float32, for
+        float64 inputs too.
       is_causal: Query t attends to keys s <= t (aligned at the top left, as in `jax.nn`), on top of `mask`.
       query_seq_lengths: int [B]; queries from there on yield 0, log-sum-exp -inf.
       key_value_seq_lengths: int [B]; keys from there on are not attended to.
       local_window_size: Keys to the left and right of query t it may attend to, (left, right) or one number for both,
         on top of `mask`. None in the pair is unbounded.
-      logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118).
+      logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118); a Python number in
+        [1e-30, 1e30]. It is used in float32 as the scale is, of which scale / logits_soft_cap must be a normal number
+        (or 0).
       sinks: [N] logits that join each softmax's denominator and no value, as in gpt-oss (arXiv 2508.10925); learnable.
       gates: [B|1, N|1, capacity] floating factors of the visited blocks, where `mask` is a `BlockMask` and capacity its
         `kv_blocks.shape[-1]` (for TNH also [N|1, capacity]): number e of a head's gates belongs to entry e of that
@@ -101,8 +101,8 @@ def sparse_attention(
     kv_len = key.shape[1]
 
     block_mask = _bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
-    scale = _number(scale, "scale") if scale is not None else 1 / math.sqrt(max(head_dim, 1))
-    soft_cap = _soft_cap(logits_soft_cap)
+    scale = _numbers.logits_scale(scale, head_dim)
+    soft_cap = _numbers.soft_cap(logits_soft_cap, scale)
     bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
     lengths = _lengths(query_seq_lengths, key_value_seq_lengths, (batch, q_len, kv_len))
     sinks = _sinks(sinks, heads)
@@ -217,21 +217,6 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
         raise ValueError(f"mask broadcasts to {letters} = {sizes[4 - most :]}, got shape {array.shape}")
     broadcast = np.broadcast_to if isinstance(array, np.ndarray) else jnp.broadcast_to
     return broadcast(array, (*array.shape[:-2], q_len, kv_len))
-
-
-def _number(x: Any, name: str) -> float:
-    if isinstance(x, Tracer) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
-        raise TypeError(f"{name} is a Python number known when tracing, got {x}; multiply the query by a traced factor")
-    return float(x)
-
-
-def _soft_cap(logits_soft_cap: float | None) -> float | None:
-    if logits_soft_cap is None:
-        return None
-    cap = _number(logits_soft_cap, "logits_soft_cap")
-    if not cap > 0 or math.isinf(cap):
-        raise ValueError(f"logits_soft_cap is a positive finite number or None, got {cap}")
-    return cap
 
 
 def _bias(bias: ArrayLike | None, sizes: tuple[int, int, int, int], unbatched: bool) -> jax.Array | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import ArrayMask, CausalMask, FullMask, LocalMask
+from jax_bsk.testing.oracle import attention_oracle
 from tests.util import assert_close, dense, random_inputs, random_mask
 
 
@@ -111,6 +113,7 @@ def test_sinks_take_probability(implementation, inputs):
         *inputs, is_causal=True, sinks=sinks, implementation=implementation, return_residual=True
     )
     plain, plain_lse = sparse_attention(*inputs, is_causal=True, implementation=implementation, return_residual=True)
+    sinks = sinks[None, None]
     share = 1 - jax.nn.sigmoid(sinks - plain_lse)
     assert_close(out, plain * share[..., None])
     assert_close(lse, jnp.logaddexp(plain_lse, sinks))
@@ -183,7 +186,8 @@ MISTAKES = {
     ),
     "mask kind": (lambda: sparse_attention(q, k, v, mask="causal"), TypeError, "a Mask, a BlockMask or a boolean"),
     "window": (lambda: sparse_attention(q, k, v, local_window_size=(-1, 0)), ValueError, "-1"),
-    "soft cap": (lambda: sparse_attention(q, k, v, logits_soft_cap=0.0), ValueError, "positive finite"),
+    "soft cap": (lambda: sparse_attention(q, k, v, logits_soft_cap=0.0), ValueError, "None for no cap; got 0"),
+    "scale of several": (lambda: sparse_attention(q, k, v, scale=np.ones(2)), TypeError, "scale is one number"),
     "sinks": (lambda: sparse_attention(q, k, v, sinks=np.zeros(3, np.float32)), ValueError, r"shape \(4,\)"),
     "lengths type": (
         lambda: sparse_attention(q, k, v, query_seq_lengths=np.ones(2, np.float32)),
@@ -225,6 +229,49 @@ def test_mistakes_name_the_argument_and_the_remedy(name):
     call, error, message = MISTAKES[name]
     with pytest.raises(error, match=message):
         call()
+
+
+HUGE = pytest.param(10**400, id="huge")  # no float either
+
+
+# What float32 cannot carry, or not its quotients: too great, too small, subnormal, no number.
+@pytest.mark.parametrize("cap", [1e39, 1e38, 5e37, 1e31, 1e-31, 1e-38, 1e-46, 0, -1.0, math.inf, math.nan, HUGE])
+def test_soft_caps_beyond_float32_are_refused(implementation, cap):
+    with pytest.raises(ValueError, match=r"logits_soft_cap is in \[1e-30, 1e\+30\], .* float32"):
+        sparse_attention(q, k, v, logits_soft_cap=cap, implementation=implementation)
+
+
+@pytest.mark.parametrize(("scale", "cap"), [(1e9, 1e-30), (1e-9, 1e30), (-1e-10, 1e30), (1e-300, 1.0)])
+def test_quotients_of_scale_and_soft_cap_beyond_float32_are_refused(implementation, scale, cap):
+    with pytest.raises(ValueError, match="scale / logits_soft_cap is 0 or"):
+        sparse_attention(q, k, v, scale=scale, logits_soft_cap=cap, implementation=implementation)
+
+
+@pytest.mark.parametrize("scale", [3e38, -3e38, 1e39, math.inf, -math.inf, math.nan, HUGE])
+def test_scales_beyond_float32_are_refused(implementation, scale):
+    with pytest.raises(ValueError, match=r"scale is in \[-2e\+38, 2e\+38\]"):
+        sparse_attention(q, k, v, scale=scale, implementation=implementation)
+    with pytest.raises(ValueError, match="scale is in"):
+        jax_bsk.selection.xattention(q, q, scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("scale", "cap"), [(1.0, 1e30), (0.25, 1e-30), (0.25, 1e20), (0.25, 1e-10), (-0.5, 1e30), (0, 2.0), (1e-40, None)]
+)
+def test_numbers_at_the_ends_of_their_ranges(implementation, scale, cap):
+    """Against float64: a great cap caps nothing, a small one makes all keys equal."""
+    inputs = [np.asarray(x, np.float64) for x in random_inputs(3, q_len=33, kv_len=33, head_dim=8, value_dim=8)]
+
+    def call(*inputs):
+        return sparse_attention(*inputs, scale=scale, logits_soft_cap=cap, implementation=implementation)
+
+    out, pullback = jax.vjp(call, *(jnp.asarray(x, jnp.float32) for x in inputs))
+    oracle = attention_oracle(
+        *inputs, np.ones((1, 1, 33, 33), bool), scale=scale, soft_cap=cap, dout=np.ones(inputs[0].shape)
+    )
+    assert_close(out, oracle.values["out"], 1e-5)
+    dout = jnp.ones(out.shape)
+    assert_close(pullback(dout), [oracle.values[name] for name in ("dq", "dk", "dv")], 1e-5)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="there is a GPU")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import jax
@@ -72,8 +71,3 @@ def by_query_block(function: Callable[[jax.Array, jax.Array], jax.Array], query:
     else:
         rows = jax.lax.map(lambda pair: function(*pair), pairs, batch_size=together)
     return jnp.moveaxis(rows, 0, -2)
-
-
-def logits_scale(head_dim: int, scale: float | None) -> float:
-    """1 / sqrt(H) by default, as in `sparse_attention`."""
-    return 1 / math.sqrt(head_dim) if scale is None else float(scale)

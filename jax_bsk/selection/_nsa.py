@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_bsk._numbers import logits_scale
 from jax_bsk.masks import BlockMask, CausalMask
 from jax_bsk.selection._inputs import (
     by_query_block,
     grouped,
-    logits_scale,
     query_and_key,
     statistics_dtype,
 )
@@ -77,7 +77,7 @@ def nsa(
         )
     required = _required(known, initial_blocks, local_blocks)
     compressed = jax.lax.stop_gradient(compress(k, length, stride, compressed_key, "compressed_key"))
-    scores = _importance(q, compressed, known, length, stride, logits_scale(q.shape[3], scale))
+    scores = _importance(q, compressed, known, length, stride, logits_scale(scale, q.shape[3]))
     return for_query_heads(choose_top_k(scores, top_k, required, known), q.shape[2])
 
 

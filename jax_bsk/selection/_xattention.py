@@ -8,8 +8,9 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jax_bsk._numbers import logits_scale
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.selection._inputs import by_query_block, grouped, logits_scale, query_and_key, statistics_dtype
+from jax_bsk.selection._inputs import by_query_block, grouped, query_and_key, statistics_dtype
 from jax_bsk.selection._lists import choose_by_mass, for_query_heads
 from jax_bsk.selection._outline import Outline, outline, positive
 
@@ -67,7 +68,7 @@ def xattention(
         raise ValueError(f"initial_blocks is 0 or more, got {initial_blocks}")
     heads = k.shape[2] if share_group else q.shape[2]
     fraction = _fraction(threshold, heads, statistics_dtype(q))
-    weights = _weights(q, k, known, stride, is_causal, logits_scale(q.shape[3], scale))
+    weights = _weights(q, k, known, stride, is_causal, logits_scale(scale, q.shape[3]))
     if share_group:
         weights = weights.reshape(weights.shape[0], heads, q.shape[2] // heads, *weights.shape[2:]).sum(2)
     required = np.zeros_like(known.open_units)
