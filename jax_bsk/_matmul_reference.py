@@ -112,10 +112,10 @@ def without_margins(a: BSR, row_ids: jax.Array) -> jax.Array:
     (m, k), (bm, bk) = a.shape, a.block_size
     data = jnp.asarray(a.data)
     if m % bm:
-        rows = row_ids[:, None] * bm + jnp.arange(bm, dtype=jnp.int32)
+        rows = row_ids[:, None] * bm + jnp.arange(bm, dtype=jnp.int32)[None]
         data = jnp.where((rows < m)[:, :, None], data, 0)
     if k % bk:
-        columns = jnp.asarray(a.indices)[:, None] * bk + jnp.arange(bk, dtype=jnp.int32)
+        columns = jnp.asarray(a.indices)[:, None] * bk + jnp.arange(bk, dtype=jnp.int32)[None]
         data = jnp.where((columns < k)[:, None, :], data, 0)
     return data
 

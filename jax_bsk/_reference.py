@@ -28,6 +28,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jax_bsk import _compat
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
 
 if TYPE_CHECKING:
@@ -235,9 +236,8 @@ def _attention(
     active = jnp.arange(steps, dtype=jnp.int32) * chunk < used.max() if skip_steps else None
     row_max, total, acc = _map_lists(_walk, schedule, operands, soft_cap, active)
 
-    valid = (
-        jnp.arange(nq * block_q, dtype=jnp.int32).reshape(nq, 1, 1, 1, block_q) < operands.q_end[:, None, None, None]
-    )
+    position = jnp.arange(nq * block_q, dtype=jnp.int32).reshape(nq, 1, 1, 1, block_q)
+    valid = position < operands.q_end[None, :, None, None, None]
     if sinks is not None:
         sink = sinks.astype(dtype).reshape(1, 1, kv_heads, group, 1)
         # The walk was relative to its own maximum; a greater sink shrinks it, and out of reach it counts as nothing.
@@ -399,14 +399,14 @@ def _logits(operands: _Operands, entries: _Schedule, bias, soft_cap) -> tuple[Ar
     logits = logits + _take(operands.key_flaw, entries.cols)[:, :, :, None, None, :]
 
     block_q, block_kv = logits.shape[-2:]
-    q_pos = entries.rows[:, None] * block_q + jnp.arange(block_q, dtype=jnp.int32)  # [chunk, block_q]
-    kv_pos = entries.cols[:, None] * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
-    attends = (q_pos[:, None] < operands.q_end[:, None])[:, :, None, None, :, None]
-    attends &= (kv_pos[:, None] < operands.kv_end[:, None])[:, :, None, None, None, :]
+    q_pos = entries.rows[:, None] * block_q + jnp.arange(block_q, dtype=jnp.int32)[None]  # [chunk, block_q]
+    kv_pos = entries.cols[:, None] * block_kv + jnp.arange(block_kv, dtype=jnp.int32)[None]
+    attends = (q_pos[:, None] < operands.q_end[None, :, None])[:, :, None, None, :, None]
+    attends &= (kv_pos[:, None] < operands.kv_end[None, :, None])[:, :, None, None, None, :]
     attends &= entries.visit[:, None, None, None, None, None]
     if operands.bit_tiles.shape[0]:
         words = _take(operands.bit_tiles, entries.tiles)  # a full block's -1 is clipped, and overruled below
-        bits = (words[..., None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+        bits = (words[..., None] >> of_rank(np.arange(32, dtype=np.uint32), words.ndim + 1)) & 1
         bits = bits.astype(bool).reshape((*words.shape[:-1], block_kv))
         attends &= bits | (entries.tiles < 0)[:, None, None, None, None, None]
     return logits, attends

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_bsk._shapes import of_rank
 from jax_bsk.attention import sparse_attention
 from jax_bsk.selection import sparsek
 from jax_bsk.selection._inputs import query_and_key, statistics_dtype
@@ -117,5 +118,5 @@ def _with_slope(scores: jax.Array, slope: ArrayLike | None) -> jax.Array:
             f"slope is a floating-point number or one a head of scores, shape {scores.shape[2:]}, got "
             f"{array.dtype}{array.shape}"
         )
-    positions = jnp.arange(scores.shape[1], dtype=scores.dtype)[:, None] / SLOPE_TOKENS
-    return scores + positions * array.astype(scores.dtype)
+    positions = jnp.arange(scores.shape[1], dtype=scores.dtype)[None, :, None] / SLOPE_TOKENS
+    return scores + positions * of_rank(array.astype(scores.dtype), 3)

@@ -28,6 +28,7 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jax_bsk._shapes import of_rank
 from jax_bsk.sparsek import budget, floating_scores, solve, sparsek, widen
 
 
@@ -101,8 +102,8 @@ def _scan(z: jax.Array, k: jax.Array, capacity: int, chunk: int) -> tuple[jax.Ar
     chunks = -(-n // chunk)
     pieces = jnp.pad(z, [(0, 0)] * len(lead) + [(0, chunks * chunk - n)], constant_values=-jnp.inf)
     pieces = jnp.moveaxis(pieces.reshape(*lead, chunks, chunk), -2, 0)
-    own = np.arange(chunk)[:, None] == np.arange(chunk)
-    seen = np.concatenate([np.ones((chunk, capacity), bool), np.tri(chunk, dtype=bool)], -1)
+    own = of_rank(np.eye(chunk, dtype=bool), z.ndim + 1)
+    seen = of_rank(np.concatenate([np.ones((chunk, capacity), bool), np.tri(chunk, dtype=bool)], -1), z.ndim + 1)
 
     def step(carry: tuple[jax.Array, ...], piece: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         kept, forgotten, last = carry
@@ -153,8 +154,8 @@ def _sums_over_inside(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.
     if z.shape[0] > MOST_PAIRS:
         return _sums_over_intervals(z, tau, dz)
     seen = np.tri(z.shape[0], dtype=bool)
-    inside = seen & (tau[:, None] < z) & (z - 1 < tau[:, None])
-    return jnp.where(inside, dz, 0).sum(-1), inside.sum(-1, dtype=jnp.int32)
+    inside = seen & (tau[:, None] < z[None]) & (z[None] - 1 < tau[:, None])
+    return jnp.where(inside, dz[None], 0).sum(-1), inside.sum(-1, dtype=jnp.int32)
 
 
 def _sums_over_intervals(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -261,7 +262,9 @@ def _step(state: SparseKState, score: jax.Array) -> tuple[SparseKState, jax.Arra
     # ---- the least slot, free ones first, against the new key ----
     slot = jnp.argmin(state.scores, axis=-1)
     least = state.scores.min(-1)
-    place = (jnp.arange(state.scores.shape[-1]) == slot[..., None]) & (new > least)[..., None]
+    place = (of_rank(jnp.arange(state.scores.shape[-1]), state.scores.ndim) == slot[..., None]) & (new > least)[
+        ..., None
+    ]
     scores = jnp.where(place, new[..., None], state.scores)
     positions = jnp.where(place, state.length, state.positions)
     forgotten = jnp.maximum(state.forgotten, jax.lax.stop_gradient(jnp.minimum(least, new)))

@@ -148,8 +148,8 @@ class BSR:
 
         (m, k), (bm, bk) = self.shape, self.block_size
         rows, columns = jnp.asarray(self.row_ids()), jnp.asarray(self.indices)
-        row = rows[:, None, None] * bm + jnp.arange(bm)[:, None]
-        column = columns[:, None, None] * bk + jnp.arange(bk)
+        row = rows[:, None, None] * bm + jnp.arange(bm)[None, :, None]
+        column = columns[:, None, None] * bk + jnp.arange(bk)[None, None]
         row, column = jnp.broadcast_arrays(row, column)
         inside = (rows >= 0)[:, None, None] & (row < m) & (column >= 0) & (column < k)
         # An index out of range is BCOO's padding.

@@ -28,6 +28,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
+from jax_bsk._shapes import of_rank
+
 Method = Literal["exact", "fast"]
 
 
@@ -154,7 +156,7 @@ def _solve_jvp(method: Method, primals: Any, tangents: Any) -> Any:
 def _nth_by_sort(z: jax.Array, rank: jax.Array) -> jax.Array:
     """The rank-th greatest of each row; rank counts from 1."""
     descending = -jax.lax.sort(-z)
-    place = jnp.arange(z.shape[-1], dtype=jnp.int32)
+    place = of_rank(jnp.arange(z.shape[-1], dtype=jnp.int32), z.ndim)
     return jnp.where(place < rank[..., None], descending, jnp.inf).min(-1)
 
 
@@ -170,7 +172,7 @@ def _nth_by_bits(z: jax.Array, rank: jax.Array) -> jax.Array:
 
     def step(n: Any, found: jax.Array) -> jax.Array:
         shift = jnp.asarray(bits - 2 - 2 * n).astype(unsigned)
-        guesses = found[..., None] | (jnp.arange(1, 4, dtype=unsigned) << shift)
+        guesses = found[..., None] | (of_rank(jnp.arange(1, 4, dtype=unsigned), z.ndim) << shift)
         counts = (order[..., None, :] >= guesses[..., None]).sum(-1, dtype=jnp.int32)
         return found | ((counts >= rank[..., None]).sum(-1, dtype=unsigned) << shift)
 
@@ -210,7 +212,7 @@ def _root_by_sort(y: jax.Array, k: jax.Array) -> jax.Array:
     value = jnp.concatenate([start, start - jnp.cumsum(fall, axis=-1)], -1)
 
     # The last point with f >= k begins the piece of the root.
-    index = jnp.arange(points.shape[-1], dtype=jnp.int32)
+    index = of_rank(jnp.arange(points.shape[-1], dtype=jnp.int32), points.ndim)
     last = jnp.where(value >= k[..., None], index, 0).max(-1, keepdims=True)
 
     def at_last(x: jax.Array) -> jax.Array:
@@ -226,7 +228,7 @@ def _root_by_bisection(y: jax.Array, k: jax.Array) -> jax.Array:
 
     def step(n: Any, low: jax.Array) -> jax.Array:
         width = jnp.exp2(-2.0 * (n + 1)).astype(y.dtype)
-        points = low[..., None] + width * jnp.arange(1, 4, dtype=y.dtype)
+        points = low[..., None] + width * of_rank(jnp.arange(1, 4, dtype=y.dtype), y.ndim)
         enough = jnp.clip(y[..., None, :] - points[..., None], 0, 1).sum(-1) >= k[..., None]
         return low + width * enough.sum(-1, dtype=y.dtype)
 

@@ -1,4 +1,4 @@
-"""The strict world all tests live in: eight host devices, warnings as errors, no implicit promotion of types."""
+"""The strict world of all tests: eight host devices, warnings as errors, no implicit promotion of types or ranks."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ import jax
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")  # as in JAX's own tests
 # Tracing makes objects by the million, which live as long as they are cached: test_sparsek_attention takes 131 s and
 # not 146 when they are looked through less often.
 gc.set_threshold(200_000, 20, 50)

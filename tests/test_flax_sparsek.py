@@ -139,7 +139,7 @@ def test_training_teaches_the_scorer_what_to_choose(gate):
 
     def found(layer, x) -> float:
         """How often the last row chooses the marked block, of all examples and heads."""
-        scores = layer.score(x) + jnp.arange(LENGTH)[:, None] / 1024 * layer.slope[...]
+        scores = layer.score(x) + jnp.arange(LENGTH)[None, :, None] / 1024 * layer.slope[...][None, None]
         mask, _ = jax_bsk.selection.sparsek(scores, **options)
         chosen = np.asarray(mask.to_dense())[:, :, -1, ::BLOCK]
         return float((chosen & (np.asarray(x)[:, None, ::BLOCK, 0] == 1)).any(-1).mean())

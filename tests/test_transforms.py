@@ -272,7 +272,7 @@ def test_traced_masks_inside_jit(attend):
         block_mask = (SegmentMask(ids) & CausalMask()).bind(96, block_size=BLOCK)
         return attend(q, k, v, mask=block_mask)
 
-    expected = (ids[:, None, :, None] == ids[:, None, None, :]) & jnp.tri(96, dtype=bool)
+    expected = (ids[:, None, :, None] == ids[:, None, None, :]) & jnp.tri(96, dtype=bool)[None, None]
     assert_close(f(*inputs, ids), dense(*inputs, expected))
     grad = jax.jit(jax.grad(loss_of(lambda *a: f(*a, ids)), (0, 1, 2)))(*inputs)
     assert_close(grad, jax.grad(loss_of(lambda *a: dense(*a, expected)), (0, 1, 2))(*inputs), 5e-5)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk._shapes import of_rank
 from jax_bsk.bsr import BSR, pair_of
 from jax_bsk.flax._attention_fn import Implementation
 from jax_bsk.masks.algebra import is_traced
@@ -219,7 +220,7 @@ def sparse_dense(
     operands = (inputs, kernel) if bias is None else (inputs, kernel, bias)
     dtype = jnp.result_type(*operands) if dtype is None else dtype
     out = sparse_matmul(inputs.astype(dtype), matrix.astype(dtype), implementation=implementation)
-    return out if bias is None else out + bias.astype(dtype)
+    return out if bias is None else out + of_rank(bias.astype(dtype), out.ndim)
 
 
 def pruned_dense(

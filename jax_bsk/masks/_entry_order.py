@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
 from jax_bsk.masks._transpose import ColumnLists, column_entries, ordered_transpose_traced, rows_of_entries
 
@@ -112,7 +113,8 @@ def _fate(xp: Any, columns: ColumnLists, kv_blocks: Any, places: Any, n_tiles: i
     nk, capacity = offsets.shape[-1] - 1, kv_blocks.shape[-1]
     if nk == 0:
         return xp.zeros(kv_blocks.shape, np.float32)
-    bad = (xp.arange(capacity, dtype=np.int32) < offsets[..., -1:]) & ((tiles < -1) | (tiles >= n_tiles))
+    place = of_rank(xp.arange(capacity, dtype=np.int32), tiles.ndim)
+    bad = (place < offsets[..., -1:]) & ((tiles < -1) | (tiles >= n_tiles))
     before = xp.cumsum(bad, axis=-1, dtype=np.int32)
     before = xp.concatenate([xp.zeros((*bad.shape[:-1], 1), np.int32), before], axis=-1)
     refused = xp.diff(xp.take_along_axis(before, offsets, axis=-1), axis=-1) > 0

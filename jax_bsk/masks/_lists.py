@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
 from jax_bsk.masks._host import BlockLists, end_kind, inside_words
 from jax_bsk.masks._transpose import rows_of_entries
@@ -234,7 +235,7 @@ def packed_rows(kv_blocks: Any, counts: Any) -> tuple[Any, Any]:
     counts = jnp.where(bad, 1, counts).astype(jnp.int32)
     ids = jnp.where(bad[:, None], -1, kv_blocks).astype(jnp.int32)
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(counts, dtype=jnp.int32)])
-    listed = jnp.arange(width, dtype=jnp.int32) < counts[:, None]
+    listed = jnp.arange(width, dtype=jnp.int32)[None] < counts[:, None]
     # Stable sort by listed or not: closes the gaps and keeps the order (and needs no scatter).
     _, ids = jax.lax.sort(
         ((~listed).ravel().astype(jnp.int32), jnp.where(listed, ids, -1).ravel()), num_keys=1, is_stable=True
@@ -274,11 +275,12 @@ def top_k(scores: Any, k: int, grid: Grid, mask: Mask | None) -> tuple[Any, int,
     if not is_traced(scores):
         return _top_k_host(np.asarray(scores).astype(np.float64), possible, k), max(1, bound), tiles
     low = scores if scores.dtype in (jnp.float32, jnp.float64) else scores.astype(jnp.float32)
-    low = jnp.where(jnp.isnan(low) | ~possible, -jnp.inf, low)
+    low = jnp.where(jnp.isnan(low) | of_rank(~possible, low.ndim), -jnp.inf, low)
     # Sorted, not `lax.top_k`, which XLA does not partition over examples and heads.
-    block = jnp.zeros_like(low, jnp.int32) + jnp.arange(grid.nk, dtype=jnp.int32)
+    numbers = jnp.arange(grid.nk, dtype=jnp.int32)
+    block = jnp.zeros_like(low, jnp.int32) + of_rank(numbers, low.ndim)
     values, ids = jax.lax.sort((-low, block), num_keys=1, is_stable=True)
-    chosen = (ids[..., :k, None] == jnp.arange(grid.nk, dtype=jnp.int32)) & (values < jnp.inf)[..., :k, None]
+    chosen = (ids[..., :k, None] == of_rank(numbers, low.ndim + 1)) & (values < jnp.inf)[..., :k, None]
     return chosen.any(-2), max(1, bound), tiles
 
 

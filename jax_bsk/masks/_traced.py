@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
 from jax_bsk.masks._host import BlockLists
 from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, count_codes, has_multi_head
@@ -137,7 +138,7 @@ def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) 
         q = (row * grid.block_q + jnp.arange(grid.block_q, dtype=jnp.int32))[:, None]
         k = (column * grid.block_kv + jnp.arange(grid.block_kv, dtype=jnp.int32))[None, :]
         attended = jnp.broadcast_to(mask._evaluate(grid, q, k), (grid.block_q, grid.block_kv)) & (block >= 0)
-        weights = jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)
+        weights = of_rank(jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32), 3)
         return jnp.sum(attended.reshape(*shape, 32).astype(jnp.uint32) * weights, -1, dtype=jnp.uint32)
 
     return row_offsets, kv_blocks, tiles, jax.lax.map(bits, block_of_slot, batch_size=min(chunk, n_tiles))

@@ -46,7 +46,7 @@ def block_means(x: jax.Array, block: int) -> jax.Array:
     padded = jnp.pad(x, [(0, 0), (0, blocks * block - length), (0, 0), (0, 0)]).astype(statistics_dtype(x))
     sums = padded.reshape(batch, blocks, block, heads, size).sum(2)
     tokens = jnp.minimum(length - jnp.arange(blocks) * block, block).astype(sums.dtype)
-    return sums / tokens[:, None, None]
+    return sums / tokens[None, :, None, None]
 
 
 def grouped(x: jax.Array, kv_heads: int) -> jax.Array:

@@ -13,16 +13,18 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jax_bsk import _lists_op
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import BlockMask, _explicit
 from jax_bsk.masks._lists import _no_tiles, packed_rows
 from jax_bsk.masks.algebra import Grid
 from jax_bsk.selection._outline import EMPTY, Outline
 
 
-def ranked(scores: jax.Array, required: ArrayLike, open_units: ArrayLike) -> tuple[jax.Array, jax.Array]:
+def ranked(
+    scores: jax.Array, required: np.ndarray | jax.Array, open_units: np.ndarray | jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Units of each row by falling score, required ones first, ties by number.
 
     Args:
@@ -36,8 +38,8 @@ def ranked(scores: jax.Array, required: ArrayLike, open_units: ArrayLike) -> tup
     least = -float(jnp.finfo(scores.dtype).max)
     # Not even a score of +inf comes before what is required.
     order = jnp.where(jnp.isnan(scores) | (scores == -jnp.inf), jnp.inf, jnp.maximum(-scores, least))
-    order = jnp.where(required, -jnp.inf, order)
-    order = jnp.where(open_units, order, jnp.inf)
+    order = jnp.where(of_rank(required, order.ndim), -jnp.inf, order)
+    order = jnp.where(of_rank(open_units, order.ndim), order, jnp.inf)
     ids = jax.lax.broadcasted_iota(jnp.int32, order.shape, order.ndim - 1)
     # Sorted, not `lax.top_k`, which XLA does not partition over examples and heads.
     order, ids = jax.lax.sort((order, ids), num_keys=1, is_stable=True)
@@ -75,7 +77,7 @@ def choose_in_jax(
     required = states == _lists_op.REQUIRED
     limits = jnp.maximum(required.sum(1, dtype=jnp.int32), call.k)
     ids, allowed = (x[:, : call.width] for x in ranked(scores, required, states != _lists_op.CLOSED))
-    chosen = allowed & (np.arange(call.width, dtype=np.int32) < limits[:, None])
+    chosen = allowed & (np.arange(call.width, dtype=np.int32)[None] < limits[:, None])
     codes, counts = _row_codes(ids, chosen, outline, call.unit, call.n_tiles)
     offsets, codes = packed_rows(codes, counts)
     return offsets, *_decoded(codes[: call.capacity], call.n_tiles)
@@ -93,19 +95,22 @@ def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarra
     required = required & open_units
 
     def choose(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        weights = jnp.where(open_units, weights, 0)
+        is_open, is_required, count, threshold = (
+            of_rank(x, weights.ndim)
+            for x in (open_units, required, required.sum(1, keepdims=True).astype(np.int32), threshold)
+        )
+        weights = jnp.where(is_open, weights, 0)
         ids, allowed = ranked(weights, required, open_units)
         # The weight of the required ones counts first, as that of one.
-        rest = -jax.lax.sort(jnp.where(required, jnp.inf, -weights))
-        count = required.sum(1).astype(np.int32)
-        place = np.arange(weights.shape[-1], dtype=np.int32)
-        first = jnp.where(required, weights, 0).sum(-1, keepdims=True)
+        rest = -jax.lax.sort(jnp.where(is_required, jnp.inf, -weights))
+        place = of_rank(np.arange(weights.shape[-1], dtype=np.int32), weights.ndim)
+        first = jnp.where(is_required, weights, 0).sum(-1, keepdims=True)
         # `rest` has the others first, by falling weight, then -inf for the required; ranks have the required first.
         others = jnp.cumsum(jnp.where(rest > -jnp.inf, rest, 0), -1)
         before = jnp.concatenate([jnp.zeros_like(first), others[..., :-1]], -1) + first
         total = others[..., -1:] + first
         extra = ((before < threshold * total) & (rest > 0)).sum(-1, keepdims=True, dtype=jnp.int32)
-        chosen = allowed & (place < count[:, None] + extra)
+        chosen = allowed & (place < count + extra)
         codes, counts = _row_codes(ids, chosen, jnp.asarray(outline.tiles), outline.unit, n_tiles)
         offsets, codes = jax.vmap(jax.vmap(packed_rows))(codes, counts)
         return offsets, *_decoded(codes[..., : outline.capacity(ids.shape[-1])], n_tiles)
@@ -138,7 +143,7 @@ def _row_codes(
     """
     nq, nk = outline.shape
     # ---- units to blocks ----
-    blocks = ids[..., None] * unit + np.arange(unit, dtype=np.int32)
+    blocks = ids[..., None] * unit + of_rank(np.arange(unit, dtype=np.int32), ids.ndim + 1)
     blocks = blocks.reshape(*ids.shape[:-1], ids.shape[-1] * unit)
     chosen = jnp.repeat(chosen, unit, axis=-1) & (blocks < nk)
     blocks = jnp.clip(blocks, 0, max(nk - 1, 0))

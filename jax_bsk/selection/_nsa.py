@@ -8,6 +8,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk._numbers import logits_scale
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import BlockMask, CausalMask
 from jax_bsk.selection._inputs import (
     by_query_block,
@@ -121,12 +122,12 @@ def _importance(
         return jnp.zeros((batch, kv_heads, nq, units), statistics_dtype(query))
     blocks = jnp.pad(grouped(query, kv_heads), [(0, 0), (0, nq * known.block_q - q_len), (0, 0), (0, 0), (0, 0)])
     blocks = blocks.reshape(batch, nq, known.block_q, *blocks.shape[2:])
-    ends = np.arange(count, dtype=np.int32) * stride + length - 1
+    ends = np.arange(count, dtype=np.int32)[None] * stride + length - 1
     inside = statistics_dtype(query)
 
     def row(i: jax.Array, queries: jax.Array) -> jax.Array:
         position = i * known.block_q + jnp.arange(known.block_q, dtype=jnp.int32)
-        seen = (ends <= position[:, None]) & (position < q_len)[:, None]
+        seen = of_rank((ends <= position[:, None]) & (position < q_len)[:, None], 5)
         logits = jnp.einsum("btknh,bckh->bkntc", queries.astype(inside), compressed.astype(inside)) * scale
         highest = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
         weights = jnp.where(seen, jnp.exp(logits - jnp.where(highest > -jnp.inf, highest, 0)), 0)

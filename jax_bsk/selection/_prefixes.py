@@ -40,7 +40,7 @@ def top_of_prefixes(z: jax.Array, k: int, chunk: int = CHUNK) -> jax.Array:
         order, numbers = (jnp.concatenate(pair) for pair in zip(kept, piece, strict=True))
         # Those kept come first, and of equal ones the lower: a stable sort leaves it so. Sorted, not `lax.top_k`, which
         # XLA does not partition over examples and heads.
-        rows = jnp.where(seen, order, jnp.inf), jnp.broadcast_to(numbers, seen.shape)
+        rows = jnp.where(seen, order[None], jnp.inf), jnp.broadcast_to(numbers, seen.shape)
         order, numbers = (x[:, :k] for x in jax.lax.sort(rows, num_keys=1, is_stable=True))
         numbers = jnp.where(order < jnp.inf, numbers, n)
         return (order[-1], numbers[-1]), numbers
@@ -70,7 +70,7 @@ def _take_jvp(primals: Any, tangents: Any) -> Any:
 
 def _take_by_pairs(x: jax.Array, numbers: jax.Array) -> jax.Array:
     """x[numbers] as a sum over all of x: one pass each way."""
-    return jnp.where(numbers[:, None] == jnp.arange(x.shape[0], dtype=numbers.dtype), x, 0).sum(-1)
+    return jnp.where(numbers[:, None] == jnp.arange(x.shape[0], dtype=numbers.dtype)[None], x[None], 0).sum(-1)
 
 
 def _take_by_runs(x: jax.Array, numbers: jax.Array) -> jax.Array:

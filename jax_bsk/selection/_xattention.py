@@ -9,6 +9,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_bsk._numbers import logits_scale
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import BlockMask, CausalMask
 from jax_bsk.selection._inputs import by_query_block, grouped, query_and_key, statistics_dtype
 from jax_bsk.selection._lists import choose_by_mass, for_query_heads
@@ -103,17 +104,17 @@ def _weights(query: jax.Array, key: jax.Array, known: Outline, stride: int, is_c
     keys = keys.reshape(batch, nk * columns, stride, kv_heads, size)
     queries = jnp.pad(grouped(query, kv_heads), [(0, 0), (0, nq * known.block_q - q_len), (0, 0), (0, 0), (0, 0)])
     queries = queries.reshape(batch, nq, rows, stride, kv_heads, heads // kv_heads, size)[:, :, :, ::-1]
-    cell = np.arange(nk * columns, dtype=np.int32)
+    cell = np.arange(nk * columns, dtype=np.int32)[None]
     there = cell * stride < kv_len
 
     def row(i: jax.Array, queries: jax.Array) -> jax.Array:
         at = i * rows + jnp.arange(rows, dtype=jnp.int32)
-        seen = there & (cell <= at[:, None]) if is_causal else np.broadcast_to(there, (rows, cell.size))
+        seen = of_rank(there & (cell <= at[:, None]) if is_causal else there, 5)
         logits = jnp.einsum("brsknh,bcskh->bknrc", queries, keys, preferred_element_type=inside) * (scale / stride)
         highest = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
         weights = jnp.where(seen, jnp.exp(logits - jnp.where(highest > -jnp.inf, highest, 0)), 0)
         weights = weights / weights.sum(-1, keepdims=True)  # cell 0 is always seen
-        weights = jnp.where((at * stride < q_len)[:, None], weights, 0)
+        weights = jnp.where(of_rank((at * stride < q_len)[:, None], 5), weights, 0)
         blocks = weights.sum(3).reshape(*weights.shape[:3], nk, columns).sum(-1)
         return blocks.reshape(batch, heads, nk)
 

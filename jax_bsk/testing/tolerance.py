@@ -221,8 +221,10 @@ def dense_attention(
         logits = logits + bias.astype(dtype)
     valid = jnp.ones((1, 1, q_len), bool)
     if lengths is not None:
-        valid = (jnp.arange(q_len, dtype=lengths.dtype) < lengths[:, :1])[:, None]
-        mask = mask & valid[..., None] & (jnp.arange(kv_len, dtype=lengths.dtype) < lengths[:, 1:])[:, None, None, :]
+        valid = (jnp.arange(q_len, dtype=lengths.dtype)[None] < lengths[:, :1])[:, None]
+        mask = (
+            mask & valid[..., None] & (jnp.arange(kv_len, dtype=lengths.dtype)[None] < lengths[:, 1:])[:, None, None, :]
+        )
     ceiling = lax.stop_gradient(jnp.where(mask, logits, -jnp.inf)).max(-1, initial=-jnp.inf)
     if sinks is not None:
         sink = sinks.astype(dtype)[None, :, None]
