@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jax_bsk import _attention_op, _dispatch, _numbers
 from jax_bsk._ffi import AttentionAttributes
 from jax_bsk._reference import sparse_attention_xla
+from jax_bsk._shapes import of_rank
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
 
 
@@ -62,9 +63,9 @@ def sparse_attention(
       query: BTNH or TNH; float32, bfloat16, float16 or float64.
       key: BSKH or SKH, of query's type.
       value: BSKH or SKH, of query's type; its head size may differ from key's.
-      bias: Added to the logits, broadcastable to BNTS (NTS); "xla" only.
+      bias: Added to the logits, broadcastable to BNTS (NTS), of which the first dimensions may be missing; "xla" only.
       mask: What may attend to what (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a boolean array
-        broadcastable to BNTS (NTS for unbatched inputs, or TS). None attends to everything. May be traced.
+        broadcastable to BNTS (NTS), of which the first may be missing. None attends to everything. May be traced.
       scale: Factor of the logits, a Python number in [-2e38, 2e38]; 1 / sqrt(H) by default. It is used in float32, for
         float64 inputs too.
       is_causal: Query t attends to keys s <= t (aligned at the top left, as in `jax.nn`), on top of `mask`.
@@ -209,24 +210,27 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
             f"mask is a Mask, a BlockMask or a boolean array (True attends), got an array of {array.dtype}; compare "
             "it, e.g. mask > 0, or pass numbers to be added to the logits as bias"
         )
-    batch, heads, q_len, kv_len = sizes
-    most = 3 if unbatched else 4
-    full = (batch, heads, q_len, kv_len)[4 - array.ndim :] if array.ndim <= 4 else ()
-    if not 2 <= array.ndim <= most or any(n not in (1, m) for n, m in zip(array.shape, full, strict=True)):
-        letters = "NTS or TS" if unbatched else "BNTS, NTS or TS"
-        raise ValueError(f"mask broadcasts to {letters} = {sizes[4 - most :]}, got shape {array.shape}")
+    if not _broadcasts(array.shape, sizes):
+        letters, full = ("NTS", sizes[1:]) if unbatched else ("BNTS", sizes)
+        raise ValueError(f"mask broadcasts to {letters} = {full}, got shape {array.shape}")
     broadcast = np.broadcast_to if isinstance(array, np.ndarray) else jnp.broadcast_to
-    return broadcast(array, (*array.shape[:-2], q_len, kv_len))
+    array = of_rank(array, max(array.ndim, 2))
+    return broadcast(array, (*array.shape[:-2], *sizes[2:]))
+
+
+def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
+    """Whether an array has the dimensions of `full` or 1, the first ones may be missing."""
+    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
 
 
 def _bias(bias: ArrayLike | None, sizes: tuple[int, int, int, int], unbatched: bool) -> jax.Array | None:
     if bias is None:
         return None
     array = _floating(bias, "bias")
-    if array.ndim == 2 or (array.ndim == 3 and unbatched):
-        array = array.reshape((1,) * (4 - array.ndim) + array.shape)
-    if array.ndim != 4 or any(n not in (1, m) for n, m in zip(array.shape, sizes, strict=True)):
-        raise ValueError(f"bias broadcasts to BNTS = {sizes} (NTS for unbatched inputs), got shape {array.shape}")
+    if not _broadcasts(array.shape, sizes):
+        letters, full = ("NTS", sizes[1:]) if unbatched else ("BNTS", sizes)
+        raise ValueError(f"bias broadcasts to {letters} = {full}, got shape {array.shape}")
+    array = of_rank(array, 4)
     return jnp.broadcast_to(array, (*array.shape[:2], *sizes[2:]))
 
 
