@@ -29,12 +29,14 @@ def number(x: Any, name: str) -> float:
     """
     if isinstance(x, Tracer) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
         raise TypeError(f"{name} is a Python number known when tracing, got {x}; multiply the query by a traced factor")
-    if np.shape(x) != ():
-        raise TypeError(f"{name} is one number, got an array of shape {np.shape(x)}; multiply the query by an array")
+    shape = getattr(x, "shape", ())
+    if shape != ():
+        raise TypeError(f"{name} is one number, got an array of shape {shape}; multiply the query by an array")
+    value: Any = x
     try:
-        return float(x)
+        return float(value)
     except OverflowError:  # an int beyond float64
-        return math.inf if x > 0 else -math.inf
+        return math.inf if value > 0 else -math.inf
 
 
 def logits_scale(scale: Any, head_dim: int) -> float:
