@@ -171,7 +171,7 @@ def window_and_moba(query: jax.Array, key: jax.Array, config: Config) -> BlockMa
     scores = jnp.einsum("binh,bjnh->bnij", query_means, key_means)
     before = jnp.eye(scores.shape[-1], k=-1, dtype=bool)
     return jax_bsk.selection.from_topk(
-        jnp.where(before, jnp.inf, scores),
+        jnp.where(before[None, None], jnp.inf, scores),
         config.top_k,
         q_len=config.length,
         block_size=config.block,

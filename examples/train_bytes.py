@@ -98,7 +98,7 @@ class ByteModel(nnx.Module):
         self.head = nnx.Linear(config.width, 256, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, tokens, dense_mask):
-        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        x = self.embedding(tokens) + self.positions(jnp.arange(tokens.shape[1])[None])
         for block in self.blocks:
             x = block(x, dense_mask)
         return self.head(self.norm(x)).astype(jnp.float32)

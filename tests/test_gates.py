@@ -70,7 +70,7 @@ def reference(query, key, value, gates, mask, *, sinks=None, lengths=None, soft_
     weights = jnp.where(attends, jnp.exp(jnp.where(attends, logits, 0)), 0)
     total = weights.sum((-1, -2))
     if sinks is not None:
-        total = total + jnp.where(valid, jnp.exp(sinks)[:, None, None], 0)
+        total = total + jnp.where(valid, jnp.exp(sinks)[None, :, None, None], 0)
     safe = jnp.where(total == 0, 1, total)
     own = jnp.take_along_axis(jnp.broadcast_to(gates, (*lead, gates.shape[-1]))[:, :, None], entries, -1)
     out = jnp.einsum("bnrqek,bnrq,bnre,bnrekv->bnrqv", weights, 1 / safe, own, value)
