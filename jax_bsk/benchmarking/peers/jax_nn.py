@@ -70,8 +70,8 @@ def make(name: str, case: Case, inputs: Inputs) -> Contender:
     if case.traced:
 
         def packed(query, key, value, ids):
-            positions = jnp.arange(case.length)
-            mask = (ids[:, None, :, None] == ids[:, None, None, :]) & (positions[:, None] >= positions)
+            q, kv = jnp.arange(case.length)[:, None], jnp.arange(case.length)[None]
+            mask = (ids[:, None, :, None] == ids[:, None, None, :]) & (q >= kv)[None, None]
             return attend(query, key, value, mask=mask, implementation=implementation)
 
         return of_jax(case, inputs, packed, segment_ids(case), variant="dense mask built in the jit", calls=calls)
