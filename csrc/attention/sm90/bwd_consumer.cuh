@@ -159,13 +159,12 @@ class BackwardConsumer {
     device::sm90::CommitProducts();
     flags_ = ReadShared(shared_.flags[stage]);
 
-    const bool large = IsLarge(stage);
     LoadStatistics(rows, shared_.statistics[stage][0]);
     device::sm90::Pin(rows);
     if constexpr (Config::kPlain) {
       device::sm90::WaitForProducts<1>();
       device::sm90::Pin(scores);
-      Probabilities(scores, rows, stage, large);
+      Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
       if constexpr (!Config::kGated) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
@@ -192,7 +191,7 @@ class BackwardConsumer {
       MapLogits(scores);
 #pragma unroll
       for (int i = 0; i < kScores; ++i) dscores[i] *= plan_.logits.Slope(scores[i]);
-      Probabilities(scores, rows, stage, large);
+      Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     }
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
@@ -222,7 +221,6 @@ class BackwardConsumer {
     const int stage = Stages().Stage();
     BeginStep(scores, shared_.key, shared_.first[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
-    const bool large = IsLarge(stage);
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(scores);
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
@@ -238,7 +236,7 @@ class BackwardConsumer {
     }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][0]);
-    Probabilities(scores, rows, stage, large);
+    Probabilities(scores, rows, stage);
     if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
     uint32_t packed[kPacked];
     if constexpr (Config::kGated) {
@@ -325,19 +323,15 @@ class BackwardConsumer {
     }
   }
 
-  // Whether the log-sum-exp of a query of the step is so large that its rounding would be seen. To be asked for while
-  // products are under way.
-  __device__ __forceinline__ bool IsLarge(int stage) const {
-    const float2 rest = *reinterpret_cast<const float2*>(shared_.statistics[stage][2] + Thread() % 32 * 2);
-    return __any_sync(0xFFFFFFFFu, rest.x != 0.f || rest.y != 0.f);
-  }
-
-  // Logits to probabilities. Those of a large log-sum-exp also need what rounding took from it: a branch for each step,
-  // so that all others cost what they would without.
-  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked], int stage,
-                                                bool large) {
-    const float* rest = shared_.statistics[stage][2] + Thread() % 4 * 2;
-    if (Config::kPlain && !large) {  // exponentials start while other exponents are computed
+  // Logits to probabilities. Where the log-sum-exp of a query is large, what rounding took from it counts as well: a
+  // branch for each step, so that all others cost what they would without (0 to 2 % more, H200). It is best decided
+  // here: before the products are waited for it costs another 3 % at 128 columns.
+  __device__ __forceinline__ void Probabilities(float (&x)[kScores], const float (&lse)[kPacked], int stage) {
+    const float* all_rest = shared_.statistics[stage][2];
+    const float2 two = *reinterpret_cast<const float2*>(all_rest + Thread() % 32 * 2);
+    const bool large = __any_sync(0xFFFFFFFFu, two.x != 0.f || two.y != 0.f);
+    if (kDim == 64 && Config::kPlain && !large) {
+      // Exponentials begin while other exponents are computed: 5 % at 64 columns, -8 % at 128.
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         x[i] = device::Exp2(fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]));
@@ -347,6 +341,7 @@ class BackwardConsumer {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) x[i] = fmaf(x[i], plan_.logits.multiplier, -lse[i / 4 * 2 + i % 2]);
     if (large) {
+      const float* rest = all_rest + Thread() % 4 * 2;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
         x[i] = device::Exponent(x[i], rest[8 * (i / 4) + i % 2]);
