@@ -4,9 +4,9 @@ Stands between `attention` (which validates, builds the block mask and picks an 
 the custom calls). Each layer has one duty:
 
 - `attend` (custom_vjp within): saves out and log-sum-exp (as two numbers: what rounding took from it counts where
-  logits are large), computes the row sums `delta` and the sinks' gradient, which
-  are cheap row-wise sums that XLA fuses, and takes gates to the key-major order and their gradient back, so that every
-  native backward sees the same small set of operands;
+  logits are large), computes the row sums `delta` and the sinks' gradient, which are cheap row-wise sums that XLA
+  fuses, and takes gates to the key-major order and their gradient back, so that every native backward sees the same
+  small set of operands;
 - custom_vmap: a mapped axis becomes a leading dimension of the operands (never merged into the batch here: merging
   makes a sharded batch all-gather);
 - custom_partitioning: batch and heads split over a mesh with no collective (`_partition`);

@@ -146,8 +146,8 @@ def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttribu
     """Lowers to the forward call.
 
     Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks and, if there are any, gates.
-    Results: out, lse, lse_rest; on CUDA also a workspace, which XLA allocates with the program's other buffers and nobody
-    reads.
+    Results: out, lse, lse_rest; on CUDA also a workspace, which XLA allocates with the program's other buffers and
+    nobody reads.
     """
     results = list(ctx.avals_out)
     stats = results[1].dtype
@@ -175,8 +175,8 @@ def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttrib
     """Lowers to the backward call.
 
     Operands: dout, query, key, value, lse, lse_rest, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks,
-    col_tiles, bit_tiles, lengths and, if there are any, row_gates and col_gates. Results: dquery, dkey, dvalue and, with
-    gates, dgates in the order of col_gates; on CUDA also a workspace, as for the forward.
+    col_tiles, bit_tiles, lengths and, if there are any, row_gates and col_gates. Results: dquery, dkey, dvalue and,
+    with gates, dgates in the order of col_gates; on CUDA also a workspace, as for the forward.
     """
     results = list(ctx.avals_out)
     stats, missing = ctx.avals_in[4].dtype, _BACKWARD_OPERANDS - len(operands)

@@ -1,7 +1,7 @@
 """Gradients where logits are large: a probability is exp(logit - lse), and lse, rounded, would decide what it is.
 
-At logits of 10^6 the last bit of a float32 log-sum-exp is 0.06. So the forward keeps what rounding took from it, and the
-backward forms the forward's logits to the last bit.
+At logits of 10^6 the last bit of a float32 log-sum-exp is 0.06. So the forward keeps what rounding took from it, and
+the backward forms the forward's logits to the last bit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def test_values_have_the_right_gradient_at_every_scale(implementation, scale):
 
 @pytest.mark.parametrize("scale", [1e7, 1e12, 1e20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 1e6}, {"sinks": [3e5, -1e7]}], ids=["plain", "cap", "sinks"])
+@pytest.mark.parametrize("options", [{}, {"logits_soft_cap": 1e6}, {"sinks": [3e5, -1e7]}], ids=str)
 def test_what_is_finite_has_finite_gradients(implementation, scale, dtype, options):
     query, key, value = (x.astype(dtype) for x in random_inputs(2, **SHAPE))
     inputs = query * jnp.asarray(scale, dtype), key, value

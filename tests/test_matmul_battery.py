@@ -140,7 +140,9 @@ def test_tasks_of_workers():
     (record,) = worker.judge("matmul:float32", "cuda", gradients=False)
     assert "refused" in record
     command = worker.repro("matmul:7", 3, "cuda", gradients=False)
-    assert command == "python -m jax_bsk.testing.matmul --seed 7 --draw 3 --implementation cuda --no-gradients"
+    case = "python -m jax_bsk.testing.matmul --seed 7 --draw 3 --implementation cuda --no-gradients"
+    assert command == f"{case} --multiprocessors 3"
+    assert worker.repro("matmul:7", 3, "cpu", gradients=False) == case.replace("cuda", "cpu")
 
 
 def test_a_case_alone():

@@ -18,8 +18,9 @@ LIMITS = (1, 2, 3, 7)
 def limited(multiprocessors: int) -> Iterator[None]:
     """Launches from this process use at most so many multiprocessors.
 
-    A result that is not waited for inside may be computed without the limit, as may one of an earlier launch. A program that XLA has captured as a CUDA graph keeps the grid of its first launch; start Python with
-    `XLA_FLAGS=--xla_gpu_enable_command_buffer=` to have none.
+    Results are to be waited for inside: the limit is that of the moment of a launch. A program that XLA has captured as
+    a CUDA graph keeps the grid of its first launch; start Python with `XLA_FLAGS=--xla_gpu_enable_command_buffer=` to
+    have none.
 
     Raises:
       ModuleNotFoundError: jax_bsk was built without its CUDA library.

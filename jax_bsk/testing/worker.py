@@ -103,9 +103,9 @@ def repro(task: str, draw: int, implementation: str, gradients: bool) -> str:
     else:
         length = "" if task in CORNERS else f" --max-len {MAX_LEN}"
         command = f"python -m jax_bsk.testing {case}{length} --traced-mask"
-    if (multiprocessors := limit(task, draw, implementation)) is not None:
-        command += f" --multiprocessors {multiprocessors}"
-    return f"{command} --implementation {implementation}" + ("" if gradients else " --no-gradients")
+    command += f" --implementation {implementation}" + ("" if gradients else " --no-gradients")
+    multiprocessors = limit(task, draw, implementation)
+    return command if multiprocessors is None else f"{command} --multiprocessors {multiprocessors}"
 
 
 def main() -> None:

@@ -49,7 +49,7 @@ RANK: dict[str, Mistake] = {
     "query TNH with the others BSKH": ({"query": _array(T, N, H)}, ValueError, r"query is BTNH.*all three"),
     "key SKH with the others B...": ({"key": _array(S, N, H)}, ValueError, r"key and value BSKH"),
     "value of rank 5": ({"value": _array(1, B, S, N, H)}, ValueError, r"value BSKH"),
-    "mask of rank 1": ({"mask": _array(S, dtype=bool)}, ValueError, r"mask broadcasts to"),
+    "mask of rank 5": ({"mask": _array(1, B, N, T, S, dtype=bool)}, ValueError, r"mask broadcasts to"),
     "lengths of rank 2": (
         {"query_seq_lengths": _array(B, 1, dtype=int)},
         ValueError,

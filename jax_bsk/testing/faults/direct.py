@@ -104,7 +104,8 @@ def _attributes() -> dict[str, Any]:
 
 def forward_call(implementation: str) -> DirectCall:
     """The forward of ones."""
-    results = {"out": shape("float32", B, T, N, H), "lse": shape("float32", B, N, T), "lse_rest": shape("float32", B, N, T)}
+    results = {"out": shape("float32", B, T, N, H)}
+    results |= {name: shape("float32", B, N, T) for name in ("lse", "lse_rest")}
     if implementation == "cuda":
         results["workspace"] = shape("int32", _ffi._forward_workspace((B, T, N, H)))
     sinks = jnp.full((1, 1), -jnp.inf, jnp.float32)
