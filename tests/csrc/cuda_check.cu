@@ -611,7 +611,8 @@ bool RunCase(Case c) {
           if (c.gates) {
             const size_t place = gate_place(mask.col_places, b, n, t, s);
             dgates[place] += probs[s] * dprob;
-            bad_gates[place] = bad_gradient ? 1 : longer ? Comparison::kAnything : 0;
+            uint8_t& bad_gate = bad_gates[place];
+            bad_gate = bad_gradient || bad_gate == 1 ? 1 : longer ? Comparison::kAnything : bad_gate;
             dprob *= gate;
           }
           const double dscore = probs[s] * (dprob - delta) * (c.soft_cap != 0 ? slopes[s] : 1) * scale;
@@ -1036,11 +1037,11 @@ Case RegimeCase(uint32_t seed) {
   Case c{"regimes"};
   c.seed = seed, c.pattern = Pattern::kRegimes;
   c.dtype = chance(6) ? DType::kF32 : chance(50) ? DType::kF16 : DType::kBF16;
-  c.batch = pick({1, 1, 2, 3}), c.kv_heads = pick({1, 1, 2}), c.heads = c.kv_heads * pick({1, 2, 3});
+  c.batch = pick({1, 1, 2}), c.kv_heads = pick({1, 1, 2}), c.heads = c.kv_heads * pick({1, 1, 2});
   c.block_q = pick({128, 128, 64}), c.block_kv = pick({128, 64});
   c.head_dim = pick({8, 16, 64, 72, 104, 104, 128, 136}), c.value_dim = chance(70) ? c.head_dim : pick({8, 80, 128});
-  c.q_len = c.block_q * pick({1, 3, 5, 8, 10}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_q));
-  c.kv_len = c.block_kv * pick({1, 2, 4, 6}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_kv));
+  c.q_len = c.block_q * pick({1, 3, 5, 8}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_q));
+  c.kv_len = c.block_kv * pick({1, 2, 3, 4}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_kv));
   c.lengths = chance(45), c.sinks = chance(30), c.per_head = chance(60), c.per_batch = chance(60);
   c.gates = chance(15), c.soft_cap = chance(15) ? 15.f : 0.f;
   if (seed % 16 == 15) {
