@@ -12,16 +12,16 @@
 
 namespace jax_bsk::attention::cuda::sm80 {
 
-// From x = q.k and dP of one pair to P and dS, in place. A gate of 1 changes no bit.
+// From x = q.k and dP of one pair to P and dS, in place; `rest` is the row's. A gate of 1 changes no bit.
 template <typename Map>
-__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, float gate,
-                                             const Map& map) {
+__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, float rest,
+                                             float gate, const Map& map) {
   float slope = 1.f;
   if (!map.plain) {
     product = map(product);
     slope = map.Slope(product);
   }
-  product = device::Probability(fmaf(product, map.multiplier, -row.lse), row.rest);
+  product = device::Probability(fmaf(product, map.multiplier, -row.lse), rest);
   dprob = product * fmaf(gate, dprob, -row.delta) * slope;
 }
 
@@ -143,7 +143,8 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
 #pragma unroll
     for (int n = 0; n < kTileKv / 8; ++n)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) PairGradient(scores[0][n][e], dscores[0][n][e], rows[e / 2], gate, map);
+      for (int e = 0; e < 4; ++e)
+        PairGradient(scores[0][n][e], dscores[0][n][e], rows[e / 2], rows[e / 2].rest, gate, map);
     if (masked) {
 #pragma unroll
       for (int n = 0; n < kTileKv / 8; ++n)
@@ -351,6 +352,8 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     device::Clear(scores);
     device::MultiplyRows(scores, shared.key, warp_row, shared.query);
 
+    // Read anew for each pair: kept for the two that need it, it would spill.
+    const auto rest_of = [&](int query) { return *static_cast<const volatile float*>(&shared.rows[query].rest); };
     if constexpr (Config::kGated) {
       const float gate = device::ReadGate(params.col_gates, shared.gate);  // not earlier, for want of registers
       float sum = 0.f;
@@ -359,7 +362,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
 #pragma unroll
         for (int e = 0; e < 4; ++e) {
           float &prob = scores[0][n][e], &dscore = dscores[0][n][e], dprob = dscore;
-          PairGradient(prob, dscore, shared.rows[8 * n + 2 * t + e % 2], gate, map);
+          PairGradient(prob, dscore, shared.rows[8 * n + 2 * t + e % 2], rest_of(8 * n + 2 * t + e % 2), gate, map);
           const int column = 8 * n + 2 * t + e % 2, bit = (warp_row + 8 * (e / 2) + g) % 32;
           if (bad >> column & 1) prob = dscore = dprob = device::QuietNan();
           if (!(shared.attended[column][warp_row / 32] >> bit & 1)) prob = dscore = dprob = 0.f;
@@ -378,7 +381,8 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
       for (int n = 0; n < kTileQ / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          PairGradient(scores[0][n][e], dscores[0][n][e], shared.rows[8 * n + 2 * t + e % 2], 1.f, map);
+          PairGradient(scores[0][n][e], dscores[0][n][e], shared.rows[8 * n + 2 * t + e % 2],
+                       rest_of(8 * n + 2 * t + e % 2), 1.f, map);
       if (now.tile >= 0) {
 #pragma unroll
         for (int n = 0; n < kTileQ / 8; ++n)
