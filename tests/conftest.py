@@ -64,6 +64,8 @@ def gpu_limit(request):
     seconds = marker.kwargs.get("seconds", GPU_SECONDS)
 
     def give_up() -> None:
+        if (capture := request.config.pluginmanager.getplugin("capturemanager")) is not None:
+            capture.suspend_global_capture(in_=True)  # or nobody would read it
         print(f"{request.node.nodeid} does not end (limit {seconds} s)", file=sys.__stderr__, flush=True)
         os._exit(4)
 

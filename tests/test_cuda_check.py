@@ -43,6 +43,12 @@ NAMES += [
 LISTS = re.findall(r'{"([a-z-]+)", Fault::', TEXT)
 NAMES += [f"matmul-product-{fault}-{block}" for fault in LISTS for block in (64, 128)]
 NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
+NAMES += [
+    f"{gates}decreasing{lists}{size}"
+    for gates in ("", "gates-")
+    for lists in ("", "-cols")
+    for size in ("", "-d128-b128")
+]
 # Seeds of random cases: tiles of every kind in random order.
 (REGIMES, EACH) = map(int, re.search(r"kRegimes = (\d+), kRegimesEach = (\d+);", TEXT).groups())
 NAMES += [f"regimes-{first}-{first + EACH - 1}" for first in range(0, REGIMES, EACH)]

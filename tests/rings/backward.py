@@ -12,7 +12,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tests.rings.checker import Agent, Barriers, Memory, Model, OutOfItems
+from tests.rings.checker import Agent, Barriers, ItemAgent, Memory, Model, OutOfItems
 from tests.rings.sources import BACKWARD, Constants
 
 MODELLED_WARPS = 2  # of a warpgroup's four: each stands for two of them, and arrives for both
@@ -164,12 +164,9 @@ class Backward(Model):
         return [(part, use, "key items") for key in wanted for part in self.resident[key]]
 
 
-class _BackwardAgent(Agent):
+class _BackwardAgent(ItemAgent):
     def __init__(self, model: Backward, items: Sequence, ended: bool, name: str):
-        super().__init__(name if model.launch is None else f"{name} of CTA {model.cta}", model.cta)
-        self.model = model
-        self.items = items
-        self.ended = ended
+        super().__init__(model, items, ended, name if model.launch is None else f"{name} of CTA {model.cta}", model.cta)
 
     def write_program(self):
         with contextlib.suppress(OutOfItems):

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 DEADLOCK = "deadlock"
 EARLY_WAIT = "early wait"
@@ -142,6 +143,30 @@ class Agent:
 
     def wait_until(self, counter, value: int):
         self.program.append(("until", counter, value))
+
+
+class ItemAgent(Agent):
+    """An agent of a pipeline whose program follows the sequence of items.
+
+    `ended`: whether the end follows the last of them, or it is not known yet what does.
+    """
+
+    def __init__(self, model: Any, items: Sequence, ended: bool, name: str, cta: int = 0):
+        super().__init__(name, cta)
+        self.model = model
+        self.items = items
+        self.ended = ended
+
+    def run(self):
+        raise NotImplementedError
+
+    def item(self, number: int) -> Any:
+        """The item of that number, None for the end."""
+        if number < len(self.items):
+            return self.items[number]
+        if not self.ended:
+            raise OutOfItems
+        return None
 
 
 class Model:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tests.rings.checker import Agent, Barriers, Memory, Model, OutOfItems
+from tests.rings.checker import Agent, Barriers, ItemAgent, Memory, Model, OutOfItems
 from tests.rings.sources import FORWARD, Constants
 
 MODELLED_WARPS = 2  # of a warpgroup's four: each stands for two of them, and arrives for both
@@ -109,28 +109,12 @@ class Forward(Model):
         }
 
 
-class _ForwardAgent(Agent):
-    def __init__(self, model: Forward, items: Sequence, ended: bool, name: str):
-        super().__init__(name)
-        self.model = model
-        self.items = items
-        self.ended = ended
-
+class _ForwardAgent(ItemAgent):
     def write_program(self):
         try:
             self.run()
         except OutOfItems:
             self.context = (*self.context, "waits for an item")
-
-    def run(self):
-        raise NotImplementedError
-
-    def item(self, number: int) -> Tile | None:
-        if number < len(self.items):
-            return self.items[number]
-        if not self.ended:
-            raise OutOfItems
-        return END
 
 
 class _Scheduler(_ForwardAgent):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tests.rings.checker import Agent, Barriers, Memory, Model, OutOfItems
+from tests.rings.checker import Agent, Barriers, ItemAgent, Memory, Model, OutOfItems
 from tests.rings.sources import PRODUCTS, Constants
 
 MODELLED_WARPS = 2  # of a warpgroup's four: each stands for two of them, and arrives for both
@@ -119,12 +119,9 @@ class Products(Model):
         return [mask for mask in tile for _ in range(self.steps)] or [0]
 
 
-class _ProductAgent(Agent):
+class _ProductAgent(ItemAgent):
     def __init__(self, model: Products, items: Sequence, ended: bool, cta: int, name: str):
-        super().__init__(f"{name} of CTA {cta}", cta)
-        self.model = model
-        self.items = items
-        self.ended = ended
+        super().__init__(model, items, ended, f"{name} of CTA {cta}", cta)
 
     def write_program(self):
         try:
@@ -140,16 +137,6 @@ class _ProductAgent(Agent):
         self.fence()
         self.arrive(self.model.exit, 0)
         self.wait(self.model.exit, 0)
-
-    def run(self):
-        raise NotImplementedError
-
-    def item(self, number: int) -> tuple | None:
-        if number < len(self.items):
-            return self.items[number]
-        if not self.ended:
-            raise OutOfItems
-        return None
 
 
 class _Scheduler(_ProductAgent):
