@@ -87,6 +87,24 @@ def test_every_rule_has_its_sentence(before, after, faults):
         assert fault in sentence
 
 
+@pytest.mark.parametrize(
+    ("code", "places"),
+    [
+        (["LDSM.16.M88.4 R4, [R2]", "@P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x8], RZ"], 1),
+        (["LDSM.16.M88.4 R4, [R2]", "FENCE.VIEW.ASYNC.S", "@P0 SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4+0x8], RZ"], 0),
+        (["LDSM.16.M88.4 R4, [R2]", "SYNCS.PHASECHK.TRANS64.TRYWAIT P0, [UR4], R2", "SYNCS.ARRIVE.A1T0 RZ, [R4]"], 1),
+        (["SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4], RZ", "LDSM.16.M88.4 R4, [R2]"], 0),
+        (["LDSM.16.M88.4 R4, [R2]", *["SYNCS.ARRIVE.TRANS64.A1T0 RZ, [UR4], RZ"] * 2], 1),
+    ],
+)
+def test_a_fence_stands_between_a_load_and_the_release(code, places):
+    lines = "".join(f"        /*{0x900 + 16 * n:04x}*/    {line} ;    /* 0x0 */\n" for n, line in enumerate(code))
+    cut = TEXT.rindex("        /*0800*/")
+    kernels = check_sass.parse(TEXT[:cut] + lines + TEXT[cut:])
+    assert kernels[1].unfenced == places
+    assert len(check_sass.violations(kernels)) == bool(places)
+
+
 def test_a_16_bit_kernel_with_its_instruction_has_no_fault():
     text = TEXT.replace("PlainKernelIf", "PlainKernelI6__half").replace("LDG.E R5", "HMMA.16816.F32 R5")
     kernels = check_sass.parse(text)

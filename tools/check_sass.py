@@ -3,7 +3,9 @@
 A kernel that lost its matrix instructions, its copy engine or its registers still gives right numbers, only slowly, and
 no test without a GPU would notice. So the built library is disassembled and every kernel in it is held to this:
 
-- in a namespace `sm90`: HGMMA (wgmma) and UTMALDG (a TMA load), no LDL or STL, no stack or local memory;
+- in a namespace `sm90`: HGMMA (wgmma) and UTMALDG (a TMA load), no LDL or STL, no stack or local memory, and a fence
+  between an LDSM and the next arrival at a barrier: the copy engine may refill what is released there, and nothing but
+  a fence makes an LDSM, whose registers only HGMMA reads, come first (wrong rows, seen on an H200);
 - in a namespace `sm80` with a 16-bit type: HMMA (mma.sync).
 
 A kernel that has no matrix product (a reduction, a merge) therefore belongs in neither namespace.
@@ -37,6 +39,8 @@ SIXTEEN_BIT = ("6__half", "13__nv_bfloat16")
 
 FUNCTION = re.compile(r"^\t\tFunction : (\S+)\n", re.MULTILINE)
 # "  /*00f0*/   @!UP0 UTMALDG.2D [UR4], [UR10] ;   /* encoding */": address, predicate, opcode up to its first modifier.
+# Those that load from shared memory for HGMMA, say that the memory may be refilled, and keep the two in order.
+ORDERED = re.compile(r"^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+[ \t]+)?(LDSM|SYNCS\.ARRIVE|FENCE)", re.MULTILINE)
 OPCODE = re.compile(r"^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+[ \t]+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
 
 
@@ -50,6 +54,7 @@ class Kernel:
     registers: int
     local_bytes: int  # stack frame and local memory
     opcodes: Mapping[str, int]  # instructions by opcode, without modifiers
+    unfenced: int  # arrivals at a barrier that follow an LDSM with no fence between them
 
     def __str__(self) -> str:
         return f"{self.name} ({self.arch})"
@@ -66,17 +71,27 @@ def parse(text: str) -> list[Kernel]:
         raise ValueError(f"no architecture in what cuobjdump says: {text[:200]!r}")
     resources = {mangled: [int(n) for n in numbers] for mangled, *numbers in RESOURCES.findall(text)}
     _, *parts = FUNCTION.split(text)
-    opcodes = {m: collections.Counter(OPCODE.findall(code)) for m, code in zip(parts[::2], parts[1::2], strict=True)}
+    codes = dict(zip(parts[::2], parts[1::2], strict=True))
+    opcodes = {m: collections.Counter(OPCODE.findall(code)) for m, code in codes.items()}
     # Half an answer would pass for a library without faults.
     unread = resources.keys() ^ {m for m, count in opcodes.items() if count}
     if unread:
         raise ValueError(f"cuobjdump gave only registers or only instructions of {', '.join(sorted(unread))}")
     return [
-        Kernel(arch.group(1), mangled, name, registers, stack + local, opcodes[mangled])
+        Kernel(arch.group(1), mangled, name, registers, stack + local, opcodes[mangled], _unfenced(codes[mangled]))
         for (mangled, (registers, stack, local)), name in zip(
             resources.items(), short_names(list(resources)), strict=True
         )
     ]
+
+
+def _unfenced(code: str) -> int:
+    """Arrivals whose last LDSM or fence before them, as the code is laid out, is an LDSM."""
+    count, loaded = 0, False
+    for opcode in ORDERED.findall(code):
+        count += loaded and opcode == "SYNCS.ARRIVE"
+        loaded = opcode == "LDSM"
+    return count
 
 
 def violations(kernels: Iterable[Kernel], *, require_sm90: bool = False) -> list[str]:
@@ -95,6 +110,11 @@ def violations(kernels: Iterable[Kernel], *, require_sm90: bool = False) -> list
                 found.append(f"{kernel} has no UTMALDG instruction{where}.")
             if count("LDL") or count("STL"):
                 found.append(f"{kernel} has {count('LDL', 0)} LDL and {count('STL', 0)} STL instructions.")
+            if kernel.unfenced:
+                found.append(
+                    f"{kernel} releases shared memory without a fence after LDSM, in {kernel.unfenced} places; call "
+                    "FenceAsyncProxy before the release."
+                )
             if kernel.local_bytes:
                 found.append(f"{kernel} has {kernel.local_bytes} bytes of stack or local memory.")
         if SM80 in kernel.mangled and any(t in kernel.mangled for t in SIXTEEN_BIT) and not count("HMMA"):

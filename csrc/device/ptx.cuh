@@ -207,7 +207,8 @@ __device__ __forceinline__ void ArriveNamed(int id, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Orders this thread's ordinary writes to shared memory before what the copy engine and wgmma do with it later.
+// Orders this thread's ordinary accesses to shared memory before what the copy engine and wgmma do with it later: its
+// writes, which they read, and loads whose values nothing has waited for, when the copy engine writes there next.
 __device__ __forceinline__ void FenceAsyncProxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 // ---- Bulk copies

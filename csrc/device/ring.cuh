@@ -30,6 +30,19 @@ __device__ __forceinline__ Word ReadShared(const Word& word) {
   return __shfl_sync(0xFFFFFFFFu, x, 0);
 }
 
+// Arrivals of a warp that releases a buffer which all its lanes have read: one, once they all have. compute-sanitizer's
+// racecheck does not see that the other lanes have read before; in what is built for it (JAX_BSK_RACECHECK) every lane
+// arrives for itself.
+#ifdef JAX_BSK_RACECHECK
+constexpr int kReleasesPerWarp = 32;
+#else
+constexpr int kReleasesPerWarp = 1;
+#endif
+__device__ __forceinline__ void ReleaseForWarp(Barrier& barrier) {
+  __syncwarp();
+  if (kReleasesPerWarp == 32 || ElectLane()) Arrive(barrier);
+}
+
 // Division of 0 <= n < 2^31 by a number known to the host: a multiplication (Granlund and Montgomery 1994,
 // Theorem 4.2). A tile's place takes three, before anything of it can be read.
 struct Divider {

@@ -37,7 +37,7 @@ class BackwardConsumer {
       } else {
         Queries(item);
       }
-      Release(shared_.empty_item[items.Stage()]);
+      device::sm90::ReleaseForWarp(shared_.empty_item[items.Stage()]);
       items.Advance();
     }
   }

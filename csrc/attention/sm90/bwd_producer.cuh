@@ -116,8 +116,7 @@ __device__ __forceinline__ void ForEachItem(Shared& shared, Work work) {
     const BackwardItem& item = shared.items[items.Stage()];
     if (ReadShared(item.kind) == BackwardItem::kEnd) return;
     work(item, items);
-    __syncwarp();
-    if (device::sm90::ElectLane()) device::sm90::Arrive(shared.empty_item[items.Stage()]);
+    device::sm90::ReleaseForWarp(shared.empty_item[items.Stage()]);
     items.Advance();
   }
 }

@@ -14,6 +14,7 @@ namespace jax_bsk::attention::cuda::sm90 {
 
 using device::sm90::Barrier;
 using device::sm90::Divider;
+using device::sm90::kReleasesPerWarp;
 using device::sm90::ReadShared;
 using device::sm90::Ring;
 
@@ -125,7 +126,7 @@ struct BackwardShared {
     constexpr int kWarps = 4 * Config::kConsumers;
     for (int i = 0; i < kItems; ++i) {
       InitBarrier(full_item[i], 1);
-      InitBarrier(empty_item[i], kWarps + 3);
+      InitBarrier(empty_item[i], (kWarps + 3) * kReleasesPerWarp);
     }
     for (int i = 0; i < 2; ++i) {
       InitBarrier(full_key[i], 1);

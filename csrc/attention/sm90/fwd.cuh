@@ -70,8 +70,6 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   unsigned grid = static_cast<unsigned>(plan.tiles);
   if (Config::kConsumers == 2 && plan.tiles > multiprocessors) {
     // Persistent CTAs that take the next tile when they are done: +5 % to +22 % over one tile a CTA for random lists.
-    // (With one consumer, rows of the first warp had other bits about once in 10,000 tiles; the rings' models see no
-    // reason. Nothing launches that.)
     grid = static_cast<unsigned>(multiprocessors);
     plan.tile_counter = workspace;
     error = cudaMemsetAsync(workspace, 0, sizeof(*workspace), stream);

@@ -122,8 +122,7 @@ class ForwardLoader {
       const TileHeader& header = shared_.headers[headers_.Stage()];
       if (header.kind == TileHeader::kEnd) return;
       if (header.kind == TileHeader::kLive) Load(header);
-      __syncwarp();
-      if (device::sm90::ElectLane()) device::sm90::Arrive(shared_.empty_header[headers_.Stage()]);
+      device::sm90::ReleaseForWarp(shared_.empty_header[headers_.Stage()]);
       headers_.Advance();
     }
   }

@@ -14,6 +14,7 @@ namespace jax_bsk::attention::cuda::sm90 {
 
 using device::sm90::Barrier;
 using device::sm90::Divider;
+using device::sm90::kReleasesPerWarp;
 using device::sm90::ReadShared;
 using device::sm90::Ring;
 
@@ -74,7 +75,8 @@ struct ForwardShared {
 
   __device__ __forceinline__ void Init() {
     using device::sm90::InitBarrier;
-    constexpr int kWarps = 4 * Config::kConsumers;  // every consumer warp releases a buffer for itself
+    // Every consumer warp releases a buffer for itself.
+    constexpr int kWarp = kReleasesPerWarp, kWarps = 4 * Config::kConsumers * kWarp;
     InitBarrier(full_query, 1);
     InitBarrier(empty_query, kWarps);
     for (int i = 0; i < kKeyStages; ++i) {
@@ -87,7 +89,7 @@ struct ForwardShared {
     }
     for (int i = 0; i < kHeaders; ++i) {
       InitBarrier(full_header[i], 1);
-      InitBarrier(empty_header[i], kWarps + 1);
+      InitBarrier(empty_header[i], kWarps + kWarp);
     }
     InitBarrier(tail_value, 1);
     InitBarrier(open, 1);
