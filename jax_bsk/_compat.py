@@ -10,10 +10,24 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
-from jax.interpreters import mlir
+from jax.interpreters import ad, batching, mlir
+from jax.interpreters.xla import apply_primitive
 
-__all__ = ["Primitive", "call_without_mesh", "default_platform", "match_varying", "mlir", "runtime_ffi_api"]
+__all__ = [
+    "Primitive",
+    "ad",
+    "apply_primitive",
+    "batching",
+    "call_without_mesh",
+    "default_platform",
+    "lower_without_mesh",
+    "match_varying",
+    "mlir",
+    "needs_devices",
+    "runtime_ffi_api",
+]
 
 
 def default_platform() -> str:
@@ -82,6 +96,20 @@ def _shapes_without_mesh(*args: Any, function: Any):
 def _lower_without_mesh(ctx: Any, *args: Any, function: Any):
     with _no_mesh():
         return mlir.lower_fun(function, multiple_results=True)(ctx, *args)
+
+
+def needs_devices(primitive: Any) -> None:
+    """Says that a primitive's lowering must know the devices, as `custom_partitioning` must, of which it makes use."""
+    prim_requires_devices_during_lowering.add(primitive)
+
+
+def lower_without_mesh(function: Callable[..., Any], ctx: Any, *args: Any):
+    """A lowering rule's result: a function of arrays that know of no mesh, neither current nor their own.
+
+    What the function computes splits as XLA finds it (`custom_partitioning` says how for the native calls).
+    """
+    plain = [jax.core.ShapedArray(x.shape, x.dtype) for x in ctx.avals_in]
+    return _lower_without_mesh(ctx.replace(avals_in=plain), *args, function=function)
 
 
 _without_mesh_p = Primitive("jax_bsk_call_without_mesh")

@@ -6,17 +6,49 @@ Accumulation is in float32 (float64 for float64 operands).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import _compat
-from jax_bsk.bsr import BSR
+from jax_bsk._shapes import of_rank
 
 ENTRIES_AT_A_TIME = 32
 PRECISION = jax.lax.Precision.HIGHEST  # of float32: on a GPU XLA would take tf32 by default
+
+
+class Matrix(NamedTuple):
+    """A block-sparse matrix as arrays.
+
+    Attributes:
+      data: [entries, bm, bk], of which a sampled product needs the shape alone.
+      indptr: int32 [rows of blocks + 1].
+      indices: int32 [entries].
+      row_ids: int32 [entries], -1 where an entry belongs to no row.
+      shape: (M, K).
+    """
+
+    data: Any
+    indptr: Any
+    indices: Any
+    row_ids: Any
+    shape: tuple[int, int]
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        return self.data.shape[1], self.data.shape[2]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of blocks."""
+        (m, k), (bm, bk) = self.shape, self.block_size
+        return -(-m // bm), -(-k // bk)
+
+    @property
+    def entries(self) -> int:
+        return self.data.shape[0]
 
 
 def accumulator(*dtypes: Any) -> np.dtype:
@@ -24,7 +56,7 @@ def accumulator(*dtypes: Any) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(np.float64) in map(np.dtype, dtypes) else np.float32)
 
 
-def sparse_times_dense(a: BSR, b: jax.Array, *, transposed: bool) -> jax.Array:
+def sparse_times_dense(a: Matrix, b: jax.Array, *, transposed: bool) -> jax.Array:
     """A B, or A^T B: [M or K, N] in the accumulator's type, from b [K or M, N].
 
     A row of blocks whose lists cannot be followed is NaN (transposed: a column of blocks that names no row of b).
@@ -33,14 +65,14 @@ def sparse_times_dense(a: BSR, b: jax.Array, *, transposed: bool) -> jax.Array:
     out_size, in_size = (bk, bm) if transposed else (bm, bk)
     outs, ins = (columns, rows) if transposed else (rows, columns)
     length = a.shape[1] if transposed else a.shape[0]
-    dtype = accumulator(a.dtype, b.dtype)
+    dtype = accumulator(a.data.dtype, b.dtype)
     row_ids, sound = _places(a)
     into, out_of = (a.indices, row_ids) if transposed else (row_ids, a.indices)
     listed = row_ids >= 0
 
     ins = max(ins, 1)  # one of zeros where there is none, for what the lists name all the same
     blocks = jnp.pad(b, ((0, ins * in_size - b.shape[0]), (0, 0))).reshape(ins, in_size, b.shape[1])
-    data, blocks = _multipliable(without_margins(a, row_ids), blocks, dtype)
+    data, blocks = _multipliable(without_margins(a.data, row_ids, a.indices, a.shape), blocks, dtype)
 
     def step(total, entries):
         data, into, out_of, use = entries
@@ -64,7 +96,7 @@ def sparse_times_dense(a: BSR, b: jax.Array, *, transposed: bool) -> jax.Array:
     return out.reshape(outs * out_size, b.shape[1])[:length]
 
 
-def sampled(a: jax.Array, b: jax.Array, pattern: BSR) -> jax.Array:
+def sampled(a: jax.Array, b: jax.Array, pattern: Matrix) -> jax.Array:
     """The blocks of A B at the places of a pattern: [entries, bm, bk] in the accumulator's type.
 
     a is [M, L], b is [L, K]. Entries that belong to no row, or name no column, are 0.
@@ -95,28 +127,36 @@ def _multipliable(a: jax.Array, b: jax.Array, dtype: Any) -> tuple[jax.Array, ja
     return a, b
 
 
-def _places(a: BSR) -> tuple[jax.Array, jax.Array]:
+def _places(a: Matrix) -> tuple[jax.Array, jax.Array]:
     """Row of each entry, and whether its column is one."""
-    row_ids, indices = jnp.asarray(a.row_ids()), jnp.asarray(a.indices)
+    row_ids, indices = jnp.asarray(a.row_ids), jnp.asarray(a.indices)
     return row_ids, (indices >= 0) & (indices < a.grid[1])
 
 
-def _bad_rows(a: BSR) -> jax.Array:
+def _bad_rows(a: Matrix) -> jax.Array:
     indptr = jnp.asarray(a.indptr)
     begin, end = indptr[:-1], indptr[1:]
     return (end < begin) | (begin < 0) | (end > a.entries)
 
 
-def without_margins(a: BSR, row_ids: jax.Array) -> jax.Array:
-    """The blocks with zeros where they stick out of the shape."""
-    (m, k), (bm, bk) = a.shape, a.block_size
-    data = jnp.asarray(a.data)
+def without_margins(data: jax.Array, row_ids: jax.Array, indices: jax.Array, shape: tuple[int, int]) -> jax.Array:
+    """The blocks with zeros where they stick out of the shape.
+
+    Args:
+      data: [..., entries, bm, bk].
+      row_ids: int32 [..., entries].
+      indices: int32 [..., entries].
+      shape: (M, K).
+    """
+    (m, k), (bm, bk) = shape, data.shape[-2:]
+
+    def inside(blocks: jax.Array, size: int, length: int) -> jax.Array:
+        return blocks[..., None] * size + of_rank(jnp.arange(size, dtype=jnp.int32), blocks.ndim + 1) < length
+
     if m % bm:
-        rows = row_ids[:, None] * bm + jnp.arange(bm, dtype=jnp.int32)[None]
-        data = jnp.where((rows < m)[:, :, None], data, 0)
+        data = jnp.where(inside(row_ids, bm, m)[..., :, None], data, 0)
     if k % bk:
-        columns = jnp.asarray(a.indices)[:, None] * bk + jnp.arange(bk, dtype=jnp.int32)[None]
-        data = jnp.where((columns < k)[:, None, :], data, 0)
+        data = jnp.where(inside(indices, bk, k)[..., None, :], data, 0)
     return data
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from jax_bsk import _dispatch, _ffi, _matmul_op
 from jax_bsk._dispatch import Implementation
-from jax_bsk._matmul_op import ProductCall, SampledCall
+from jax_bsk._matmul_native import ProductCall, SampledCall
 from jax_bsk.bsr import BSR
 
 
@@ -30,9 +30,12 @@ def sparse_matmul(
 
     Letters: M and K rows and columns of the sparse matrix, N columns (or T rows) of the dense one.
 
+    `A @ b` and `x @ A` call it. Letters: M and K are rows and columns of the sparse matrix, N columns (or T rows) of
+    the dense one.
+
     Args:
-      a: the left factor: a `BSR` of [M, K], or dense [..., T, M].
-      b: the right one: dense [K, N], or a `BSR`.
+      a: the left factor: a `BSR` of [M, K], or dense [..., T, M] or [M].
+      b: the right one: dense [K, N] or [K], or a `BSR`.
       transpose: take the sparse matrix's transpose; nothing is copied.
       preferred_element_type: type of the result; by default the common type of the factors. Sums are float32 (float64
         where a factor is).
@@ -40,27 +43,36 @@ def sparse_matmul(
         takes the platform's native kernel, and where that cannot take the call "xla", with one warning that says why.
 
     Returns:
-      a @ b. Differentiable in both factors, any number of times in reverse: the gradient of a `BSR` has its blocks
-      alone (the sampled product of `sampled_matmul`), no dense gradient is ever made. A row of blocks whose lists
-      cannot be followed is NaN where the product walks rows; where it walks columns (`transpose`, or a dense factor on
-      the left, not both) that row counts for nothing.
+      a @ b; of one dimension where the dense factor has one. Linear in each factor, and differentiable in both any
+      number of times, in forward mode and in reverse (`jax.linear_transpose` and the solvers of
+      `jax.scipy.sparse.linalg` work): the gradient of a `BSR` has its blocks alone (the sampled product of
+      `sampled_matmul`), no dense gradient is ever made. A row of blocks whose lists cannot be followed is NaN
+      where the product walks rows; where it walks columns (`transpose`, or a dense factor on the left, not both) that
+      row counts for nothing.
 
     Raises:
-      TypeError: neither or both factors are a `BSR`.
+      TypeError: neither or both factors are a `BSR`; boolean blocks; a common type that is not floating point.
       ValueError: sizes that do not fit, an unknown implementation.
       UnsupportedError: the named implementation cannot take the call.
     """
     if isinstance(a, BSR) == isinstance(b, BSR):
-        raise TypeError(f"one factor is a BSR and the other an array, got {type(a).__name__} and {type(b).__name__}")
+        raise TypeError(
+            f"a and b must be one a BSR and the other an array, got {type(a).__name__} and {type(b).__name__}; of two "
+            "BSRs make one dense with to_dense()"
+        )
     left = isinstance(b, BSR)
     matrix, dense = (b, jnp.asarray(a)) if left else (a, jnp.asarray(b))
+    matrix.need_blocks("b" if left else "a")
     m, k = matrix.shape[::-1] if transpose else matrix.shape
     if left:
         if dense.ndim < 1 or dense.shape[-1] != m:
-            raise ValueError(f"b is {(m, k)}, so a is [..., {m}]; got {dense.shape}")
-    elif dense.ndim != 2 or dense.shape[0] != k:
-        raise ValueError(f"a is {(m, k)}, so b is [{k}, N]; got {dense.shape}; use jax.vmap for batches")
-    common = jnp.result_type(matrix.dtype, dense.dtype)
+            raise ValueError(f"a must be [..., {m}] for b of {(m, k)}, got {dense.shape}; see transpose")
+    elif dense.ndim not in (1, 2) or dense.shape[0] != k:
+        raise ValueError(
+            f"b must be [{k}, N] or [{k}] for a of {(m, k)}, got {dense.shape}; use jax.vmap for batches, and see "
+            "transpose"
+        )
+    common = _common_type("a and b", matrix.dtype, dense.dtype)
     dtype = np.dtype(preferred_element_type or common)
     facts = _dispatch.MatmulFacts("sparse_matmul", str(common), matrix.block_size)
     native, platform = _choose(implementation, facts)
@@ -69,11 +81,20 @@ def sparse_matmul(
     # it is taken as it is.
     rows, columns = matrix.shape
     attributes = _ffi.ProductAttributes(rows, columns, transpose != left, left, _summed_in(dtype, common))
-    call = ProductCall(attributes, native, platform)
-    operand = dense.reshape(math.prod(dense.shape[:-1]), m) if left and dense.ndim != 2 else dense
-    data = jnp.asarray(matrix.data).astype(common)
-    out = _matmul_op.product(call, data, _matmul_op.lists_of(matrix), operand.astype(common)).astype(dtype)
-    return out.reshape(*dense.shape[:-1], k) if left and dense.ndim != 2 else out
+    call = ProductCall(attributes, matrix.block_size, native, platform)
+    if left:
+        result_shape = (*dense.shape[:-1], k)
+        operand = dense if dense.ndim == 2 else dense.reshape(math.prod(dense.shape[:-1]), m)
+    else:
+        result_shape = (m, *dense.shape[1:])
+        operand = dense if dense.ndim == 2 else dense[:, None]
+    data = jnp.asarray(matrix.data)
+    lists = matrix.lists.for_product(matrix.grid[1], eager=_matmul_op.has_values(data, dense))
+    out = _matmul_op.product(call, data.astype(common), lists, operand.astype(common)).astype(dtype)
+    return out if dense.ndim == 2 else out.reshape(result_shape)
+
+
+BSR.product = staticmethod(sparse_matmul)  # what `@` calls
 
 
 def sampled_matmul(
@@ -86,6 +107,8 @@ def sampled_matmul(
 ) -> BSR:
     """The blocks of a @ b at the places of a pattern (SDDMM), as a `BSR` of the pattern's lists.
 
+    Linear in each factor, and differentiable in both any number of times, in forward mode and in reverse.
+
     Args:
       a: [M, L].
       b: [L, K].
@@ -94,21 +117,46 @@ def sampled_matmul(
       implementation: as for `sparse_matmul`.
 
     Raises:
+      TypeError: a pattern that is no `BSR`; a common type that is not floating point.
       ValueError: sizes that do not fit, an unknown implementation.
       UnsupportedError: the named implementation cannot take the call.
     """
+    if not isinstance(pattern, BSR):
+        raise TypeError(
+            f"pattern must be a BSR, got {type(pattern).__name__}; make one with BSR.from_dense(.., keep=..)"
+        )
+    pattern.need_lists("pattern")
     a, b = jnp.asarray(a), jnp.asarray(b)
     m, k = pattern.shape
     if a.ndim != 2 or b.ndim != 2 or a.shape[0] != m or b.shape[1] != k or a.shape[1] != b.shape[0]:
-        raise ValueError(f"the pattern is {(m, k)}, so a is [{m}, L] and b [L, {k}]; got {a.shape} and {b.shape}")
-    common = jnp.result_type(a.dtype, b.dtype)
+        raise ValueError(
+            f"a and b must be [{m}, L] and [L, {k}] for a pattern of {(m, k)}, got {a.shape} and {b.shape}; use "
+            "jax.vmap for batches"
+        )
+    common = _common_type("a and b", a.dtype, b.dtype)
     dtype = np.dtype(preferred_element_type or common)
     facts = _dispatch.MatmulFacts("sampled_matmul", str(common), pattern.block_size)
     native, platform = _choose(implementation, facts)
     attributes = _ffi.SampledAttributes(False, False, pattern.block_size, _summed_in(dtype, common))
     call = SampledCall(attributes, pattern.shape, native, platform)
-    blocks = _matmul_op.sampled(call, a.astype(common), b.astype(common), _matmul_op.lists_of(pattern))
+    lists = pattern.lists.for_product(pattern.grid[1], eager=_matmul_op.has_values(a, b))
+    blocks = _matmul_op.sampled(call, a.astype(common), b.astype(common), lists)
     return pattern.with_data(blocks.astype(dtype))
+
+
+def _common_type(names: str, first: Any, second: Any) -> Any:
+    """Common type of two factors.
+
+    Raises:
+      TypeError: it is not a real floating-point type.
+    """
+    common = jnp.result_type(first, second)
+    if not jnp.issubdtype(common, jnp.floating):
+        raise TypeError(
+            f"{names} must have floating-point numbers, got {np.dtype(first)} and {np.dtype(second)}; convert them "
+            "with astype(jnp.float32)"
+        )
+    return common
 
 
 def _choose(implementation: str | None, facts: _dispatch.MatmulFacts) -> tuple[bool, str | None]:

@@ -203,13 +203,13 @@ def test_room_that_is_not_used_counts_for_nothing():
 
 def test_mistakes_are_named():
     matrix, _, right, _ = make((96, 64), (32, 16), 0.5)
-    with pytest.raises(TypeError, match="one factor is a BSR"):
+    with pytest.raises(TypeError, match="one a BSR and the other an array"):
         sparse_matmul(right, right)
-    with pytest.raises(ValueError, match=r"b is \[64, N\]"):
+    with pytest.raises(ValueError, match=r"b must be \[64, N\]"):
         sparse_matmul(matrix, right[1:])
-    with pytest.raises(ValueError, match=r"the pattern is \(96, 64\)"):
+    with pytest.raises(ValueError, match=r"for a pattern of \(96, 64\)"):
         sampled_matmul(right, right.T, matrix)
-    with pytest.raises(ValueError, match="indptr has 4 numbers"):
+    with pytest.raises(ValueError, match="indptr must have 4 numbers"):
         BSR(matrix.data, matrix.indptr[1:], matrix.indices, matrix.shape)
 
 

@@ -113,7 +113,7 @@ class BlockPattern:
                 f"kernel is {data.shape}, but the pattern has {self.entries} blocks of {self.block_size}: parameters "
                 "fit the pattern that they were made with; give that density, seed and block_size, or its saved mask"
             )
-        return BSR(data, *self.lists, self.shape).with_column_lists()
+        return BSR(data, *self.lists, self.shape)
 
 
 def _mask_of_lists(matrix: BSR) -> np.ndarray:

@@ -44,8 +44,8 @@ class Operands:
         scale = jnp.asarray(1 / math.sqrt(max(1.0, size * config.density)), dtype)
         self.dense = _masked(full, self.kept, scale)
         indices, blocks = (chosen % count).astype(np.int32), _blocks(full, chosen, scale, block)
-        self.host = BSR(blocks, indptr, indices, (size, size)).with_column_lists()
-        self.matrix: BSR = jax.device_put(self.host)
+        self.host = BSR(blocks, indptr, indices, (size, size))
+        self.matrix: BSR = jax.device_put(self.host.with_traced_lists())
         jax.block_until_ready((self.matrix, self.dense, self.x, self.dy))
         self.copies: dict[str, Any] = {}
 
