@@ -62,10 +62,17 @@ class ArrayLists(NamedTuple):
         return self.column_lists or column_lists_of(self.row_ids, self.indices, columns)
 
     def for_product(self, columns: int, eager: bool) -> ProductLists:
-        """The lists as a product takes them, with those by columns unless they would have to be made in the product."""
-        del eager
+        """The lists as a product takes them, with those by columns unless they would have to be made in every call."""
+        if eager and not self.traced:
+            return _for_product_on_device(self, columns)
         by_columns = self.column_lists if self.traced else self.by_columns(columns)
         return ProductLists(self.indptr, self.indices, self.row_ids, by_columns)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _for_product_on_device(lists: ArrayLists, columns: int) -> ProductLists:
+    """Lists of a product outside of `jit`, of which nothing travels to the host and back."""
+    return ProductLists(lists.indptr, lists.indices, lists.row_ids, lists.by_columns(columns))
 
 
 class StaticLists:

@@ -226,8 +226,8 @@ class BSR:
         if not 0 <= density <= 1:
             raise ValueError(f"density must be stored blocks / all blocks, in [0, 1], got {density}; give a fraction")
         count = round(density * rows * columns)
-        draw, numbers = jax.random.split(key)
         with jax.ensure_compile_time_eval():  # a key with a value has places with values, in jit as well
+            draw, numbers = jax.random.split(key)
             chosen = np.sort(np.asarray(jax.random.permutation(draw, rows * columns)[:count]))
         indptr = np.searchsorted(chosen, np.arange(rows + 1) * columns)
         data = jax.random.normal(numbers, (count, bm, bk), dtype or jnp.float32)
