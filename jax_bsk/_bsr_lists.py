@@ -6,6 +6,7 @@ Below `bsr`. Both kinds have the same attributes; a matrix with `StaticLists` ha
 from __future__ import annotations
 
 import functools
+import weakref
 from typing import Any, NamedTuple
 
 import jax
@@ -76,55 +77,57 @@ def _for_product_on_device(lists: ArrayLists, columns: int) -> ProductLists:
 
 
 class StaticLists:
-    """Lists with values on the host: immutable, hashable, equal when their numbers are.
+    """Lists with values on the host: immutable and hashable, equal when their numbers are. Make them with `of`.
 
     Compiled functions have them as constants. What follows from them is made at first use and kept.
 
-    Args:
-      indptr: int [rows of blocks + 1]; copied as int32.
-      indices: int [entries]; copied as int32.
+    Attributes:
+      indptr: int32 [rows of blocks + 1], read-only.
+      indices: int32 [entries], read-only.
       columns: Number of columns of blocks.
     """
 
-    def __init__(self, indptr: Any, indices: Any, columns: int):
-        self.indptr, self.indices, self.columns = _kept(indptr), _kept(indices), columns
-
     traced = False
 
+    def __init__(self, key: tuple[bytes, bytes, int]):
+        self._key = key
+        self.indptr, self.indices = (np.frombuffer(numbers, np.int32) for numbers in key[:2])
+        self.columns = key[2]
+
+    @classmethod
+    def of(cls, indptr: Any, indices: Any, columns: int) -> StaticLists:
+        """Copies of the lists; the same object for equal ones, so that `jit` compares nothing but identities.
+
+        Args:
+          indptr: int [rows of blocks + 1], with values.
+          indices: int [entries], with values.
+          columns: Number of columns of blocks.
+        """
+        key = (np.asarray(indptr, np.int32).tobytes(), np.asarray(indices, np.int32).tobytes(), columns)
+        return _alive.setdefault(key, cls(key))
+
     def __eq__(self, other: Any) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, StaticLists):
-            return NotImplemented
-        return (
-            (self._hash, self.columns) == (other._hash, other.columns)
-            and np.array_equal(self.indptr, other.indptr)
-            and np.array_equal(self.indices, other.indices)
-        )
+        return self is other or (isinstance(other, StaticLists) and self._key == other._key)
 
     def __hash__(self) -> int:
-        return self._hash
+        return hash(self._key)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StaticLists, (self.indptr, self.indices, self.columns)  # without what is made of them
+        return StaticLists.of, (self.indptr, self.indices, self.columns)  # without what is made of them
 
     def __repr__(self) -> str:
         return f"StaticLists(rows={self.indptr.size - 1}, columns={self.columns}, entries={self.indices.size})"
 
     @functools.cached_property
-    def _hash(self) -> int:
-        return hash((self.indptr.tobytes(), self.indices.tobytes(), self.columns))
-
-    @functools.cached_property
     def row_ids(self) -> np.ndarray:
         """int32 [entries]: the row of each entry, as `row_ids_of` has it."""
-        return _kept(row_ids_of(self.indptr, self.indices.size))
+        return _read_only(row_ids_of(self.indptr, self.indices.size))
 
     @functools.cached_property
     def column_lists(self) -> ColumnLists:
         """The same places column by column, as `column_lists_of` has them."""
         offsets, rows, entries = column_lists_of(self.row_ids, self.indices, self.columns)
-        return _kept(offsets), _kept(rows), _kept(entries)
+        return _read_only(offsets), _read_only(rows), _read_only(entries)
 
     def by_columns(self, columns: int) -> ColumnLists:
         """`column_lists`."""
@@ -147,11 +150,12 @@ class StaticLists:
             return jax.tree.map(jnp.asarray, self._on_host)
 
 
-def _kept(numbers: Any) -> np.ndarray:
-    """An int32 copy that nobody changes."""
-    copy = np.array(numbers, np.int32)
-    copy.flags.writeable = False
-    return copy
+_alive: weakref.WeakValueDictionary[tuple[bytes, bytes, int], StaticLists] = weakref.WeakValueDictionary()
+
+
+def _read_only(numbers: Any) -> np.ndarray:
+    numbers.flags.writeable = False
+    return numbers
 
 
 def row_ids_of(indptr: Any, entries: int) -> Any:

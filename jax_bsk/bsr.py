@@ -86,7 +86,7 @@ class BSR:
                 f"{indptr.shape}; give where each row's entries begin, and the last one's end"
             )
         if all(isinstance(x, np.ndarray) for x in (indptr, indices, *(column_lists or ()))):
-            lists = StaticLists(indptr, indices, columns)
+            lists = StaticLists.of(indptr, indices, columns)
         else:
             lists = jax.tree.map(_not_on_the_host, ArrayLists(indptr, indices, column_lists))
         _set(self, data, lists, shape, block_size)
@@ -336,8 +336,8 @@ class BSR:
         """The same with `column_lists`, unless its lists are traced."""
         if self.lists.traced or self.column_lists is not None:
             return self
-        made = tuple(jnp.asarray(x) for x in self.columns())
-        return self._with(self.data, ArrayLists(self.indptr, self.indices, made))
+        lists = jax.tree.map(jnp.asarray, ArrayLists(self.indptr, self.indices, self.columns()))
+        return self._with(self.data, lists)
 
     def with_traced_lists(self) -> Self:
         """The same matrix with its lists as leaves, those by columns among them, on the device.
@@ -360,7 +360,7 @@ class BSR:
         if self.has_static_lists:
             return self
         self._need_values("with_static_lists()")
-        lists = StaticLists(np.asarray(self.indptr), np.asarray(self.indices), self.grid[1])
+        lists = StaticLists.of(self.indptr, self.indices, self.grid[1])
         return self._with(self.data, lists)
 
     def row_ids(self) -> Any:
@@ -533,7 +533,7 @@ def _write_static(static: tuple[Any, ...]) -> bytes:
 
 def _read_static(text: bytes) -> tuple[Any, ...]:
     shape, block_size, words = json.loads(text)
-    return tuple(shape), tuple(block_size), None if words is None else StaticLists(*words)
+    return tuple(shape), tuple(block_size), None if words is None else StaticLists.of(*words)
 
 
 jax.tree_util.register_pytree_with_keys(BSR, _flatten_with_keys, _unflatten, _flatten)

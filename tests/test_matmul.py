@@ -242,8 +242,9 @@ def test_lists_as_arguments_and_as_constants_give_the_same_bits():
         return out, vjp(out)
 
     constants = jax.jit(lambda b, x: pull(matrix, b, x))(right, left)
-    arguments = jax.jit(pull)(matrix, right, left)
-    bare = jax.jit(pull)(BSR(matrix.data, matrix.indptr, matrix.indices, matrix.shape), right, left)
+    arguments = jax.jit(pull)(matrix.with_traced_lists(), right, left)
+    lists = jnp.asarray(matrix.indptr), jnp.asarray(matrix.indices)
+    bare = jax.jit(pull)(BSR(matrix.data, *lists, matrix.shape), right, left)
     for other in (arguments, bare):
         jax.tree.map(np.testing.assert_array_equal, other, constants)
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk._bsr_lists import StaticLists
 from jax_bsk._shapes import of_rank
 from jax_bsk.bsr import BSR, pair_of
 from jax_bsk.flax._attention_fn import Implementation
@@ -82,6 +83,11 @@ class BlockPattern:
         indptr = np.concatenate([[0], self.mask.sum(1).cumsum()]).astype(np.int32)
         return indptr, np.nonzero(self.mask)[1].astype(np.int32)
 
+    @functools.cached_property
+    def _static_lists(self) -> StaticLists:
+        """Kept alive for all matrices of the pattern, which share what is made of it."""
+        return StaticLists.of(*self.lists, self.grid[1])
+
     @property
     def entries(self) -> int:
         """Stored blocks."""
@@ -113,7 +119,8 @@ class BlockPattern:
                 f"kernel is {data.shape}, but the pattern has {self.entries} blocks of {self.block_size}: parameters "
                 "fit the pattern that they were made with; give that density, seed and block_size, or its saved mask"
             )
-        return BSR(data, *self.lists, self.shape)
+        lists = self._static_lists
+        return BSR(data, lists.indptr, lists.indices, self.shape)
 
 
 def _mask_of_lists(matrix: BSR) -> np.ndarray:
