@@ -34,6 +34,7 @@ from jax_bsk._errors import UnsupportedError
 from jax_bsk._native import like, primitive
 from jax_bsk.masks import BlockMask
 from jax_bsk.masks._entry_order import to_columns, to_rows, with_entry_order
+from jax_bsk.masks._run_mask import RunBlockMask
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
 RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse", "jax_bsk_lse_rest")
@@ -180,7 +181,10 @@ def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, l
     if gates is not None:
         gates = _for_every_head(gates, query)
     if not mask.is_traced:
-        mask, order = (mask.transpose(), None) if gates is None else with_entry_order(mask)
+        if gates is None:
+            mask = mask.transpose()
+        elif not isinstance(mask, RunBlockMask):
+            mask, order = with_entry_order(mask)
     present = (query, key, value, sinks) if gates is None else (query, key, value, sinks, gates)
     query, key, value, sinks, *rest = _compat.match_varying(*_as_arrays(*present))
     return _attend(call, query, key, value, sinks, rest[0] if rest else None, mask, lengths, order)
@@ -202,8 +206,7 @@ def _attend(call, query, key, value, sinks, gates, mask, lengths, order):
 
 
 def _call_forward(call, query, key, value, sinks, gates, mask, lengths):
-    rows = (mask.row_offsets, mask.kv_blocks, mask.tiles, mask.bit_tiles)
-    args = _as_arrays(query, key, value, *rows, lengths, sinks)
+    args = _as_arrays(query, key, value, *mask._kernel_rows(), mask.bit_tiles, lengths, sinks)
     if gates is None:
         return _once_differentiable(_forward, call, *args)
     return _once_differentiable(_gated_forward, call, *args, gates)
@@ -242,9 +245,8 @@ def _attend_bwd(call, residuals, cotangents):
         mask = mask.transpose()
     elif order is None:
         mask, order = with_entry_order(mask)
-    rows = (mask.row_offsets, mask.kv_blocks, mask.tiles)
-    cols = (mask.col_offsets, mask.q_blocks, mask.col_tiles)
-    args = _as_arrays(dout, query, key, value, lse, lse_rest, delta, *rows, *cols, mask.bit_tiles, lengths)
+    rows, columns = mask._kernel_rows(), mask._kernel_columns()
+    args = _as_arrays(dout, query, key, value, lse, lse_rest, delta, *rows, *columns, mask.bit_tiles, lengths)
     dgates = None
     if gates is None:
         dquery, dkey, dvalue = _once_differentiable(_backward, call, *args)

@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.core
+from jax._src.core import trace_state_clean
 from jax._src.dispatch import prim_requires_devices_during_lowering
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
@@ -22,13 +23,20 @@ __all__ = [
     "apply_primitive",
     "batching",
     "call_without_mesh",
+    "default_device",
     "default_platform",
     "lower_without_mesh",
     "match_varying",
     "mlir",
     "needs_devices",
+    "outside_traces",
     "runtime_ffi_api",
 ]
+
+
+def default_device() -> Any:
+    """What `jax.default_device` or the option of that name says: a device, the name of a platform, or None."""
+    return jax.config.jax_default_device  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def default_platform() -> str:
@@ -55,6 +63,11 @@ def runtime_ffi_api() -> tuple[int, int] | None:
         return None
     found = dict(re.findall(r"#define XLA_FFI_API_(MAJOR|MINOR)\s+(\d+)", text))
     return (int(found["MAJOR"]), int(found["MINOR"])) if len(found) == 2 else None
+
+
+def outside_traces() -> bool:
+    """Whether no transformation is tracing: what is computed now is computed at once, and its result has a value."""
+    return trace_state_clean()
 
 
 def varying_axes(x: Any) -> frozenset[str]:

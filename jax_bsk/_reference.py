@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec
 from jax_bsk import _compat
 from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
+from jax_bsk.masks._run_mask import RunBlockMask
 
 if TYPE_CHECKING:
     from jax_bsk.masks import BlockMask
@@ -75,7 +76,10 @@ def sparse_attention_xla(
         pad = [(0, 0), (0, 1), (0, 0), (0, 0)]
         key, value = jnp.pad(key, pad), jnp.pad(value, pad)
         bias = gates = None
-    row_offsets, kv_blocks, tiles, known = _trim(mask.row_offsets, mask.kv_blocks, mask.tiles)
+    if isinstance(mask, RunBlockMask):  # made on the host with no more room than it needs
+        row_offsets, kv_blocks, tiles, known = *mask._kernel_rows(), True
+    else:
+        row_offsets, kv_blocks, tiles, known = _trim(mask.row_offsets, mask.kv_blocks, mask.tiles)
     attend = functools.partial(
         _attention, block_q=mask.block_q, block_kv=mask.block_kv, kv_len=kv_len, skip_steps=not known
     )

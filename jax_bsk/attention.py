@@ -280,7 +280,7 @@ def _gates(gates: ArrayLike | None, mask: Any, sizes: tuple[int, int], unbatched
     array = _floating(gates, "gates")
     if array.ndim == 2 and unbatched:
         array = array[None]
-    full = (*sizes, mask.kv_blocks.shape[-1])
+    full = (*sizes, mask.capacity)
     if array.ndim != 3 or array.shape[2] != full[2] or any(array.shape[i] not in (1, full[i]) for i in (0, 1)):
         letters = "[N|1, capacity]" if unbatched else "[B|1, N|1, capacity]"
         raise ValueError(

@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
+from jax_bsk.masks._run_mask import RunBlockMask
 from jax_bsk.masks._transpose import ColumnLists, column_entries, ordered_transpose_traced, rows_of_entries
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def with_entry_order(mask: BlockMask) -> tuple[BlockMask, EntryOrder]:
 
     Lists that the mask has already are made anew: in those that a caller filled in, the order may be another.
     """
+    if isinstance(mask, RunBlockMask):  # so many entries are ordered on the device
+        mask = mask._plain()
     if "_ordered" not in mask.__dict__:
         lists, n_tiles = (mask.row_offsets, mask.kv_blocks, mask.tiles), mask.bit_tiles.shape[2]
         if mask.is_traced or any(isinstance(x, jax.Array) for x in lists):

@@ -1,8 +1,9 @@
 """Building a BlockMask on the host: numpy, vectorised over blocks, threaded, within bounded memory.
 
-Stages of one (example, head): classify strips of block rows from bounds; evaluate the partial blocks in small chunks
-(one representative for each distance where a tile depends on the distance alone), pack and deduplicate the tiles;
-settle blocks that turn out empty or full; lay out the lists.
+Stages of one (example, head): classify blocks from bounds, in strips of block rows or, of a long mask, from coarse
+blocks to fine ones (`_descent`); evaluate the partial blocks in small chunks (one representative for each group of
+blocks whose tiles are known to be equal), pack and deduplicate the tiles; settle blocks that turn out empty or full;
+lay out the lists, long ones as runs (`_runs`).
 """
 
 from __future__ import annotations
@@ -14,10 +15,18 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jax_bsk.masks.algebra import FULL, OWN, SHIFT, Grid, Mask, classify, is_hashable, parts, strips
+from jax_bsk.masks import _descent, _runs
+from jax_bsk.masks.algebra import EMPTY, FULL, OWN, SHIFT, Grid, Mask, classify, is_hashable, parts, strips
 
 # Elements evaluated at a time and thread: 1 MiB of int32 stays in the level 2 cache (measured 1.4x faster than 16 MiB).
 CHUNK_ELEMENTS = 2**18
+# Blocks of a grid above which coarse ones are classified first: about 32,768 tokens with blocks of 128.
+DESCENT_BLOCKS = 2**16
+# Entries of all lists together above which they are kept as runs: 2 MiB of lists (causal: about 92,000 tokens), which
+# are 4 MiB of text where they are constants of a jitted function, and twice as much with its gradient.
+RUN_ENTRIES = 2**18
+# Bytes of lists for each byte of runs, below which lists stay lists: reading runs costs a bisection per entry.
+RUN_GAIN = 4
 
 
 class BlockLists(NamedTuple):
@@ -27,6 +36,24 @@ class BlockLists(NamedTuple):
     kv_blocks: Any
     tiles: Any
     bit_tiles: Any
+
+
+class RunLists(NamedTuple):
+    """The arrays of a BlockMask, query-major, as runs.
+
+    Attributes:
+      row_offsets: int32 [B, H, nq + 1].
+      row_starts, row_blocks, row_tiles: int32 [B, H, runs], those of `_runs.Runs`.
+      bit_tiles: uint32 [1, 1, tiles, block_q, block_kv // 32].
+      capacity: number of entries of the longest list.
+    """
+
+    row_offsets: Any
+    row_starts: Any
+    row_blocks: Any
+    row_tiles: Any
+    bit_tiles: Any
+    capacity: int
 
 
 class TileStore:
@@ -89,34 +116,72 @@ def pack(booleans: np.ndarray) -> np.ndarray:
 
 def build(
     mask: Mask, grid: Grid, *, batch: int, heads: int, max_blocks: int | None = None, max_tiles: int | None = None
-) -> BlockLists:
+) -> BlockLists | RunLists:
     """Lists and tiles of a mask whose arrays all have values.
+
+    Long lists are returned as runs, unless `max_blocks` asks for room of a given size.
 
     Raises:
       ValueError: where the mask needs more than `max_blocks` entries or `max_tiles` tiles.
     """
     mask = _on_host(mask)
     store = TileStore(grid.block_q, grid.block_kv)
-    built: list[list[_Lists]] = []
-    seen: dict[Mask, _Lists] = {}
+    built: list[list[_runs.Lists | _runs.Runs]] = []
+    seen: dict[Mask, _runs.Lists | _runs.Runs] = {}
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for b in range(batch):
             built.append([_build_cached(mask._select(b, h), grid, store, pool, seen) for h in range(heads)])
 
-    capacity = max((lists.kv_blocks.size for row in built for lists in row), default=0)
+    capacity = max((int(lists.offsets[-1]) for row in built for lists in row), default=0)
     if max_blocks is not None and capacity > max_blocks:
         raise ValueError(f"max_blocks={max_blocks}, but the mask visits {capacity} blocks in one example and head")
     # At least one entry, so that no kernel is handed an empty list.
     capacity = max(1, capacity) if max_blocks is None else max_blocks
     row_offsets = np.zeros((batch, heads, grid.nq + 1), np.int32)
-    kv_blocks = np.full((batch, heads, capacity), -1, np.int32)
-    tiles = np.full((batch, heads, capacity), -1, np.int32)
+    for index in np.ndindex(batch, heads):
+        row_offsets[index] = built[index[0]][index[1]].offsets
+    runs = _as_runs(built, grid, capacity) if max_blocks is None else None
+    if runs is None:
+        lists = [[x if isinstance(x, _runs.Lists) else _runs.to_lists(x) for x in row] for row in built]
+        kv_blocks, tiles = (_stacked(lists, name, capacity, -1) for name in ("blocks", "tiles"))
+        tiles, bit_tiles = _numbered(tiles, store, max_tiles)
+        return BlockLists(row_offsets, kv_blocks, tiles, bit_tiles)
+    # Where the runs of a head end, they begin past the entries: a bisection never finds those.
+    size = max(x.starts.size for row in runs for x in row)
+    starts = _stacked(runs, "starts", size, capacity)
+    blocks, tiles = (_stacked(runs, name, size, -1) for name in ("blocks", "tiles"))
+    tiles, bit_tiles = _numbered(tiles, store, max_tiles)
+    return RunLists(row_offsets, starts, blocks, tiles, bit_tiles, capacity)
+
+
+def _as_runs(built: list[list[_runs.Lists | _runs.Runs]], grid: Grid, capacity: int) -> list[list[_runs.Runs]] | None:
+    """The lists as runs, where they are long and runs of rows and of columns are much fewer than entries."""
+    lists = sum(len(row) for row in built)
+    if lists * capacity <= RUN_ENTRIES:
+        return None
+    most = capacity // RUN_GAIN
+    done: dict[int, _runs.Runs] = {}  # equal masks share their lists
+    for x in (x for row in built for x in row):
+        if id(x) not in done:
+            runs = x if isinstance(x, _runs.Runs) else _runs.from_lists(x)
+            if runs.starts.size > most or _runs.count_transposed(runs, grid.nk) > most:
+                return None
+            done[id(x)] = runs
+    return [[done[id(x)] for x in row] for row in built]
+
+
+def _stacked(built: list[list[Any]], name: str, size: int, fill: int) -> np.ndarray:
+    """int32 [B, H, size] of one array of each list, padded."""
+    stacked = np.full((len(built), len(built[0]) if built else 1, size), fill, np.int32)
     for b, row in enumerate(built):
         for h, lists in enumerate(row):
-            row_offsets[b, h] = lists.row_offsets
-            kv_blocks[b, h, : lists.kv_blocks.size] = lists.kv_blocks
-            tiles[b, h, : lists.tiles.size] = lists.tiles
+            array = getattr(lists, name)
+            stacked[b, h, : array.size] = array
+    return stacked
 
+
+def _numbered(tiles: np.ndarray, store: TileStore, max_tiles: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """The same with the numbers of the tiles that are used, and these tiles."""
     used = np.unique(tiles[tiles >= 0])
     if max_tiles is not None and used.size > max_tiles:
         raise ValueError(f"max_tiles={max_tiles}, but the mask needs {used.size} distinct bit tiles")
@@ -126,24 +191,16 @@ def build(
     bit_tiles = store.stack(used)
     if max_tiles is not None:
         bit_tiles = np.concatenate([bit_tiles, np.zeros((max_tiles - used.size, *bit_tiles.shape[1:]), np.uint32)])
-    return BlockLists(row_offsets, kv_blocks, tiles, bit_tiles[None, None])
+    return tiles, bit_tiles[None, None]
 
 
 def _on_host(mask: Mask) -> Mask:
     return mask._map_fields(_on_host, lambda _, x: np.asarray(x))
 
 
-class _Lists(NamedTuple):
-    """Lists of one example and head."""
-
-    row_offsets: np.ndarray  # int32 [nq + 1]
-    kv_blocks: np.ndarray  # int32 [entries]
-    tiles: np.ndarray  # int32 [entries], numbers of the store
-
-
 def _build_cached(
-    mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor, seen: dict[Mask, _Lists]
-) -> _Lists:
+    mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor, seen: dict[Mask, Any]
+) -> _runs.Lists | _runs.Runs:
     """Heads (and examples) often share a mask; where it can be hashed, equal ones are built once."""
     if not is_hashable(mask):
         return _build_one(mask, grid, store, pool)
@@ -152,28 +209,88 @@ def _build_cached(
     return seen[mask]
 
 
-def _build_one(mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor) -> _Lists:
+def _build_one(mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor) -> _runs.Lists | _runs.Runs:
+    """Lists of one example and head, with the store's numbers of tiles; runs where coarse blocks were classified."""
     # ---- classify ----
-    found = [_find(*item) for item in _ordered(pool, lambda rows: (rows, classify(mask, grid, rows)), strips(grid))]
-    rows, columns, codes = (np.concatenate([f[n] for f in found] or [np.zeros(0, np.int32)]) for n in range(3))
+    descends = grid.nq * grid.nk > DESCENT_BLOCKS and _descent.has_bounds(mask)
+    found = _descent.find(mask, grid) if descends else None
+    if found is None:
+        strip = [_find(*item) for item in _ordered(pool, lambda rows: (rows, classify(mask, grid, rows)), strips(grid))]
+        rows, columns, codes = (np.concatenate([f[n] for f in strip] or [np.zeros(0, np.int32)]) for n in range(3))
+    else:
+        rows, columns, codes = found.rows, found.columns, found.codes
 
     # ---- evaluate ----
     partial = np.flatnonzero(codes != FULL)
     own = partial[codes[partial] == OWN]
     shift = partial[codes[partial] == SHIFT]
+    first_own, which_own = _alike(mask, grid, rows[own], columns[own])
     first, which_shift = _diagonals(mask, grid, rows[shift], columns[shift])
-    evaluated = np.concatenate([own, shift[first]])
+    evaluated = np.concatenate([own[first_own], shift[first]])
     numbers = _tiles_of(mask, grid, store, pool, rows[evaluated], columns[evaluated])
     tiles = np.full(rows.size, -1, np.int32)
-    tiles[own] = numbers[: own.size]
-    tiles[shift] = numbers[own.size :][which_shift]
+    tiles[own] = numbers[: first_own.size][which_own]
+    tiles[shift] = numbers[first_own.size :][which_shift]
 
     # ---- settle blocks that are empty or full after all ----
     keep = np.ones(rows.size, bool)
     none, every = _settle(grid, store, rows[partial], columns[partial], tiles[partial])
     keep[partial[none]] = False
     tiles[partial[every]] = -1
-    return lay_out(grid.nq, rows[keep], columns[keep], tiles[keep])
+    rows, columns, tiles = rows[keep], columns[keep], tiles[keep]
+    if found is None:
+        return lay_out(grid.nq, rows, columns, tiles)
+    settled = _runs.Segments(rows, columns, np.ones_like(rows), tiles)
+    both = _runs.Segments(*(np.concatenate(x).astype(np.int64) for x in zip(found.full, settled, strict=True)))
+    return _runs.from_segments(_runs.merge(both), grid.nq)
+
+
+def _alike(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For OWN blocks in row-major order: the first of each group that is known to share a tile, and the group of each.
+
+    Blocks share a tile where each part is empty in both, full in both, or says that it has the same elements in both
+    (`Mask._tile_kind`). Blocks that reach past a length share nothing: there a part may differ from what it is inside.
+    """
+    everything = np.arange(rows.size)
+    kinds = [part._tile_kind(grid, rows, columns) for part in parts(mask)]
+    if rows.size == 0 or all(kind is None for kind in kinds):
+        return everything, everything
+    alone = end_kind(grid, rows, columns) > 0
+    codes = [_codes_of(part, grid, rows, columns) for part in parts(mask)]
+    some = [(c != EMPTY) & (c != FULL) for c in codes]
+    for kind, partial in zip(kinds, some, strict=True):
+        if kind is None:
+            alone |= partial
+    shared = np.flatnonzero(~alone)
+    group = np.zeros(shared.size, np.int64)
+    for code, kind, partial in zip(codes, kinds, some, strict=True):
+        for number in (np.where(partial, -1, code), *(np.where(partial, number, 0) for number in kind or ())):
+            group = _paired(group, number[shared])
+    every = everything + shared.size
+    every[shared] = group
+    _, first, which = np.unique(every, return_index=True, return_inverse=True)
+    return _in_order(first, which.ravel())
+
+
+def _codes_of(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """int8 [n]: codes of the blocks (rows, columns)."""
+    return np.broadcast_to(mask._classify(grid, rows[:, None], columns[:, None]), (rows.size, 1))[:, 0]
+
+
+def _paired(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Numbers below their count that are equal where both `a` and `b` are."""
+    if b.size == 0 or (b == b[0]).all():
+        return a
+    b = np.unique(b, return_inverse=True)[1].ravel().astype(np.int64)
+    return np.unique(a * (b.max() + 1) + b, return_inverse=True)[1].ravel().astype(np.int64)
+
+
+def _in_order(first: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Groups numbered by where they appear first, so that tiles are stored in the order of their blocks."""
+    order = np.argsort(first, kind="stable")
+    number = np.empty_like(order)
+    number[order] = np.arange(order.size)
+    return first[order], number[which]
 
 
 def _diagonals(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -187,8 +304,8 @@ def _diagonals(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) ->
         # `causal & (window | global)`: a block of the diagonal is causal where global is full, both where it is empty.
         for part in parts(mask):
             if not part._shift_invariant:
-                codes = np.broadcast_to(part._classify(grid, rows[:, None], columns[:, None]), (rows.size, 1))[:, 0]
-                _, first, group = np.unique(group * 4 + codes, return_index=True, return_inverse=True)
+                key = group * 4 + _codes_of(part, grid, rows, columns)
+                _, first, group = np.unique(key, return_index=True, return_inverse=True)
     return first, group.ravel()
 
 
@@ -261,12 +378,11 @@ def _settle(
     return none[which.ravel()], every[which.ravel()]
 
 
-def lay_out(nq: int, rows: np.ndarray, columns: np.ndarray, tiles: np.ndarray) -> _Lists:
+def lay_out(nq: int, rows: np.ndarray, columns: np.ndarray, tiles: np.ndarray) -> _runs.Lists:
     """Entries in row-major order as lists: in each row the partial ones first, then the full ones, both ascending."""
     counts = np.bincount(rows, minlength=nq)
     offsets = np.concatenate([[0], np.cumsum(counts)])
-    if offsets[-1] >= 2**31:
-        raise ValueError(f"the mask visits {offsets[-1]} blocks: more than int32 offsets can number; use larger blocks")
+    _runs.check_count(int(offsets[-1]))
     partial = tiles >= 0
     partial_counts = np.bincount(rows[partial], minlength=nq)
     # The rank of an entry among its class in its row: its rank in the class less that of the row's first.
@@ -278,4 +394,4 @@ def lay_out(nq: int, rows: np.ndarray, columns: np.ndarray, tiles: np.ndarray) -
     position[~partial] = offsets[row] + partial_counts[row] + np.arange(row.size) - (offsets[:-1] - before)[row]
     kv_blocks, ordered = np.empty(rows.size, np.int32), np.empty(rows.size, np.int32)
     kv_blocks[position], ordered[position] = columns, tiles
-    return _Lists(offsets.astype(np.int32), kv_blocks, ordered)
+    return _runs.Lists(offsets.astype(np.int32), kv_blocks, ordered)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk._shapes import of_rank
-from jax_bsk.masks import _explicit
+from jax_bsk.masks import _explicit, _runs
 from jax_bsk.masks._host import BlockLists, end_kind, inside_words
 from jax_bsk.masks._transpose import rows_of_entries
 from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, classify, is_array, is_traced, strips
@@ -68,10 +68,31 @@ def _check_transposed(entries: np.ndarray, transposed: np.ndarray, where: str) -
         ours, theirs = turned[columns == column], transposed[transposed[:, 0] == column]
         same = len(ours) == len(theirs) and np.array_equal(ours[np.lexsort(ours.T)], theirs[np.lexsort(theirs.T)])
         if not same:
-            raise ValueError(
-                f"invalid BlockMask: {where}column {column}: its entries are not those of the rows that visit it; "
-                "leave the key-major lists out, or make them with transpose()"
-            )
+            raise ValueError(f"invalid BlockMask: {where}column {column}: {_TRANSPOSED_OTHERWISE}")
+
+
+def check_runs(runs: _runs.Runs, capacity: int, blocks: int, n_tiles: int, where: str, visited: str) -> None:
+    """`_check_lists` of lists as runs: of the first and of the last entry of each."""
+    ends = runs.offsets[1:]
+    _raise_first(ends > capacity, where + f"its entries end at {{value}}, past the lists' capacity of {capacity}", ends)
+    first = np.searchsorted(runs.starts, runs.offsets).astype(np.int64)
+    for ids in (runs.blocks, runs.blocks + np.maximum(_runs.lengths_of(runs), 1) - 1):
+        _check_lists(first, ids, runs.tiles, blocks, n_tiles, where, visited)
+
+
+def check_transposed_runs(rows: _runs.Runs, columns: _runs.Runs, where: str) -> None:
+    """`_check_transposed` of lists as runs."""
+    ours, theirs = (
+        np.stack(_runs.merge(_runs.to_segments(x))) for x in (_runs.transpose(rows, columns.offsets.size - 1), columns)
+    )
+    for column in np.union1d(ours[0], theirs[0]):
+        if not np.array_equal(ours[:, ours[0] == column], theirs[:, theirs[0] == column]):
+            raise ValueError(f"invalid BlockMask: {where}column {column}: {_TRANSPOSED_OTHERWISE}")
+
+
+_TRANSPOSED_OTHERWISE = (
+    "its entries are not those of the rows that visit it; leave the key-major lists out, or make them with transpose()"
+)
 
 
 def _raise_first(
@@ -91,7 +112,7 @@ def to_dense(mask: BlockMask) -> np.ndarray:
     dense = np.zeros((mask.batch, mask.heads, grid.nq, mask.block_q, grid.nk, mask.block_kv), bool)
     for b in range(mask.batch):
         for h in range(mask.heads):
-            rows, columns, tiles = _entries(mask, b, h)
+            rows, columns, tiles = entries(mask, b, h)
             full = tiles < 0
             dense[b, h, rows[full], :, columns[full]] = True
             bits = _of(mask.bit_tiles, b, h)[tiles[~full]]
@@ -106,7 +127,7 @@ def _of(array: np.ndarray, b: int, h: int) -> np.ndarray:
     return array[b if array.shape[0] > 1 else 0, h if array.shape[1] > 1 else 0]
 
 
-def _entries(mask: BlockMask, b: int, h: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def entries(mask: BlockMask, b: int, h: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Row, column and tile of every valid entry."""
     ids, tiles = _of(mask.kv_blocks, b, h), _of(mask.tiles, b, h)
     rows = rows_of_entries(_of(mask.row_offsets, b, h), ids.shape[0])
@@ -121,8 +142,10 @@ def attended_elements(mask: BlockMask) -> int:
     total = 0
     for b in range(mask.batch):
         for h in range(mask.heads):
-            rows, columns, tiles = _entries(mask, b, h)
-            pairs, counts = np.unique(tiles.astype(np.int64) * 4 + end_kind(grid, rows, columns), return_counts=True)
+            rows, columns, tiles, weights = mask._weighted_entries(b, h)
+            pairs, which = np.unique(tiles.astype(np.int64) * 4 + end_kind(grid, rows, columns), return_inverse=True)
+            counts = np.zeros(pairs.size, np.int64)
+            np.add.at(counts, which.ravel(), weights)
             bits = _of(mask.bit_tiles, b, h).reshape(-1, mask.block_q * mask.block_kv // 32)
             for pair, count in zip(pairs.tolist(), counts.tolist(), strict=True):
                 words = inside[pair % 4]
@@ -137,9 +160,9 @@ def describe(mask: BlockMask, batch: int | None, heads: int | None, head_dim: in
     full = partial = 0
     for b in range(mask.row_offsets.shape[0]):
         for h in range(mask.row_offsets.shape[1]):
-            tiles = _entries(mask, b, h)[2]
-            full += int((tiles < 0).sum())
-            partial += int((tiles >= 0).sum())
+            *_, tiles, weights = mask._weighted_entries(b, h)
+            full += int(weights[tiles < 0].sum())
+            partial += int(weights[tiles >= 0].sum())
     lists = max(1, visited.size)
     elements = attended_elements(mask)
     lines = [

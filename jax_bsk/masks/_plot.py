@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_bsk.masks._lists import _entries
+from jax_bsk.masks._lists import entries
 
 if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask
@@ -27,7 +27,7 @@ def plot(mask: BlockMask, path_or_ax: Any, batch: int, head: int, title: str) ->
 
     if not (0 <= batch < mask.batch and 0 <= head < mask.heads):
         raise ValueError(f"batch={batch}, head={head}: the mask has batch {mask.batch} and heads {mask.heads}")
-    rows, columns, tiles = _entries(mask, batch, head)
+    rows, columns, tiles = entries(mask, batch, head)
     picture = np.zeros((mask.nq, mask.nk), np.int8)
     picture[rows, columns] = np.where(tiles < 0, 2, 1)
 

@@ -122,6 +122,8 @@ class Mask:
     _data_fields: ClassVar[tuple[str, ...]] = ()
     # Whether attending depends on q - k alone.
     _shift_invariant: ClassVar[bool] = False
+    # Whether `_classify` answers for blocks of any size at once: not where it reads an array for each block.
+    _coarse_bounds: ClassVar[bool] = True
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
     _precedence: ClassVar[int] = 4
 
@@ -140,6 +142,16 @@ class Mask:
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         """Booleans of the elements (q, k), broadcastable; anything where q or k is past its length."""
         raise NotImplementedError
+
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
+        """What the elements of the blocks (i, j) depend on, on the host; None where it is not known.
+
+        Integer arrays [n], each for blocks i and j, [n] too: blocks inside the lengths with equal integers have equal
+        elements.
+        """
+        if self._shift_invariant:
+            return (i.astype(np.int64) * grid.block_q - j.astype(np.int64) * grid.block_kv,)
+        return None
 
     def _validate(self, q_len: int, kv_len: int) -> None:
         """Raises ValueError where the mask cannot have these lengths."""
@@ -392,6 +404,18 @@ def parts(mask: Mask) -> Iterator[Mask]:
         yield mask
     for child in children:
         yield from parts(child)
+
+
+def alike(values: np.ndarray) -> np.ndarray:
+    """Numbers [n] of the rows of an array [n, m], the same for equal rows."""
+    values = np.ascontiguousarray(values)
+    rows = values.view(np.dtype((np.void, values.shape[1] * values.itemsize))).ravel()
+    return np.unique(rows, return_inverse=True)[1].ravel()
+
+
+def in_blocks(values: np.ndarray, blocks: int, block: int) -> np.ndarray:
+    """A host array [tokens] as [blocks, block], the last value repeated past the end."""
+    return np.pad(values, (0, blocks * block - values.shape[0]), mode="edge").reshape(blocks, block)
 
 
 def strips(grid: Grid, blocks: int = 2**18) -> Iterator[slice]:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import numpy as np
 
+from jax_bsk import _compat
 from jax_bsk.masks import _host, _lists, _traced
 from jax_bsk.masks._transpose import transpose_host, transpose_traced
 from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, is_array, is_traced
@@ -23,15 +24,15 @@ if TYPE_CHECKING:
 
     from matplotlib.axes import Axes
 
-_ARRAYS = ("row_offsets", "kv_blocks", "tiles", "bit_tiles", "col_offsets", "q_blocks", "col_tiles")
-
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class BlockMask:
     """Block lists and bit tiles of a mask; a pytree. Make one with `mask.bind(...)` or a `from_*` constructor.
 
     With B the examples and H the query heads the mask distinguishes (1: shared by all), nq and nk the blocks of queries
-    and keys. Arrays built on the host are numpy and move to a device when used.
+    and keys. Arrays built on the host are numpy. As arguments of a jitted function, and in eager calls, they are copied
+    to the device once, at the first use, and the mask keeps the copies: do not change the arrays in place. A host mask
+    holds long lists as runs (`RunBlockMask`), and makes the lists when these attributes are asked for.
 
     Attributes:
       row_offsets: int32 [B, H, nq + 1], where each row's entries start in the lists; the last is their number. A row
@@ -57,6 +58,13 @@ class BlockMask:
     block_kv: int
     q_len: int
     kv_len: int
+
+    # Names of the arrays it holds, which are its pytree's leaves (or None), and of the numbers beside them.
+    _stored: ClassVar[tuple[str, ...]] = (
+        *("row_offsets", "kv_blocks", "tiles", "bit_tiles"),
+        *("col_offsets", "q_blocks", "col_tiles"),
+    )
+    _sizes: ClassVar[tuple[str, ...]] = ("block_q", "block_kv", "q_len", "kv_len")
 
     # ---- constructors -------------------------------------------------------------------------------------------
 
@@ -199,7 +207,11 @@ class BlockMask:
         )
 
     @classmethod
-    def _of(cls, lists: Any, grid: Grid) -> Self:
+    def _of(cls, lists: Any, grid: Grid) -> Any:
+        if isinstance(lists, _host.RunLists):
+            from jax_bsk.masks._run_mask import RunBlockMask
+
+            return RunBlockMask.of_runs(lists, grid)
         return cls(
             lists.row_offsets,
             lists.kv_blocks,
@@ -225,6 +237,11 @@ class BlockMask:
     def nk(self) -> int:
         """Number of key/value blocks."""
         return -(-self.kv_len // self.block_kv)
+
+    @property
+    def capacity(self) -> int:
+        """Entries that each list has room for: `kv_blocks.shape[-1]`."""
+        return self.kv_blocks.shape[-1]
 
     @property
     def batch(self) -> int:
@@ -253,14 +270,14 @@ class BlockMask:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        arrays = (getattr(self, name) for name in _ARRAYS)
+        """Bytes of all arrays that it holds; runs count as runs."""
+        arrays = self._arrays().values()
         return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
 
     @property
     def is_traced(self) -> bool:
         """Whether any array has no value yet."""
-        return any(is_traced(getattr(self, name)) for name in _ARRAYS)
+        return any(map(is_traced, self._arrays().values()))
 
     @property
     def density(self) -> float:
@@ -294,7 +311,7 @@ class BlockMask:
         if self.col_offsets is not None:
             return self
         if "_transposed" not in self.__dict__:
-            lists = (self.row_offsets, self.kv_blocks, self.tiles)
+            lists = self._kernel_rows()
             if self.is_traced or any(isinstance(x, jax.Array) for x in lists):
                 return dataclasses.replace(self, **transpose_traced(*lists, self.nk)._asdict())
             columns = transpose_host(*lists, self.nk)
@@ -343,24 +360,90 @@ class BlockMask:
         """The same with numpy arrays."""
         if self.is_traced:
             raise TypeError(f"BlockMask.{what} needs values, but this mask is traced; call it outside of jit")
-        arrays = {name: getattr(self, name) for name in _ARRAYS}
-        if all(x is None or isinstance(x, np.ndarray) for x in arrays.values()):
+        if self._is_host():
             return self
-        return dataclasses.replace(self, **{n: None if x is None else np.asarray(x) for n, x in arrays.items()})
+        return self._with(**{n: None if x is None else np.asarray(x) for n, x in self._arrays().items()})
+
+    # ---- what the class and its form as runs have in common --------------------------------------------------------
+
+    def _arrays(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in self._stored}
+
+    def _is_host(self) -> bool:
+        """Whether every array is a numpy array."""
+        return all(x is None or isinstance(x, np.ndarray) for x in self._arrays().values())
+
+    def _with(self, **changes: Any) -> Self:
+        return dataclasses.replace(self, **changes)
+
+    def _kernel_rows(self) -> tuple[Any, Any, Any]:
+        """row_offsets, kv_blocks and tiles, to be handed to a kernel."""
+        return self.row_offsets, self.kv_blocks, self.tiles
+
+    def _kernel_columns(self) -> tuple[Any, Any, Any]:
+        """col_offsets, q_blocks and col_tiles, to be handed to a kernel."""
+        return self.col_offsets, self.q_blocks, self.col_tiles
+
+    def _weighted_entries(self, b: int, h: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Row, column and tile of valid entries of a host mask, and how many others are counted by each."""
+        rows, columns, tiles = _lists.entries(self, b, h)
+        return rows, columns, tiles, np.ones(rows.size, np.int64)
+
+    # ---- pytree -------------------------------------------------------------------------------------------------
+
+    def _leaves(self) -> tuple[Any, ...]:
+        """The arrays it holds; outside of traces their copies on the default device, which are made once.
+
+        In a trace host arrays stay numpy: they become constants there, and their values are known.
+        """
+        arrays = tuple(self._arrays().values())
+        if not any(isinstance(x, np.ndarray) for x in arrays) or not _compat.outside_traces():
+            return arrays
+        device = _compat.default_device()
+        if self.__dict__.get("_copies", (None,))[0] != (device,):
+            copies = tuple(jax.device_put(x) if isinstance(x, np.ndarray) else x for x in arrays)
+            self.__dict__["_copies"] = (device,), copies
+        return self.__dict__["_copies"][1]
+
+    def _numbers(self) -> tuple[int, ...]:
+        return tuple(getattr(self, name) for name in self._sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling and copies: without what is on a device or can be made again."""
+        return self._arrays() | dict(zip(self._sizes, self._numbers(), strict=True))
 
     def __repr__(self) -> str:
-        if not all(is_array(getattr(self, name)) for name in _ARRAYS[:4]):  # inside a transformation of the pytree
-            return f"BlockMask({', '.join(f'{n}={getattr(self, n)!r}' for n in _ARRAYS[:4])})"
-        room = f"{self.kv_blocks.shape[-1]} entries, {self.bit_tiles.shape[2]} tiles"
+        arrays = dict(list(self._arrays().items())[:4])
+        if not all(map(is_array, (*arrays.values(), self.bit_tiles))):  # inside a transformation of the pytree
+            return f"BlockMask({', '.join(f'{name}={array!r}' for name, array in arrays.items())})"
+        room = f"{self.capacity} entries, {self.bit_tiles.shape[2]} tiles"
         return (
             f"BlockMask(batch={self.batch}, heads={self.heads}, q_len={self.q_len}, kv_len={self.kv_len}, "
             f"block_size={self.block_size}, {room}{', traced' if self.is_traced else ''})"
         )
 
 
-jax.tree_util.register_dataclass(
-    BlockMask, data_fields=list(_ARRAYS), meta_fields=["block_q", "block_kv", "q_len", "kv_len"]
-)
+def register_pytree(cls: type[BlockMask]) -> None:
+    """Makes a form of BlockMask a pytree: the arrays it holds are leaves, its sizes the structure."""
+
+    def flatten(mask: BlockMask) -> tuple[Any, Any]:
+        return mask._leaves(), mask._numbers()
+
+    def flatten_with_keys(mask: BlockMask) -> tuple[Any, Any]:
+        keys = map(jax.tree_util.GetAttrKey, cls._stored)
+        return tuple(zip(keys, mask._leaves(), strict=True)), mask._numbers()
+
+    def unflatten(numbers: Any, leaves: Any) -> BlockMask:
+        # Nothing is checked: transformations rebuild masks with placeholders and with arrays of other ranks.
+        mask = object.__new__(cls)
+        mask.__dict__.update(zip(cls._stored, leaves, strict=True))
+        mask.__dict__.update(zip(cls._sizes, numbers, strict=True))
+        return mask
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+
+
+register_pytree(BlockMask)
 
 
 def _grid(q_len: Any, kv_len: Any, block_size: Any) -> Grid:

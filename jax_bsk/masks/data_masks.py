@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.masks.algebra import OWN, Grid, Mask, is_array, is_traced
+from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, is_array, is_traced
 
 __all__ = ["ArrayMask", "BlockArrayMask", "FunctionMask", "SegmentMask"]
 
@@ -76,6 +76,12 @@ class SegmentMask(Mask):
         q_ids, kv_ids = self._both()
         return q_ids[grid.clip_q(q)] == kv_ids[grid.clip_kv(k)]
 
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+        # A block of keys of one document has the same elements beside a block of queries as the document's next one.
+        q_ids, kv_ids = self._both()
+        kinds = alike(in_blocks(q_ids, grid.nq, grid.block_q)), alike(in_blocks(kv_ids, grid.nk, grid.block_kv))
+        return kinds[0][i], kinds[1][j]
+
     def _partial_bound(self, grid: Grid) -> int:
         # Non-decreasing ids: each block covers a range of ids, and ranges of successive blocks meet at ends only. A
         # block with one id s meets at most two blocks of the other sequence that hold more than s (one ends, one begins
@@ -113,6 +119,7 @@ class ArrayMask(Mask):
     """
 
     _data_fields = ("array",)
+    _coarse_bounds = False
     array: jax.Array | np.ndarray
 
     def __init__(self, array: Any) -> None:
@@ -181,6 +188,7 @@ class BlockArrayMask(Mask):
     """
 
     _data_fields = ("blocks",)
+    _coarse_bounds = False
     blocks: jax.Array | np.ndarray
     block_size: tuple[int, int]
 

@@ -19,7 +19,9 @@ from jax_bsk.masks.algebra import (
     SHIFT,
     Grid,
     Mask,
+    alike,
     code_or,
+    in_blocks,
     is_array,
     is_traced,
 )
@@ -181,6 +183,13 @@ class ChunkedMask(Mask):
         chunk = _clamp(self.chunk)
         return q // chunk == k // chunk
 
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+        (q, q_rest), (k, k_rest) = (
+            np.divmod(n.astype(np.int64) * block, _clamp(self.chunk))
+            for n, block in ((i, grid.block_q), (j, grid.block_kv))
+        )
+        return q - k, q_rest, k_rest
+
     def _repr_arguments(self) -> list[str]:
         return [repr(self.chunk)]
 
@@ -221,6 +230,12 @@ class PrefixLMMask(Mask):
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         return (k < self._prefix()) | (q >= k)
+
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+        first_q, first_k = i.astype(np.int64) * grid.block_q, j.astype(np.int64) * grid.block_kv
+        # From a distance of a block on, all of the queries are before all of the keys, or none is.
+        distance = np.clip(first_q - first_k, -grid.block_q, grid.block_kv)
+        return np.clip(int(self._prefix()) - first_k, 0, grid.block_kv), distance
 
     def _partial_bound(self, grid: Grid) -> int:
         # One column of blocks holds the prefix's end, and the causal diagonal passes at most nq + nk blocks.
@@ -274,6 +289,11 @@ class GlobalMask(Mask):
         q_flags = grid.xp.asarray(self._flags(grid.q_len))
         k_flags = grid.xp.asarray(self._flags(grid.kv_len))
         return q_flags[grid.clip_q(q)] | k_flags[grid.clip_kv(k)]
+
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+        q_kinds = alike(in_blocks(self._flags(grid.q_len), grid.nq, grid.block_q))
+        k_kinds = alike(in_blocks(self._flags(grid.kv_len), grid.nk, grid.block_kv))
+        return q_kinds[i], k_kinds[j]
 
     def _repr_arguments(self) -> list[str]:
         if isinstance(self.tokens, int):
