@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk import _compat
+
 
 class Lists(NamedTuple):
     """Block lists of one example and head: row r visits the entries offsets[r] to offsets[r + 1].
@@ -171,19 +173,30 @@ def _changes(runs: Runs, rows: int, columns: int) -> tuple[np.ndarray, np.ndarra
 def expand(offsets: Any, starts: Any, blocks: Any, tiles: Any, *, capacity: int) -> tuple[Any, Any]:
     """Blocks and tiles [B, H, capacity] int32 of runs [B, H, ...], -1 past the end.
 
-    Elementwise work that XLA fuses into one kernel: each entry finds its run by bisection. At 1,048,576 causal tokens
-    and blocks of 128 it writes 268 MB and reads 0.2 MB, beside attention that takes seconds.
+    Elementwise work, in which each entry finds its run by bisection: at 1,048,576 causal tokens and blocks of 128 it
+    writes 268 MB and reads 0.2 MB, beside attention that takes seconds.
     """
 
     def one(total: Any, starts: Any, blocks: Any, tiles: Any) -> tuple[Any, Any]:
         entry = jnp.arange(capacity, dtype=jnp.int32)
-        run = jnp.searchsorted(starts, entry, side="right", method="scan_unrolled").astype(jnp.int32) - 1
-        run = jnp.maximum(run, 0)
+        levels = max(0, starts.shape[0] - 1).bit_length()
+        padded = jnp.pad(starts, (0, 2**levels - starts.shape[0]), constant_values=np.iinfo(np.int32).max)
+        # The last run known to begin at or before each entry; in a shard_map it differs between devices as runs do.
+        run, _ = _compat.match_varying(jnp.zeros_like(entry), starts)
+
+        def halve(n: Any, run: Any) -> Any:
+            later = run + (jnp.int32(2**levels) >> (n + 1))
+            return jnp.where(_at(padded, later) <= entry, later, run)
+
+        # A loop: unrolled (or by jnp.searchsorted so), results of all levels would stay in memory together, 1.7 GB.
+        run = jax.lax.fori_loop(jnp.int32(0), jnp.int32(levels), halve, run)
         listed = entry < total
-        block = (blocks - starts).at[run].get(mode="promise_in_bounds") + entry
-        tile = tiles.at[run].get(mode="promise_in_bounds")
-        return jnp.where(listed, block, -1), jnp.where(listed, tile, -1)
+        return jnp.where(listed, _at(blocks - starts, run) + entry, -1), jnp.where(listed, _at(tiles, run), -1)
 
     # Without the barrier XLA would compute lists of constant runs at compile time, and keep them in the program.
     offsets, starts, blocks, tiles = jax.lax.optimization_barrier((offsets, starts, blocks, tiles))
     return jax.vmap(jax.vmap(one))(offsets[..., -1], starts, blocks, tiles)
+
+
+def _at(array: Any, indices: Any) -> Any:
+    return array.at[indices].get(mode="promise_in_bounds")

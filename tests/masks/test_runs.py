@@ -277,9 +277,23 @@ def test_meshes(axis_type):
         def grads(mask, *arrays):
             return jax.grad(lambda *a: loss(*a, mask)[1].sum(), (0, 1, 2))(*arrays)
 
-        results = [grads(sharded, *arrays), jax.jit(lambda *a: grads(runs, *a))(*arrays)]
+        results = [grads(sharded, *arrays), grads(runs, *arrays), jax.jit(lambda *a: grads(runs, *a))(*arrays)]
     for ours in results:
         assert_equal(ours, jax.jit(lambda *a: grads(plain, *a))(*inputs()))
+
+
+def test_shard_map():
+    runs, plain = both(MASK, 96, block_size=32)
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec, heads = jax.sharding.PartitionSpec, jax.sharding.PartitionSpec(None, None, "heads")
+    lists = jax.tree.map(lambda x: spec(None, "heads" if x.shape[1] == 2 else None), runs)
+
+    @jax.jit
+    @jax.shard_map(mesh=mesh, in_specs=(heads, heads, heads, lists), out_specs=heads)
+    def attend(q, k, v, mask):
+        return jax_bsk.sparse_attention(q, k, v, mask=mask)
+
+    assert_equal(attend(*inputs(), runs), jax_bsk.sparse_attention(*inputs(), mask=plain))
 
 
 def test_export():
