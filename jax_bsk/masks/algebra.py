@@ -408,14 +408,17 @@ def parts(mask: Mask) -> Iterator[Mask]:
 
 def alike(values: np.ndarray) -> np.ndarray:
     """Numbers [n] of the rows of an array [n, m], the same for equal rows."""
-    values = np.ascontiguousarray(values)
-    rows = values.view(np.dtype((np.void, values.shape[1] * values.itemsize))).ravel()
-    return np.unique(rows, return_inverse=True)[1].ravel()
+    numbers = np.unique(values[:, 0], return_inverse=True)[1].ravel()
+    mixed = (values != values[:, :1]).any(1)  # often few, and sorting whole rows takes long
+    rows = np.ascontiguousarray(values[mixed]).view(np.dtype((np.void, values.shape[1] * values.itemsize))).ravel()
+    numbers[mixed] = np.unique(rows, return_inverse=True)[1].ravel() + numbers.max(initial=0) + 1
+    return numbers
 
 
 def in_blocks(values: np.ndarray, blocks: int, block: int) -> np.ndarray:
     """A host array [tokens] as [blocks, block], the last value repeated past the end."""
-    return np.pad(values, (0, blocks * block - values.shape[0]), mode="edge").reshape(blocks, block)
+    past = blocks * block - values.shape[0]
+    return (np.pad(values, (0, past), mode="edge") if past else values).reshape(blocks, block)
 
 
 def strips(grid: Grid, blocks: int = 2**18) -> Iterator[slice]:

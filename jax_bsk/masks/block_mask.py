@@ -30,9 +30,9 @@ class BlockMask:
     """Block lists and bit tiles of a mask; a pytree. Make one with `mask.bind(...)` or a `from_*` constructor.
 
     With B the examples and H the query heads the mask distinguishes (1: shared by all), nq and nk the blocks of queries
-    and keys. Arrays built on the host are numpy. As arguments of a jitted function, and in eager calls, they are copied
-    to the device once, at the first use, and the mask keeps the copies: do not change the arrays in place. A host mask
-    holds long lists as runs (`RunBlockMask`), and makes the lists when these attributes are asked for.
+    and keys. Arrays built on the host are numpy. As arguments of a jitted function they are copied to the device once,
+    at the first use, and the mask keeps the copies: do not change the arrays in place. A host mask holds long lists as
+    runs (`RunBlockMask`), and makes the lists when these attributes are asked for.
 
     Attributes:
       row_offsets: int32 [B, H, nq + 1], where each row's entries start in the lists; the last is their number. A row

@@ -66,7 +66,8 @@ class SegmentMask(Mask):
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
         q_ids, kv_ids = self._both()
         q_min, q_max = _min_max(grid, q_ids, grid.nq, grid.block_q)
-        k_min, k_max = _min_max(grid, kv_ids, grid.nk, grid.block_kv)
+        same = kv_ids is q_ids and grid.block_q == grid.block_kv
+        k_min, k_max = (q_min, q_max) if same else _min_max(grid, kv_ids, grid.nk, grid.block_kv)
         q_min, q_max, k_min, k_max = q_min[i], q_max[i], k_min[j], k_max[j]
         # One id in both blocks: full. Ranges that do not meet: empty. (Ranges that meet may still share no id.)
         full = (q_min == k_max) & (q_max == k_min)
@@ -79,8 +80,10 @@ class SegmentMask(Mask):
     def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
         # A block of keys of one document has the same elements beside a block of queries as the document's next one.
         q_ids, kv_ids = self._both()
-        kinds = alike(in_blocks(q_ids, grid.nq, grid.block_q)), alike(in_blocks(kv_ids, grid.nk, grid.block_kv))
-        return kinds[0][i], kinds[1][j]
+        q_kinds = alike(in_blocks(q_ids, grid.nq, grid.block_q))
+        same = kv_ids is q_ids and grid.block_q == grid.block_kv
+        k_kinds = q_kinds if same else alike(in_blocks(kv_ids, grid.nk, grid.block_kv))
+        return q_kinds[i], k_kinds[j]
 
     def _partial_bound(self, grid: Grid) -> int:
         # Non-decreasing ids: each block covers a range of ids, and ranges of successive blocks meet at ends only. A
@@ -102,7 +105,8 @@ def _ids(ids: Any, name: str) -> Any:
 
 def _min_max(grid: Grid, ids: Any, blocks: int, block: int) -> tuple[Any, Any]:
     """Least and greatest id of each block, inside the length."""
-    padded = grid.xp.pad(ids, (0, blocks * block - ids.shape[0]), mode="edge" if ids.shape[0] else "empty")
+    past = blocks * block - ids.shape[0]
+    padded = grid.xp.pad(ids, (0, past), mode="edge") if past else ids
     padded = padded.reshape(blocks, block)
     return padded.min(1), padded.max(1)
 
