@@ -19,7 +19,7 @@ import numpy as np
 from jax_bsk._shapes import of_rank
 from jax_bsk.masks import _explicit
 from jax_bsk.masks._host import BlockLists
-from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, count_codes, has_multi_head
+from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, count_codes, has_multi_head, is_array
 
 # Elements evaluated at a time, of all examples and heads together.
 CHUNK_ELEMENTS = 2**22
@@ -29,6 +29,7 @@ def build(
     mask: Mask, grid: Grid, *, batch: int, heads: int, max_blocks: int | None = None, max_tiles: int | None = None
 ) -> BlockLists:
     """Lists and tiles of a mask with traced parts; see `BlockMask.from_mask` for the limits."""
+    mask = jax.tree.map(lambda leaf: leaf if is_array(leaf) else np.asarray(leaf), mask)
     leaves, structure = jax.tree_util.tree_flatten(mask)
 
     def lists(*leaves: Any) -> tuple[Any, ...]:

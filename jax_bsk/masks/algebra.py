@@ -14,11 +14,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
-import jax
 import numpy as np
-from jax.core import Tracer
+
+from jax_bsk.masks._node import Node, is_array, is_traced
 
 if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask
@@ -91,35 +91,15 @@ def code_or(a: Any, b: Any, xp: Any) -> Any:
     return code_not(xp.minimum(code_not(a, xp), code_not(b, xp)), xp)
 
 
-def is_array(x: Any) -> bool:
-    """Whether `x` is a host or JAX array (a tracer is one)."""
-    return isinstance(x, np.ndarray | np.generic | jax.Array)
-
-
-def is_traced(x: Any) -> bool:
-    """Whether `x` has no value yet: it is an argument of the function being traced."""
-    return isinstance(x, Tracer)
-
-
-def is_hashable(mask: Mask) -> bool:
-    """Whether equal masks can be found again: those that hold no array."""
-    try:
-        hash(mask)
-    except TypeError:
-        return False
-    return True
-
-
-class Mask:
+class Mask(Node):
     """Which query attends to which key, lazily. `True` means "attend".
 
     Combine with `&`, `|` and `~`; make a `BlockMask` with `bind`. Masks are immutable pytrees: arrays they hold
     (segment ids, boolean arrays) are leaves, so a mask may be an argument of a jitted function; everything else is
-    structure, compared with `==` and hashed. A mask that holds arrays is not hashable, as arrays are not.
+    structure, compared with `==` and hashed. The structure does not depend on what the leaves are: see `_node.py`. A
+    mask that holds arrays is not hashable, as arrays are not.
     """
 
-    # Names of the fields that may hold an array or another mask; all the other fields are static. Set by each class.
-    _data_fields: ClassVar[tuple[str, ...]] = ()
     # Whether attending depends on q - k alone.
     _shift_invariant: ClassVar[bool] = False
     # Whether `_classify` answers for blocks of any size at once: not where it reads an array for each block.
@@ -129,9 +109,6 @@ class Mask:
 
     # Without this, `numpy_array & mask` would try the mask elementwise instead of asking `__rand__`.
     __array_ufunc__ = None
-
-    def __init_subclass__(cls) -> None:
-        jax.tree_util.register_pytree_with_keys(cls, cls._flatten_with_keys, cls._unflatten)
 
     # ---- what a mask knows about itself -------------------------------------------------------------------------
 
@@ -272,101 +249,14 @@ class Mask:
             "; to ask whether a mask was given, write `mask is not None`"
         )
 
-    # ---- structure: pytree, equality, hash, printing ------------------------------------------------------------
 
-    def _fields(self) -> Iterator[tuple[str, Any]]:
-        for name in self._data_fields:
-            value = getattr(self, name)
-            if isinstance(value, tuple):
-                yield from ((f"{name}[{n}]", item) for n, item in enumerate(value))
-            else:
-                yield name, value
-
-    def _map_fields(self, on_mask: Any, on_array: Any) -> Self:
-        def convert(name: str, value: Any) -> Any:
-            if isinstance(value, tuple):
-                return tuple(convert(name, item) for item in value)
-            if isinstance(value, Mask):
-                return on_mask(value)
-            return on_array(name, value) if is_array(value) else value
-
-        clone = object.__new__(type(self))
-        clone.__dict__.update(self.__dict__)
-        clone.__dict__.update({name: convert(name, getattr(self, name)) for name in self._data_fields})
-        return clone
-
-    def _static(self) -> tuple[tuple[str, Any], ...]:
-        """Names and values of everything that is not a pytree child."""
-        children = {name for name in self._data_fields if _is_child(getattr(self, name))}
-        return tuple((name, value) for name, value in self.__dict__.items() if name not in children)
-
-    def _flatten_with_keys(self) -> tuple[Any, Any]:
-        names = tuple(name for name in self._data_fields if _is_child(getattr(self, name)))
-        children = tuple((jax.tree_util.GetAttrKey(name), getattr(self, name)) for name in names)
-        return children, (names, self._static())
-
-    @classmethod
-    def _unflatten(cls, aux: Any, children: Any) -> Self:
-        # No validation: transformations rebuild masks with placeholders and with arrays of other ranks.
-        names, static = aux
-        mask = object.__new__(cls)
-        mask.__dict__.update(static)
-        mask.__dict__.update(zip(names, children, strict=True))
-        return mask
-
-    def __eq__(self, other: object) -> bool:
-        if self is other:
-            return True
-        if not isinstance(other, Mask):
-            return NotImplemented
-        leaves, structure = jax.tree_util.tree_flatten(self)
-        other_leaves, other_structure = jax.tree_util.tree_flatten(other)
-        return structure == other_structure and all(map(_same_array, leaves, other_leaves))
-
-    def __hash__(self) -> int:
-        leaves, structure = jax.tree_util.tree_flatten(self)
-        if leaves:
-            raise TypeError(
-                f"unhashable mask: {self!r} holds an array. Build its BlockMask once (mask.bind(...)) and pass that, "
-                "or pass the mask as an ordinary (not static) argument of the jitted function"
-            )
-        return hash(structure)
-
-    def __setattr__(self, name: str, value: Any) -> NoReturn:
-        raise AttributeError(f"masks are immutable: cannot set {name} of {self!r}")
-
-    def _set(self, **fields: Any) -> None:
-        """Sets the fields of a mask under construction."""
-        self.__dict__.update(fields)
-
-    def __repr__(self) -> str:
-        arguments = ", ".join(self._repr_arguments())
-        return f"{type(self).__name__}({arguments})"
-
-    def _repr_arguments(self) -> list[str]:
-        return [f"{name}={_short(value)}" for name, value in self.__dict__.items()]
-
-
-def _is_child(value: Any) -> bool:
-    """Whether a data field is a pytree child. Placeholders of transformations count: only plain statics do not."""
-    return not (value is None or isinstance(value, bool | int | float | str))
-
-
-def _same_array(a: Any, b: Any) -> bool:
-    if a is b:
-        return True
-    if is_traced(a) or is_traced(b) or not (is_array(a) and is_array(b)):
+def is_hashable(mask: Mask) -> bool:
+    """Whether equal masks can be found again: those that hold no array."""
+    try:
+        hash(mask)
+    except TypeError:
         return False
-    return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(np.asarray(a), np.asarray(b)))
-
-
-def _short(value: Any) -> str:
-    """A field as printed: arrays as dtype and shape."""
-    if is_array(value):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    if isinstance(value, tuple) and len(value) > 8:
-        return f"({', '.join(map(repr, value[:6]))}, ... {len(value)} in all)"
-    return getattr(value, "__name__", None) or repr(value)
+    return True
 
 
 def _operand(other: object, operator: str) -> Mask:
@@ -435,6 +325,12 @@ class _Unknown(Mask):
         return np.full((1, 1), OWN, np.int8)
 
 
+def _operand_text(mask: Any, precedence: int) -> str:
+    """An operand as printed, in parentheses where its own operator binds less; it may be a placeholder."""
+    weaker = isinstance(mask, Mask) and mask._precedence < precedence
+    return f"({mask!r})" if weaker else repr(mask)
+
+
 class _Combined(Mask):
     """Two or more masks joined by one operator."""
 
@@ -446,8 +342,9 @@ class _Combined(Mask):
         self._set(masks=masks)
 
     def __repr__(self) -> str:
-        parts = (f"({m!r})" if m._precedence < self._precedence else repr(m) for m in self.masks)
-        return f" {self._operator} ".join(parts)
+        if not isinstance(self.masks, tuple):  # a placeholder of a transformation
+            return f"{type(self).__name__}({self.masks!r})"
+        return f" {self._operator} ".join(_operand_text(mask, self._precedence) for mask in self.masks)
 
 
 class AndMask(_Combined):
@@ -495,8 +392,7 @@ class NotMask(Mask):
         return ~self.mask._evaluate(grid, q, k)
 
     def __repr__(self) -> str:
-        inner = repr(self.mask)
-        return f"~({inner})" if self.mask._precedence < self._precedence else f"~{inner}"
+        return f"~{_operand_text(self.mask, self._precedence)}"
 
 
 class MultiHeadMask(Mask):
@@ -542,7 +438,7 @@ class MultiHeadMask(Mask):
         return _Unknown()  # asked only where the heads were not selected, and then nothing is known
 
     def __repr__(self) -> str:
-        return f"MultiHeadMask([{', '.join(map(repr, self.masks))}])"
+        return f"MultiHeadMask({list(self.masks) if isinstance(self.masks, tuple) else self.masks!r})"
 
 
 def has_multi_head(mask: Mask) -> bool:

@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_bsk import _compat
 from jax_bsk.masks import _host, _lists, _traced
+from jax_bsk.masks._node import short
 from jax_bsk.masks._transpose import transpose_host, transpose_traced
 from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, is_array, is_traced
 from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask
@@ -413,9 +414,10 @@ class BlockMask:
         return self._arrays() | dict(zip(self._sizes, self._numbers(), strict=True))
 
     def __repr__(self) -> str:
-        arrays = dict(list(self._arrays().items())[:4])
-        if not all(map(is_array, (*arrays.values(), self.bit_tiles))):  # inside a transformation of the pytree
-            return f"BlockMask({', '.join(f'{name}={array!r}' for name, array in arrays.items())})"
+        arrays = {name: x for name, x in self._arrays().items() if not name.startswith(("col_", "q_"))}
+        ranks = [x.ndim if is_array(x) else None for x in arrays.values()]
+        if ranks != [5 if name == "bit_tiles" else 3 for name in arrays]:  # inside a transformation of the pytree
+            return f"BlockMask({', '.join(f'{name}={short(x)}' for name, x in arrays.items())})"
         room = f"{self.capacity} entries, {self.bit_tiles.shape[2]} tiles"
         return (
             f"BlockMask(batch={self.batch}, heads={self.heads}, q_len={self.q_len}, kv_len={self.kv_len}, "

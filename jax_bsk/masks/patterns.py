@@ -207,12 +207,12 @@ class PrefixLMMask(Mask):
     prefix: Any
 
     def __init__(self, prefix: int | jax.Array | np.ndarray) -> None:
-        if isinstance(prefix, np.ndarray | jax.Array) and prefix.ndim > 0:
-            if prefix.ndim != 1 or not np.issubdtype(prefix.dtype, np.integer):
+        if isinstance(prefix, np.ndarray | jax.Array):
+            if prefix.ndim > 1 or not np.issubdtype(prefix.dtype, np.integer):
                 raise ValueError(
                     f"PrefixLMMask: prefix must be an int or an integer array [B], given {prefix.dtype}{prefix.shape}"
                 )
-        elif not is_traced(prefix):
+        else:
             prefix = static_int(prefix, "PrefixLMMask", "prefix", minimum=0)
         self._set(prefix=prefix)
 
