@@ -1,5 +1,6 @@
 """Masks as data: a lazy algebra of masks, and `BlockMask`, the block lists and bit tiles that kernels read."""
 
+from jax_bsk.masks import _export as _export  # registers masks with jax.export
 from jax_bsk.masks._convert import as_block_mask
 from jax_bsk.masks.algebra import Mask, MultiHeadMask
 from jax_bsk.masks.block_mask import BlockMask
