@@ -190,6 +190,7 @@ def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, l
     return _attend(call, query, key, value, sinks, rest[0] if rest else None, mask, lengths, order)
 
 
+@functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices
 def _for_every_head(gates, query):
     """[B|1, N|1, capacity] to [B, N, capacity], sharded as the query on an explicit mesh; its transpose is the sum."""
     shape = (query.shape[0], query.shape[2], gates.shape[2])

@@ -85,13 +85,15 @@ def sparse_attention_xla(
     )
     arguments = query, key, value, bias, gates, lengths, sinks, scale, soft_cap
     lists = row_offsets, kv_blocks, tiles, mask.bit_tiles
-    if not _explicit.shards(jax.tree.leaves((arguments, lists))):
+    arrays = jax.tree.leaves((arguments, lists))
+    if not _explicit.shards(arrays):
         return attend(*arguments, *lists)
     # On an explicit mesh every gather, search and carry would need a sharding: XLA partitions them by itself.
     examples, queries, head_axes = (*jax.typeof(query).sharding.spec, None, None, None)[:3]
     shardings = PartitionSpec(examples, queries, head_axes), PartitionSpec(examples, head_axes, queries)
     partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=shardings)
-    return partitioned(*arguments, *lists)
+    with _explicit.mesh_of(arrays):
+        return partitioned(*arguments, *lists)
 
 
 def _softmax_dtype(dtype: Any) -> np.dtype:
