@@ -68,8 +68,9 @@ def _capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int |
     host = dataclasses.replace(grid, xp=np)
     if max_blocks is None or max_tiles is None:
         visited, partial = count_codes(mask._outline(host), host)
+        visited = min(visited, mask._visited_bound(host))
         max_blocks = max(1, visited) if max_blocks is None else max_blocks
-        max_tiles = min(partial, mask._partial_bound(host)) if max_tiles is None else max_tiles
+        max_tiles = min(partial, mask._partial_bound(host), max_blocks) if max_tiles is None else max_tiles
     return max_blocks, max_tiles
 
 

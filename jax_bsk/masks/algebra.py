@@ -75,6 +75,13 @@ class Grid:
         return xp.where(full, np.int8(FULL), xp.where(empty, np.int8(EMPTY), np.int8(partial)))
 
 
+def min_max(grid: Grid, numbers: Any, blocks: int, block: int) -> tuple[Any, Any]:
+    """Least and greatest of `numbers` [length] in each block, inside the length."""
+    padded = grid.xp.pad(numbers, (0, blocks * block - numbers.shape[0]), mode="edge" if numbers.shape[0] else "empty")
+    padded = padded.reshape(blocks, block)
+    return padded.min(1), padded.max(1)
+
+
 def code_not(codes: Any, xp: Any) -> Any:
     """Code of `~mask`: the ends swap, both kinds of partial stay."""
     del xp
@@ -175,6 +182,12 @@ class Mask(Node):
         """How many blocks `_classify` can call partial at most when the mask is traced (per example and head)."""
         children = self._children()
         return sum(child._traced_partial_bound(grid) for child in children) if children else grid.nq * grid.nk
+
+    def _visited_bound(self, grid: Grid) -> int:
+        """How many blocks can be visited at most, whatever the traced arrays hold (per example and head)."""
+        if self._is_traced(grid) or any(dims for _, dims in self._arrays()):
+            return grid.nq * grid.nk
+        return count_codes(self, grid)[0]
 
     def _traced_partial_bound(self, grid: Grid) -> int:
         if self._is_traced(grid) or any(dims for _, dims in self._arrays()):
@@ -360,6 +373,9 @@ class AndMask(_Combined):
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         return functools.reduce(lambda a, b: a & b, (mask._evaluate(grid, q, k) for mask in self.masks))
 
+    def _visited_bound(self, grid: Grid) -> int:
+        return min(mask._visited_bound(grid) for mask in self.masks)
+
 
 class OrMask(_Combined):
     """`a | b`: attends where any part does."""
@@ -373,6 +389,9 @@ class OrMask(_Combined):
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         return functools.reduce(lambda a, b: a | b, (mask._evaluate(grid, q, k) for mask in self.masks))
+
+    def _visited_bound(self, grid: Grid) -> int:
+        return min(sum(mask._visited_bound(grid) for mask in self.masks), grid.nq * grid.nk)
 
 
 class NotMask(Mask):

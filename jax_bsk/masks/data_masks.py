@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, is_array, is_traced
+from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, is_array, is_traced, min_max
 
 __all__ = ["ArrayMask", "BlockArrayMask", "FunctionMask", "SegmentMask"]
 
@@ -65,9 +65,9 @@ class SegmentMask(Mask):
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
         q_ids, kv_ids = self._both()
-        q_min, q_max = _min_max(grid, q_ids, grid.nq, grid.block_q)
+        q_min, q_max = min_max(grid, q_ids, grid.nq, grid.block_q)
         same = kv_ids is q_ids and grid.block_q == grid.block_kv
-        k_min, k_max = (q_min, q_max) if same else _min_max(grid, kv_ids, grid.nk, grid.block_kv)
+        k_min, k_max = (q_min, q_max) if same else min_max(grid, kv_ids, grid.nk, grid.block_kv)
         q_min, q_max, k_min, k_max = q_min[i], q_max[i], k_min[j], k_max[j]
         # One id in both blocks: full. Ranges that do not meet: empty. (Ranges that meet may still share no id.)
         full = (q_min == k_max) & (q_max == k_min)
@@ -101,14 +101,6 @@ def _ids(ids: Any, name: str) -> Any:
     if ids.ndim not in (1, 2):
         raise ValueError(f"SegmentMask: {name} must be [tokens] or [batch, tokens], given shape {ids.shape}")
     return ids
-
-
-def _min_max(grid: Grid, ids: Any, blocks: int, block: int) -> tuple[Any, Any]:
-    """Least and greatest id of each block, inside the length."""
-    past = blocks * block - ids.shape[0]
-    padded = grid.xp.pad(ids, (0, past), mode="edge") if past else ids
-    padded = padded.reshape(blocks, block)
-    return padded.min(1), padded.max(1)
 
 
 class ArrayMask(Mask):

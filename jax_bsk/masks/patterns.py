@@ -1,4 +1,4 @@
-"""Masks known in closed form: they hold numbers, no arrays (but a per-example prefix), and cost nothing to carry.
+"""Masks known in closed form: they hold numbers, no arrays (but offsets and prefixes), and cost nothing to carry.
 
 Each class gives bounds (`_classify`) and elements (`_evaluate`); see `algebra.py`. `delta` is query minus key position.
 """
@@ -6,25 +6,26 @@ Each class gives bounds (`_classify`) and elements (`_evaluate`); see `algebra.p
 from __future__ import annotations
 
 import functools
-import operator
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_bsk.masks.algebra import (
-    FULL,
-    MAX_LENGTH,
-    OWN,
-    SHIFT,
-    Grid,
-    Mask,
-    alike,
-    code_or,
-    in_blocks,
-    is_array,
-    is_traced,
+from jax_bsk.masks._node import is_array, is_traced, short
+from jax_bsk.masks._offsets import (
+    check_offset_length,
+    checked_offset,
+    crossed_blocks,
+    int32,
+    offset_dims,
+    offset_per_query,
+    position_bounds,
+    position_code,
+    positions,
+    static_int,
+    window_blocks,
 )
+from jax_bsk.masks.algebra import FULL, MAX_LENGTH, OWN, SHIFT, Grid, Mask, alike, code_or, in_blocks
 
 __all__ = [
     "BigBirdMask",
@@ -38,26 +39,13 @@ __all__ = [
 ]
 
 
-def static_int(value: Any, who: str, name: str, *, minimum: int | None = None, remedy: str = "") -> int:
-    """`value` as a Python int, or an error that names the argument."""
-    try:
-        result = operator.index(value)
-    except TypeError:
-        raise TypeError(
-            f"{who}: {name} must be an int, given {type(value).__name__} {value!r}{'; ' + remedy if remedy else ''}"
-        ) from None
-    if minimum is not None and result < minimum:
-        raise ValueError(f"{who}: {name} must be at least {minimum}, given {result}")
-    return result
-
-
 def _clamp(value: int) -> int:
     return max(-MAX_LENGTH, min(MAX_LENGTH, value))
 
 
-def _delta_bounds(grid: Grid, i: Any, j: Any) -> tuple[Any, Any]:
-    """Least and greatest query - key of block (i, j), inside the lengths."""
-    q_low, q_high = grid.q_bounds(i)
+def _delta_bounds(grid: Grid, i: Any, j: Any, offset: Any = 0) -> tuple[Any, Any]:
+    """Least and greatest position of a query less that of a key in block (i, j), inside the lengths."""
+    q_low, q_high = position_bounds(grid, offset, i)
     k_low, k_high = grid.kv_bounds(j)
     return q_low - k_high, q_high - k_low
 
@@ -74,80 +62,135 @@ class FullMask(Mask):
         return grid.xp.ones((1,) * np.ndim(q), bool)
 
 
-class CausalMask(Mask):
+class _OffsetMask(Mask):
+    """A mask of the positions of queries, which are their indices plus an offset."""
+
+    _data_fields = ("offset",)
+
+    offset: Any
+
+    def _leaf_dims(self, name: str) -> str:
+        return offset_dims(getattr(self, name))
+
+    def _validate(self, q_len: int, kv_len: int) -> None:
+        check_offset_length(self.offset, type(self).__name__, q_len)
+
+    def _offset_argument(self) -> list[str]:
+        zero = isinstance(self.offset, int) and self.offset == 0
+        return [] if zero else [f"offset={short(self.offset)}"]
+
+
+class CausalMask(_OffsetMask):
     """Attends where `q_idx + offset >= kv_idx`: aligned at the top left, as in `jax.nn.dot_product_attention`.
 
     Args:
-      offset: positions the queries are ahead of the keys; `kv_len - q_len` aligns at the bottom right (decoding).
+      offset: positions the queries are ahead of the keys; `kv_len - q_len` aligns at the bottom right (decoding). An
+        int, or an integer array, host or traced: [] for all queries, [B] for each example (a cache that each example
+        has filled up to a length of its own), or [B|1, T] for each query by itself (its position less its index).
+
+    Raises:
+      TypeError, ValueError: where the offset is none of these.
     """
 
-    _shift_invariant = True
+    def __init__(self, offset: int | jax.Array | np.ndarray = 0) -> None:
+        self._set(offset=checked_offset(offset, "CausalMask"))
 
-    offset: int
-
-    def __init__(self, offset: int = 0) -> None:
-        self._set(
-            offset=static_int(
-                offset,
-                "CausalMask",
-                "offset",
-                remedy="for an offset per example use ArrayMask, or jax.vmap over FunctionMask",
-            )
-        )
+    @property
+    def _shift_invariant(self) -> bool:
+        return np.ndim(self.offset) == 0
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
-        low, high = _delta_bounds(grid, i, j)
-        bound = _clamp(-self.offset)
-        return grid.code(high < bound, low >= bound, SHIFT)
+        low, high = _delta_bounds(grid, i, j, self.offset)
+        return grid.code(high < 0, low >= 0, position_code(self.offset, SHIFT, OWN))
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
-        return q + min(MAX_LENGTH - 1, _clamp(self.offset)) >= k
+        return positions(grid, self.offset, q) >= k
+
+    def _partial_bound(self, grid: Grid) -> int:
+        return crossed_blocks(grid, self.offset)
 
     def _repr_arguments(self) -> list[str]:
-        return [f"offset={self.offset}"] if self.offset else []
+        return self._offset_argument()
 
 
-class LocalMask(Mask):
-    """Sliding window: attends where `q_idx - left <= kv_idx <= q_idx + right`.
+class LocalMask(_OffsetMask):
+    """Sliding window: attends where `q_idx + offset - left <= kv_idx <= q_idx + offset + right`.
 
     Args:
       window: (left, right) tokens besides the query's own position, either None for unbounded; an int w means (w, w).
         As `local_window_size` of `jax.nn.dot_product_attention`.
-    """
+      offset: positions the queries are ahead of the keys, as in `CausalMask`.
 
-    _shift_invariant = True
+    Raises:
+      TypeError, ValueError: where window or offset is none of these.
+    """
 
     window: tuple[int | None, int | None]
 
-    def __init__(self, window: int | tuple[int | None, int | None]) -> None:
-        self._set(window=_window(window, "LocalMask"))
+    def __init__(
+        self,
+        window: int | tuple[int | None, int | None],
+        *more: Any,
+        offset: int | jax.Array | np.ndarray = 0,
+    ) -> None:
+        if more:
+            raise TypeError(
+                f"LocalMask: window must be one argument, an int or a (left, right) pair, got {1 + len(more)} "
+                f"arguments; write LocalMask(({window!r}, {more[0]!r}))"
+            )
+        self._set(window=_window(window, "LocalMask"), offset=checked_offset(offset, "LocalMask"))
+
+    @property
+    def _shift_invariant(self) -> bool:
+        return np.ndim(self.offset) == 0
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
-        low, high = _delta_bounds(grid, i, j)
+        low, high = _delta_bounds(grid, i, j, self.offset)
         least, greatest = _limits(self.window)
-        return grid.code((high < least) | (low > greatest), (low >= least) & (high <= greatest), SHIFT)
+        partial = position_code(self.offset, SHIFT, OWN)
+        return grid.code((high < least) | (low > greatest), (low >= least) & (high <= greatest), partial)
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
-        return _in_window(self.window, q, k)
+        return _in_window(self.window, positions(grid, self.offset, q), k)
+
+    def _partial_bound(self, grid: Grid) -> int:
+        sides = sum(side is not None for side in self.window)
+        return min(sides * crossed_blocks(grid, self.offset), grid.nq * grid.nk)
+
+    def _visited_bound(self, grid: Grid) -> int:
+        left, right = self.window
+        if left is None or right is None:
+            return super()._visited_bound(grid)
+        return window_blocks(grid, self.offset, left + right)
 
     def _repr_arguments(self) -> list[str]:
-        return [repr(self.window)]
+        return [repr(self.window), *self._offset_argument()]
 
 
 def _window(window: Any, who: str) -> tuple[int | None, int | None]:
     if not isinstance(window, tuple | list):
-        size = static_int(window, who, "window", minimum=0, remedy="or a (left, right) pair")
+        remedy = _TRACED_WINDOW if is_traced(window) else "or a (left, right) pair"
+        size = static_int(window, who, "window", minimum=0, remedy=remedy)
         return size, size
     if len(window) != 2:
         raise ValueError(f"{who}: window must be a (left, right) pair or an int, given {window!r}")
-    left, right = (None if w is None else static_int(w, who, f"window[{n}]", minimum=0) for n, w in enumerate(window))
+    left, right = (
+        None
+        if w is None
+        else static_int(w, who, f"window[{n}]", minimum=0, remedy=_TRACED_WINDOW if is_traced(w) else "")
+        for n, w in enumerate(window)
+    )
     return left, right
+
+
+_TRACED_WINDOW = "for a traced window write CausalMask(offset=right) & ~CausalMask(offset=-left - 1)"
 
 
 def _limits(window: tuple[int | None, int | None]) -> tuple[int, int]:
     """Least and greatest allowed query - key."""
     left, right = window
-    return (-MAX_LENGTH if right is None else _clamp(-right)), (MAX_LENGTH if left is None else _clamp(left))
+    least, greatest = -(2**31), 2**31 - 1  # what int32 holds: an offset may bring positions beyond any length
+    return (least if right is None else max(least, -right)), (greatest if left is None else min(greatest, left))
 
 
 def _in_window(window: tuple[int | None, int | None], q: Any, k: Any) -> Any:
@@ -160,53 +203,75 @@ def _in_window(window: tuple[int | None, int | None], q: Any, k: Any) -> Any:
     return (delta >= least) & (delta <= greatest)
 
 
-class ChunkedMask(Mask):
-    """Attends inside chunks of equal size: `q_idx // chunk == kv_idx // chunk`.
+class ChunkedMask(_OffsetMask):
+    """Attends inside chunks of equal size: `(q_idx + offset) // chunk == kv_idx // chunk`.
 
     Args:
       chunk: tokens of a chunk; the last chunk may be shorter.
+      offset: positions the queries are ahead of the keys, as in `CausalMask`.
+
+    Raises:
+      TypeError, ValueError: where chunk or offset is none of these.
     """
 
     chunk: int
 
-    def __init__(self, chunk: int) -> None:
-        self._set(chunk=static_int(chunk, "ChunkedMask", "chunk", minimum=1))
+    def __init__(self, chunk: int, *, offset: int | jax.Array | np.ndarray = 0) -> None:
+        self._set(
+            chunk=static_int(chunk, "ChunkedMask", "chunk", minimum=1), offset=checked_offset(offset, "ChunkedMask")
+        )
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
         chunk = _clamp(self.chunk)
-        q_low, q_high = (q // chunk for q in grid.q_bounds(i))
+        q_low, q_high = (q // chunk for q in position_bounds(grid, self.offset, i))
         k_low, k_high = (k // chunk for k in grid.kv_bounds(j))
         full = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
         return grid.code((q_high < k_low) | (q_low > k_high), full, OWN)
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         chunk = _clamp(self.chunk)
-        return q // chunk == k // chunk
+        return positions(grid, self.offset, q) // chunk == k // chunk
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _partial_bound(self, grid: Grid) -> int:
+        # Chunks are segments whose ids never decrease: see `SegmentMask._partial_bound`.
+        visited = self._visited_bound(grid)
+        return visited if offset_per_query(self.offset) else min(2 * (grid.nq + grid.nk), visited)
+
+    def _visited_bound(self, grid: Grid) -> int:
+        return window_blocks(grid, self.offset, 2 * (_clamp(self.chunk) - 1))
+
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
+        if np.ndim(self.offset):
+            return None
         (q, q_rest), (k, k_rest) = (
-            np.divmod(n.astype(np.int64) * block, _clamp(self.chunk))
-            for n, block in ((i, grid.block_q), (j, grid.block_kv))
+            np.divmod(n.astype(np.int64) * block + offset, _clamp(self.chunk))
+            for n, block, offset in ((i, grid.block_q, int(int32(self.offset, np))), (j, grid.block_kv, 0))
         )
         return q - k, q_rest, k_rest
 
     def _repr_arguments(self) -> list[str]:
-        return [repr(self.chunk)]
+        return [repr(self.chunk), *self._offset_argument()]
 
 
-class PrefixLMMask(Mask):
-    """Causal, but the first `prefix` keys are seen by every query: `kv_idx < prefix or q_idx >= kv_idx`.
+class PrefixLMMask(_OffsetMask):
+    """Causal, but the first `prefix` keys are seen by every query: `kv_idx < prefix or q_idx + offset >= kv_idx`.
 
     The prefix-LM of T5 (Raffel et al., arXiv 1910.10683, figure 4).
 
     Args:
-      prefix: tokens of the prefix; an int, or an integer array [B] with one prefix an example (it may be traced).
+      prefix: tokens of the prefix; an int, or an integer array, host or traced: [] for all examples, [B] for each.
+      offset: positions the queries are ahead of the keys, as in `CausalMask`.
+
+    Raises:
+      TypeError, ValueError: where prefix or offset is none of these.
     """
 
-    _data_fields = ("prefix",)
+    _data_fields = ("prefix", "offset")
     prefix: Any
 
-    def __init__(self, prefix: int | jax.Array | np.ndarray) -> None:
+    def __init__(self, prefix: int | jax.Array | np.ndarray, *, offset: int | jax.Array | np.ndarray = 0) -> None:
+        if isinstance(prefix, list | tuple):
+            prefix = np.asarray(prefix)
         if isinstance(prefix, np.ndarray | jax.Array):
             if prefix.ndim > 1 or not np.issubdtype(prefix.dtype, np.integer):
                 raise ValueError(
@@ -214,35 +279,35 @@ class PrefixLMMask(Mask):
                 )
         else:
             prefix = static_int(prefix, "PrefixLMMask", "prefix", minimum=0)
-        self._set(prefix=prefix)
-
-    def _leaf_dims(self, name: str) -> str:
-        return "b" if np.ndim(self.prefix) == 1 else ""
-
-    def _prefix(self) -> Any:
-        return _clamp(self.prefix) if isinstance(self.prefix, int) else self.prefix
+        self._set(prefix=prefix, offset=checked_offset(offset, "PrefixLMMask"))
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
         k_low, k_high = grid.kv_bounds(j)
-        prefix = self._prefix()
+        prefix = int32(self.prefix, grid.xp)
         seen = grid.code(k_low >= prefix, k_high < prefix, OWN)
-        return code_or(seen, CausalMask()._classify(grid, i, j), grid.xp)
+        low, high = _delta_bounds(grid, i, j, self.offset)
+        causal = grid.code(high < 0, low >= 0, position_code(self.offset, SHIFT, OWN))
+        return code_or(seen, causal, grid.xp)
 
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
-        return (k < self._prefix()) | (q >= k)
+        return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
-        first_q, first_k = i.astype(np.int64) * grid.block_q, j.astype(np.int64) * grid.block_kv
+    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
+        if np.ndim(self.offset):
+            return None
+        first_q = i.astype(np.int64) * grid.block_q + int(int32(self.offset, np))
+        first_k = j.astype(np.int64) * grid.block_kv
         # From a distance of a block on, all of the queries are before all of the keys, or none is.
         distance = np.clip(first_q - first_k, -grid.block_q, grid.block_kv)
-        return np.clip(int(self._prefix()) - first_k, 0, grid.block_kv), distance
+        return np.clip(int(int32(self.prefix, np)) - first_k, 0, grid.block_kv), distance
 
     def _partial_bound(self, grid: Grid) -> int:
-        # One column of blocks holds the prefix's end, and the causal diagonal passes at most nq + nk blocks.
-        return 2 * grid.nq + grid.nk
+        # One column of blocks holds the prefix's end.
+        return min(grid.nq + crossed_blocks(grid, self.offset), grid.nq * grid.nk)
 
     def _repr_arguments(self) -> list[str]:
-        return super()._repr_arguments() if is_array(self.prefix) else [repr(self.prefix)]
+        named = is_array(self.prefix)
+        return [f"prefix={short(self.prefix)}" if named else repr(self.prefix), *self._offset_argument()]
 
 
 class GlobalMask(Mask):
