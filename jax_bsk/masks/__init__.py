@@ -4,7 +4,8 @@ from jax_bsk.masks import _export as _export  # registers masks with jax.export
 from jax_bsk.masks._convert import as_block_mask
 from jax_bsk.masks.algebra import Mask, MultiHeadMask
 from jax_bsk.masks.block_mask import BlockMask
-from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask, FunctionMask, SegmentMask
+from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask, SegmentMask
+from jax_bsk.masks.function_mask import FunctionMask
 from jax_bsk.masks.patterns import (
     BigBirdMask,
     CausalMask,

@@ -57,15 +57,16 @@ def as_block_mask(
         if not is_array(mask):
             raise TypeError(f"mask must be a Mask, a BlockMask or a boolean array, given {type(mask).__name__}")
         mask = ArrayMask(_broadcast(mask, q_len, kv_len))
-    _check_dims(mask.batch, mask.heads, batch, heads, mask)
+    sized = mask._sized(batch, heads)
+    _check_dims(sized.batch, sized.heads, batch, heads, mask)
     if not is_hashable(mask):  # holds arrays
-        return BlockMask.from_mask(mask, q_len, kv_len, block_size=block_size)
-    key = (hash(mask), mask, q_len, kv_len, block_size)
+        return BlockMask.from_mask(sized, q_len, kv_len, block_size=block_size)
+    key = (hash(mask), mask, sized.batch, sized.heads, q_len, kv_len, block_size)
     with _lock:
         if key in _cache:
             _cache.move_to_end(key)
             return _cache[key]
-    built = BlockMask.from_mask(mask, q_len, kv_len, block_size=block_size)
+    built = BlockMask.from_mask(sized, q_len, kv_len, block_size=block_size)
     if not built.is_traced and built.nbytes <= _MAX_BYTES // 4:
         with _lock:
             _cache[key] = built

@@ -14,7 +14,8 @@ import jax
 
 from jax_bsk.masks.algebra import AndMask, MultiHeadMask, NotMask, OrMask
 from jax_bsk.masks.block_mask import BlockMask
-from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask, FunctionMask, SegmentMask
+from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask, SegmentMask
+from jax_bsk.masks.function_mask import FunctionMask
 from jax_bsk.masks.patterns import (
     BigBirdMask,
     CausalMask,

@@ -178,6 +178,14 @@ class Mask(Node):
             leaf = leaf[index if leaf.shape[0] > 1 else 0]
         return leaf
 
+    def _sized(self, batch: int | None, heads: int | None) -> Mask:
+        """The mask with the sizes of the call in those parts that are asked about examples and heads by number.
+
+        Raises:
+          ValueError: where a part needs a size that it was not given, and None is given here.
+        """
+        return self._map_fields(lambda child: child._sized(batch, heads), lambda _, x: x)
+
     def _partial_bound(self, grid: Grid) -> int:
         """How many blocks `_classify` can call partial at most when the mask is traced (per example and head)."""
         children = self._children()
@@ -447,6 +455,9 @@ class MultiHeadMask(Mask):
     def _structural_dims(self, dim: str) -> set[int]:
         inner = super()._structural_dims(dim)
         return inner | {len(self.masks)} if dim == "h" else inner
+
+    def _sized(self, batch: int | None, heads: int | None) -> Mask:
+        return super()._sized(batch, len(self.masks))
 
     def _select(self, b: int | None, h: int | None) -> Mask:
         if h is None:

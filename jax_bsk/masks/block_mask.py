@@ -105,6 +105,7 @@ class BlockMask:
             raise TypeError(f"mask must be a jax_bsk.masks.Mask, given {type(mask).__name__}{remedy}")
         grid = _grid(q_len, kv_len, block_size)
         limits = {"max_blocks": _limit(max_blocks, "max_blocks"), "max_tiles": _limit(max_tiles, "max_tiles")}
+        mask = mask._sized(None, None)
         mask._validate(grid.q_len, grid.kv_len)
         batch, heads = mask.batch, mask.heads
         build = _traced.build if mask._is_traced(grid) else _host.build
@@ -195,6 +196,7 @@ class BlockMask:
           q_len, kv_len, block_size: as in `from_mask`.
         """
         grid = _grid(q_len, kv_len, block_size)
+        mask = None if mask is None else mask._sized(None, None)
         chosen, max_blocks, max_tiles = _lists.top_k(scores, k, grid, mask)
         traced = is_traced(chosen) or (mask is not None and mask._is_traced(grid))
         return cls.from_block_mask(

@@ -1,19 +1,18 @@
-"""Masks made of data: segment ids, boolean arrays, boolean block arrays, and functions of the indices.
+"""Masks made of data: segment ids, boolean arrays, and boolean block arrays.
 
 Their arrays are pytree leaves and may be traced: then the block lists are computed inside `jit` (`_traced.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, is_array, is_traced, min_max
+from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, is_array, min_max
 
-__all__ = ["ArrayMask", "BlockArrayMask", "FunctionMask", "SegmentMask"]
+__all__ = ["ArrayMask", "BlockArrayMask", "SegmentMask"]
 
 
 class SegmentMask(Mask):
@@ -218,108 +217,3 @@ class BlockArrayMask(Mask):
 
     def _partial_bound(self, grid: Grid) -> int:
         return 0
-
-
-class FunctionMask(Mask):
-    """A mask given by a function of the indices.
-
-    Args:
-      fn: `fn(q_idx, kv_idx)` with int32 index arrays that broadcast against each other (numpy on the host, jax.numpy
-        when traced) returning booleans of exactly the broadcast shape, elementwise: other arrays are read at the
-        indices, as in `flags[q_idx]`, and nothing adds a dimension (a mask an example is an `ArrayMask`, or a
-        function under `jax.vmap`). It must be pure: masks with the same function are equal, and what was built of one
-        may be reused for another. It is asked only about positions inside the lengths. A function that closes over
-        traced arrays makes the mask traced.
-
-    Raises:
-      TypeError: fn is not callable; when bound, where it does not return booleans.
-      ValueError: when bound, where it returns another shape.
-
-    Nothing is known about such a mask beforehand: every block is evaluated once. Combined by `&` with masks of known
-    bounds, only blocks they leave open are.
-    """
-
-    fn: Callable[[Any, Any], Any]
-
-    def __init__(self, fn: Callable[[Any, Any], Any]) -> None:
-        if not callable(fn):
-            remedy = "; wrap a boolean array in ArrayMask(...)" if is_array(fn) else ""
-            raise TypeError(
-                f"FunctionMask: fn must be callable as fn(q_idx, kv_idx), given {type(fn).__name__}{remedy}"
-            )
-        self._set(fn=fn)
-
-    def _validate(self, q_len: int, kv_len: int) -> None:
-        """Asks for two shapes: an array that is not read at the indices may fit the blocks' shape, never both of these.
-
-        They have two dimensions, so that any that the function adds is seen, and no length is 1.
-        """
-        if not q_len or not kv_len:
-            return
-        ask = self._shape_when_traced if self._closes_over_tracers() else self._values
-        for rows, columns in ((2, 3), (3, 5)):
-            q = np.minimum(np.arange(rows, dtype=np.int32), q_len - 1)[:, None]
-            k = np.minimum(np.arange(columns, dtype=np.int32), kv_len - 1)[None, :]
-            self._check(self._answer(ask, q, k), q, k)
-
-    def _own_traced(self, grid: Grid) -> bool:
-        return bool(grid.q_len and grid.kv_len) and self._closes_over_tracers()
-
-    def _closes_over_tracers(self) -> bool:
-        index = np.zeros((1, 1), np.int32)
-        try:
-            with jax.ensure_compile_time_eval():
-                return is_traced(self._answer(self.fn, index, index))
-        except (jax.errors.TracerArrayConversionError, jax.errors.TracerBoolConversionError):
-            return True  # numpy code that met a tracer: will be told so, by JAX, when it is traced
-
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
-        return grid.xp.full((1, 1), OWN, np.int8)
-
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
-        q, k = grid.clip_q(q), grid.clip_kv(k)
-        return self._check(self.fn(q, k) if grid.xp is not np else self._values(q, k), q, k)
-
-    def _answer(self, ask: Callable[[Any, Any], Any], q: Any, k: Any) -> Any:
-        """`ask(q, k)`; where shapes that do not fit each other make it fail, with the remedy."""
-        try:
-            return ask(q, k)
-        except (TypeError, ValueError) as error:
-            reason = str(error).partition("\n")[0]
-            if "broadcast" not in reason:
-                raise
-            raise ValueError(f"{self!r}: fn fails for {_described(q, k)} ({reason}); {_ELEMENTWISE}") from error
-
-    def _values(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
-        result = self.fn(q, k)
-        if is_traced(result):  # written with jax.numpy, it was staged into a surrounding jit
-            with jax.ensure_compile_time_eval():
-                result = self.fn(q, k)
-        return np.asarray(result)
-
-    def _shape_when_traced(self, q: np.ndarray, k: np.ndarray) -> Any:
-        return jax.eval_shape(self.fn, jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype))
-
-    def _check(self, result: Any, q: Any, k: Any) -> Any:
-        expected = np.broadcast_shapes(q.shape, k.shape)
-        given = f"{getattr(result, 'dtype', type(result).__name__)}{getattr(result, 'shape', '')}"
-        if getattr(result, "dtype", None) != np.bool_:
-            raise TypeError(f"{self!r}: fn must return booleans, given {given} for {_described(q, k)}")
-        if result.shape != expected:
-            raise ValueError(
-                f"{self!r}: fn must return the shape {expected} for {_described(q, k)}, given {given}; {_ELEMENTWISE}"
-            )
-        return result
-
-    def _repr_arguments(self) -> list[str]:
-        return [getattr(self.fn, "__qualname__", None) or repr(self.fn)]
-
-
-_ELEMENTWISE = (
-    "is it elementwise? Read arrays at the indices, as in flags[q_idx], and name both indices, as in (q_idx > 4) & "
-    "(kv_idx >= 0). For a mask an example use ArrayMask, or jax.vmap over the call; for one a head MultiHeadMask"
-)
-
-
-def _described(q: Any, k: Any) -> str:
-    return f"indices of shapes {q.shape} and {k.shape}"

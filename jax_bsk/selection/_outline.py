@@ -71,7 +71,8 @@ def outline(
         raise TypeError(f"mask is a jax_bsk.masks.Mask or None, got {type(mask).__name__}")
     mask = FullMask() if mask is None else mask
     kv_len = q_len if kv_len is None else kv_len
-    if mask.batch != 1 or mask.heads != 1:
+    sized = mask._sized(None, None)
+    if sized.batch != 1 or sized.heads != 1:
         raise ValueError(
             f"mask is one for all heads and examples, got {mask!r}; put what differs into the scores, as -inf"
         )
