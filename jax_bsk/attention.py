@@ -191,8 +191,9 @@ def _bind_mask(
         extra.append(LocalMask(local_window_size))
     if isinstance(mask, BlockMask) and extra:
         raise ValueError(
-            "is_causal and local_window_size cannot be added to a BlockMask, whose blocks are already chosen; build it "
-            "from the combined mask, e.g. (mask & jax_bsk.masks.CausalMask()).bind(q_len, kv_len)"
+            "is_causal and local_window_size cannot be added to a BlockMask, whose blocks are already chosen; mask its "
+            "elements, mask & jax_bsk.masks.CausalMask(), or build it from the combined mask, which visits fewer "
+            "blocks: (lazy & jax_bsk.masks.CausalMask()).bind(q_len, kv_len)"
         )
     if mask is not None and not isinstance(mask, Mask | BlockMask):
         mask = ArrayMask(_mask_array(mask, sizes, unbatched))

@@ -124,7 +124,7 @@ def build(
     Raises:
       ValueError: where the mask needs more than `max_blocks` entries or `max_tiles` tiles.
     """
-    mask = _on_host(mask)
+    mask = on_host(mask)
     store = TileStore(grid.block_q, grid.block_kv)
     built: list[list[_runs.Lists | _runs.Runs]] = []
     seen: dict[Mask, _runs.Lists | _runs.Runs] = {}
@@ -194,8 +194,9 @@ def _numbered(tiles: np.ndarray, store: TileStore, max_tiles: int | None) -> tup
     return tiles, bit_tiles[None, None]
 
 
-def _on_host(mask: Mask) -> Mask:
-    return mask._map_fields(_on_host, lambda _, x: np.asarray(x))
+def on_host(mask: Mask) -> Mask:
+    """The mask with numpy arrays."""
+    return mask._map_fields(on_host, lambda _, x: np.asarray(x))
 
 
 def _build_cached(
@@ -227,7 +228,7 @@ def _build_one(mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecuto
     first_own, which_own = _alike(mask, grid, rows[own], columns[own])
     first, which_shift = _diagonals(mask, grid, rows[shift], columns[shift])
     evaluated = np.concatenate([own[first_own], shift[first]])
-    numbers = _tiles_of(mask, grid, store, pool, rows[evaluated], columns[evaluated])
+    numbers = tiles_of(mask, grid, store, pool, rows[evaluated], columns[evaluated])
     tiles = np.full(rows.size, -1, np.int32)
     tiles[own] = numbers[: first_own.size][which_own]
     tiles[shift] = numbers[first_own.size :][which_shift]
@@ -327,7 +328,7 @@ def _find(strip: slice, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     return (rows + strip.start).astype(np.int32), columns.astype(np.int32), codes[rows, columns]
 
 
-def _tiles_of(
+def tiles_of(
     mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor, rows: np.ndarray, columns: np.ndarray
 ) -> np.ndarray:
     """Numbers of the tiles of the blocks (rows, columns); memory for a few chunks at a time."""

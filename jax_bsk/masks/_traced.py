@@ -1,6 +1,6 @@
 """Building a BlockMask inside a trace: segment ids, arrays or functions whose values come later.
 
-Room is fixed beforehand (`_capacities`); lists come from prefix sums, bits are computed for the tile slots only, a
+Room is fixed beforehand (`capacities`); lists come from prefix sums, bits are computed for the tile slots only, a
 chunk at a time, so no T x S array exists. What finds no room is not dropped silently: offsets and tile numbers keep
 their true values, which lie outside the arrays, and kernels answer such rows with NaN.
 
@@ -10,6 +10,7 @@ Everything is vmapped over examples and heads, so a mesh that shards them needs 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -42,11 +43,11 @@ def _build_heads(
     mask: Mask, grid: Grid, batch: int, heads: int, max_blocks: int | None, max_tiles: int | None
 ) -> tuple[Any, ...]:
     if not has_multi_head(mask):
-        return _build(mask, grid, batch, heads, *_capacities(mask, grid, max_blocks, max_tiles))
+        return _build(mask, grid, batch, heads, *capacities(mask, grid, max_blocks, max_tiles))
 
     # Heads of different structure: each is built by itself, equal ones once, all with the same room.
     singles = [mask._select(None, h) for h in range(heads)]
-    sizes = [_capacities(single, grid, max_blocks, max_tiles) for single in singles]
+    sizes = [capacities(single, grid, max_blocks, max_tiles) for single in singles]
     capacity, n_tiles = (max(size[n] for size in sizes) for n in range(2))
     done: list[tuple[Mask, tuple[Any, ...]]] = []
     built: list[tuple[Any, ...]] = []
@@ -63,7 +64,7 @@ def _build_heads(
     return tuple(join(arrays) for arrays in zip(*built, strict=True))
 
 
-def _capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int | None) -> tuple[int, int]:
+def capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int | None) -> tuple[int, int]:
     """Room for entries and tiles of one example and head: as told, or the most that what is known beforehand allows."""
     host = dataclasses.replace(grid, xp=np)
     if max_blocks is None or max_tiles is None:
@@ -75,21 +76,30 @@ def _capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int |
 
 
 def _build(mask: Mask, grid: Grid, batch: int, heads: int, capacity: int, n_tiles: int) -> tuple[Any, ...]:
-    """vmaps over the arrays of the mask that have an example or a head dim; the others are shared."""
+    """Lists and tiles [B|1, H|1, ..]: of each example and head that the arrays of the mask distinguish."""
     leaves, structure = jax.tree_util.tree_flatten(mask)
-    dims = [dims for _, dims in mask._arrays()]
+    chunk = max(1, CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))
+
+    def one(*leaves: Any) -> tuple[Any, ...]:
+        return _build_one(jax.tree_util.tree_unflatten(structure, leaves), grid, capacity, n_tiles, chunk)
+
+    return over_examples_and_heads(one, leaves, [dims for _, dims in mask._arrays()])
+
+
+def over_examples_and_heads(function: Any, leaves: Sequence[Any], dims: Sequence[str]) -> tuple[Any, ...]:
+    """`function(*leaves)` of each example and head, stacked as [B|1, H|1, ..].
+
+    Args:
+      function: of the leaves without their leading dims; returns a tuple.
+      leaves: arrays.
+      dims: the leading dims of each: "", "b", "h" or "bh", shared where their size is 1.
+    """
     # Dims of size 1 are shared: drop them. What is left is [B][H]..., in this order.
     axes = ["".join(d for n, d in enumerate(dim) if leaf.shape[n] > 1) for leaf, dim in zip(leaves, dims, strict=True)]
     leaves = [
         jnp.asarray(leaf).reshape([s for n, s in enumerate(leaf.shape) if n >= len(dim) or s > 1])
         for leaf, dim in zip(leaves, dims, strict=True)
     ]
-    chunk = max(1, CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))
-
-    def one(*leaves: Any) -> tuple[Any, ...]:
-        return _build_one(jax.tree_util.tree_unflatten(structure, leaves), grid, capacity, n_tiles, chunk)
-
-    function = one
     for dim in "hb":  # the inner one first
         in_axes = [0 if dim in axis else None for axis in axes]
         function = jax.vmap(function, in_axes=in_axes) if 0 in in_axes else _with_leading_one(function)
@@ -137,10 +147,16 @@ def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) 
 
     def bits(block: Any) -> Any:
         row, column = jnp.maximum(block, 0) // nk, jnp.maximum(block, 0) % nk
-        q = (row * grid.block_q + jnp.arange(grid.block_q, dtype=jnp.int32))[:, None]
-        k = (column * grid.block_kv + jnp.arange(grid.block_kv, dtype=jnp.int32))[None, :]
-        attended = jnp.broadcast_to(mask._evaluate(grid, q, k), (grid.block_q, grid.block_kv)) & (block >= 0)
-        weights = of_rank(jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32), 3)
-        return jnp.sum(attended.reshape(*shape, 32).astype(jnp.uint32) * weights, -1, dtype=jnp.uint32)
+        return jnp.where(block >= 0, tile_words(mask, grid, row, column), jnp.uint32(0))
 
     return row_offsets, kv_blocks, tiles, jax.lax.map(bits, block_of_slot, batch_size=min(chunk, n_tiles))
+
+
+def tile_words(mask: Mask, grid: Grid, row: Any, column: Any) -> Any:
+    """uint32 [block_q, block_kv // 32], the bit tile of the block (row, column)."""
+    shape = (grid.block_q, grid.block_kv // 32)
+    q = (row * grid.block_q + jnp.arange(grid.block_q, dtype=jnp.int32))[:, None]
+    k = (column * grid.block_kv + jnp.arange(grid.block_kv, dtype=jnp.int32))[None, :]
+    attended = jnp.broadcast_to(mask._evaluate(grid, q, k), (grid.block_q, grid.block_kv))
+    weights = of_rank(jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32), 3)
+    return jnp.sum(attended.reshape(*shape, 32).astype(jnp.uint32) * weights, -1, dtype=jnp.uint32)

@@ -171,11 +171,13 @@ class Mask(Node):
         return self._map_fields(lambda child: child._select(b, h), lambda name, x: self._select_leaf(name, x, b, h))
 
     def _select_leaf(self, name: str, leaf: Any, b: int | None, h: int | None) -> Any:
-        for dim in self._leaf_dims(name):
-            index = b if dim == "b" else h
-            if index is None:
-                return leaf
-            leaf = leaf[index if leaf.shape[0] > 1 else 0]
+        dims = self._leaf_dims(name)
+        indices = [b if dim == "b" else h for dim in dims]
+        whole = None in indices  # then all dims stay, as which ones there are is told by their number
+        for axis, index in enumerate(indices):
+            if index is not None:
+                n = index if leaf.shape[axis if whole else 0] > 1 else 0
+                leaf = leaf[(slice(None),) * axis + (slice(n, n + 1),)] if whole else leaf[n]
         return leaf
 
     def _sized(self, batch: int | None, heads: int | None) -> Mask:
@@ -249,10 +251,12 @@ class Mask(Node):
 
     # ---- algebra ------------------------------------------------------------------------------------------------
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: Any) -> Any:
+        if not isinstance(other, Mask) and hasattr(type(other), "_and_mask"):  # a BlockMask
+            return other & self
         return AndMask(*_flat(AndMask, self, _operand(other, "&")))
 
-    def __or__(self, other: Mask) -> Mask:
+    def __or__(self, other: Any) -> Mask:
         return OrMask(*_flat(OrMask, self, _operand(other, "|")))
 
     def __invert__(self) -> Mask:
@@ -283,8 +287,25 @@ def is_hashable(mask: Mask) -> bool:
 def _operand(other: object, operator: str) -> Mask:
     if isinstance(other, Mask):
         return other
-    remedy = "wrap a boolean array in ArrayMask(...)" if is_array(other) else "both sides must be masks"
-    raise TypeError(f"cannot combine a mask with {type(other).__name__} by `{operator}`: {remedy}")
+    raise TypeError(f"cannot combine a mask with {described(other)} by `{operator}`: {remedy_for(other)}")
+
+
+def described(other: object) -> str:
+    """What was given where a mask belongs, in a message."""
+    return f"the class {other.__name__}" if isinstance(other, type) else type(other).__name__
+
+
+def remedy_for(other: object) -> str:
+    """What to write instead of something that is no mask."""
+    if is_array(other):
+        return "wrap a boolean array in ArrayMask(...)"
+    if isinstance(other, type) and issubclass(other, Mask):
+        return f"make an instance of it, {other.__name__}(...); both sides must be masks"
+    if hasattr(type(other), "_and_mask"):
+        return "the blocks of a BlockMask are chosen and can only be masked, by `&`; combine masks before `bind`"
+    if callable(other):
+        return "wrap a function of (q_idx, kv_idx) in FunctionMask(...); both sides must be masks"
+    return "both sides must be masks"
 
 
 def _flat(kind: type[_Combined], *masks: Mask) -> list[Mask]:

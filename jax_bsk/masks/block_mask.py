@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import jax
 import numpy as np
 
 from jax_bsk import _compat
-from jax_bsk.masks import _host, _lists, _traced
+from jax_bsk.masks import _combine, _host, _lists, _traced
 from jax_bsk.masks._node import short
 from jax_bsk.masks._transpose import transpose_host, transpose_traced
-from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, is_array, is_traced
+from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, described, is_array, is_traced, remedy_for
 from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask
 
 if TYPE_CHECKING:
@@ -293,6 +293,67 @@ class BlockMask:
         """Attended elements / all elements; at most `density`, up to the blocks at the ends."""
         elements = self.q_len * self.kv_len
         return _lists.attended_elements(self._concrete("element_density")) / (self.batch * self.heads * elements or 1)
+
+    # ---- combination --------------------------------------------------------------------------------------------
+
+    # Without this, `numpy_array & block_mask` would try it elementwise instead of asking `__rand__`.
+    __array_ufunc__ = None
+
+    def __and__(self, other: Mask | BlockMask) -> BlockMask:
+        """The same blocks, whose elements are attended where `other`, too, attends: exact, on the host and traced.
+
+        The lists keep their entries and their capacity, so gates of this mask are gates of the result. Blocks that
+        `other` leaves empty stay listed, with no element attended: where masks can be combined before they are bound,
+        fewer blocks are visited. Of two BlockMasks the left one's lists stay.
+
+        Args:
+          other: a lazy mask, or a BlockMask of the same lengths and block size.
+
+        Raises:
+          TypeError: where it is neither.
+          ValueError: where lengths, block sizes, batch or heads do not fit.
+        """
+        return self._and_mask(other)
+
+    def __rand__(self, other: object) -> BlockMask:
+        return self._and_mask(other)
+
+    def _and_mask(self, other: Any) -> BlockMask:
+        if isinstance(other, BlockMask):
+            sizes = [(x.q_len, x.kv_len, x.block_q, x.block_kv) for x in (self, other)]
+            if sizes[0] != sizes[1]:
+                raise ValueError(
+                    "BlockMask & BlockMask: both must have the same (q_len, kv_len, block_q, block_kv), got "
+                    f"{sizes[0]} and {sizes[1]}; bind both to the same lengths with the same block_size"
+                )
+            other = _combine.ListedMask(other.row_offsets, other.kv_blocks, other.tiles, other.bit_tiles)
+        elif not isinstance(other, Mask):
+            raise TypeError(f"cannot combine a BlockMask with {described(other)} by `&`: {remedy_for(other)}")
+        return BlockMask._of(_combine.combine(self, other), Grid(self.q_len, self.kv_len, self.block_q, self.block_kv))
+
+    def _refused(self, operator: str, other: object) -> NoReturn:
+        raise TypeError(
+            f"cannot combine a BlockMask with {described(other)} by `{operator}`: its blocks are chosen, and none can "
+            "be added; combine lazy masks before they are bound, e.g. (a | b).bind(q_len, kv_len)"
+        )
+
+    def __or__(self, other: object) -> NoReturn:
+        self._refused("|", other)
+
+    def __ror__(self, other: object) -> NoReturn:
+        self._refused("|", other)
+
+    def __invert__(self) -> NoReturn:
+        raise TypeError(
+            "a BlockMask cannot be inverted, as its blocks are chosen; invert the lazy mask before it is bound, "
+            "(~mask).bind(q_len, kv_len)"
+        )
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError(
+            f"a BlockMask has no truth value: {self!r}. Combine masks with `&`, not with `and`; to ask whether a mask "
+            "was given, write `mask is not None`"
+        )
 
     # ---- views --------------------------------------------------------------------------------------------------
 

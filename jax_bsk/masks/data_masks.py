@@ -133,6 +133,8 @@ class ArrayMask(Mask):
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
         if grid.xp is not np:
             some, every = self._reduce(grid)
+            if (i.shape, j.shape) != ((grid.nq, 1), (1, grid.nk)):  # not all blocks
+                some, every = some[i, j], every[i, j]
         else:
             rows, which = np.unique(i, return_inverse=True)
             some, every = (x[which.reshape(i.shape), j] for x in self._reduce_rows(grid, rows))
