@@ -19,6 +19,7 @@ from jax_bsk._ffi import AttentionAttributes
 from jax_bsk._reference import sparse_attention_xla
 from jax_bsk._shapes import of_rank
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
+from jax_bsk.masks._convert import check_kind
 
 
 def sparse_attention(
@@ -196,6 +197,7 @@ def _bind_mask(
             "blocks: (lazy & jax_bsk.masks.CausalMask()).bind(q_len, kv_len)"
         )
     if mask is not None and not isinstance(mask, Mask | BlockMask):
+        check_kind(mask)
         mask = ArrayMask(_mask_array(mask, sizes, unbatched))
     if not isinstance(mask, BlockMask):
         parts = [*extra] if mask is None else [mask, *extra]

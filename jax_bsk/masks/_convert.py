@@ -9,7 +9,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.masks.algebra import Mask, is_array, is_hashable
+from jax_bsk.masks.algebra import Mask, described, is_array, is_hashable, remedy_for
 from jax_bsk.masks.block_mask import BlockMask
 from jax_bsk.masks.data_masks import ArrayMask
 
@@ -18,6 +18,18 @@ _MAX_ENTRIES = 32
 _MAX_BYTES = 2**28
 _cache: OrderedDict[Any, BlockMask] = OrderedDict()
 _lock = threading.Lock()
+
+
+def check_kind(mask: Any) -> None:
+    """Refuses what is taken for a mask by mistake, before it is made an array.
+
+    Raises:
+      TypeError: mask is a class, a function or a string.
+    """
+    if isinstance(mask, type | str) or callable(mask):
+        raise TypeError(
+            f"mask is a Mask, a BlockMask or a boolean array (True attends), got {described(mask)}; {remedy_for(mask)}"
+        )
 
 
 def as_block_mask(
@@ -54,6 +66,7 @@ def as_block_mask(
         _check_dims(mask.batch, mask.heads, batch, heads, mask)
         return mask
     if not isinstance(mask, Mask):
+        check_kind(mask)
         if not is_array(mask):
             raise TypeError(f"mask must be a Mask, a BlockMask or a boolean array, given {type(mask).__name__}")
         mask = ArrayMask(_broadcast(mask, q_len, kv_len))

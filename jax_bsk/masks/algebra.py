@@ -287,25 +287,27 @@ def is_hashable(mask: Mask) -> bool:
 def _operand(other: object, operator: str) -> Mask:
     if isinstance(other, Mask):
         return other
-    raise TypeError(f"cannot combine a mask with {described(other)} by `{operator}`: {remedy_for(other)}")
+    raise TypeError(f"cannot combine a mask with {described(other)} by `{operator}`: {remedy_for(other, operator)}")
 
 
 def described(other: object) -> str:
     """What was given where a mask belongs, in a message."""
-    return f"the class {other.__name__}" if isinstance(other, type) else type(other).__name__
+    if isinstance(other, type):
+        return f"the class {other.__name__}"
+    return f"the string {other!r}" if isinstance(other, str) else type(other).__name__
 
 
-def remedy_for(other: object) -> str:
-    """What to write instead of something that is no mask."""
+def remedy_for(other: object, operator: str = "") -> str:
+    """What to write instead of something that is no mask; `operator` where it is an operand."""
     if is_array(other):
         return "wrap a boolean array in ArrayMask(...)"
     if isinstance(other, type) and issubclass(other, Mask):
-        return f"make an instance of it, {other.__name__}(...); both sides must be masks"
+        return f"make an instance of it, {other.__name__}(...)"
     if hasattr(type(other), "_and_mask"):
         return "the blocks of a BlockMask are chosen and can only be masked, by `&`; combine masks before `bind`"
     if callable(other):
-        return "wrap a function of (q_idx, kv_idx) in FunctionMask(...); both sides must be masks"
-    return "both sides must be masks"
+        return "wrap a function of (q_idx, kv_idx) in FunctionMask(...)"
+    return "both sides must be masks" if operator else "make a mask of jax_bsk.masks, e.g. CausalMask()"
 
 
 def _flat(kind: type[_Combined], *masks: Mask) -> list[Mask]:

@@ -11,6 +11,7 @@ import operator
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import _compat
@@ -102,7 +103,8 @@ class BlockMask:
         """
         if not isinstance(mask, Mask):
             remedy = "; for a boolean array use BlockMask.from_dense" if is_array(mask) else ""
-            raise TypeError(f"mask must be a jax_bsk.masks.Mask, given {type(mask).__name__}{remedy}")
+            remedy = remedy or f"; {remedy_for(mask)}"
+            raise TypeError(f"mask must be a jax_bsk.masks.Mask, given {described(mask)}{remedy}")
         grid = _grid(q_len, kv_len, block_size)
         limits = {"max_blocks": _limit(max_blocks, "max_blocks"), "max_tiles": _limit(max_tiles, "max_tiles")}
         mask = mask._sized(None, None)
@@ -328,7 +330,7 @@ class BlockMask:
                 )
             other = _combine.ListedMask(other.row_offsets, other.kv_blocks, other.tiles, other.bit_tiles)
         elif not isinstance(other, Mask):
-            raise TypeError(f"cannot combine a BlockMask with {described(other)} by `&`: {remedy_for(other)}")
+            raise TypeError(f"cannot combine a BlockMask with {described(other)} by `&`: {remedy_for(other, '&')}")
         return BlockMask._of(_combine.combine(self, other), Grid(self.q_len, self.kv_len, self.block_q, self.block_kv))
 
     def _refused(self, operator: str, other: object) -> NoReturn:
@@ -381,6 +383,46 @@ class BlockMask:
             columns = transpose_host(*lists, self.nk)
             object.__setattr__(self, "_transposed", dataclasses.replace(self, **columns._asdict()))
         return self.__dict__["_transposed"]
+
+    def padded(self, *, max_blocks: int | None = None, max_tiles: int | None = None) -> BlockMask:
+        """The same mask with more room, so that masks of different content have arrays of equal shapes.
+
+        A jitted function that takes a BlockMask as an argument is compiled once for each shape of its arrays. Padded
+        masks have few shapes: a new one compiles nothing until it needs twice the room. Rows that found no room in
+        this mask stay bad.
+
+        Args:
+          max_blocks: number of entries that each list has room for; by default the next power of two.
+          max_tiles: number of bit tiles; by default the next power of two, or 0 where there is none.
+
+        Raises:
+          TypeError: where a number is no int.
+          ValueError: where the mask has more.
+        """
+        capacity, n_tiles = self.kv_blocks.shape[-1], self.bit_tiles.shape[2]
+        sizes = []
+        for name, given, least in (("max_blocks", max_blocks, capacity), ("max_tiles", max_tiles, n_tiles)):
+            size = _limit(given, name)
+            if size is None:
+                size = 1 << (least - 1).bit_length() if least else 0
+            if size < least:
+                raise ValueError(f"{name} must be at least {least}, what the mask has, got {size}; give more room")
+            sizes.append(size)
+
+        def pad(x: Any, axis: int, size: int, fill: int) -> Any:
+            xp = np if isinstance(x, np.ndarray) else jnp
+            widths = [(0, size - n if k == axis else 0) for k, n in enumerate(x.shape)]
+            return xp.pad(x, widths, constant_values=fill)
+
+        def numbers(x: Any) -> Any:  # one of no tile must not become that of a new one
+            xp = np if isinstance(x, np.ndarray) else jnp
+            return xp.where(x >= n_tiles, np.int32(2**31 - 1), x)
+
+        lists = {"kv_blocks": self.kv_blocks, "tiles": numbers(self.tiles)}
+        if self.col_offsets is not None:
+            lists |= {"q_blocks": self.q_blocks, "col_tiles": numbers(self.col_tiles)}
+        changes = {name: pad(x, 2, sizes[0], -1) for name, x in lists.items()}
+        return dataclasses.replace(self, bit_tiles=pad(self.bit_tiles, 2, sizes[1], 0), **changes)
 
     def check(self) -> None:
         """Checks what kernels do not trust.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
+from jax_bsk import sparse_attention
 
 FIELDS = [field.name for field in dataclasses.fields(m.BlockMask)]
 
@@ -458,3 +459,54 @@ def test_a_batch_of_nothing_is_one():
     mask = m.BlockMask.from_dense(np.ones((0, 1, 64, 64), bool), block_size=32)
     assert mask.shape == (0, 1, 64, 64)
     assert mask.to_dense().shape == (0, 1, 64, 64)
+
+
+# ---- room -------------------------------------------------------------------------------------------------------
+
+
+def test_padded_masks_compile_once():
+    traces = []
+
+    @jax.jit
+    def attend(q, mask):
+        traces.append(mask)
+        return sparse_attention(q, q, q, mask=mask, implementation="xla")
+
+    q = jax.random.normal(jax.random.key(0), (1, 96, 1, 8))
+    position = np.arange(96)
+    for window in (2, 9, 20):
+        padded = m.LocalMask(window).bind(96, block_size=32).padded()
+        assert (padded.kv_blocks.shape[-1], padded.bit_tiles.shape[2]) == (8, 4)
+        near = np.abs(position[:, None] - position) <= window
+        np.testing.assert_array_equal(padded.to_dense()[0, 0], near)
+        expected = jax.nn.dot_product_attention(q, q, q, mask=near[None, None])
+        np.testing.assert_allclose(attend(q, padded), expected, atol=1e-5)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_padding(traced):
+    def pad(mask):
+        return mask.padded(max_blocks=100, max_tiles=7)
+
+    mask = m.LocalMask(9).bind(96, block_size=32).transpose()
+    tiles = mask.tiles.copy()
+    tiles[0, 0, -1] = mask.bit_tiles.shape[2]
+    for given in (mask, dataclasses.replace(mask, tiles=tiles)):
+        make = (
+            jax.jit(lambda x: x.padded(max_blocks=100, max_tiles=7))
+            if traced
+            else lambda x: x.padded(max_blocks=100, max_tiles=7)
+        )
+        padded = make(given)
+        assert padded.kv_blocks.shape == padded.tiles.shape == padded.q_blocks.shape == padded.col_tiles.shape
+        assert (padded.kv_blocks.shape[-1], padded.bit_tiles.shape[2]) == (100, 7)
+        if given is mask:
+            padded.check()
+            np.testing.assert_array_equal(padded.to_dense(), mask.to_dense())
+        else:
+            with pytest.raises(ValueError, match="refers to bit tile 2147483647 of 7"):
+                padded.check()
+    assert m.FullMask().bind(32, block_size=32).padded().bit_tiles.shape[2] == 0
+    with pytest.raises(ValueError, match=r"max_tiles must be at least \d, what the mask has, got 1"):
+        mask.padded(max_tiles=1)

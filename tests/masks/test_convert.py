@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
+from jax_bsk import sparse_attention
 from jax_bsk.masks import _convert
 
 CALL = {"batch": 2, "heads": 3}
@@ -101,3 +102,21 @@ def test_errors_of_a_mask_with_arrays_are_not_of_its_hash():
     with pytest.raises(TypeError, match="unsupported operand") as raised:
         m.as_block_mask(wrong, 40, 40, **CALL)
     assert raised.value.__context__ is None  # no "unhashable mask" that the traceback begins with
+
+
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (m.CausalMask, r"got the class CausalMask; make an instance of it, CausalMask\("),
+        (lambda q, k: q >= k, r"got function; wrap a function of \(q_idx, kv_idx\) in FunctionMask"),
+        ("causal", r"got the string 'causal'; make a mask of jax_bsk.masks, e.g. CausalMask\(\)"),
+    ],
+)
+def test_what_is_taken_for_a_mask(mask, message):
+    q = np.zeros((1, 4, 1, 8), np.float32)
+    with pytest.raises(TypeError, match=message):
+        sparse_attention(q, q, q, mask=mask)
+    with pytest.raises(TypeError, match=message):
+        m.as_block_mask(mask, 4, 4, batch=1, heads=1)
+    with pytest.raises(TypeError, match=message.partition("; ")[2]):
+        m.BlockMask.from_mask(mask, 4)
