@@ -17,7 +17,16 @@ from flax import linen as nn
 from flax import nnx
 
 import jax_bsk.flax
-from jax_bsk.masks import BlockMask, CausalMask, FullMask, GlobalMask, LocalMask, MultiHeadMask, SegmentMask
+from jax_bsk.masks import (
+    BlockMask,
+    CausalMask,
+    ChunkedMask,
+    FullMask,
+    GlobalMask,
+    LocalMask,
+    MultiHeadMask,
+    SegmentMask,
+)
 
 BATCH, LENGTH, FEATURES, HEADS = 2, 200, 32, 4
 MASK = CausalMask() & (LocalMask((40, 0)) | GlobalMask(3))
@@ -224,6 +233,17 @@ def test_decoding_refuses_a_mask_without_position():
         module(x[:, :1], x, is_causal=True)
     full = linen_attention(attention_fn=jax_bsk.flax.attention_fn(FullMask()), decode=True)
     assert full.apply(variables, x[:, :1], mutable=["cache"])[0].shape == (BATCH, 1, FEATURES)
+
+
+def test_a_window_with_a_position_decodes():
+    q, k, v = (jax.random.normal(key, (2, 64, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
+    whole = jax_bsk.flax.attention_fn(LocalMask((9, 0)) & ChunkedMask(20))(q, k, v)
+    position = jnp.array([50, 7])
+    mask = LocalMask((9, 0), offset=position) & ChunkedMask(20, offset=position)
+    one = jax_bsk.flax.attention_fn(mask)(q[jnp.arange(2), position][:, None], k, v)
+    close(one[:, 0], whole[jnp.arange(2), position])
+    with pytest.raises(ValueError, match=r"position as its offset, e.g. LocalMask\(window, offset=position\)"):
+        jax_bsk.flax.attention_fn(LocalMask((9, 0)) & FullMask())(q[:, :1], k, v)
 
 
 # ---- SparseSelfAttention --------------------------------------------------------------------------------------------

@@ -182,15 +182,26 @@ def _both(mask: Mask | BlockMask | None, call_mask: Mask | BlockMask | None) -> 
     return mask & call_mask
 
 
+def _lacks_position(mask: Mask) -> bool:
+    """Whether a mask reads the positions of queries and was given none as an offset."""
+    children = mask._children()
+    if children:
+        return any(map(_lacks_position, children))
+    offset = getattr(mask, "offset", 0)
+    given = not isinstance(offset, int) or offset != 0
+    return not (given or isinstance(mask, FullMask | ArrayMask | SegmentMask))
+
+
 def _refuse_unknown_position(mask: Mask | BlockMask | None, is_causal: bool, q_len: int, kv_len: int) -> None:
     """Refuses what would take the newest query of a decoding step for the first position of the sequence."""
-    positional = isinstance(mask, Mask) and not isinstance(mask, FullMask | ArrayMask | SegmentMask)
+    positional = isinstance(mask, Mask) and _lacks_position(mask)
     if q_len == 1 and kv_len > 1 and (positional or is_causal):
         raise ValueError(
             f"one query and {kv_len} keys, as in a step of decoding with a cache: the position of that query is not "
             f"known here, so {f'mask={mask!r}' if positional else 'is_causal'} would be read at position 0. The mask "
             "of Flax's cache is causal already: decode with attention_fn() and without is_causal, and give the row of "
-            "any other mask as the module's mask. Where position 0 is meant, pass a BlockMask: mask.bind(1, kv_len)"
+            "any other mask as the module's mask, or give the position as its offset, e.g. LocalMask(window, "
+            "offset=position). Where position 0 is meant, pass a BlockMask: mask.bind(1, kv_len)"
         )
 
 
