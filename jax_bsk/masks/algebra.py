@@ -109,8 +109,8 @@ class Mask(Node):
 
     # Whether attending depends on q - k alone.
     _shift_invariant: ClassVar[bool] = False
-    # Whether `_classify` answers for blocks of any size at once: not where it reads an array for each block.
-    _coarse_bounds: ClassVar[bool] = True
+    # Whether `_classify` also answers for blocks that are larger than those of the lists, from bounds of theirs.
+    _coarse_bounds: ClassVar[bool] = False
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
     _precedence: ClassVar[int] = 4
 

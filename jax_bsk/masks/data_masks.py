@@ -31,6 +31,7 @@ class SegmentMask(Mask):
     """
 
     _data_fields = ("q_ids", "kv_ids")
+    _coarse_bounds = True
     q_ids: jax.Array | np.ndarray
     kv_ids: jax.Array | np.ndarray | None
     contiguous: bool
@@ -114,7 +115,6 @@ class ArrayMask(Mask):
     """
 
     _data_fields = ("array",)
-    _coarse_bounds = False
     array: jax.Array | np.ndarray
 
     def __init__(self, array: Any) -> None:
@@ -185,7 +185,6 @@ class BlockArrayMask(Mask):
     """
 
     _data_fields = ("blocks",)
-    _coarse_bounds = False
     blocks: jax.Array | np.ndarray
     block_size: tuple[int, int]
 

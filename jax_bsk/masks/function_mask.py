@@ -123,6 +123,8 @@ class FunctionMask(_Function):
     those). Combined by `&` with masks of known bounds, only blocks they leave open are.
     """
 
+    _coarse_bounds = True
+
     sizes: tuple[int | None, int | None] | None
 
     def __init__(self, fn: Callable[..., Any], *, batch: int | None = None, heads: int | None = None) -> None:

@@ -53,6 +53,7 @@ def _delta_bounds(grid: Grid, i: Any, j: Any, offset: Any = 0) -> tuple[Any, Any
 class FullMask(Mask):
     """Every query attends to every key."""
 
+    _coarse_bounds = True
     _shift_invariant = True
 
     def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
@@ -65,6 +66,7 @@ class FullMask(Mask):
 class _OffsetMask(Mask):
     """A mask of the positions of queries, which are their indices plus an offset."""
 
+    _coarse_bounds = True
     _data_fields = ("offset",)
 
     offset: Any
@@ -321,6 +323,8 @@ class GlobalMask(Mask):
       tokens: positions (a sequence of ints, a set, or a host array), or an int n for the first n tokens.
     """
 
+    _coarse_bounds = True
+
     tokens: int | tuple[int, ...]
 
     def __init__(self, tokens: Any) -> None:
@@ -398,6 +402,7 @@ class DilatedMask(Mask):
       window: int w for (w, w) or a (left, right) pair of tokens, None for unbounded.
     """
 
+    _coarse_bounds = True
     _shift_invariant = True
 
     dilation: int
@@ -443,6 +448,8 @@ class BigBirdMask(Mask):
       random_blocks: random key blocks a query block.
       seed: of the draw; give each head another one with `MultiHeadMask`.
     """
+
+    _coarse_bounds = True
 
     block: int
     window: int
