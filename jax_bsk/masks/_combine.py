@@ -125,8 +125,8 @@ def _combine_host(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads: 
         for b, h in np.ndindex(batch, heads):
             one = BlockLists(**{name: x[b, h] for name, x in rows_of.items()})
             tiles[b, h] = _combine_one(one, mask._select(b, h), grid, store, pool)
-    shared = [np.array(rows_of[name]) for name in ("row_offsets", "kv_blocks")]
-    return BlockLists(*shared, tiles, store.stack(np.arange(len(store)))[None, None])
+    row_offsets, kv_blocks = (np.array(rows_of[name]) for name in ("row_offsets", "kv_blocks"))
+    return BlockLists(row_offsets, kv_blocks, tiles, store.stack(np.arange(len(store)))[None, None])
 
 
 def _combine_one(lists: BlockLists, mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor) -> np.ndarray:

@@ -73,6 +73,15 @@ def test_room_is_bounded_by_what_is_known():
     assert per_head.kv_blocks.shape == (1, 2, blocks)
 
 
+def test_heads_of_their_own_with_an_array_per_example_and_head():
+    array = np.random.default_rng(0).random((2, 2, 64, 64)) < 0.5
+
+    def bind(array):
+        return (m.MultiHeadMask([m.CausalMask(), m.LocalMask(3)]) & m.ArrayMask(array)).bind(64, block_size=32)
+
+    np.testing.assert_array_equal(jax.jit(bind)(array).to_dense(), bind(array).to_dense())
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_contiguous_segments_always_find_room(seed):
     """The bound on partial blocks, against many shapes of documents: none, tiny, huge, aligned, disjoint ids."""
