@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_bsk import _compat, _ffi
 from jax_bsk import _matmul_reference as reference
@@ -95,7 +96,7 @@ def _run_product(call: ProductCall, *args: Any) -> jax.Array:
         offsets, ids, places = by_columns
     else:
         offsets, ids = indptr, indices
-        places = jnp.broadcast_to(jnp.arange(data.shape[-3], dtype=jnp.int32), ids.shape)
+        places = jnp.broadcast_to(np.arange(data.shape[-3], dtype=np.int32), ids.shape)  # a constant
     lead = lead_of(args, ranks)
     sparse = together(lead, (data, offsets, ids, places), (3, 1, 1, 1))
     (out,) = native_product(call, (*sparse, *together(lead, (dense,), (2,))))

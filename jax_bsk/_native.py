@@ -1,6 +1,6 @@
 """What the primitives of all native calls share: abstract values, and one lowering a platform.
 
-Between the operations (`_attention_op`, `_matmul_op`) and `_ffi`, which names the custom calls.
+Between the operations (`_attention_op`, `_matmul_native`) and `_ffi`, which names the custom calls.
 """
 
 from __future__ import annotations

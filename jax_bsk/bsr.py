@@ -78,7 +78,7 @@ class BSR:
                 f"data must be [entries, bm, bk] and indices [entries], got {data.shape} and {indices.shape}; give "
                 "each entry one block"
             )
-        shape, block_size = (shape[0], shape[1]), (data.shape[1], data.shape[2])
+        shape, block_size = (int(shape[0]), int(shape[1])), (data.shape[1], data.shape[2])
         rows, columns = _grid(shape, block_size)
         if indptr.shape != (rows + 1,):
             raise ValueError(
@@ -140,7 +140,8 @@ class BSR:
 
     def __repr__(self) -> str:
         facts = [f"shape={self.shape}, block_size={self.block_size}"]
-        facts += [f"entries={self.entries}"] if hasattr(self.indices, "shape") else [f"indices={self.indices!r}"]
+        listed = getattr(self.indices, "shape", None)
+        facts += [f"entries={listed[-1]}"] if listed else [f"indices={self.indices!r}"]
         if not (hasattr(self.data, "shape") and hasattr(self.data, "dtype")):  # of a tree of other things
             facts.append(f"data={self.data!r}")
         elif len(self.data.shape) == 3:
@@ -548,5 +549,5 @@ def pair_of(block_size: int | tuple[int, int]) -> tuple[int, int]:
     pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
     bm, bk = (operator.index(size) for size in pair)
     if min(bm, bk) < 1:
-        raise ValueError(f"block_size is positive, got {block_size}")
+        raise ValueError(f"block_size must be positive, got {block_size}; give rows and columns of a block")
     return bm, bk

@@ -71,7 +71,7 @@ def test_stacks_and_norms(kind):
     np.testing.assert_allclose(both[1], matrix.to_dense() @ x, atol=1e-4)
     with pytest.raises(ValueError, match=r"a must have .*use jax.vmap for a stack"):
         sparse_matmul(stack, x)
-    norm = jax.tree.map(jnp.linalg.norm, make())
+    norm = jax.tree.map(jnp.linalg.norm, matrix)
     np.testing.assert_allclose(norm.data, jnp.linalg.norm(matrix.to_dense()), rtol=1e-5)
     assert "data=float32[]" in repr(norm)
 

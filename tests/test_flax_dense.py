@@ -424,7 +424,7 @@ def test_the_schedule_of_gradual_pruning():
             ValueError,
             r"of a matrix \(99, 70\)",
         ),
-        ({"density": 0.5, "block_size": 0}, ValueError, "block_size is positive"),
+        ({"density": 0.5, "block_size": 0}, ValueError, "block_size must be positive"),
     ],
 )
 def test_mistakes_in_the_pattern_are_named(framework, options, error, says):

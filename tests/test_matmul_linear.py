@@ -97,7 +97,10 @@ def test_derivatives_of_a_sampled_product(implementation):
     close(jax.jit(lambda *args: all_of_them(ours, *args))(left, right), all_of_them(dense, left, right))
 
 
-@pytest.mark.parametrize("lists", ["static", "leaves", "without columns"])
+@pytest.mark.parametrize(
+    ("lists", "implementation"),
+    [("static", "cpu"), ("leaves", "cpu"), ("without columns", "cpu"), ("without columns", "xla")],
+)
 def test_vmap_of_every_mode(lists, implementation):
     data = jnp.stack([MATRIX.data, 2 * MATRIX.data])
     x = draw(1, 2, 40, 3)
