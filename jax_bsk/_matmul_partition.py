@@ -1,7 +1,7 @@
 """How the block-sparse products split over a device mesh.
 
-Sits between `_matmul_native` (which defines the calls) and the mesh. Leading (vmap) dims and the dense factor's free one
-split without a collective; so do the rows of the result, in whole blocks, each device walking its own lists; the
+Sits between `_matmul_native` (which defines the calls) and the mesh. Leading (vmap) dims and the dense factor's free
+one split without a collective; so do the rows of the result, in whole blocks, each device walking its own lists; the
 contracted length splits with one sum over its devices. The blocks themselves are on every device.
 """
 
