@@ -17,9 +17,6 @@ import jax_bsk
 from jax_bsk import BSR, sparse_attention
 from jax_bsk.masks import SegmentMask
 
-# Remove with the masks as pytrees: until then JAX cannot map over a module that holds a SegmentMask.
-needs_masks = pytest.mark.xfail(strict=True, reason="the structure of a SegmentMask depends on its leaves")
-
 PAGE = Path(jax_bsk.__file__).parents[1] / "docs" / "matmul.md"
 
 
@@ -65,7 +62,6 @@ def train(model, state, x, steps):
     return model, state, value
 
 
-@needs_masks
 def test_an_equinox_module_is_trained_saved_and_restored(tmp_path):
     model, x = make(), jax.random.normal(jax.random.key(1), (1, 64, 32))
     state = OPTIMIZER.init(eqx.filter(model, eqx.is_inexact_array))
@@ -88,7 +84,6 @@ def test_an_equinox_module_is_trained_saved_and_restored(tmp_path):
     assert value == again
 
 
-@needs_masks
 def test_equinox_takes_a_module_apart_and_maps_over_it():
     model, x = make(), jax.random.normal(jax.random.key(1), (2, 1, 64, 32))
     arrays, rest = eqx.partition(model, eqx.is_inexact_array)
