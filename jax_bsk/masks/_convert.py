@@ -28,7 +28,7 @@ def check_kind(mask: Any) -> None:
     """
     if isinstance(mask, type | str) or callable(mask):
         raise TypeError(
-            f"mask is a Mask, a BlockMask or a boolean array (True attends), got {described(mask)}; {remedy_for(mask)}"
+            f"mask must be a Mask, a BlockMask or a boolean array (True attends), got {described(mask)}; {remedy_for(mask)}"
         )
 
 
@@ -68,7 +68,10 @@ def as_block_mask(
     if not isinstance(mask, Mask):
         check_kind(mask)
         if not is_array(mask):
-            raise TypeError(f"mask must be a Mask, a BlockMask or a boolean array, given {type(mask).__name__}")
+            raise TypeError(
+                "mask must be a Mask, a BlockMask or a boolean array (True attends), got "
+                f"{described(mask)}; {remedy_for(mask)}"
+            )
         mask = ArrayMask(_broadcast(mask, q_len, kv_len))
     sized = mask._sized(batch, heads)
     _check_dims(sized.batch, sized.heads, batch, heads, mask)
