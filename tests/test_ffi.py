@@ -192,7 +192,7 @@ LAYERS = [
     ["jax_bsk._matmul_reference", "jax_bsk.pruning"],
     ["jax_bsk.bsr", "jax_bsk._matmul_native", "jax_bsk._sparsek_causal"],
     ["jax_bsk._dispatch", "jax_bsk._attention_op", "jax_bsk._matmul_partition", "jax_bsk._reference"],
-    ["jax_bsk._bsr_lists"],
+    ["jax_bsk._bsr_lists", "jax_bsk._schedule"],
     ["jax_bsk._partition", "jax_bsk.masks"],
     ["jax_bsk._lists_op"],
     ["jax_bsk._tables_op"],
