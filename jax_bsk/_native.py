@@ -5,7 +5,6 @@ Between the operations (`_attention_op`, `_matmul_native`) and `_ffi`, which nam
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -38,7 +37,8 @@ def primitive(name: str, shapes: Callable[..., Any], lower: Callable[..., Any]) 
     new = _compat.Primitive(name)
     new.multiple_results = True
     new.def_abstract_eval(shapes)
-    new.def_impl(lambda *args, call: jax.jit(functools.partial(new.bind, call=call))(*args))
+    # One function for all calls: jit finds what it has compiled by the identity of its function.
+    new.def_impl(jax.jit(lambda *args, call: new.bind(*args, call=call), static_argnames="call"))
     for platform in PLATFORMS:
 
         def rule(ctx, *operands, call, platform=platform):

@@ -335,3 +335,23 @@ def test_windows_wider_than_the_sequence(implementation, inputs):
         sparse_attention(*inputs, mask=LocalMask((None, 0)), implementation=implementation),
         sparse_attention(*inputs, is_causal=True, implementation=implementation),
     )
+
+
+WEIGHT = jax_bsk.BSR.from_dense(np.ones((64, 64), np.float32), block_size=32)
+EAGER = {
+    "attention": lambda q: sparse_attention(q, q, q, is_causal=True),
+    "gradient": jax.grad(lambda q: sparse_attention(q, q, q, is_causal=True).sum()),
+    "product": lambda q: jax_bsk.sparse_matmul(WEIGHT, q[0, :, 0]),
+}
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_repeated_eager_calls_compile_nothing(name, caplog):
+    q = jnp.ones((1, 64, 2, 32))
+    EAGER[name](q)
+    with jax.log_compiles(), caplog.at_level("WARNING"):
+        jax.jit(lambda x: x + 1)(q)
+        assert "Compiling" in caplog.text, "the log says what is compiled"
+        caplog.clear()
+        EAGER[name](q)
+    assert "Compiling" not in caplog.text

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 
 import jax
@@ -18,7 +19,7 @@ from jax.test_util import check_grads
 
 from jax_bsk import _schedule
 from jax_bsk._reference import sparse_attention_xla
-from jax_bsk.masks import BlockMask
+from jax_bsk.masks import BlockMask, CausalMask
 from jax_bsk.testing.cases import Case, list_blocks, make_inputs
 from jax_bsk.testing.oracle import attention_oracle
 from jax_bsk.testing.tolerance import dense_attention
@@ -230,6 +231,16 @@ def test_steps_follow_the_entries(density):
     lengths = [eqn.params["length"] for eqn in attention.eqns if eqn.primitive.name == "scan"]
     steps = -(-int(mask.row_offsets.max()) // 16)  # 16 rows of blocks: as many entries a step
     assert lengths == [steps, steps], "one walk for the maxima, one for the sums"
+
+
+@pytest.mark.parametrize(("backward", "kernels"), [(False, 25), (True, 50)])
+def test_few_entries_compile_to_few_kernels(backward, kernels):
+    """Half of what a loop over entries takes, which took a second to compile; known lists leave no search or sort."""
+    x = jax.ShapeDtypeStruct((1, 256, 4, 32), jnp.float32)
+    mask = BlockMask.from_mask(CausalMask(), 256)
+    lowered = jax.jit(gradient_of(mask)[backward]).lower(x, x, x)
+    assert not re.search(r"stablehlo\.(while|sort)", lowered.as_text())
+    assert len(re.findall(r" fusion\(", lowered.compile().as_text())) <= kernels
 
 
 def test_padding_of_traced_lists_is_skipped():
