@@ -14,6 +14,9 @@ Facts BuildInfo() {
   Facts all = attention::BuildInfo();
   all.merge(lists::BuildInfo());
   all.merge(matmul::BuildInfo());
+  for (const Facts& limits : {attention::CudaLimits(), matmul::CudaLimits()}) {
+    for (const auto& [name, fact] : limits) all["cuda_" + name] = fact;
+  }
   return all;
 }
 

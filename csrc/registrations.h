@@ -30,6 +30,7 @@ using Facts = std::map<std::string, Fact>;
 namespace attention {
 Handlers Registrations();
 Facts BuildInfo();
+Facts CudaLimits();  // what the CUDA kernels can take, in every library
 }  // namespace attention
 
 namespace lists {
@@ -40,10 +41,11 @@ Facts BuildInfo();  // names begin with "lists_"
 namespace matmul {
 Handlers Registrations();
 Facts BuildInfo();  // names begin with "matmul_"
+Facts CudaLimits();
 }  // namespace matmul
 
 // Of all operations.
 Handlers Registrations();
-Facts BuildInfo();
+Facts BuildInfo();  // those whose names begin with "cuda_" are the CUDA kernels' limits
 
 }  // namespace jax_bsk

@@ -19,6 +19,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 
-from jax_bsk import _compat, _ffi, _partition
+from jax_bsk import _compat, _dispatch, _ffi, _partition
 from jax_bsk._errors import UnsupportedError
 from jax_bsk._native import like, primitive
 from jax_bsk.masks import BlockMask
@@ -78,8 +79,26 @@ def _backward_shapes(dout, query, key, value, *stats_lists_and_gates, call: Nati
     return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in shaped)
 
 
-_forward_p = primitive("jax_bsk_attention_forward", _forward_shapes, _ffi.attention_forward)
-_backward_p = primitive("jax_bsk_attention_backward", _backward_shapes, _ffi.attention_backward)
+def _problems(first: int):
+    """Why a platform's kernels cannot take a call whose query, key and value are operands number `first` on."""
+
+    def problems(platform: str, avals: Sequence[Any], attributes: _ffi.AttentionAttributes) -> list[str]:
+        query, _, value = avals[first : first + 3]
+        facts = _dispatch.AttentionFacts(
+            dtype=query.dtype.name,
+            head_dim=query.shape[-1],
+            value_dim=value.shape[-1],
+            block_q=attributes.block_q,
+            block_kv=attributes.block_kv,
+            bias=False,
+        )
+        return facts.problems(platform, _ffi.limits(platform))
+
+    return problems
+
+
+_forward_p = primitive("jax_bsk_attention_forward", _forward_shapes, _ffi.attention_forward, _problems(0))
+_backward_p = primitive("jax_bsk_attention_backward", _backward_shapes, _ffi.attention_backward, _problems(1))
 
 
 # --- custom_partitioning

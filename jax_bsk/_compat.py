@@ -26,6 +26,7 @@ __all__ = [
     "default_device",
     "default_platform",
     "lower_without_mesh",
+    "lowering_platforms",
     "match_varying",
     "mlir",
     "needs_devices",
@@ -86,6 +87,11 @@ def match_varying(*arrays: Any) -> tuple[Any, ...]:
         jax.lax.pcast(x, tuple(sorted(missing)), to="varying") if (missing := everywhere - varying_axes(x)) else x
         for x in arrays
     )
+
+
+def lowering_platforms(ctx: Any) -> tuple[str, ...]:
+    """Platforms that a lowering rule of no platform of its own is asked for."""
+    return tuple(ctx.platforms or ctx.module_context.platforms)
 
 
 def call_without_mesh(function: Callable[..., tuple[jax.Array, ...]], *args: jax.Array) -> tuple[jax.Array, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class UnsupportedError(NotImplementedError):
     """The named implementation cannot take this call; the message gives one sentence a reason, with the remedy."""
 
-    def __init__(self, implementation: str, reasons: Sequence[str]):
+    def __init__(self, implementation: str | None, reasons: Sequence[str]):
         self.implementation = implementation
         self.reasons = tuple(reasons)
         super().__init__(f"implementation={implementation!r} cannot take this call: " + " ".join(reasons))

@@ -66,6 +66,16 @@ def library(platform: str) -> Library:
     return Library(platform, info, problem)
 
 
+def limits(platform: str) -> Mapping[str, Any]:
+    """What a platform's kernels can take, also where its library was not built; empty where no library says."""
+    own = library(platform)
+    if own.usable:
+        return own.info
+    every, prefix = library("cpu"), f"{platform}_"
+    facts = every.info if every.usable else {}
+    return {name.removeprefix(prefix): fact for name, fact in facts.items() if name.startswith(prefix)}
+
+
 def register() -> None:
     """Registers every usable library, so that executables loaded from a cache find their targets."""
     for platform in _PLATFORM_NAMES:

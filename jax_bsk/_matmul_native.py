@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 
-from jax_bsk import _compat, _ffi, _matmul_partition
+from jax_bsk import _compat, _dispatch, _ffi, _matmul_partition
 from jax_bsk._bilinear import lead_of
 from jax_bsk._matmul_partition import PRODUCT, SAMPLED, CallDims
 from jax_bsk._native import like, primitive
@@ -144,8 +144,24 @@ def _pad_sampled(avals, attributes: _ffi.SampledAttributes):
     return padded
 
 
-_product_p = primitive("jax_bsk_matmul_product", _product_shapes, _aligned(_ffi.matmul_product, _pad_product))
-_sampled_p = primitive("jax_bsk_matmul_sampled", _sampled_shapes, _aligned(_ffi.matmul_sampled, _pad_sampled))
+def _product_problems(platform: str, avals: Sequence[Any], attributes: _ffi.ProductAttributes) -> list[str]:
+    del attributes
+    *_, bm, bk = avals[0].shape
+    facts = _dispatch.MatmulFacts("sparse_matmul", avals[0].dtype.name, (bm, bk))
+    return facts.problems(platform, _ffi.limits(platform))
+
+
+def _sampled_problems(platform: str, avals: Sequence[Any], attributes: _ffi.SampledAttributes) -> list[str]:
+    facts = _dispatch.MatmulFacts("sampled_matmul", avals[0].dtype.name, attributes.block_size)
+    return facts.problems(platform, _ffi.limits(platform))
+
+
+_product_p = primitive(
+    "jax_bsk_matmul_product", _product_shapes, _aligned(_ffi.matmul_product, _pad_product), _product_problems
+)
+_sampled_p = primitive(
+    "jax_bsk_matmul_sampled", _sampled_shapes, _aligned(_ffi.matmul_sampled, _pad_sampled), _sampled_problems
+)
 
 
 # --- custom_partitioning

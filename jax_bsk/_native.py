@@ -5,10 +5,10 @@ Between the operations (`_attention_op`, `_matmul_native`) and `_ffi`, which nam
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import PartitionSpec
 
@@ -25,7 +25,7 @@ def like(source: Any, shape: Sequence[int], dtype: Any, dims: Sequence[int]) -> 
     return source.update(shape=tuple(shape), dtype=np.dtype(dtype), weak_type=False, sharding=sharding)
 
 
-def primitive(name: str, shapes: Callable[..., Any], lower: Callable[..., Any]) -> Any:
+def primitive(name: str, shapes: Callable[..., Any], lower: Callable[..., Any], problems: Callable[..., Any]) -> Any:
     """A primitive whose static parameter is `call`.
 
     Args:
@@ -33,18 +33,34 @@ def primitive(name: str, shapes: Callable[..., Any], lower: Callable[..., Any]) 
       shapes: Its shape rule, `shapes(*operands, call=call)`.
       lower: Its lowering, `lower(ctx, operands, call.attributes, platform)`; where `call.platform` is given, for no
         other platform.
+      problems: Sentences on why a platform's kernels cannot take the call, `problems(platform, ctx.avals_in,
+        call.attributes)`. What was traced for one platform may be compiled for another, as `jax.export` does.
     """
     new = _compat.Primitive(name)
     new.multiple_results = True
     new.def_abstract_eval(shapes)
-    # One function for all calls: jit finds what it has compiled by the identity of its function.
-    new.def_impl(jax.jit(lambda *args, call: new.bind(*args, call=call), static_argnames="call"))
+    # Not a `jax.jit` of one's own: under `jax.disable_jit` it would come back here, without end.
+    new.def_impl(functools.partial(_compat.apply_primitive, new))
     for platform in PLATFORMS:
 
         def rule(ctx, *operands, call, platform=platform):
             if call.platform not in (None, platform):
-                raise UnsupportedError(call.platform, [f"The computation is being compiled for {platform}."])
+                raise _compiled_for(platform, call.platform)
+            if reasons := problems(platform, ctx.avals_in, call.attributes):
+                raise _compiled_for(platform, platform, reasons)
             return lower(ctx, operands, call.attributes, platform)
 
         _compat.mlir.register_lowering(new, rule, platform=platform)
+
+    def no_rule(ctx, *operands, call):
+        del operands
+        platforms = " and ".join(_compat.lowering_platforms(ctx)) or "another platform"
+        raise _compiled_for(platforms, call.platform, [f"jax_bsk has no native kernel for {platforms}."])
+
+    _compat.mlir.register_lowering(new, no_rule)
     return new
+
+
+def _compiled_for(platform: str, implementation: str | None, reasons: Sequence[str] = ()) -> UnsupportedError:
+    remedy = "Pass implementation='xla', which every platform compiles."
+    return UnsupportedError(implementation, [f"The computation is being compiled for {platform}.", *reasons, remedy])

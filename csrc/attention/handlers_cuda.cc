@@ -59,13 +59,9 @@ XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(Bind()).
 Handlers Registrations() { return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}}; }
 
 Facts BuildInfo() {
-  using cuda::Limits;
-  return {{"dtypes", std::vector<std::string>{"float16", "bfloat16", "float32"}},
-          {"architectures", std::string(JAX_BSK_CUDA_ARCHITECTURES)},
-          {"min_compute_capability", int64_t{Limits::kMinComputeCapability}},
-          {"head_dim_multiple", int64_t{Limits::kHeadDimMultiple}},
-          {"max_head_dim", int64_t{Limits::kMaxHeadDim}},
-          {"blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
+  Facts facts = CudaLimits();
+  facts["architectures"] = std::string(JAX_BSK_CUDA_ARCHITECTURES);
+  return facts;
 }
 
 }  // namespace jax_bsk::attention

@@ -6,18 +6,10 @@
 #include <cstdint>
 #include <string>
 
+#include "attention/cuda_limits.h"
 #include "attention/params.h"
 
 namespace jax_bsk::attention::cuda {
-
-// What the kernels of this build can take, for build_info(); the refusals below say the same of one problem.
-struct Limits {
-  static constexpr int kMinComputeCapability = 80;  // major * 10 + minor
-  static constexpr DType kDTypes[] = {DType::kF16, DType::kBF16, DType::kF32};
-  static constexpr int kHeadDimMultiple = 8;  // of head_dim and value_dim: rows are copied 16 bytes at a time
-  static constexpr int kMaxHeadDim = 256;     // of head_dim and value_dim
-  static constexpr int kBlocks[] = {64, 128};
-};
 
 // Which forward kernel. The choice is a matter of speed alone: each takes every problem that is not refused, kRows128
 // only blocks of 128 queries, the Hopper kernels only 16-bit types on compute capability 9.0. Checks name them. With

@@ -54,12 +54,6 @@ XLA_FFI_DEFINE_HANDLER(kSampled, SampledHandler, BindSampledOperands(Bind()).Ret
 
 Handlers Registrations() { return {{kMatmulProduct, kProduct}, {kMatmulSampled, kSampled}}; }
 
-Facts BuildInfo() {
-  using cuda::Limits;
-  return {{"matmul_dtypes", std::vector<std::string>{"float16", "bfloat16"}},
-          {"matmul_compute_capability", int64_t{Limits::kComputeCapability}},
-          {"matmul_multiple", int64_t{Limits::kMultiple}},
-          {"matmul_blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
-}
+Facts BuildInfo() { return CudaLimits(); }
 
 }  // namespace jax_bsk::matmul

@@ -6,16 +6,10 @@
 #include <cstdint>
 #include <string>
 
+#include "matmul/cuda_limits.h"
 #include "matmul/params.h"
 
 namespace jax_bsk::matmul::cuda {
-
-// What the kernels of this build can take, for build_info(); the refusals below say the same of one problem.
-struct Limits {
-  static constexpr int kComputeCapability = 90;  // major * 10 + minor: Hopper alone
-  static constexpr int kBlocks[] = {64, 128};
-  static constexpr int kMultiple = 8;  // of the innermost dimension of every array: rows are copied 16 bytes at a time
-};
 
 // Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
 std::string ProductRefusal(const ProductParams& params, int device);

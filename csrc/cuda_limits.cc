@@ -1,0 +1,28 @@
+// The limits of the CUDA kernels as facts for Python, compiled into every library.
+#include "attention/cuda_limits.h"
+
+#include <iterator>
+
+#include "matmul/cuda_limits.h"
+#include "registrations.h"
+
+namespace jax_bsk {
+
+Facts attention::CudaLimits() {
+  using cuda::Limits;
+  return {{"dtypes", std::vector<std::string>{"float16", "bfloat16", "float32"}},
+          {"min_compute_capability", int64_t{Limits::kMinComputeCapability}},
+          {"head_dim_multiple", int64_t{Limits::kHeadDimMultiple}},
+          {"max_head_dim", int64_t{Limits::kMaxHeadDim}},
+          {"blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
+}
+
+Facts matmul::CudaLimits() {
+  using cuda::Limits;
+  return {{"matmul_dtypes", std::vector<std::string>{"float16", "bfloat16"}},
+          {"matmul_compute_capability", int64_t{Limits::kComputeCapability}},
+          {"matmul_multiple", int64_t{Limits::kMultiple}},
+          {"matmul_blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
+}
+
+}  // namespace jax_bsk
