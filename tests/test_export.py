@@ -87,5 +87,5 @@ def test_platforms_without_kernels_name_xla(make, platform):
 
 
 def test_a_named_implementation_is_compiled_for_its_platform_alone():
-    with pytest.raises(jax_bsk.UnsupportedError, match="'cpu' .* compiled for cuda.*implementation='xla'"):
+    with pytest.raises(jax_bsk.UnsupportedError, match=r"'cpu' .* compiled for cuda.*implementation='xla'"):
         export(*attention(implementation="cpu"), platform="cuda")
