@@ -102,7 +102,7 @@ def sparse_attention(
     batch, q_len, heads, head_dim = query.shape
     kv_len = key.shape[1]
 
-    block_mask = _bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
+    block_mask = bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
     scale = _numbers.logits_scale(scale, head_dim)
     soft_cap = _numbers.soft_cap(logits_soft_cap, scale)
     bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
@@ -177,13 +177,14 @@ def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
         )
 
 
-def _bind_mask(
+def bind_mask(
     mask: Mask | BlockMask | ArrayLike | None,
     is_causal: bool,
     local_window_size: int | tuple[int | None, int | None] | None,
     sizes: tuple[int, int, int, int],
     unbatched: bool,
 ) -> BlockMask:
+    """The block lists of a call with (B, N, T, S) sizes, from its arguments of these names."""
     batch, heads, q_len, kv_len = sizes
     extra: list[Mask] = []
     if is_causal:

@@ -186,7 +186,7 @@ LAYERS = [
     ["jax_bsk.validation"],
     ["jax_bsk.benchmarking", "jax_bsk.flax", "jax_bsk.testing"],
     ["jax_bsk"],
-    ["jax_bsk.nsa", "jax_bsk._sparsek_attention"],
+    ["jax_bsk.flops", "jax_bsk.nsa", "jax_bsk._sparsek_attention"],
     ["jax_bsk.attention", "jax_bsk.matmul", "jax_bsk.selection"],
     ["jax_bsk._matmul_op"],
     ["jax_bsk._matmul_reference", "jax_bsk.pruning"],

@@ -321,7 +321,8 @@ class TestExport:
 
     def test_cuda_lowering_without_a_gpu(self):
         inputs, mask = self.arguments()
-        loss = loss_of(lambda *a: sparse_attention(*a, mask=bind(mask)))
+        lists = BlockMask.from_dense(mask, block_size=64)  # a size that CUDA takes
+        loss = loss_of(lambda *a: sparse_attention(*a, mask=lists))
         f = jax.jit(jax.value_and_grad(loss, (0, 1, 2)))
         exported = jax.export.export(f, platforms=["cuda"], disabled_checks=jax_bsk.export_checks())(*inputs)
         module = exported.mlir_module()

@@ -135,8 +135,8 @@ class Case:
     @property
     def useful_flops(self) -> float:
         """Operations that the attended elements need: two products of 2 D each in the forward, five in the backward."""
-        forward = 4 * self.batch * self.heads * self.length**2 * self.head_dim * self.density
-        return forward * self.measured.flops_per_forward
+        pairs = self.batch * self.heads * self.length**2 * self.density
+        return self.measured.flops_of(pairs, self.head_dim)
 
 
 # The goals of the Hopper forward, and the peer's time of 5.9 ms that the documents are held against (10 times faster).

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from jax_bsk import flops
+
 Attention = Callable[..., jax.Array]  # (query, key, value, operand) -> out, all [B, S, H, D]
 GRADIENTS = ("dquery", "dkey", "dvalue")
 
@@ -20,10 +22,10 @@ class Pass(enum.Enum):
     BACKWARD = "backward"  # the gradients alone, given what the forward kept for them
     TRAINING = "training"  # both
 
-    @property
-    def flops_per_forward(self) -> float:
-        """Useful operations, in those of a forward: two matrix products there, five in the backward."""
-        return {Pass.FORWARD: 1.0, Pass.BACKWARD: 2.5, Pass.TRAINING: 3.5}[self]
+    def flops_of(self, pairs: float, head_dim: int) -> float:
+        """Useful operations for a number of attended pairs of a query and a key."""
+        forward, backward = flops.of_pairs(pairs, head_dim, head_dim)
+        return {Pass.FORWARD: forward, Pass.BACKWARD: backward, Pass.TRAINING: forward + backward}[self]
 
     @property
     def results(self) -> tuple[str, ...]:

@@ -60,7 +60,7 @@ def method(measured: Pass) -> str:
         tolerance=_TOLERANCE if measured is Pass.FORWARD else _GRADIENT_TOLERANCE,
         fed=_FED[measured],
         passes=_PASSES[measured],
-        flops=f"{4 * measured.flops_per_forward:g}",
+        flops=f"{measured.flops_of(1, 1):g}",
     )
 
 

@@ -7,6 +7,8 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
+from jax_bsk.flops import of_product
+
 # Calls so short that their dispatch counts are chained in one program, each fed by the one before.
 CHAINED_CALLS, LARGEST_CHAINED = 10, 4096
 
@@ -64,7 +66,7 @@ class Config:
     @property
     def useful_flops(self) -> float:
         """Multiplications and additions with stored numbers, the same in every operation."""
-        return 2.0 * self.size**3 * self.density
+        return of_product(self.size**2 * self.density, self.size)
 
 
 @dataclasses.dataclass(frozen=True)
