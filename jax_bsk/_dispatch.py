@@ -7,6 +7,7 @@ the automatic choice collects the sentences and says them once, a named implemen
 from __future__ import annotations
 
 import dataclasses
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any, Literal, Protocol
@@ -155,9 +156,17 @@ def _automatic(facts: Facts) -> Implementation:
             + " ".join(reasons)
             + " (Pass implementation='xla' to choose it on purpose.)",
             FallbackWarning,
-            stacklevel=4,
+            stacklevel=_level_of_caller(),
         )
     return "xla"
+
+
+def _level_of_caller() -> int:
+    """`stacklevel` of the first frame outside of this package, counted from the function that asks."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] == "jax_bsk":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def unavailable(implementation: str) -> list[str]:

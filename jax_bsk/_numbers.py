@@ -27,8 +27,12 @@ def number(x: Any, name: str) -> float:
     Raises:
       TypeError: it is traced, or no number.
     """
-    if isinstance(x, Tracer) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
-        raise TypeError(f"{name} is a Python number known when tracing, got {x}; multiply the query by a traced factor")
+    if isinstance(x, Tracer):
+        raise TypeError(
+            f"{name} is a number known when tracing, got {x}; pass a Python number, e.g. by jax.jit's static_argnames"
+        )
+    if isinstance(x, bool) or not isinstance(x, numbers.Real | np.ndarray | jax.Array):
+        raise TypeError(f"{name} is a number, got {x!r}; pass a Python number")
     shape = getattr(x, "shape", ())
     if shape != ():
         raise TypeError(f"{name} is one number, got an array of shape {shape}; multiply the query by an array")

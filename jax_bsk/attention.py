@@ -12,9 +12,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_bsk import _attention_op, _dispatch, _numbers
+from jax_bsk import _arguments, _attention_op, _dispatch, _numbers
 from jax_bsk._ffi import AttentionAttributes
 from jax_bsk._reference import sparse_attention_xla
 from jax_bsk._shapes import of_rank
@@ -22,6 +23,9 @@ from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask,
 from jax_bsk.masks._convert import check_kind
 
 
+@_arguments.refuses_flax(
+    "sparse_attention takes no arguments of Flax's modules; give them attention_fn=jax_bsk.flax.attention_fn(mask)"
+)
 def sparse_attention(
     query: ArrayLike,
     key: ArrayLike,
@@ -29,7 +33,7 @@ def sparse_attention(
     bias: ArrayLike | None = None,
     mask: Mask | BlockMask | ArrayLike | None = None,
     *,
-    scale: float | None = None,
+    scale: float | ArrayLike | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
     key_value_seq_lengths: ArrayLike | None = None,
@@ -64,14 +68,17 @@ def sparse_attention(
       query: BTNH or TNH; float32, bfloat16, float16 or float64.
       key: BSKH or SKH, of query's type.
       value: BSKH or SKH, of query's type; its head size may differ from key's.
-      bias: Added to the logits, broadcastable to BNTS (NTS), of which the first dimensions may be missing; "xla" only.
+      bias: Numbers (integers, too) added to the logits, broadcastable to BNTS, of which the first dimensions may be
+        missing; "xla" only.
       mask: What may attend to what (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a boolean array
-        broadcastable to BNTS (NTS), of which the first may be missing. None attends to everything. May be traced.
-      scale: Factor of the logits, a Python number in [-2e38, 2e38]; 1 / sqrt(H) by default. It is used in float32, for
-        float64 inputs too.
+        broadcastable to BNTS, of which the first dimensions may be missing; keys that are valid in each example,
+        [B, S], are mask[:, None, None, :]. None attends to everything. May be traced.
+      scale: Factor of the logits; 1 / sqrt(H) by default. A number in [-2e38, 2e38] is used in float32, for float64
+        inputs too. A traced number (differentiable, of shape ()) multiplies the query for the native kernels, and is
+        rounded with it to query's type: for bfloat16 logits then err by up to 2^-8 of them, for float16 by 2^-11.
       is_causal: Query t attends to keys s <= t (aligned at the top left, as in `jax.nn`), on top of `mask`.
-      query_seq_lengths: int [B]; queries from there on yield 0, log-sum-exp -inf.
-      key_value_seq_lengths: int [B]; keys from there on are not attended to.
+      query_seq_lengths: int [B], at most T (traced ones are clipped); queries from there on yield 0, log-sum-exp -inf.
+      key_value_seq_lengths: int [B], at most S; keys from there on are not attended to.
       local_window_size: Keys to the left and right of query t it may attend to, (left, right) or one number for both,
         on top of `mask`. None in the pair is unbounded.
       logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118); a Python number in
@@ -99,11 +106,19 @@ def sparse_attention(
     if unbatched and key.ndim == 3 and value.ndim == 3:
         query, key, value = query[None], key[None], value[None]
     _check_inputs(query, key, value)
+    _arguments.check_devices(
+        query,
+        [
+            *(("key", key), ("value", value), ("bias", bias), ("sinks", sinks), ("gates", gates)),
+            *(("query_seq_lengths", query_seq_lengths), ("key_value_seq_lengths", key_value_seq_lengths)),
+            *([("mask", mask)] if isinstance(mask, BlockMask) else []),
+        ],
+    )
     batch, q_len, heads, head_dim = query.shape
     kv_len = key.shape[1]
 
     block_mask = bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
-    scale = _numbers.logits_scale(scale, head_dim)
+    traced_scale, scale = _scale(scale, head_dim)
     soft_cap = _numbers.soft_cap(logits_soft_cap, scale)
     bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
     lengths = _lengths(query_seq_lengths, key_value_seq_lengths, (batch, q_len, kv_len))
@@ -128,7 +143,7 @@ def sparse_attention(
             bias=bias,
             lengths=lengths,
             sinks=sinks,
-            scale=scale,
+            scale=scale if traced_scale is None else traced_scale,
             soft_cap=soft_cap,
             gates=gates,
         )
@@ -136,6 +151,8 @@ def sparse_attention(
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
         call = _attention_op.NativeCall(attributes, platform=chosen if named else None)
         stats = _attention_op.stats_dtype(query.dtype)
+        if traced_scale is not None:
+            query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
         sinks = np.full((1, 1), -np.inf, stats) if sinks is None else sinks.astype(stats)[None, :]
@@ -154,26 +171,46 @@ def _floating(x: ArrayLike, name: str) -> jax.Array:
     return array
 
 
+def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
+    """A traced factor of the logits, or None; and the one that is known."""
+    if not isinstance(scale, Tracer):
+        return None, _numbers.logits_scale(scale, head_dim)
+    if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.number) or jnp.iscomplexobj(scale):
+        raise TypeError(
+            f"scale is one number, got a traced {scale.dtype} array of shape {scale.shape}; multiply the query by it"
+        )
+    return scale.astype(jnp.result_type(float)) if jnp.issubdtype(scale.dtype, jnp.integer) else scale, 1.0
+
+
 def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
     if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(f"query is BTNH and key and value BSKH, or TNH and SKH all three; got {shapes}")
+        raise ValueError(
+            f"query is BTNH and key and value BSKH, or TNH and SKH all three, got {shapes}; add the batch, e.g. "
+            "query[None]"
+        )
     for array, name in ((key, "key"), (value, "value")):
         if array.dtype != query.dtype:
             raise TypeError(f"{name} is of query's type {query.dtype}, got {array.dtype}; cast one of them")
         if array.shape[0] != query.shape[0]:
-            raise ValueError(f"{name} has query's batch size {query.shape[0]}, got {array.shape[0]} ({shapes})")
+            raise ValueError(
+                f"{name} has query's batch size {query.shape[0]}, got {array.shape[0]} ({shapes}); repeat it with "
+                "jnp.broadcast_to"
+            )
     if key.shape[1:3] != value.shape[1:3]:
-        raise ValueError(f"key and value have the same length and heads; got {shapes}")
+        raise ValueError(f"key and value have the same length and heads, got {shapes}; pad or cut one of them")
     if key.shape[3] != query.shape[3]:
-        raise ValueError(f"key has query's head size {query.shape[3]}, got {key.shape[3]} ({shapes})")
+        raise ValueError(
+            f"key has query's head size {query.shape[3]}, got {key.shape[3]} ({shapes}); project both to one size"
+        )
     for array, name in ((query, "query"), (value, "value")):
         if array.shape[3] == 0:
-            raise ValueError(f"{name}'s head size is at least 1, got 0 ({shapes})")
+            raise ValueError(f"{name}'s head size is at least 1, got 0 ({shapes}); give it a last dimension")
     heads, kv_heads = query.shape[2], key.shape[2]
     if heads and (kv_heads == 0 or heads % kv_heads):
         raise ValueError(
-            f"query's heads are a multiple of key's (grouped-query attention), got {heads} and {kv_heads} ({shapes})"
+            f"query's heads are a multiple of key's (grouped-query attention), got {heads} and {kv_heads} ({shapes}); "
+            "repeat key and value"
         )
 
 
@@ -214,26 +251,39 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
             f"mask is a Mask, a BlockMask or a boolean array (True attends), got an array of {array.dtype}; compare "
             "it, e.g. mask > 0, or pass numbers to be added to the logits as bias"
         )
-    if not _broadcasts(array.shape, sizes):
-        letters, full = ("NTS", sizes[1:]) if unbatched else ("BNTS", sizes)
-        raise ValueError(f"mask broadcasts to {letters} = {full}, got shape {array.shape}")
+    _check_broadcasts(array.shape, sizes, unbatched, "mask")
     broadcast = np.broadcast_to if isinstance(array, np.ndarray) else jnp.broadcast_to
     array = of_rank(array, max(array.ndim, 2))
     return broadcast(array, (*array.shape[:-2], *sizes[2:]))
 
 
-def _broadcasts(shape: tuple[int, ...], full: tuple[int, ...]) -> bool:
-    """Whether an array has the dimensions of `full` or 1, the first ones may be missing."""
-    return len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False))
+def _check_broadcasts(shape: tuple[int, ...], full: tuple[int, int, int, int], unbatched: bool, name: str) -> None:
+    """Refuses an array that has other dimensions than those of `full` or 1; the first ones may be missing."""
+    if len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False)):
+        return
+    batch, _, q_len, kv_len = full
+    letters, wanted = ("NTS", full[1:]) if unbatched else ("BNTS", full)
+    if shape == (batch, kv_len):
+        remedy = f"numbers of each example's keys are {name}[:, None, None, :]"
+    elif len(shape) == 3 and shape[0] == batch and shape[1] in (1, q_len) and shape[2] in (1, kv_len):
+        remedy = f"numbers of each example are {name}[:, None]"
+    elif shape == (batch, q_len):
+        remedy = f"numbers of each example's queries are {name}[:, None, :, None]"
+    else:
+        remedy = f"give it dimensions of these sizes or 1, e.g. {name}[None]"
+    raise ValueError(f"{name} broadcasts to {letters} = {wanted}, got shape {shape}; {remedy}")
 
 
 def _bias(bias: ArrayLike | None, sizes: tuple[int, int, int, int], unbatched: bool) -> jax.Array | None:
     if bias is None:
         return None
-    array = _floating(bias, "bias")
-    if not _broadcasts(array.shape, sizes):
-        letters, full = ("NTS", sizes[1:]) if unbatched else ("BNTS", sizes)
-        raise ValueError(f"bias broadcasts to {letters} = {full}, got shape {array.shape}")
+    array = jnp.asarray(bias)
+    if array.dtype == np.bool_:
+        raise TypeError("bias holds numbers, got an array of bool; pass it as mask (True attends)")
+    if jnp.issubdtype(array.dtype, jnp.integer):
+        array = array.astype(jnp.float32)
+    array = _floating(array, "bias")
+    _check_broadcasts(array.shape, sizes, unbatched, "bias")
     array = of_rank(array, 4)
     return jnp.broadcast_to(array, (*array.shape[:2], *sizes[2:]))
 
@@ -246,11 +296,19 @@ def _lengths(queries: ArrayLike | None, keys: ArrayLike | None, sizes: tuple[int
     def column(lengths: Any, longest: int, name: str) -> jax.Array:
         array = jnp.asarray(lengths)
         if not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} holds integers, got {array.dtype}")
+            raise TypeError(f"{name} holds integers, got {array.dtype}; cast it, e.g. {name}.astype('int32')")
         if array.ndim == 0 and batch == 1:
             array = array[None]
         if array.shape != (batch,):
-            raise ValueError(f"{name} has one length an example, shape ({batch},), got {array.shape}")
+            raise ValueError(
+                f"{name} has one length per example, shape ({batch},), got {array.shape}; give it one for each"
+            )
+        values = _arguments.known(lengths)
+        if values is not None and values.size and (values.min() < 0 or values.max() > longest):
+            raise ValueError(
+                f"{name} is in [0, {longest}], the tokens there are, got {values.min()} to {values.max()}; cut it, "
+                f"e.g. jnp.clip(lengths, 0, {longest})"
+            )
         return jnp.clip(array, 0, longest).astype(jnp.int32)
 
     # One that is not given is like the other, which an explicit mesh may shard.
@@ -268,7 +326,9 @@ def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
         return None
     array = _floating(sinks, "sinks")
     if array.shape != (heads,):
-        raise ValueError(f"sinks has one logit a query head, shape ({heads},), got {array.shape}")
+        raise ValueError(
+            f"sinks has one logit per query head, shape ({heads},), got {array.shape}; give each head its own"
+        )
     return array
 
 
@@ -288,7 +348,7 @@ def _gates(gates: ArrayLike | None, mask: Any, sizes: tuple[int, int], unbatched
     if array.ndim != 3 or array.shape[2] != full[2] or any(array.shape[i] not in (1, full[i]) for i in (0, 1)):
         letters = "[N|1, capacity]" if unbatched else "[B|1, N|1, capacity]"
         raise ValueError(
-            f"gates is {letters} with (B, N, capacity) = {full}, where capacity is mask.kv_blocks.shape[-1]; got "
-            f"shape {array.shape}"
+            f"gates is {letters} with (B, N, capacity) = {full}, got shape {array.shape}; capacity is "
+            "mask.kv_blocks.shape[-1]"
         )
     return array

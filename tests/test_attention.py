@@ -197,13 +197,49 @@ MISTAKES = {
     "lengths shape": (
         lambda: sparse_attention(q, k, v, key_value_seq_lengths=np.ones(3, int)),
         ValueError,
-        r"key_value_seq_lengths has one length an example, shape \(2,\)",
+        r"key_value_seq_lengths has one length per example, shape \(2,\)",
     ),
     "bias": (lambda: sparse_attention(q, k, v, np.zeros((8, 9), np.float32)), ValueError, "bias broadcasts"),
-    "traced scale": (
-        lambda: jax.jit(lambda s: sparse_attention(q, k, v, scale=s))(0.5),
+    "traced scales": (
+        lambda: jax.jit(lambda s: sparse_attention(q, k, v, scale=s))(np.ones(4, np.float32)),
         TypeError,
-        "scale is a Python",
+        r"scale is one number, got a traced float32 array of shape \(4,\); multiply the query",
+    ),
+    "traced soft cap": (
+        lambda: jax.jit(lambda c: sparse_attention(q, k, v, logits_soft_cap=c))(0.5),
+        TypeError,
+        "logits_soft_cap is a number known when tracing, got .*; pass a Python number",
+    ),
+    "padding mask": (
+        lambda: sparse_attention(q, k, v, mask=np.ones((2, 8), bool)),
+        ValueError,
+        r"got shape \(2, 8\); .* mask\[:, None, None, :\]",
+    ),
+    "mask of each example": (
+        lambda: sparse_attention(q, k, v, mask=np.ones((2, 8, 8), bool)),
+        ValueError,
+        r"mask\[:, None\]",
+    ),
+    "padding bias": (
+        lambda: sparse_attention(q, k, v, np.ones((2, 8), np.float32)),
+        ValueError,
+        r"bias\[:, None, None, :\]",
+    ),
+    "boolean bias": (lambda: sparse_attention(q, k, v, np.ones((8, 8), bool)), TypeError, "pass it as mask"),
+    "lengths beyond": (
+        lambda: sparse_attention(q, k, v, key_value_seq_lengths=np.array([8, 9])),
+        ValueError,
+        r"key_value_seq_lengths is in \[0, 8\].*, got 8 to 9; cut it",
+    ),
+    "lengths below": (
+        lambda: sparse_attention(q, k, v, query_seq_lengths=jnp.array([-1, 8])),
+        ValueError,
+        "got -1 to 8",
+    ),
+    "flax": (
+        lambda: sparse_attention(q, k, v, dropout_rng=None, deterministic=True),  # type: ignore[call-arg]
+        TypeError,
+        "jax_bsk.flax.attention_fn",
     ),
     "implementation": (lambda: sparse_attention(q, k, v, implementation="tpu"), ValueError, "'cpu', 'cuda', 'xla'"),
     "native bias": (
@@ -355,3 +391,41 @@ def test_repeated_eager_calls_compile_nothing(name, caplog):
         caplog.clear()
         EAGER[name](q)
     assert "Compiling" not in caplog.text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_traced_scale(implementation, dtype):
+    """It has a gradient, and errs by the rounding of the query in low precision."""
+    arrays = [x[:1].astype(dtype) for x in random_inputs(3, q_len=32)]
+
+    def loss(scale):
+        out, lse = sparse_attention(*arrays, scale=scale, implementation=implementation, return_residual=True)
+        return out.astype("float32").sum() + lse.sum(), lse
+
+    (_, lse), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(jnp.float32(0.3))
+    assert_close(lse, loss(0.3)[1], 1e-5 if dtype == "float32" else 0.02)
+    step = 0.01
+    expected = (loss(0.3 + step)[0] - loss(0.3 - step)[0]) / (2 * step)
+    np.testing.assert_allclose(gradient, expected, rtol=0.01 if dtype == "float32" else 0.1)
+
+
+def test_a_traced_scale_in_vmap(implementation):
+    arrays = random_inputs(3, q_len=32)
+    attend = lambda scale: sparse_attention(*arrays, scale=scale, implementation=implementation)  # noqa: E731
+    scales = [0.3, 2.0]
+    assert_close(jax.jit(jax.vmap(attend))(jnp.array(scales)), jnp.stack([attend(s) for s in scales]))
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="one device")
+@pytest.mark.parametrize("name", ["key", "value", "mask", "sinks", "query_seq_lengths"])
+def test_arrays_on_other_devices_are_named(name):
+    arrays = {
+        **{n: jnp.ones((1, 8, 1, 8)) for n in ("query", "key", "value")},
+        "mask": CausalMask().bind(8),
+        "sinks": jnp.ones(1),
+        "query_seq_lengths": jnp.array([8]),
+    }
+    arrays["query"] = jax.device_put(arrays["query"], jax.devices()[0])
+    arrays[name] = jax.device_put(arrays[name], jax.devices()[1])
+    with pytest.raises(ValueError, match=f"{name} must be on the query's devices .*, got .*; move it"):
+        sparse_attention(**arrays)

@@ -198,7 +198,7 @@ LAYERS = [
     ["jax_bsk._tables_op"],
     ["jax_bsk._bilinear", "jax_bsk._ffi", "jax_bsk._native", "jax_bsk.support"],
     ["jax_bsk._compat", "jax_bsk._errors", "jax_bsk._version", "jax_bsk.sparsek"],
-    ["jax_bsk._numbers", "jax_bsk._shapes"],
+    ["jax_bsk._arguments", "jax_bsk._numbers", "jax_bsk._shapes"],
 ]
 
 

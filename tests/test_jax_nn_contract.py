@@ -212,11 +212,26 @@ def test_bias_of_each_example(batch, use_vmap):
     assert_near(actual, expected, jnp.bfloat16)
 
 
-@pytest.mark.parametrize("shape", [(BATCH, 1, QUERIES, KEYS), (1, 1, 1, KEYS), (HEADS, QUERIES, KEYS), (QUERIES, KEYS)])
+SHAPES = [(BATCH, 1, QUERIES, KEYS), (1, 1, 1, KEYS), (HEADS, QUERIES, KEYS), (QUERIES, KEYS), (KEYS,), ()]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 def test_biases_broadcast(shape):
     arrays = inputs()[:3]
     bias = jax.random.normal(jax.random.key(8), shape)
     assert_near(sparse_attention(*arrays, bias, implementation="xla"), jax_nn(*arrays, bias), jnp.float16)
+
+
+@pytest.mark.parametrize("unbatched", [False, True])
+def test_masks_and_integer_biases_broadcast_alike(unbatched):
+    """Every shape with the call's sizes or ones, with fewer dimensions and (without a batch) with four."""
+    arrays = [x[0] if unbatched else x for x in inputs()[:3]]
+    rng = np.random.default_rng(8)
+    for shape in [*SHAPES[1:], (1, HEADS, QUERIES, 1), (HEADS, 1, 1)]:
+        mask, bias = jnp.asarray(rng.random(shape) < 0.8), jnp.asarray(rng.integers(-2, 3, shape))
+        mask = mask.at[..., :1].set(True) if shape else jnp.asarray(True)
+        actual = sparse_attention(*arrays, bias, mask, implementation="xla")
+        assert_near(actual, jax_nn(*arrays, bias, mask), jnp.float16)
 
 
 # ---- what is meant to differ ----------------------------------------------------------------------------------------
