@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import pathlib
 import re
@@ -173,8 +174,9 @@ def test_refusals():
         linen_attention(attention_fn=fn).apply(params, x, sow_weights=True, mutable=["intermediates"])
     with pytest.raises(ValueError, match="sow_weights"):
         nnx_attention(attention_fn=fn)(x, sow_weights=True)
+    preset = jax.lax.DotAlgorithmPreset.BF16_BF16_F32
     with pytest.raises(ValueError, match=r"precision.*default_matmul_precision"):
-        linen_attention(attention_fn=fn, precision="highest").apply(params, x)
+        fn(*(x.reshape(BATCH, LENGTH, HEADS, -1),) * 3, precision=preset)
     with pytest.raises(ValueError, match="qk_attn_weights_einsum"):
         linen_attention(
             attention_fn=fn,
@@ -192,6 +194,34 @@ def test_refusals():
         jax_bsk.flax.attention_fn(np.zeros((LENGTH, LENGTH), np.float32))
     with pytest.raises(ValueError, match="batch"):
         fn(x[0], x, x)
+
+
+@pytest.mark.parametrize("precision", ["highest", jax.lax.Precision.HIGHEST, ("high", None), "default"])
+def test_precision_is_honoured(precision):
+    """The kernels have the highest; the products of "xla" are traced with it."""
+    heads = inputs().reshape(BATCH, LENGTH, HEADS, -1)
+    np.testing.assert_array_equal(
+        jax_bsk.flax.attention_fn(MASK)(heads, heads, heads, precision=precision),
+        jax_bsk.flax.attention_fn(MASK)(heads, heads, heads),
+    )
+    fn = jax_bsk.flax.attention_fn(MASK, implementation="xla")
+    text = jax.jit(lambda x: fn(x, x, x, precision=precision)).lower(heads).as_text()
+    name = str(precision[0] if isinstance(precision, tuple) else precision).split(".")[-1].upper()
+    assert f"precision = [{name}, {name}]" in text
+
+
+@pytest.mark.parametrize("framework", ["linen", "nnx"])
+def test_attention_fn_uncalled(framework):
+    make = linen_attention if framework == "linen" else nnx_attention
+    layer = make(attention_fn=jax_bsk.flax.attention_fn)
+    call = layer if framework == "nnx" else functools.partial(layer.init, jax.random.key(0))
+    with pytest.raises(TypeError, match=r"attention_fn makes an attention function.*call it: attention_fn="):
+        call(inputs())
+
+
+def test_sparse_attention_as_attention_fn():
+    with pytest.raises(TypeError, match=r"give them attention_fn=jax_bsk.flax.attention_fn\(mask\)"):
+        nnx_attention(attention_fn=jax_bsk.sparse_attention)(inputs())
 
 
 def test_without_flax_the_error_names_the_extra():

@@ -7,6 +7,7 @@ an argument hidden in `**kwargs` would be dropped without a word.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any, Literal
@@ -50,7 +51,9 @@ def attention_fn(
       A function of `query` [*batch, T, N, H], `key` [*batch, S, K, H] and `value` [*batch, S, K, Hv] with the keyword
       arguments of Flax's `dot_product_attention`, that returns [*batch, T, N, Hv]. K divides N.
 
-      It raises `ValueError` for what it cannot honour: active dropout, `sow_weights`, `precision`, replaced einsums, a
+      A `precision` is honoured: the native kernels compute float32 in full and sum 16-bit types in float32 whatever it
+      says, and "xla" follows it. It raises `ValueError` for what it cannot honour: active dropout, `sow_weights`, a
+      preset of dot algorithms as `precision`, replaced einsums, a
       `BlockMask` beside a mask of the module, and a lazy mask in a step of cached decoding, where the position of the
       one query is unknown. A `bias` is taken by the "xla" implementation only.
     """
@@ -83,13 +86,8 @@ def attention_fn(
         _refuse_dropout(dropout_rate, deterministic)
         if module is not None:
             raise ValueError(
-                "sow_weights=True: the attention weights are never formed here, so they cannot be sown; to look at "
-                "them, use Flax's own attention_fn with the dense mask"
-            )
-        if precision not in (None, "default", jax.lax.Precision.DEFAULT):
-            raise ValueError(
-                f"precision={precision}: the kernels have one (products of the inputs' type, summed in float32); "
-                "leave it None, and for the module's projections use jax.default_matmul_precision(...)"
+                "sow_weights must be False, as the attention weights are never formed here, got True; to look at them, "
+                "use Flax's own attention_fn with the dense mask"
             )
         for replaced, name in (
             (einsum_dot_general, "einsum_dot_general"),
@@ -97,26 +95,45 @@ def attention_fn(
             (attn_weights_value_einsum, "attn_weights_value_einsum"),
         ):
             if replaced is not None:
-                raise ValueError(f"{name}: the kernels form no such product that could be replaced; leave it None")
-        return attend(
-            *promote(query, key, value, dtype),
-            mask=static_mask,
-            bias=bias,
-            call_mask=mask,
-            is_causal=is_causal,
-            scale=scale,
-            logits_soft_cap=logits_soft_cap,
-            implementation=implementation,
-        )
+                raise ValueError(
+                    f"{name} must be None, as the kernels form no such product that could be replaced, got "
+                    f"{replaced!r}; leave it out"
+                )
+        with _at_precision(precision):
+            return attend(
+                *promote(query, key, value, dtype),
+                mask=static_mask,
+                bias=bias,
+                call_mask=mask,
+                is_causal=is_causal,
+                scale=scale,
+                logits_soft_cap=logits_soft_cap,
+                implementation=implementation,
+            )
 
     return sparse_attention_fn
+
+
+def _at_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where products are traced with a precision that XLA is asked for; the native kernels' is the highest always."""
+    parts = precision if isinstance(precision, tuple | list) else (precision,)
+    try:
+        wanted = max((jax.lax.Precision(x) for x in parts if x is not None), default=None, key=lambda x: x.value)
+    except ValueError:
+        raise ValueError(
+            f"precision is None or a jax.lax.Precision, got {precision!r}; the kernels multiply in the inputs' type "
+            "and sum in float32: leave it None, and for the module's projections use jax.default_matmul_precision(...)"
+        ) from None
+    if wanted in (None, jax.lax.Precision.DEFAULT):
+        return contextlib.nullcontext()
+    return jax.default_matmul_precision(wanted.name.lower())
 
 
 def _refuse_dropout(dropout_rate: float, deterministic: bool) -> None:
     if dropout_rate > 0 and not deterministic:
         raise ValueError(
-            f"dropout_rate={dropout_rate}: dropout of attention weights is not supported; set dropout_rate=0 (and drop "
-            "out the module's output instead), or deterministic=True"
+            f"dropout_rate must be 0, as attention weights are never formed here, got dropout_rate={dropout_rate}; "
+            "drop out the module's output instead, or set deterministic=True"
         )
 
 
@@ -157,7 +174,9 @@ def attend(
     """
     if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
         shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-        raise ValueError(f"query, key and value are [*batch, length, heads, head size], all three; got {shapes}")
+        raise ValueError(
+            f"query, key and value are [*batch, length, heads, head size], got {shapes}; give all three a batch"
+        )
     batch, q_len, kv_len = query.shape[:-3], query.shape[-3], key.shape[-3]
     _refuse_unknown_position(mask, is_causal, q_len, kv_len)
     if call_mask is not None and not isinstance(call_mask, Mask | BlockMask):
