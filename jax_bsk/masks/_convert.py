@@ -27,9 +27,13 @@ def check_kind(mask: Any) -> None:
       TypeError: mask is a class, a function or a string.
     """
     if isinstance(mask, type | str) or callable(mask):
-        raise TypeError(
-            f"mask must be a Mask, a BlockMask or a boolean array (True attends), got {described(mask)}; {remedy_for(mask)}"
-        )
+        raise _no_mask(mask)
+
+
+def _no_mask(mask: Any) -> TypeError:
+    return TypeError(
+        f"mask must be a Mask, a BlockMask or a boolean array, given {described(mask)}; {remedy_for(mask)}"
+    )
 
 
 def as_block_mask(
@@ -66,12 +70,8 @@ def as_block_mask(
         _check_dims(mask.batch, mask.heads, batch, heads, mask)
         return mask
     if not isinstance(mask, Mask):
-        check_kind(mask)
         if not is_array(mask):
-            raise TypeError(
-                "mask must be a Mask, a BlockMask or a boolean array (True attends), got "
-                f"{described(mask)}; {remedy_for(mask)}"
-            )
+            raise _no_mask(mask)
         mask = ArrayMask(_broadcast(mask, q_len, kv_len))
     sized = mask._sized(batch, heads)
     _check_dims(sized.batch, sized.heads, batch, heads, mask)

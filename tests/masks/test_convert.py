@@ -107,9 +107,9 @@ def test_errors_of_a_mask_with_arrays_are_not_of_its_hash():
 @pytest.mark.parametrize(
     ("mask", "message"),
     [
-        (m.CausalMask, r"got the class CausalMask; make an instance of it, CausalMask\("),
-        (lambda q, k: q >= k, r"got function; wrap a function of \(q_idx, kv_idx\) in FunctionMask"),
-        ("causal", r"got the string 'causal'; make a mask of jax_bsk.masks, e.g. CausalMask\(\)"),
+        (m.CausalMask, r"given the class CausalMask; make an instance of it, CausalMask\("),
+        (lambda q, k: q >= k, r"given function; wrap a function of \(q_idx, kv_idx\) in FunctionMask"),
+        ("causal", r"given the string 'causal'; make a mask of jax_bsk.masks, e.g. CausalMask\(\)"),
     ],
 )
 def test_what_is_taken_for_a_mask(mask, message):
