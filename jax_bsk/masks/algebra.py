@@ -294,7 +294,7 @@ def described(other: object) -> str:
     """What was given where a mask belongs, in a message."""
     if isinstance(other, type):
         return f"the class {other.__name__}"
-    return f"the string {other!r}" if isinstance(other, str) else type(other).__name__
+    return f"str {other!r}" if isinstance(other, str) else type(other).__name__
 
 
 def remedy_for(other: object, operator: str = "") -> str:

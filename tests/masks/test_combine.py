@@ -139,7 +139,7 @@ def test_what_cannot_be_combined():
         (lambda: base & m.CausalMask, TypeError, r"the class CausalMask by `&`: make an instance of it, CausalMask\("),
         (lambda: m.FullMask() & m.CausalMask, TypeError, r"the class CausalMask by `&`: make an instance of it"),
         (lambda: m.FullMask() | (lambda q, k: q > k), TypeError, "wrap a function of .* in FunctionMask"),
-        (lambda: "causal" & m.FullMask(), TypeError, "string 'causal' by `&`: both sides must be masks"),
+        (lambda: "causal" & m.FullMask(), TypeError, "str 'causal' by `&`: both sides must be masks"),
         (lambda: base | m.CausalMask(), TypeError, r"blocks are chosen.*\(a \| b\)\.bind"),
         (lambda: m.CausalMask() | base, TypeError, "blocks of a BlockMask are chosen.*before `bind`"),
         (lambda: ~base, TypeError, r"cannot be inverted.*\(~mask\)\.bind"),

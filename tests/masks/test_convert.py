@@ -109,7 +109,7 @@ def test_errors_of_a_mask_with_arrays_are_not_of_its_hash():
     [
         (m.CausalMask, r"given the class CausalMask; make an instance of it, CausalMask\("),
         (lambda q, k: q >= k, r"given function; wrap a function of \(q_idx, kv_idx\) in FunctionMask"),
-        ("causal", r"given the string 'causal'; make a mask of jax_bsk.masks, e.g. CausalMask\(\)"),
+        ("causal", r"given str 'causal'; make a mask of jax_bsk.masks, e.g. CausalMask\(\)"),
     ],
 )
 def test_what_is_taken_for_a_mask(mask, message):
