@@ -195,14 +195,14 @@ class Mask(Node):
 
     def _visited_bound(self, grid: Grid) -> int:
         """How many blocks can be visited at most, whatever the traced arrays hold (per example and head)."""
-        if self._is_traced(grid) or any(dims for _, dims in self._arrays()):
-            return grid.nq * grid.nk
-        return count_codes(self, grid)[0]
+        return grid.nq * grid.nk if self._is_open(grid) else count_codes(self, grid)[0]
+
+    def _is_open(self, grid: Grid) -> bool:
+        """Whether not all is known on the host of the one example and head that a traced mask is built for."""
+        return self._is_traced(grid) or any(dims for _, dims in self._arrays())
 
     def _traced_partial_bound(self, grid: Grid) -> int:
-        if self._is_traced(grid) or any(dims for _, dims in self._arrays()):
-            return self._partial_bound(grid)
-        return count_codes(self, grid)[1]
+        return self._partial_bound(grid) if self._is_open(grid) else count_codes(self, grid)[1]
 
     def _outline(self, grid: Grid) -> Mask:
         """What the host can know: parts with traced or per-example arrays become unknown (every block partial)."""
@@ -405,7 +405,9 @@ class AndMask(_Combined):
         return functools.reduce(lambda a, b: a & b, (mask._evaluate(grid, q, k) for mask in self.masks))
 
     def _visited_bound(self, grid: Grid) -> int:
-        return min(mask._visited_bound(grid) for mask in self.masks)
+        # Of a mask that is open, the parts that are known are counted together, as its outline.
+        bounds = [mask._visited_bound(grid) for mask in self.masks if mask._is_open(grid)]
+        return min(bounds) if bounds else super()._visited_bound(grid)
 
 
 class OrMask(_Combined):
