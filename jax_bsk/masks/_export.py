@@ -11,6 +11,7 @@ import json
 from typing import Any
 
 import jax
+import jax.export
 
 from jax_bsk.masks.algebra import AndMask, MultiHeadMask, NotMask, OrMask
 from jax_bsk.masks.block_mask import BlockMask
