@@ -59,6 +59,19 @@ def stats_dtype(dtype: Any) -> np.dtype:
     return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
 
 
+def _no_log_sum_exp(dtype: Any) -> float:
+    """What calls return for the log-sum-exp of a query that attends to nothing: `kNoLogSumExp` in C++.
+
+    It is finite, so that neither results nor residuals hold an infinity that the user did not ask for.
+    """
+    return float(jnp.finfo(dtype).min)
+
+
+def log_sum_exp(lse: jax.Array) -> jax.Array:
+    """The log-sum-exp as users know it, -inf where nothing is attended to, from what `attend` returns."""
+    return jnp.where(lse == _no_log_sum_exp(lse.dtype), -jnp.inf, lse)
+
+
 # --- Primitives: shape rules and lowerings
 
 
@@ -188,13 +201,13 @@ def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, l
       query: [B, T, N, H].
       key: [B, S, K, H].
       value: [B, S, K, Hv].
-      sinks: [B|1, N|1] logits of the sinks in the stats type, -inf for none.
+      sinks: [B|1, N|1] logits of the sinks in the stats type, or None.
       gates: [B|1, N|1, capacity] factors of the visited blocks in the stats type, or None.
       mask: Block lists. The key-major ones are made on the host, once a mask; of a traced mask in the backward.
       lengths: int32 [B|1, 2], valid query and key/value lengths.
 
     Returns:
-      out [B, T, N, Hv] and the log-sum-exp [B, N, T] in the stats type.
+      out [B, T, N, Hv] and the log-sum-exp [B, N, T] in the stats type, of which `log_sum_exp` makes what users know.
     """
     order = None
     if gates is not None:
@@ -204,9 +217,9 @@ def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, l
             mask = mask.transpose()
         elif not isinstance(mask, RunBlockMask):
             mask, order = with_entry_order(mask)
-    present = (query, key, value, sinks) if gates is None else (query, key, value, sinks, gates)
-    query, key, value, sinks, *rest = _compat.match_varying(*_as_arrays(*present))
-    return _attend(call, query, key, value, sinks, rest[0] if rest else None, mask, lengths, order)
+    leaves, tree = jax.tree.flatten((query, key, value, sinks, gates))
+    query, key, value, sinks, gates = tree.unflatten(_compat.match_varying(*_as_arrays(*leaves)))
+    return _attend(call, query, key, value, sinks, gates, mask, lengths, order)
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices
@@ -226,6 +239,8 @@ def _attend(call, query, key, value, sinks, gates, mask, lengths, order):
 
 
 def _call_forward(call, query, key, value, sinks, gates, mask, lengths):
+    if sinks is None:
+        sinks = np.zeros(_ffi.NO_SINKS, stats_dtype(query.dtype))
     args = _as_arrays(query, key, value, *mask._kernel_rows(), mask.bit_tiles, lengths, sinks)
     if gates is None:
         return _once_differentiable(_forward, call, *args)
@@ -274,7 +289,8 @@ def _attend_bwd(call, residuals, cotangents):
         args = (*args, gates, to_columns(gates, order))
         dquery, dkey, dvalue, dgates = _once_differentiable(_gated_backward, call, *args)
         dgates = to_rows(dgates, order)
-    return dquery, dkey, dvalue, _sinks_gradient(sinks, lse, lse_rest, delta), dgates, None, None, None
+    dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)
+    return dquery, dkey, dvalue, dsinks, dgates, None, None, None
 
 
 def _row_products(dout, out, dtype):
@@ -291,10 +307,13 @@ def _sinks_gradient(sinks, lse, lse_rest, delta):
     """d loss / d sink = sum over rows of P_sink * (dlse - rowsum(dO o O)) = -sum P_sink * delta.
 
     P_sink = exp(sink - lse) is the sink's share of the softmax: the sink lowers every probability by it and raises the
-    log-sum-exp by it.
+    log-sum-exp by it. A sink of -inf is none, and one of +inf takes part in every softmax alone, however it changes:
+    both have the gradient 0. Nothing here is NaN or infinite for finite inputs, before the selection neither.
     """
     logits = sinks[:, :, None]
-    share = jnp.where(jnp.isneginf(lse) | jnp.isneginf(logits), 0, jnp.exp((logits - lse) - lse_rest))
+    shares = ~(jnp.isinf(logits) | (lse <= _no_log_sum_exp(lse.dtype)))
+    exponent = (jnp.where(shares, logits, 0) - jnp.where(shares, lse, 0)) - lse_rest
+    share = jnp.where(shares, jnp.exp(exponent), 0)
     gradient = -jnp.sum(jnp.where(share == 0, 0, share * delta), axis=2)
     for axis in (0, 1):
         if sinks.shape[axis] == 1:

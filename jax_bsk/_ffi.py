@@ -128,7 +128,7 @@ class AttentionAttributes:
     Attributes:
       block_q: Queries a block.
       block_kv: Keys a block.
-      scale: Factor of the logits.
+      scale: Factor of the logits. It and the cap travel in float64, of which float64 inputs make use.
       soft_cap: Soft cap of the logits; 0 is none.
     """
 
@@ -138,26 +138,27 @@ class AttentionAttributes:
     soft_cap: float
 
     def encode(self) -> dict[str, Any]:
-        # A Python float would become f64; the version makes a cached executable of an older library miss.
+        # The version makes a cached executable of an older library miss.
         return {
             "block_q": np.int64(self.block_q),
             "block_kv": np.int64(self.block_kv),
-            "scale": np.float32(self.scale),
-            "soft_cap": np.float32(self.soft_cap),
+            "scale": np.float64(self.scale),
+            "soft_cap": np.float64(self.soft_cap),
             "version": __version__,
         }
 
 
 _FORWARD_OPERANDS, _BACKWARD_OPERANDS = 10, 17  # with gates
 NO_GATES = (1, 1, 0)  # shape of what stands in their place where there are none
+NO_SINKS = (1, 0)  # likewise
 
 
 def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
     """Lowers to the forward call.
 
-    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks and, if there are any, gates.
-    Results: out, lse, lse_rest; on CUDA also a workspace, which XLA allocates with the program's other buffers and
-    nobody reads.
+    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks (or an array of shape
+    `NO_SINKS`) and, if there are any, gates. Results: out, lse, lse_rest; on CUDA also a workspace, which XLA allocates
+    with the program's other buffers and nobody reads.
     """
     results = list(ctx.avals_out)
     stats = results[1].dtype

@@ -5,7 +5,6 @@ Between the operations (`_attention_op`, `_matmul_native`) and `_ffi`, which nam
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -39,7 +38,8 @@ def primitive(name: str, shapes: Callable[..., Any], lower: Callable[..., Any], 
     new = _compat.Primitive(name)
     new.multiple_results = True
     new.def_abstract_eval(shapes)
-    # Not a `jax.jit` of one's own: under `jax.disable_jit` it would come back here, without end.
+    # JAX's own rule for eager calls. With a `jax.jit` of one's own around `bind`, `jax.disable_jit` and the second run
+    # that follows a NaN under `jax_debug_nans` (or an infinity under `jax_debug_infs`) come back here, without end.
     new.def_impl(functools.partial(_compat.apply_primitive, new))
     for platform in PLATFORMS:
 

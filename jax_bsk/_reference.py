@@ -50,7 +50,8 @@ def sparse_attention_xla(
     scale: float | Array,
     soft_cap: float | None,
     gates: Array | None = None,
-) -> tuple[Array, Array]:
+    with_lse: bool = True,
+) -> tuple[Array, Array | None]:
     """Attention over the visited blocks of ``mask``; arguments are trusted to be validated by the caller.
 
     Args:
@@ -65,15 +66,18 @@ def sparse_attention_xla(
         scale: factor of the products of queries and keys.
         soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``, or None.
         gates: ``[B|1, N|1, capacity]``, a factor of each listed block's normalised probabilities, or None.
+        with_lse: whether lse is asked for. It is -inf where nothing is attended to, and a result of the jitted function
+            that holds an infinity stops a call under ``jax_debug_infs``.
 
     Returns:
-        out ``[B, T, N, Hv]`` in the dtype of ``query`` and lse ``[B, N, T]``, float32 (float64 for float64).
+        out ``[B, T, N, Hv]`` in the dtype of ``query`` and lse ``[B, N, T]``, float32 (float64 for float64), or None.
     """
     batch, q_len, heads, _ = query.shape
     kv_len, kv_heads, v_size = key.shape[1], key.shape[2], value.shape[-1]
     stats_dtype = _softmax_dtype(query.dtype)
     if 0 in (batch, q_len, heads, kv_heads):
-        return jnp.zeros((batch, q_len, heads, v_size), query.dtype), jnp.zeros((batch, heads, q_len), stats_dtype)
+        lse = jnp.zeros((batch, heads, q_len), stats_dtype) if with_lse else None
+        return jnp.zeros((batch, q_len, heads, v_size), query.dtype), lse
     if kv_len == 0:  # nothing to gather blocks from: one key block that no length reaches
         pad = [(0, 0), (0, 1), (0, 0), (0, 0)]
         key, value = jnp.pad(key, pad), jnp.pad(value, pad)
@@ -83,7 +87,9 @@ def sparse_attention_xla(
         lists = known_schedule(mask, (kv_heads, heads // kv_heads), max(kv_len, 1))
     if lists is None:
         lists = Lists(*mask._kernel_rows())
-    attend = functools.partial(_attention, block_q=mask.block_q, block_kv=mask.block_kv, kv_len=kv_len)
+    attend = functools.partial(
+        _attention, block_q=mask.block_q, block_kv=mask.block_kv, kv_len=kv_len, with_lse=with_lse
+    )
     arguments = query, key, value, bias, gates, lengths, sinks, scale, soft_cap
     lists = lists, mask.bit_tiles
     arrays = jax.tree.leaves((arguments, lists))
@@ -91,7 +97,8 @@ def sparse_attention_xla(
         return attend(*arguments, *lists)
     # On an explicit mesh every gather, search and carry would need a sharding: XLA partitions them by itself.
     examples, queries, head_axes = (*jax.typeof(query).sharding.spec, None, None, None)[:3]
-    shardings = PartitionSpec(examples, queries, head_axes), PartitionSpec(examples, head_axes, queries)
+    of_lse = PartitionSpec(examples, head_axes, queries) if with_lse else None
+    shardings = PartitionSpec(examples, queries, head_axes), of_lse
     partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=shardings)
     with _explicit.mesh_of(arrays):
         return partitioned(*arguments, *lists)
@@ -135,7 +142,7 @@ _OPERAND_AXES = _Operands(
 )
 
 
-@jax.jit(static_argnames=("block_q", "block_kv", "kv_len"))
+@jax.jit(static_argnames=("block_q", "block_kv", "kv_len", "with_lse"))
 def _attention(
     query,
     key,
@@ -152,6 +159,7 @@ def _attention(
     block_q: int,
     block_kv: int,
     kv_len: int,
+    with_lse: bool,
 ):
     batch, q_len, heads, _ = query.shape
     kv_heads = key.shape[2]
@@ -219,7 +227,8 @@ def _attention(
         new_max = jnp.maximum(row_max, lax.stop_gradient(sink))
         rescale = jnp.exp(row_max - _finite_or_zero(new_max))
         row_max = new_max
-        share = jnp.exp(sink - _finite_or_zero(row_max))
+        # A sink of +inf is all of the denominator: the row attends to it alone, and nothing has a gradient.
+        share = jnp.exp(jnp.where(jnp.isposinf(sink), 0, sink - _finite_or_zero(row_max)))
         if q_end is not None:
             position = jnp.arange(nq * block_q, dtype=jnp.int32).reshape(nq, 1, 1, 1, block_q)
             share = jnp.where(position < q_end[None, :, None, None, None], share, 0)
@@ -233,16 +242,19 @@ def _attention(
     flawed = ~jnp.isfinite(safe_total)
     reciprocal = jnp.where(flawed, 1, 1 / safe_total)
     out = acc * reciprocal[..., None]
-    lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(safe_total))
 
     if poisoned is not None:  # NaN for the rows of an invalid list, times the query such that dq is NaN as well.
         poison = jnp.where(jnp.moveaxis(poisoned, -1, 0)[..., None], jnp.nan, 0).astype(dtype)
         poison = poison * (q.sum(-1) / max(q.shape[-1], 1))
-        out, lse = out + poison[..., None], lse + poison
-
-    out = jnp.moveaxis(out, (0, -2), (1, 2)).reshape(batch, nq * block_q, heads, -1)[:, :q_len]
+        out = out + poison[..., None]
+    out = jnp.moveaxis(out, (0, -2), (1, 2)).reshape(batch, nq * block_q, heads, -1)[:, :q_len].astype(query.dtype)
+    if not with_lse:
+        return out, None
+    lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(safe_total))
+    if poisoned is not None:
+        lse = lse + poison
     lse = jnp.moveaxis(lse, 0, -2).reshape(batch, heads, nq * block_q)[..., :q_len]
-    return out.astype(query.dtype), lse
+    return out, lse
 
 
 def _map_lists(walk, order: Schedule, operands: _Operands, soft_cap, active):

@@ -146,6 +146,7 @@ def sparse_attention(
             scale=scale if traced_scale is None else traced_scale,
             soft_cap=soft_cap,
             gates=gates,
+            with_lse=return_residual,
         )
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
@@ -155,13 +156,17 @@ def sparse_attention(
             query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
-        sinks = np.full((1, 1), -np.inf, stats) if sinks is None else sinks.astype(stats)[None, :]
+        sinks = None if sinks is None else sinks.astype(stats)[None, :]
         gates = None if gates is None else gates.astype(stats)
         out, lse = _attention_op.attend(call, query, key, value, sinks, gates, block_mask, lengths)
-    lse = jnp.swapaxes(lse, 1, 2)
+        if return_residual:
+            lse = _attention_op.log_sum_exp(lse)
     if unbatched:
-        out, lse = out[0], lse[0]
-    return (out, lse) if return_residual else out
+        out = out[0]
+    if not return_residual:
+        return out
+    lse = jnp.swapaxes(lse, 1, 2)
+    return out, lse[0] if unbatched else lse
 
 
 def _floating(x: ArrayLike, name: str) -> jax.Array:

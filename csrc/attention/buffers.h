@@ -15,8 +15,8 @@ namespace jax_bsk::attention {
 struct Attributes {
   int64_t block_q;
   int64_t block_kv;
-  float scale;
-  float soft_cap;
+  double scale;
+  double soft_cap;
   std::string_view version;
 };
 
@@ -26,7 +26,8 @@ struct ListOperands {
   Operand tiles;
 };
 
-inline ffi::Error ReadAttributes(const Attributes& attributes, Shape* shape, float* scale, float* soft_cap) {
+template <typename Params>
+ffi::Error ReadAttributes(const Attributes& attributes, Params* params) {
   JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
   for (int64_t block : {attributes.block_q, attributes.block_kv}) {
     if (block <= 0 || block % 32 != 0) {
@@ -34,10 +35,12 @@ inline ffi::Error ReadAttributes(const Attributes& attributes, Shape* shape, flo
                                          std::to_string(block));
     }
   }
-  shape->block_q = attributes.block_q;
-  shape->block_kv = attributes.block_kv;
-  *scale = attributes.scale;
-  *soft_cap = attributes.soft_cap;
+  params->shape.block_q = attributes.block_q;
+  params->shape.block_kv = attributes.block_kv;
+  params->scale = static_cast<float>(attributes.scale);
+  params->soft_cap = static_cast<float>(attributes.soft_cap);
+  params->scale_f64 = attributes.scale;
+  params->soft_cap_f64 = attributes.soft_cap;
   return ffi::Error::Success();
 }
 
@@ -124,6 +127,19 @@ inline ffi::Error ReadLengths(const Operand& lengths, const Shape& shape, Length
   return ffi::Error::Success();
 }
 
+// [B|1, N|1], a logit per head; or without numbers, for none.
+inline ffi::Error ReadSinks(const Operand& sinks, const Shape& shape, ffi::DataType stats, ForwardParams* params) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType("sinks", sinks, stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("sinks", sinks, 2));
+  params->sinks = nullptr;
+  if (sinks.dimensions().back() == 0) return ffi::Error::Success();
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("sinks", sinks, {{shape.batch, true}, {shape.heads, true}}));
+  params->sinks = sinks.untyped_data();
+  params->sinks_batch = MergeLeading(sinks, 1)[0];
+  params->sinks_heads = sinks.dimensions().back();
+  return ffi::Error::Success();
+}
+
 // [B, N, capacity], a number an entry of `list`; or without numbers, for none.
 inline ffi::Error ReadGates(const char* name, const Operand& gates, const Shape& shape, const BlockList& list,
                             ffi::DataType stats, void** data) {
@@ -142,14 +158,13 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
                               const Attributes& attributes, ForwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
-  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
+  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
   JAX_BSK_RETURN_IF_ERROR(ReadDType(query, &params->dtype, &stats));
   JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
   JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
   JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
   JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
-  JAX_BSK_RETURN_IF_ERROR(CheckType("sinks", sinks, stats));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("sinks", sinks, {{shape.batch, true}, {shape.heads, true}}));
+  JAX_BSK_RETURN_IF_ERROR(ReadSinks(sinks, shape, stats, params));
   void* gate_values;
   JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", gates, shape, params->rows, stats, &gate_values));
   JAX_BSK_RETURN_IF_ERROR(CheckType("out", *out, query.element_type()));
@@ -161,9 +176,6 @@ inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Op
   params->query = query.untyped_data();
   params->key = key.untyped_data();
   params->value = value.untyped_data();
-  params->sinks = sinks.untyped_data();
-  params->sinks_batch = MergeLeading(sinks, 1)[0];
-  params->sinks_heads = sinks.dimensions().back();
   params->gates = gate_values;
   params->out = out->untyped_data();
   params->lse = lse->untyped_data();
@@ -179,7 +191,7 @@ inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const 
                                const Attributes& attributes, BackwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
-  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, &shape, &params->scale, &params->soft_cap));
+  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
   JAX_BSK_RETURN_IF_ERROR(ReadDType(query, &params->dtype, &stats));
   JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
   JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
@@ -237,15 +249,15 @@ auto BindForwardOperands(Binding binding) {
       .template Arg<Operand>()  // tiles [B|1, N|1, capacity]
       .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
       .template Arg<Operand>()  // lengths [B|1, 2]
-      .template Arg<Operand>()  // sinks [B|1, N|1]
+      .template Arg<Operand>()  // sinks [B|1, N|1], or [.., 0] for none
       .template Arg<Operand>()  // gates [B, N, capacity], or [.., 0] for none
       .template Ret<Operand>()  // out [B, T, N, Hv]
       .template Ret<Operand>()  // lse [B, N, T]
       .template Ret<Operand>()  // lse_rest [B, N, T]
       .template Attr<int64_t>("block_q")
       .template Attr<int64_t>("block_kv")
-      .template Attr<float>("scale")
-      .template Attr<float>("soft_cap")
+      .template Attr<double>("scale")
+      .template Attr<double>("soft_cap")
       .template Attr<std::string_view>("version");
 }
 
@@ -275,8 +287,8 @@ auto BindBackwardOperands(Binding binding) {
       .template Ret<Operand>()  // dgates, as col_gates
       .template Attr<int64_t>("block_q")
       .template Attr<int64_t>("block_kv")
-      .template Attr<float>("scale")
-      .template Attr<float>("soft_cap")
+      .template Attr<double>("scale")
+      .template Attr<double>("soft_cap")
       .template Attr<std::string_view>("version");
 }
 

@@ -10,7 +10,7 @@ namespace {
 ffi::Future ForwardHandler(ffi::ThreadPool pool, Operand query, Operand key, Operand value, Operand row_offsets,
                            Operand kv_blocks, Operand tiles, Operand bit_tiles, Operand lengths, Operand sinks,
                            Operand gates, Output out, Output lse, Output lse_rest, int64_t block_q, int64_t block_kv,
-                           float scale, float soft_cap, std::string_view version) {
+                           double scale, double soft_cap, std::string_view version) {
   ForwardParams params{};
   ffi::Error error = ReadForward(query, key, value, {row_offsets, kv_blocks, tiles}, bit_tiles, lengths, sinks, gates,
                                  out, lse, lse_rest, {block_q, block_kv, scale, soft_cap, version}, &params);
@@ -23,8 +23,8 @@ ffi::Future BackwardHandler(ffi::ThreadPool pool, Operand dout, Operand query, O
                             Operand lse_rest, Operand delta, Operand row_offsets, Operand kv_blocks, Operand tiles,
                             Operand col_offsets, Operand q_blocks, Operand col_tiles, Operand bit_tiles,
                             Operand lengths, Operand row_gates, Operand col_gates, Output dquery, Output dkey,
-                            Output dvalue, Output dgates, int64_t block_q, int64_t block_kv, float scale,
-                            float soft_cap, std::string_view version) {
+                            Output dvalue, Output dgates, int64_t block_q, int64_t block_kv, double scale,
+                            double soft_cap, std::string_view version) {
   BackwardParams params{};
   ffi::Error error = ReadBackward(dout, query, key, value, lse, lse_rest, delta, {row_offsets, kv_blocks, tiles},
                                   {col_offsets, q_blocks, col_tiles}, bit_tiles, lengths, row_gates, col_gates, dquery,

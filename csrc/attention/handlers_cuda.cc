@@ -14,7 +14,7 @@ namespace {
 ffi::Error ForwardHandler(cudaStream_t stream, int32_t device, Operand query, Operand key, Operand value,
                           Operand row_offsets, Operand kv_blocks, Operand tiles, Operand bit_tiles, Operand lengths,
                           Operand sinks, Operand gates, Output out, Output lse, Output lse_rest, int64_t block_q,
-                          int64_t block_kv, float scale, float soft_cap, std::string_view version, Output workspace) {
+                          int64_t block_kv, double scale, double soft_cap, std::string_view version, Output workspace) {
   ForwardParams params{};
   JAX_BSK_RETURN_IF_ERROR(ReadForward(query, key, value, {row_offsets, kv_blocks, tiles}, bit_tiles, lengths, sinks,
                                       gates, out, lse, lse_rest, {block_q, block_kv, scale, soft_cap, version},
@@ -29,8 +29,8 @@ ffi::Error BackwardHandler(cudaStream_t stream, int32_t device, Operand dout, Op
                            Operand lse, Operand lse_rest, Operand delta, Operand row_offsets, Operand kv_blocks,
                            Operand tiles, Operand col_offsets, Operand q_blocks, Operand col_tiles, Operand bit_tiles,
                            Operand lengths, Operand row_gates, Operand col_gates, Output dquery, Output dkey,
-                           Output dvalue, Output dgates, int64_t block_q, int64_t block_kv, float scale, float soft_cap,
-                           std::string_view version, Output workspace) {
+                           Output dvalue, Output dgates, int64_t block_q, int64_t block_kv, double scale,
+                           double soft_cap, std::string_view version, Output workspace) {
   BackwardParams params{};
   JAX_BSK_RETURN_IF_ERROR(ReadBackward(dout, query, key, value, lse, lse_rest, delta, {row_offsets, kv_blocks, tiles},
                                        {col_offsets, q_blocks, col_tiles}, bit_tiles, lengths, row_gates, col_gates,

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "dtype.h"
 
@@ -58,11 +59,16 @@ struct BitTiles {
   int64_t count;  // may be 0
 };
 
-// Valid lengths per example; rows beyond them give 0 (log-sum-exp -inf), keys beyond them are not attended to.
+// Valid lengths per example; rows beyond them give 0 (log-sum-exp kNoLogSumExp), keys beyond them are not attended to.
 struct Lengths {
   const int32_t* pairs;  // [batch, 2]: (query length, key/value length), clamped to [0, q_len] and [0, kv_len]
   int64_t batch;         // 1 or B
 };
+
+// The log-sum-exp of a query that attends to nothing, in the statistics type C: its least finite number, so that no
+// result holds an infinity nobody asked for (jax_debug_infs looks for them). The backward reads -inf alike.
+template <typename C>
+constexpr C kNoLogSumExp = std::numeric_limits<C>::lowest();
 
 // The statistics type ("stats"): float64 when the inputs are float64, float32 otherwise.
 struct ForwardParams {
@@ -74,17 +80,23 @@ struct ForwardParams {
   BlockList rows;     // query-major
   BitTiles tiles;
   Lengths lengths;
-  const void* sinks;  // stats [sinks_batch, sinks_heads], each 1 or B / N; -inf = no sink
+  // stats [sinks_batch, sinks_heads], each 1 or B / N; -inf = no sink; +inf: the row attends to its sink alone (out 0,
+  // log-sum-exp +inf). Null: no sinks.
+  const void* sinks;
   int64_t sinks_batch;
   int64_t sinks_heads;
   const void* gates;  // stats [B, N, rows.capacity]: factor of each visited block's normalised probabilities; null: 1
   float scale;        // logits = scale * q.k, before the soft cap
   float soft_cap;     // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
   void* out;          // [B, T, N, value_dim], dtype
-  void* lse;          // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink, without the gates
+  // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink, without the gates; kNoLogSumExp where
+  // there is neither.
+  void* lse;
   // stats [B, N, T]: what rounding took from lse. The backward forms exp(logit - lse): with logits of 10^6 the last bit
   // of lse alone would change its probabilities by 3 %, and gradients with them.
   void* lse_rest;
+  double scale_f64;  // scale and soft_cap before they were rounded to float32, for kernels that compute in float64
+  double soft_cap_f64;
 };
 
 // Below this scale (and for negative ones) a row's largest product need not be its largest logit, or the product of
@@ -116,9 +128,11 @@ struct BackwardParams {
   void* dgates;
   float scale;
   float soft_cap;
-  void* dquery;  // [B, T, N, head_dim], dtype
-  void* dkey;    // [B, S, K, head_dim], dtype; summed over the group's query heads
-  void* dvalue;  // [B, S, K, value_dim], dtype
+  void* dquery;      // [B, T, N, head_dim], dtype
+  void* dkey;        // [B, S, K, head_dim], dtype; summed over the group's query heads
+  void* dvalue;      // [B, S, K, value_dim], dtype
+  double scale_f64;  // as in ForwardParams
+  double soft_cap_f64;
 };
 
 }  // namespace jax_bsk::attention

@@ -16,6 +16,11 @@ constexpr float kLn2Rest = -1.9046542999e-9f;  // ln(2) less kLn2
 __device__ __forceinline__ float Infinity() { return __int_as_float(0x7F800000); }
 __device__ __forceinline__ float QuietNan() { return __int_as_float(0x7FFFFFFF); }
 
+// A row's log-sum-exp as it is stored: see kNoLogSumExp.
+__device__ __forceinline__ float StoredLse(float lse) {
+  return lse == -Infinity() ? attention::kNoLogSumExp<float> : lse;
+}
+
 // logits * log2(e) = multiplier * x, with multiplier > 0 and
 //   x = q.k                             plainly (`plain`), the scale folded into the multiplier;
 //   x = q.k * before                    for a scale that is not positive, else max(x) would not find the largest logit;
@@ -67,7 +72,7 @@ struct RowStatistics {
 
   __device__ static RowStatistics None() { return {Infinity(), 0.f, 0.f}; }
   __device__ static RowStatistics Of(float lse, float lse_rest, float delta) {
-    if (lse == -Infinity()) return None();
+    if (lse <= attention::kNoLogSumExp<float>) return None();
     const float value = __fmul_rn(lse, kLog2E), lost = fmaf(lse, kLog2E, -value) + lse * kLog2ERest;
     const float rest = fmaf(lse_rest, kLog2E, lost);
     return {isfinite(delta) ? value : QuietNan(), delta, isfinite(rest) ? rest : 0.f};

@@ -92,7 +92,7 @@ struct Case {
   int64_t tiles_batch, tiles_heads, n_tiles, lengths_batch, sinks_batch, sinks_heads;
   std::unique_ptr<uint32_t[]> words;
   std::unique_ptr<int32_t[]> lengths;
-  float scale, soft_cap;
+  double scale, soft_cap;  // float32 numbers but for float64 inputs
   bool gated;
   Array gates, col_gates;  // of the two lists' entries, with nothing to do with each other: no kernel reads both
   // Results of the kernels.
@@ -111,11 +111,13 @@ struct Case {
             sinks_batch,
             sinks_heads,
             gated ? gates.data.get() : nullptr,
-            scale,
-            soft_cap,
+            static_cast<float>(scale),
+            static_cast<float>(soft_cap),
             out.data.get(),
             got_lse.data.get(),
-            got_lse_rest.data.get()};
+            got_lse_rest.data.get(),
+            scale,
+            soft_cap};
   }
   BackwardParams Backward() {
     return {shape,
@@ -134,11 +136,13 @@ struct Case {
             gated ? gates.data.get() : nullptr,
             gated ? col_gates.data.get() : nullptr,
             gated ? dgates.data.get() : nullptr,
-            scale,
-            soft_cap,
+            static_cast<float>(scale),
+            static_cast<float>(soft_cap),
             dquery.data.get(),
             dkey.data.get(),
-            dvalue.data.get()};
+            dvalue.data.get(),
+            scale,
+            soft_cap};
   }
   int64_t QueryLength(int64_t b) const {
     return std::min<int64_t>(std::max(0, lengths[2 * (lengths_batch == 1 ? 0 : b)]), shape.q_len);
@@ -241,7 +245,8 @@ Case MakeCase(uint64_t seed) {
   c.key = random.Normals(c.dtype, kv_rows * s.head_dim);
   c.value = random.Normals(c.dtype, kv_rows * s.value_dim);
   c.dout = random.Normals(c.dtype, q_rows * s.value_dim);
-  c.scale = static_cast<float>(random.Pick<double>({1, 1, 1, 40, -1}) / std::sqrt(s.head_dim));
+  c.scale = random.Pick<double>({1, 1, 1, 40, -1}) / std::sqrt(s.head_dim);
+  if (c.dtype != DType::kF64) c.scale = static_cast<float>(c.scale);
   c.soft_cap = random.Pick<float>({0, 0, 0, 2, 30});
   if (random.Chance(0.25)) {
     Spoil(random, c.query, random.Int(0, 2));
@@ -280,7 +285,7 @@ Case MakeCase(uint64_t seed) {
   c.sinks_heads = random.Chance(0.5) ? 1 : s.heads;
   if (random.Chance(0.4)) {
     c.sinks = random.Normals(Statistics(c.dtype), c.sinks_batch * c.sinks_heads);
-    if (random.Chance(0.3)) c.sinks.Set(0, -kInf);
+    if (random.Chance(0.3)) c.sinks.Set(0, c.sinks[0] < 0 ? -kInf : kInf);
   }
   c.out = Array(c.dtype, c.dout.size);
   c.got_lse = Array(Statistics(c.dtype), q_rows);
@@ -319,11 +324,13 @@ struct Visit {
 struct Reference {
   const Case& c;
   const Shape& s;
+  const double none;  // the log-sum-exp of a query that attends to nothing
   Expected out, lse, dquery, dkey, dvalue, dgates;
 
   explicit Reference(const Case& c)
       : c(c),
         s(c.shape),
+        none(c.dtype == DType::kF64 ? kNoLogSumExp<double> : kNoLogSumExp<float>),
         out(s.batch * s.q_len * s.heads, s.value_dim),
         lse(s.batch * s.heads * s.q_len, 1),
         dquery(s.batch * s.q_len * s.heads, s.head_dim),
@@ -381,7 +388,7 @@ struct Reference {
     const int64_t q = QueryRow(b, t, h);
     double& row_lse = lse.value[(b * s.heads + h) * s.q_len + t];
     double& lse_terms = lse.terms[(b * s.heads + h) * s.q_len + t];
-    row_lse = -kInf;
+    row_lse = none;
     if (t >= c.QueryLength(b)) return;
     if (Broken(c.rows, c.n_tiles, Leading(c.rows.batch, c.rows.heads, b, h), t / s.block_q)) {
       row_lse = kNaN;
@@ -403,12 +410,13 @@ struct Reference {
     out.tainted[q] = bad;
     lse.tainted[(b * s.heads + h) * s.q_len + t] = bad_lse;
     if (maximum == -kInf) return;
-    double sum = std::exp(sink - maximum);
-    for (double logit : logits) sum += std::exp(logit - maximum);
+    const auto share = [&](double logit) { return sink == kInf ? 0 : std::exp(logit - maximum); };
+    double sum = sink == kInf ? 1 : share(sink);
+    for (double logit : logits) sum += share(logit);
     row_lse = maximum + std::log(sum);
-    lse_terms = 1 + largest + std::fabs(row_lse);
+    lse_terms = sink == kInf ? 0 : 1 + largest + std::fabs(row_lse);
     for (size_t n = 0; n < keys.size(); ++n) {
-      const double p = keys[n].gate * std::exp(logits[n] - maximum) / sum;
+      const double p = keys[n].gate * share(logits[n]) / sum;
       for (int64_t d = 0; d < s.value_dim; ++d) out.Add(q, d, p * c.value[KeyRow(b, keys[n].key, h) * s.value_dim + d]);
     }
     for (int64_t d = 0; d < s.value_dim; ++d) out.terms[q * s.value_dim + d] *= 1 + largest;
@@ -498,7 +506,8 @@ struct Reference {
     double logit_terms;
     const double logit = Logit(q, k, logit_terms);
     PairTerms x{};
-    x.p = row_lse == -kInf ? 0 : std::exp(logit - row_lse);
+    // At most 1, as in the kernels: of lists whose two orders differ a logit may be above its row's log-sum-exp.
+    x.p = row_lse == none ? 0 : std::exp(logit > row_lse ? 0 : logit - row_lse);
     for (int64_t d = 0; d < s.value_dim; ++d) {
       const double term = c.dout[q * s.value_dim + d] * c.value[k * s.value_dim + d];
       x.dp += term;
@@ -507,7 +516,7 @@ struct Reference {
     const double chain = c.soft_cap != 0 ? 1 - std::pow(logit / c.soft_cap, 2) : 1;
     x.ds = x.p * (gate * x.dp - delta) * chain * c.scale;
     // The error of dS: that of P, relative, from the size of logit and lse; that of dP from its terms.
-    x.growth = 1 + logit_terms + std::fabs(row_lse == -kInf ? 0 : row_lse);
+    x.growth = 1 + logit_terms + std::fabs(row_lse == none || row_lse == kInf ? 0 : row_lse);
     x.ds_terms = x.p * (std::fabs(gate) * x.dp_terms + std::fabs(delta)) * std::fabs(c.scale) * x.growth;
     x.bad = BadRow(c.query, q, s.head_dim) || BadRow(c.dout, q, s.value_dim) || BadRow(c.key, k, s.head_dim) ||
             BadRow(c.value, k, s.value_dim) || !std::isfinite(delta) || std::isnan(row_lse);

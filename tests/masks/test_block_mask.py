@@ -319,7 +319,7 @@ BAD_SIZES = [
     (lambda: m.FullMask().bind(10, block_size=(64, 64, 64)), TypeError, "pair of ints"),
     (lambda: m.FullMask().bind(10, block_size=64.0), TypeError, "pair of ints"),
     (lambda: m.BlockMask.from_mask(np.ones((3, 3), bool), 3), TypeError, "use BlockMask.from_dense"),
-    (lambda: m.BlockMask.from_mask("causal", 3), TypeError, "must be a jax_bsk.masks.Mask, given the string"),
+    (lambda: m.BlockMask.from_mask("causal", 3), TypeError, "must be a jax_bsk.masks.Mask, given str"),
     (lambda: m.BlockMask.from_mask(m.FullMask(), 3, max_blocks=0), ValueError, "max_blocks must be in"),
     (lambda: m.BlockMask.from_mask(m.FullMask(), 3, max_tiles=1.0), TypeError, "max_tiles must be an int"),
 ]

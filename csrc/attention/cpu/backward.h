@@ -61,23 +61,20 @@ struct BackwardScratch {
   }
 };
 
-// Both directions' constants of the scores. With a soft cap they are kept divided by it up to the tanh.
+// The constants of the logits and of the gradients.
 template <class C>
-struct ScoreUnits {
-  C packed;  // what queries are multiplied by
-  C cap;     // soft cap in base-2 units
+struct GradientUnits : LogitUnits<C> {
   C dquery;  // what dQ is multiplied by in the end
   C dkey;    // what dK is, whose queries are multiplied by `packed` already
 
-  explicit ScoreUnits(const BackwardParams& p)
-      : packed(static_cast<C>(p.soft_cap != 0 ? double(p.scale) / p.soft_cap : p.scale * kLog2E)),
-        cap(static_cast<C>(p.soft_cap * kLog2E)),
-        dquery(static_cast<C>(p.scale)),
-        dkey(static_cast<C>(p.soft_cap != 0 ? p.soft_cap : kLn2)) {}
+  explicit GradientUnits(const BackwardParams& p)
+      : LogitUnits<C>(p),
+        dquery(static_cast<C>(Scale<C>(p))),
+        dkey(static_cast<C>(this->capped ? SoftCap<C>(p) : kLn2)) {}
 };
 
-// The statistics of `count` queries, padded with P = 0 up to `lanes`. lse = -inf means that nothing was attended to, so
-// P is to be 0; a delta that is not finite counts as lse = NaN.
+// The statistics of `count` queries, padded with P = 0 up to `lanes`. An lse of kNoLogSumExp (or -inf) means that
+// nothing was attended to, so P is to be 0; a delta that is not finite counts as lse = NaN.
 template <class C>
 void PackStatistics(const BackwardParams& p, int64_t first, int64_t count, int64_t lanes, const BackwardScratch<C>& x) {
   const C *lse = static_cast<const C*>(p.lse) + first, *lse_rest = static_cast<const C*>(p.lse_rest) + first,
@@ -85,7 +82,7 @@ void PackStatistics(const BackwardParams& p, int64_t first, int64_t count, int64
   for (int64_t r = 0; r < lanes; ++r) {
     const bool valid = r < count;
     const bool finite = valid && delta[r] - delta[r] == 0;
-    const bool attends = valid && lse[r] != -kInfinity<C>;
+    const bool attends = valid && !(lse[r] <= kNoLogSumExp<C>);
     const C base2 = attends ? static_cast<C>(lse[r] * kLog2E) : kInfinity<C>;
     const double lost = attends ? __builtin_fma(double(lse[r]), kLog2E, -double(base2)) + lse[r] * kLog2ERest : 0;
     const double rest = attends ? lost + lse_rest[r] * kLog2E : 0;
@@ -197,7 +194,7 @@ template <class C, class E>
 void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
   const BackwardScratch<C> x(s, memory);
-  const ScoreUnits<C> units(p);
+  const GradientUnits<C> units(p);
 
   // --- Where: as in the forward.
   const int64_t i = s.q_blocks - 1 - task % s.q_blocks;
@@ -268,7 +265,7 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
                                               x.gradient, ld, next_values);
 
     // --- dS^T = P^T * (g * dP^T - delta)
-    const auto gradient = ChooseQueryGradient<C>(partial, p.soft_cap != 0, gates != nullptr);
+    const auto gradient = ChooseQueryGradient<C>(partial, units.capped, gates != nullptr);
     gradient(x, ld, n_keys, vectors, units.cap, gates != nullptr ? gates[entry] : C(1));
 
     // --- dQ^T += K^T dS^T
@@ -308,7 +305,7 @@ template <class C, class E>
 void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
   const BackwardScratch<C> x(s, memory);
-  const ScoreUnits<C> units(p);
+  const GradientUnits<C> units(p);
 
   // --- Where: batch b, kv head, block j of keys. Early blocks first: under a causal mask they are the longest.
   const int64_t j = task % s.kv_blocks;
@@ -407,7 +404,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
                                                 x.gradient, ld, next_douts);
 
       // --- P = 2^(S - lse), dS = P * (g * dP - delta); of the lanes beyond the keys nothing joins the gate's gradient
-      const auto gradient = ChooseKeyGradient<C>(partial, p.soft_cap != 0, gated);
+      const auto gradient = ChooseKeyGradient<C>(partial, units.capped, gated);
       gradient(x, ld, queries, vectors, units.cap, tile, gated ? gates[entry] : C(1));
       if (gated) {
         double sum = 0;

@@ -46,6 +46,31 @@ struct ForwardScratch {
   }
 };
 
+// Scale and soft cap in the precision of the compute type.
+template <class C, class Params>
+double Scale(const Params& p) {
+  return sizeof(C) == sizeof(double) ? p.scale_f64 : double(p.scale);
+}
+template <class C, class Params>
+double SoftCap(const Params& p) {
+  return sizeof(C) == sizeof(double) ? p.soft_cap_f64 : double(p.soft_cap);
+}
+
+// Constants of the scores, of the forward and the backward alike: their scores are equal to the last bit. With a soft
+// cap scores are kept divided by it up to the tanh.
+template <class C>
+struct LogitUnits {
+  bool capped;
+  C packed;  // what queries are multiplied by
+  C cap;     // soft cap in base-2 units
+
+  template <class Params>
+  explicit LogitUnits(const Params& p)
+      : capped(p.soft_cap != 0),
+        packed(static_cast<C>(capped ? Scale<C>(p) / SoftCap<C>(p) : Scale<C>(p) * kLog2E)),
+        cap(static_cast<C>(SoftCap<C>(p) * kLog2E)) {}
+};
+
 // Turns a block of scores into probabilities in place, and brings maximum and sum up to date. `cap` is the soft cap in
 // base-2 units; with it the scores come divided by the cap.
 template <class C, bool kPartial, bool kSoftCap>
@@ -150,7 +175,7 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
 
   // --- Rows beyond the example's length, and rows whose list is broken.
   FillRows<C>(out + queries * out_stride, out_stride, rows - queries, s.value_dim, C(0));
-  Fill<C>(lse + queries, rows - queries, -kInfinity<C>);
+  Fill<C>(lse + queries, rows - queries, kNoLogSumExp<C>);
   Fill<C>(lse_rest, rows, C(0));
   if (queries == 0) return;
   const BlockRow row = ReadRow(p.rows, p.tiles.count, b, h, i);
@@ -161,10 +186,9 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   }
 
   // --- Start: Q^T with the scale in it, nothing attended to yet.
-  const C cap = static_cast<C>(p.soft_cap * kLog2E);
-  const C scale = static_cast<C>(p.soft_cap != 0 ? double(p.scale) / p.soft_cap : p.scale * kLog2E);
+  const LogitUnits<C> units(p);
   const E* const query = static_cast<const E*>(p.query) + ((b * s.q_len + first) * s.heads + h) * s.head_dim;
-  PackTransposed<C>(query, s.heads * s.head_dim, queries, s.head_dim, scale, x.query, ld);
+  PackTransposed<C>(query, s.heads * s.head_dim, queries, s.head_dim, units.packed, x.query, ld);
   Fill<C>(x.out, RoundUpToLanes<C>(s.value_dim) * ld, C(0));
   Fill<C>(x.maximum, ld, -kInfinity<C>);
   Fill<C>(x.sum, ld, C(0));
@@ -203,9 +227,9 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
                                               next_keys);
 
     // --- P^T = 2^(S^T - maximum), whose sum knows nothing of the gates
-    const auto softmax = partial ? (p.soft_cap != 0 ? SoftmaxBlock<C, true, true> : SoftmaxBlock<C, true, false>)
-                                 : (p.soft_cap != 0 ? SoftmaxBlock<C, false, true> : SoftmaxBlock<C, false, false>);
-    softmax(x, ld, n_keys, vectors, cap);
+    const auto softmax = partial ? (units.capped ? SoftmaxBlock<C, true, true> : SoftmaxBlock<C, true, false>)
+                                 : (units.capped ? SoftmaxBlock<C, false, true> : SoftmaxBlock<C, false, false>);
+    softmax(x, ld, n_keys, vectors, units.cap);
     if (gates != nullptr) GateBlock<C>(x, ld, n_keys, vectors, gates[entry], partial);
     if (spoiled) SpoilKeys<C>(x.scores, ld, vectors, x.tile, x.bad, n_keys);
 
@@ -227,14 +251,14 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     if (sink != -kInfinity<C>) {
       if (sink > maximum) shift = sink, lost = 0;
       total = sum == 0 ? 0 : sum * __builtin_exp(maximum - shift);
-      const double own = __builtin_exp(sink - shift);
+      const double own = sink == shift ? 1 : __builtin_exp(sink - shift);  // also of +inf
       x.rescale[r] = static_cast<C>(sum == 0 ? 0 : __builtin_exp(maximum - shift) / (total + own));
       total += own;
     } else {
       x.rescale[r] = static_cast<C>(sum == 0 ? 0 : 1 / sum);
     }
     if (r >= queries) continue;
-    lse[r] = total == 0 ? -kInfinity<C> : static_cast<C>(shift + __builtin_log(total));
+    lse[r] = total == 0 ? kNoLogSumExp<C> : static_cast<C>(shift + __builtin_log(total));
     const double rest = (shift - lse[r]) + __builtin_log(total) + lost;
     lse_rest[r] = rest - rest == 0 ? static_cast<C>(rest) : C(0);
   }

@@ -187,15 +187,15 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
       const float max = fmaxf(softmax[m].max[half], sink), shift = max == -device::Infinity() ? 0.f : max;
       const float rescale = device::Exp2(softmax[m].max[half] - shift);
       const float key_sum = device::QuadSum(softmax[m].sum[half]);
-      const float sum = key_sum * rescale + device::Exp2(sink - shift);
+      const float sum = key_sum * rescale + (sink == shift ? 1.f : device::Exp2(sink - shift));  // also of +inf
       const bool valid = row < q_rows;
       finish[half] = {valid && !poisoned && sum != 0.f, rescale / sum, valid && poisoned ? device::QuietNan() : 0.f};
       if (t == 0 && q_start + row < q_len) {
         const auto log_sum = device::LogSum::Of(max, sum);
-        lse[row] = !valid           ? -device::Infinity()
-                   : poisoned       ? device::QuietNan()
-                   : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
-                                    : log_sum.value;
+        lse[row] = device::StoredLse(!valid           ? -device::Infinity()
+                                     : poisoned       ? device::QuietNan()
+                                     : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
+                                                      : log_sum.value);
         lse_rest[row] = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
       }
     }

@@ -412,16 +412,16 @@ class ForwardConsumer {
       const float reference = softmax_.reference[half], max = fmaxf(reference, sink);
       const float shift = RowSoftmax::Shift(max), rescale = device::Exp2(reference - shift);
       const float key_sum = device::QuadSum(softmax_.sum[half]);
-      const float sum = fmaf(key_sum, rescale, device::Exp2(sink - shift));
+      const float sum = fmaf(key_sum, rescale, sink == shift ? 1.f : device::Exp2(sink - shift));  // also of +inf
       const bool valid = row < tile.q_rows;
       finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum),
                       valid && poisoned ? device::QuietNan() : 0.f};
       if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
         const auto log_sum = device::LogSum::Of(max, sum);
-        lse[row] = !valid           ? -device::Infinity()
-                   : poisoned       ? device::QuietNan()
-                   : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
-                                    : log_sum.value;
+        lse[row] = device::StoredLse(!valid           ? -device::Infinity()
+                                     : poisoned       ? device::QuietNan()
+                                     : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
+                                                      : log_sum.value);
         LogSumExpRest(tile)[row] = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
       }
       suspect |= finish[half].keep && !RowIsFinite(out_, half) && sum - sum == 0.f;
@@ -453,7 +453,9 @@ class ForwardConsumer {
     const float sink = tile.sink;
     for (int r = Thread(); r < rows; r += kWarpgroup) {
       const bool valid = first + r < tile.q_rows;
-      LogSumExp(tile)[first + r] = !valid ? -device::Infinity() : poisoned ? device::QuietNan() : sink;
+      LogSumExp(tile)[first + r] = device::StoredLse(!valid     ? -device::Infinity()
+                                                     : poisoned ? device::QuietNan()
+                                                                : sink);
       LogSumExpRest(tile)[first + r] = 0.f;
     }
     const uint32_t nan = device::PackPair<Element>(device::QuietNan(), device::QuietNan());

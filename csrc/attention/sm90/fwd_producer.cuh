@@ -56,14 +56,15 @@ class ForwardScheduler {
     const int32_t* source = params_.rows.offsets + table * (params_.rows.rows + 1) + row + (lane & 1);
     if (lane / 2 == 1) {
       source = params_.lengths.pairs + (params_.lengths.batch == 1 ? 0 : 2 * int64_t{header.batch}) + (lane & 1);
-    } else if (lane / 2 == 2) {
+    } else if (lane / 2 == 2 && params_.sinks != nullptr) {
       source = static_cast<const int32_t*>(params_.sinks) +
                device::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head);
     }
     const int word = __ldg(source);
     header.row = device::MakeRow(params_.rows, table, Share(word), Share(word, 1));
     SetLimits<Config>(header, params_.shape, Share(word, 2), Share(word, 3));
-    header.sink = __int_as_float(Share(word, 4));
+    const float sink = __int_as_float(Share(word, 4));
+    header.sink = params_.sinks != nullptr ? sink : -device::Infinity();
     // Also where no key is within the length the list is followed: an entry that cannot be true poisons its row. With
     // no keys at all none can be.
     const bool unsound = header.row.length < 0 || (header.row.length > 0 && params_.shape.kv_len == 0);
