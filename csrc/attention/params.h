@@ -81,7 +81,7 @@ struct ForwardParams {
   BitTiles tiles;
   Lengths lengths;
   // stats [sinks_batch, sinks_heads], each 1 or B / N; -inf = no sink; +inf: the row attends to its sink alone (out 0,
-  // log-sum-exp +inf). Null: no sinks.
+  // log-sum-exp +inf); NaN: the row is NaN. Null: no sinks.
   const void* sinks;
   int64_t sinks_batch;
   int64_t sinks_heads;

@@ -395,6 +395,8 @@ CORNER_CASES: dict[str, Case] = {
         _corner("wide-values", q_len=130, kv_len=130, head_size=64, value_size=128, pattern="causal"),
         _corner("bfloat16", q_len=300, kv_len=300, dtype="bfloat16", pattern="causal", heads=4, kv_heads=1),
         _corner("float16", q_len=300, kv_len=300, dtype="float16", pattern="window", heads=4, kv_heads=1),
+        _corner("float64", q_len=64, kv_len=64, head_size=80, dtype="float64", soft_cap=17.3, sinks=True),
+        _corner("float64-large-logits", q_len=64, kv_len=64, head_size=80, dtype="float64", amplitude=200.0),
         _corner("negative-scale", q_len=130, kv_len=130, scale=-0.2, pattern="causal"),
         _corner("gates", batch=2, heads=4, kv_heads=2, q_len=300, kv_len=257, gates=True, density=0.7, block_q=64),
         _corner(

@@ -252,7 +252,8 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
       if (sink > maximum) shift = sink, lost = 0;
       total = sum == 0 ? 0 : sum * __builtin_exp(maximum - shift);
       const double own = sink == shift ? 1 : __builtin_exp(sink - shift);  // also of +inf
-      x.rescale[r] = static_cast<C>(sum == 0 ? 0 : __builtin_exp(maximum - shift) / (total + own));
+      // A sink of NaN makes the row NaN, also where it attends to no key.
+      x.rescale[r] = static_cast<C>(sum == 0 && own == own ? 0 : __builtin_exp(maximum - shift) / (total + own));
       total += own;
     } else {
       x.rescale[r] = static_cast<C>(sum == 0 ? 0 : 1 / sum);

@@ -444,7 +444,7 @@ class ForwardConsumer {
     plan_.suspects[tile] = atomicExch(&shared_.last_suspect, tile);
   }
 
-  // Rows with nothing to attend to: 0 and the sink; NaN where the list cannot be read.
+  // Rows with nothing to attend to: 0 and the sink; NaN where the list cannot be read or the sink is NaN.
   __device__ __forceinline__ void StoreNothing(const TileHeader& tile) {
     const Shape& shape = params_.shape;
     const bool poisoned = tile.kind == TileHeader::kPoisoned;
@@ -462,7 +462,7 @@ class ForwardConsumer {
     const int vectors = value_dim / 8;
     for (int i = Thread(); i < rows * vectors; i += kWarpgroup) {
       const int row = first + i / vectors;
-      const uint32_t fill = poisoned && row < tile.q_rows ? nan : 0;
+      const uint32_t fill = (poisoned || sink != sink) && row < tile.q_rows ? nan : 0;
       *reinterpret_cast<uint4*>(OutRow(tile, row) + i % vectors * 8) = make_uint4(fill, fill, fill, fill);
     }
   }

@@ -51,16 +51,16 @@ class Operands:
 
 
 def attend(
-    operands: Operands, mask: Any, implementation: str, lengths: Any = None, gates: Any = None
+    operands: Operands, mask: Any, implementation: str, lengths: Any = None, gates: Any = None, sinks: Any = None
 ) -> dict[str, np.ndarray]:
-    """out [B, T, N, H], lse [B, N, T], dq, dk, dv and, with gates, dgates of a jitted call.
+    """out [B, T, N, H], lse [B, N, T], dq, dk, dv and, with gates and sinks, dgates and dsinks of a jitted call.
 
-    `lengths` is int [B, 2], by default all; `gates` [B|1, N|1, capacity].
+    `lengths` is int [B, 2], by default all; `gates` [B|1, N|1, capacity]; `sinks` [N].
     """
     if lengths is None:
         lengths = [[operands.query.shape[1], operands.key.shape[1]]] * operands.query.shape[0]
     arrays = (operands.query, operands.key, operands.value, operands.dout)
-    data = jax.tree.map(jnp.asarray, (mask, np.asarray(lengths, np.int32), gates))
+    data = jax.tree.map(jnp.asarray, (mask, np.asarray(lengths, np.int32), gates, sinks))
     results = _step(implementation)(*arrays, *data)
     return {name: np.asarray(x) for name, x in results.items()}
 
@@ -70,10 +70,12 @@ def _step(implementation: str):
     return jax.jit(functools.partial(call, implementation=implementation))
 
 
-def call(query, key, value, dout, mask, lengths, gates=None, *, implementation: str) -> dict[str, jax.Array]:
+def call(
+    query, key, value, dout, mask, lengths, gates=None, sinks=None, *, implementation: str
+) -> dict[str, jax.Array]:
     """One call with its gradients; not jitted."""
 
-    def forward(query, key, value, gates=None):
+    def forward(query, key, value, gates, sinks):
         return sparse_attention(
             query,
             key,
@@ -82,15 +84,16 @@ def call(query, key, value, dout, mask, lengths, gates=None, *, implementation: 
             query_seq_lengths=lengths[:, 0],
             key_value_seq_lengths=lengths[:, 1],
             gates=gates,
+            sinks=sinks,
             implementation=implementation,  # pyright: ignore[reportArgumentType]
             return_residual=True,
         )
 
-    present = (query, key, value) if gates is None else (query, key, value, gates)
-    (out, lse), pullback = jax.vjp(forward, *present)
+    (out, lse), pullback = jax.vjp(forward, query, key, value, gates, sinks)
     gradients = pullback((dout, jnp.zeros_like(lse)))
-    names = RESULTS if gates is None else (*RESULTS, "dgates")
-    return dict(zip(names, (out, jnp.swapaxes(lse, 1, 2), *gradients), strict=True))
+    names = (*RESULTS, "dgates", "dsinks")
+    results = zip(names, (out, jnp.swapaxes(lse, 1, 2), *gradients), strict=True)
+    return {name: x for name, x in results if x is not None}
 
 
 def as_listed(operands: Operands, mask: BlockMask, gates: np.ndarray | None = None) -> dict[str, np.ndarray]:

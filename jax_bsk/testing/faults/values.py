@@ -67,4 +67,49 @@ def not_finite_beyond_the_lengths(implementation: str) -> None:
                 checks.check_equal(f"{what} beyond", results[name][1, beyond:], 0)
 
 
-SCENARIOS = (*(_not_finite(name) for name in ("query", "key", "value")), not_finite_beyond_the_lengths)
+SINKS = {"+inf": np.inf, "-inf": -np.inf, "NaN": np.nan}
+
+
+@scenario("not-finite-sinks", FAULT, "+inf: rows attend to their sink alone; -inf: none; NaN: rows are NaN")
+def not_finite_sinks(implementation: str) -> None:
+    dense = np.tril(np.ones((LENGTH, LENGTH), bool))
+    dense[5] = dense[2 * BLOCK :] = False  # an empty row, and an empty row of blocks
+    attends = dense.any(1)
+    mask = BlockMask.from_dense(dense, block_size=BLOCK)
+    gates = np.full((1, 1, mask.kv_blocks.shape[-1]), 0.5, np.float32)
+    for dtype in calls.dtypes(implementation):
+        operands = Operands.random(dtype, LENGTH, LENGTH)
+        for some_gates in (None, gates):
+            expected = calls.attend(operands, mask, implementation, gates=some_gates)
+            for name, bad in SINKS.items():
+                sinks = np.array([bad, -np.inf], np.float32)
+                results = calls.attend(operands, mask, implementation, gates=some_gates, sinks=sinks)
+                other = f"head without a sink, {name} ({dtype})"
+                for result in ("out", "dq", "dk", "dv"):
+                    checks.check_close(
+                        f"{result} of the {other}", results[result][:, :, 1], expected[result][:, :, 1], dtype
+                    )
+                checks.check_equal(f"dsinks of the {other}", results["dsinks"][1], 0)
+                what = f"{name} ({dtype})"
+                own = {result: results[result][:, :, 0] for result in ("out", "dq", "dk", "dv")}
+                if name == "NaN":
+                    checks.check_nan(f"out, {what}", own["out"])
+                    checks.check_nan(f"lse, {what}", results["lse"][:, 0])
+                    checks.check_nan(f"dq, {what}", own["dq"][:, attends])
+                elif name == "-inf":
+                    checks.check_close(f"lse, {what}", results["lse"], expected["lse"], dtype)
+                    checks.check_close(f"out, {what}", own["out"], expected["out"][:, :, 0], dtype)
+                else:
+                    checks.check_equal(f"lse, {what}", results["lse"][:, 0], np.inf)
+                    checks.check_equal(f"dsinks, {what}", results["dsinks"], 0)
+                    for result, array in own.items():
+                        checks.check_equal(f"{result}, {what}", array, 0)
+                    if some_gates is not None:  # one gate for both heads: the other one's part is left
+                        checks.check_finite(f"dgates, {what}", results["dgates"])
+
+
+SCENARIOS = (
+    *(_not_finite(name) for name in ("query", "key", "value")),
+    not_finite_beyond_the_lengths,
+    not_finite_sinks,
+)
