@@ -219,7 +219,12 @@ def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, l
             mask, order = with_entry_order(mask)
     leaves, tree = jax.tree.flatten((query, key, value, sinks, gates))
     query, key, value, sinks, gates = tree.unflatten(_compat.match_varying(*_as_arrays(*leaves)))
-    return _attend(call, query, key, value, sinks, gates, mask, lengths, order)
+    try:
+        return _attend(call, query, key, value, sinks, gates, mask, lengths, order)
+    except TypeError as error:
+        if "forward-mode" in str(error):  # JAX's own error of a custom_vjp function under jvp names no remedy
+            raise _not_differentiable(call) from error
+        raise
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices
@@ -260,8 +265,12 @@ def _once_differentiable(function, call, *args):
 @_once_differentiable.defjvp
 def _once_differentiable_jvp(function, call, primals, tangents):
     del function, primals, tangents
+    raise _not_differentiable(call)
+
+
+def _not_differentiable(call: NativeCall) -> UnsupportedError:
     reason = "The kernels have first reverse-mode derivatives only; use implementation='xla' for others."
-    raise UnsupportedError(call.platform or "native", [reason])
+    return UnsupportedError(call.platform or _compat.default_platform(), [reason])
 
 
 def _attend_fwd(call, query, key, value, sinks, gates, mask, lengths, order):

@@ -1,6 +1,7 @@
 """Numbers that travel to the kernels, as Python gives them; `attention` and `selection` check theirs here.
 
-They are float32 there, whatever the type of the operands, and float32's smallest (subnormal) numbers count as 0.
+They are float32 there, but for float64 operands on the CPU, for which they are float64. What is accepted does not
+depend on the type of the operands: it is what float32 carries, whose smallest (subnormal) numbers count as 0.
 """
 
 from __future__ import annotations

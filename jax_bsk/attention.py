@@ -73,25 +73,29 @@ def sparse_attention(
       mask: What may attend to what (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a boolean array
         broadcastable to BNTS, of which the first dimensions may be missing; keys that are valid in each example,
         [B, S], are mask[:, None, None, :]. None attends to everything. May be traced.
-      scale: Factor of the logits; 1 / sqrt(H) by default. A number in [-2e38, 2e38] is used in float32, for float64
-        inputs too. A traced number (differentiable, of shape ()) multiplies the query for the native kernels, and is
-        rounded with it to query's type: for bfloat16 logits then err by up to 2^-8 of them, for float16 by 2^-11.
+      scale: Factor of the logits; 1 / sqrt(H) by default. A number in [-2e38, 2e38] is used in float32 (float64 for
+        float64 inputs). A traced number (differentiable, of shape ()) multiplies the query for the native kernels, and
+        is rounded with it to query's type: for bfloat16 logits then err by up to 2^-8 of them, for float16 by 2^-11.
       is_causal: Query t attends to keys s <= t (aligned at the top left, as in `jax.nn`), on top of `mask`.
       query_seq_lengths: int [B], at most T (traced ones are clipped); queries from there on yield 0, log-sum-exp -inf.
       key_value_seq_lengths: int [B], at most S; keys from there on are not attended to.
       local_window_size: Keys to the left and right of query t it may attend to, (left, right) or one number for both,
         on top of `mask`. None in the pair is unbounded.
       logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118); a Python number in
-        [1e-30, 1e30]. It is used in float32 as the scale is, of which scale / logits_soft_cap must be a normal number
-        (or 0).
+        [1e-30, 1e30]. It is used in float32 (float64 for float64 inputs) as the scale is; scale / logits_soft_cap must
+        be a normal float32 number (or 0).
       sinks: [N] logits that join each softmax's denominator and no value, as in gpt-oss (arXiv 2508.10925); learnable.
+        -inf is no sink. With +inf queries attend to their sink alone: the output is 0, the log-sum-exp +inf, and all
+        gradients are 0. NaN makes the head's output NaN.
       gates: [B|1, N|1, capacity] floating factors of the visited blocks, where `mask` is a `BlockMask` and capacity its
         `kv_blocks.shape[-1]` (for TNH also [N|1, capacity]): number e of a head's gates belongs to entry e of that
         head's `kv_blocks`, in row order, and what lies past the last entry means nothing. Of any sign; differentiable
         (0 for what no row lists). They are used in float32 (float64 for float64 inputs).
       implementation: "cuda" or "cpu" (native kernels), "xla" (pure JAX: every platform, type and derivative), or None:
         the platform's native kernel and, where it cannot take the call, "xla" with one `FallbackWarning` saying why.
-      return_residual: Also return the log-sum-exp.
+      return_residual: Also return the log-sum-exp. Where queries attend to nothing it is -inf, at which
+        `jax_debug_infs` raises as at every infinite result; without it no result or residual of finite inputs is
+        infinite or NaN.
 
     Returns:
       BTNH (TNH) output of query's type, with value's head size. With `return_residual` also the natural logarithm of
