@@ -5,6 +5,7 @@ Between the operations (`_attention_op`, `_matmul_native`) and `_ffi`, which nam
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
