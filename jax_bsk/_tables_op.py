@@ -57,7 +57,7 @@ def tables_op(
     primitive = _compat.Primitive(name)
     primitive.multiple_results = True
     primitive.def_abstract_eval(shapes)
-    _compat.compile_when_called(primitive)
+    primitive.def_impl(functools.partial(_compat.apply_primitive, primitive))
 
     def all_in_jax(*operands: Any, call: Any) -> Sequence[Any]:
         one = functools.partial(in_jax, call)
