@@ -66,14 +66,14 @@ def check_devices(query: Any, others: Iterable[tuple[str, Any]]) -> None:
                 )
 
 
-def _devices(x: Any) -> frozenset[jax.Device] | None:
+def _devices(x: Any) -> frozenset[Any] | None:
     """Devices that an array is committed to; None where it may move, or is traced."""
     if isinstance(x, Tracer) or not isinstance(x, jax.Array) or not x.committed:
         return None
     return frozenset(x.devices())
 
 
-def _names(devices: frozenset[jax.Device]) -> str:
+def _names(devices: frozenset[Any]) -> str:
     return ", ".join(sorted(map(str, devices)))
 
 

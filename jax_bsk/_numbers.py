@@ -74,12 +74,12 @@ def soft_cap(cap: Any, scale: float) -> float | None:
     value = number(cap, "logits_soft_cap")
     if not MIN_SOFT_CAP <= value <= MAX_SOFT_CAP:
         raise ValueError(
-            f"logits_soft_cap is in [{MIN_SOFT_CAP:g}, {MAX_SOFT_CAP:g}], as it is used in float32, or None for no "
-            f"cap; got {value:g}"
+            f"logits_soft_cap is in [{MIN_SOFT_CAP:g}, {MAX_SOFT_CAP:g}], as it is used in float32, got {value:g}; "
+            "pass None for no cap"
         )
     if scale != 0 and not _LEAST <= abs(scale / value) <= MAX_SCALE:
         raise ValueError(
             f"scale / logits_soft_cap is 0 or has a magnitude in [{_LEAST:.3g}, {MAX_SCALE:g}], as it is used in "
-            f"float32; got {scale:g} / {value:g}; multiply the query by a part of the scale, or leave the cap out"
+            f"float32, got {scale:g} / {value:g}; multiply the query by a part of the scale, or leave the cap out"
         )
     return value

@@ -152,6 +152,7 @@ def sparse_attention(
             gates=gates,
             with_lse=return_residual,
         )
+        assert lse is not None  # asked for
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
         call = _attention_op.NativeCall(attributes, platform=chosen if named else None)

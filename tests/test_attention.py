@@ -186,7 +186,7 @@ MISTAKES = {
     ),
     "mask kind": (lambda: sparse_attention(q, k, v, mask="causal"), TypeError, "a Mask, a BlockMask or a boolean"),
     "window": (lambda: sparse_attention(q, k, v, local_window_size=(-1, 0)), ValueError, "-1"),
-    "soft cap": (lambda: sparse_attention(q, k, v, logits_soft_cap=0.0), ValueError, "None for no cap; got 0"),
+    "soft cap": (lambda: sparse_attention(q, k, v, logits_soft_cap=0.0), ValueError, "got 0; pass None for no cap"),
     "scale of several": (lambda: sparse_attention(q, k, v, scale=np.ones(2)), TypeError, "scale is one number"),
     "sinks": (lambda: sparse_attention(q, k, v, sinks=np.zeros(3, np.float32)), ValueError, r"shape \(4,\)"),
     "lengths type": (

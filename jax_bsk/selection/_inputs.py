@@ -22,15 +22,17 @@ def query_and_key(query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Arra
         q, k = q[None], k[None]
     shapes = f"query {q.shape}, key {k.shape}"
     if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"query is BTNH and key BSKH, or TNH and SKH; got {shapes}")
+        raise ValueError(f"query is BTNH and key BSKH, or TNH and SKH, got {shapes}; give both a batch or none")
     if q.dtype != k.dtype:
         raise TypeError(f"key is of query's type {q.dtype}, got {k.dtype}; cast one of them")
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"query and key have the same batch and head size; got {shapes}")
+        raise ValueError(
+            f"query and key have the same batch and head size, got {shapes}; repeat or project one of them"
+        )
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query's heads are a multiple of key's (grouped-query attention); got {shapes}")
+        raise ValueError(f"query's heads are a multiple of key's (grouped-query attention), got {shapes}; repeat key")
     if not q.shape[3]:
-        raise ValueError(f"the head size is at least 1; got {shapes}")
+        raise ValueError(f"the head size is at least 1, got {shapes}; give query and key a last dimension")
     return jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
 
 

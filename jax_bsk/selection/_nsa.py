@@ -74,7 +74,7 @@ def nsa(
     if length % stride or selection_block % stride:
         raise ValueError(
             f"compression_stride divides compression_block and selection_block, got {stride}, {length} and "
-            f"{selection_block}"
+            f"{selection_block}; choose a divisor of both"
         )
     required = _required(known, initial_blocks, local_blocks)
     compressed = jax.lax.stop_gradient(compress(k, length, stride, compressed_key, "compressed_key"))
@@ -105,9 +105,9 @@ def compress(x: jax.Array, length: int, stride: int, given: ArrayLike | None, na
     array = array[None] if array.ndim == 3 else array
     expected = (batch, count, heads, size)
     if array.shape != expected:
-        raise ValueError(f"{name} has shape {expected} for {keys} tokens, got {array.shape}")
+        raise ValueError(f"{name} has shape {expected} for {keys} tokens, got {array.shape}; make one per window")
     if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} is a floating-point array, got {array.dtype}")
+        raise TypeError(f"{name} is a floating-point array, got {array.dtype}; cast it, e.g. {name}.astype('float32')")
     return array
 
 
@@ -149,7 +149,7 @@ def _importance(
 def _required(known: Outline, initial: int, local: int) -> np.ndarray:
     """bool [nq, units]: the first blocks, and those up to the own ones."""
     if initial < 0 or local < 0:
-        raise ValueError(f"initial_blocks and local_blocks are 0 or more, got {initial} and {local}")
+        raise ValueError(f"initial_blocks and local_blocks are 0 or more, got {initial} and {local}; 0 requires none")
     own = known.own_units()
     units = np.arange(own.shape[1])
     required = np.broadcast_to(units < initial, own.shape)

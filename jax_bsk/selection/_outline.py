@@ -68,7 +68,7 @@ def outline(
         is no multiple.
     """
     if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask is a jax_bsk.masks.Mask or None, got {type(mask).__name__}")
+        raise TypeError(f"mask is a jax_bsk.masks.Mask or None, got {type(mask).__name__}; pass a lazy mask")
     mask = FullMask() if mask is None else mask
     kv_len = q_len if kv_len is None else kv_len
     sized = mask._sized(None, None)
@@ -91,7 +91,10 @@ def outline(
     if unit_size is not None:
         unit, rest = divmod(positive(unit_size, "unit_size"), bound.block_kv)
         if rest:
-            raise ValueError(f"keys chosen together are a multiple of the key block {bound.block_kv}, got {unit_size}")
+            raise ValueError(
+                f"keys chosen together are a multiple of the key block {bound.block_kv}, got {unit_size}; "
+                "change one of them"
+            )
     return Outline(tiles, np.asarray(bound.bit_tiles), q_len, kv_len, bound.block_q, bound.block_kv, unit)
 
 
@@ -100,7 +103,7 @@ def positive(value: Any, name: str) -> int:
     try:
         number = operator.index(value)
     except TypeError:
-        raise TypeError(f"{name} is an int (it decides shapes), got {value!r}") from None
+        raise TypeError(f"{name} is an int (it decides shapes), got {value!r}; pass a Python int") from None
     if number < 1:
-        raise ValueError(f"{name} is at least 1, got {number}")
+        raise ValueError(f"{name} is at least 1, got {number}; choose 1 or more")
     return number

@@ -75,13 +75,13 @@ def sparsek(
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"scores is a floating-point array, got {array.dtype}; cast it, e.g. scores.astype('float32')")
     if array.ndim not in (2, 3):
-        raise ValueError(f"scores are [batch, keys, heads] or [keys, heads], got {array.shape}")
+        raise ValueError(f"scores are [batch, keys, heads] or [keys, heads], got {array.shape}; add the heads")
     array = array[None] if array.ndim == 2 else array
     if gate not in ("straight-through", "soft"):
-        raise ValueError(f"gate is 'straight-through' or 'soft', got {gate!r}")
+        raise ValueError(f"gate is 'straight-through' or 'soft', got {gate!r}; choose one")
     top_k, window = positive(top_k, "top_k"), positive(window, "window")
     if candidates is not None and positive(candidates, "candidates") < top_k:
-        raise ValueError(f"candidates is at least top_k={top_k}, or None for all blocks; got {candidates}")
+        raise ValueError(f"candidates is at least top_k={top_k}, got {candidates}; None takes all blocks")
 
     grid = _grid(array.shape[1] if q_len is None else q_len, array.shape[1], block_size)
     sizes = _Sizes(grid.q_len, grid.kv_len, (grid.block_q, grid.block_kv), window)

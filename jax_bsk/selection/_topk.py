@@ -45,13 +45,14 @@ def from_topk(
     """
     array = jnp.asarray(scores)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
-        raise TypeError(f"scores are real numbers, got {array.dtype}{array.shape}")
+        raise TypeError(f"scores are real numbers, got {array.dtype}{array.shape}; cast them, e.g. to float32")
     k = positive(k, "k")
     known = outline(mask, q_len, kv_len, block_size)
     if array.ndim not in (2, 3, 4) or array.shape[-2:] != known.tiles.shape:
         nq, nk = known.tiles.shape
         raise ValueError(
             f"scores are [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk] with (nq, nk) = ({nq}, {nk}), got {array.shape}"
+            "; score each pair of blocks"
         )
     array = jax.lax.stop_gradient(array.reshape((1,) * (4 - array.ndim) + array.shape))
     array = array if array.dtype == jnp.float64 else array.astype(jnp.float32)

@@ -64,9 +64,11 @@ def xattention(
     stride = positive(stride, "stride")
     known = outline(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size)
     if known.block_q % stride or known.block_kv % stride:
-        raise ValueError(f"stride divides the block sizes {known.block_q} and {known.block_kv}, got {stride}")
+        raise ValueError(
+            f"stride divides the block sizes {known.block_q} and {known.block_kv}, got {stride}; choose a divisor"
+        )
     if initial_blocks < 0:
-        raise ValueError(f"initial_blocks is 0 or more, got {initial_blocks}")
+        raise ValueError(f"initial_blocks is 0 or more, got {initial_blocks}; 0 requires none")
     heads = k.shape[2] if share_group else q.shape[2]
     fraction = _fraction(threshold, heads, statistics_dtype(q))
     weights = _weights(q, k, known, stride, is_causal, logits_scale(scale, q.shape[3]))
