@@ -117,7 +117,9 @@ def test_schedules_visit_the_lists(density, monkeypatch):
     schedules = [schedule]
     for few in (0, 10**6):
         monkeypatch.setattr(_schedule, "FEW_ENTRIES", few)
-        schedules.append(_schedule.known_schedule(mask, (1, 1), 1024))
+        known = _schedule.known_schedule(mask, (1, 1), 1024)
+        assert known is not None
+        schedules.append(known)
     for found in schedules:
         steps, chunk, width = found.cols.shape[3:]
         rows = np.arange(chunk)[None].repeat(steps, 0) if found.rows is None else found.rows[0, 0, 0]
