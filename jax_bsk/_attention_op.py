@@ -1,12 +1,13 @@
-"""The differentiable native attention operation: custom_vjp -> custom_vmap -> custom_partitioning -> primitive.
+"""The differentiable native attention operation: custom_jvp -> custom_vmap -> custom_partitioning -> primitive.
 
 Stands between `attention` (which validates, builds the block mask and picks an implementation) and `_ffi` (which names
-the custom calls). Each layer has one duty:
+the custom calls) or, for derivatives that kernels lack, `_reference`. Each layer has one duty:
 
-- `attend` (custom_vjp within): saves out and log-sum-exp (as two numbers: what rounding took from it counts where
-  logits are large), computes the row sums `delta` and the sinks' gradient, which are cheap row-wise sums that XLA
-  fuses, and takes gates to the key-major order and their gradient back, so that every native backward sees the same
-  small set of operands;
+- `attend` (custom_jvp within; the tangents become the native backward in reverse mode and plain JAX in forward mode,
+  see `_forward_mode`): saves out and log-sum-exp (as two numbers: what rounding took from it counts where logits are
+  large), computes the row sums `delta` and the sinks' gradient, which are cheap row-wise sums that XLA fuses, and takes
+  gates to the key-major order and their gradient back, so that every native backward sees the same small set of
+  operands;
 - custom_vmap: a mapped axis becomes a leading dimension of the operands (never merged into the batch here: merging
   makes a sharded batch all-gather);
 - custom_partitioning: batch and heads split over a mesh with no collective (`_partition`);
@@ -27,12 +28,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_batching import custom_vmap
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import AxisType, NamedSharding
 
-from jax_bsk import _compat, _dispatch, _ffi, _partition
-from jax_bsk._errors import UnsupportedError
+from jax_bsk import _compat, _dispatch, _ffi, _forward_mode, _partition
 from jax_bsk._native import like, primitive
+from jax_bsk._reference import sparse_attention_xla
 from jax_bsk.masks import BlockMask
 from jax_bsk.masks._entry_order import to_columns, to_rows, with_entry_order
 from jax_bsk.masks._run_mask import RunBlockMask
@@ -190,7 +192,7 @@ _backward = _layered(_backward_p, _partition.BACKWARD)
 _gated_backward = _layered(_backward_p, _partition.GATED_BACKWARD)
 
 
-# --- custom_vjp
+# --- custom_jvp
 
 
 def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, lengths) -> tuple[jax.Array, jax.Array]:
@@ -219,12 +221,8 @@ def attend(call: NativeCall, query, key, value, sinks, gates, mask: BlockMask, l
             mask, order = with_entry_order(mask)
     leaves, tree = jax.tree.flatten((query, key, value, sinks, gates))
     query, key, value, sinks, gates = tree.unflatten(_compat.match_varying(*_as_arrays(*leaves)))
-    try:
-        return _attend(call, query, key, value, sinks, gates, mask, lengths, order)
-    except TypeError as error:
-        if "forward-mode" in str(error):  # JAX's own error of a custom_vjp function under jvp names no remedy
-            raise _not_differentiable(call) from error
-        raise
+    lists, tree = jax.tree.flatten((mask, lengths, order))
+    return _attend(_Static(call, tree), query, key, value, sinks, gates, *lists)[:2]
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices
@@ -237,10 +235,101 @@ def _for_every_head(gates, query):
     return gates if gates.shape == shape else jnp.broadcast_to(gates, shape, out_sharding=sharding)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(call, query, key, value, sinks, gates, mask, lengths, order):
-    del order
-    return _call_forward(call, query, key, value, sinks, gates, mask, lengths)[:2]
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A native call and the structure of its lists; hashable.
+
+    Attributes:
+      call: The call.
+      lists: Structure of (mask, lengths, order), whose arrays are arguments.
+    """
+
+    call: NativeCall
+    lists: Any
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(static: _Static, query, key, value, sinks, gates, *lists):
+    mask, lengths, _ = static.lists.unflatten(lists)
+    return _call_forward(static.call, query, key, value, sinks, gates, mask, lengths)
+
+
+def _attend_jvp(static: _Static, primals, tangents):
+    results = _attend(static, *primals)
+    out, lse, lse_rest = (checkpoint_name(x, name) for x, name in zip(results, RESIDUAL_NAMES, strict=True))
+    leaves, tree = jax.tree.flatten((primals, lse_rest, out, lse))
+    moving = [None if x is None or isinstance(x, SymbolicZero) else x for x in tangents[:5]]
+    if all(x is None for x in moving):
+        dout, dlse = jnp.zeros_like(out), jnp.zeros_like(lse)
+    else:
+        dout, dlse = _tangents((static, tree), leaves, (out.ndim, lse.ndim), moving)
+    return (out, lse, lse_rest), (dout, dlse, jnp.zeros_like(lse_rest))
+
+
+_attend.defjvp(_attend_jvp, symbolic_zeros=True)
+
+
+def _in_plain_jax(static: _Static, lists):
+    """The same function of (query, key, value, sinks, gates), with every derivative."""
+    mask, lengths, _ = static.lists.unflatten(lists)
+    numbers = static.call.attributes
+
+    def attention(query, key, value, sinks, gates):
+        sinks = None if sinks is None else jnp.broadcast_to(sinks[0], (query.shape[2],))
+        return sparse_attention_xla(
+            query,
+            key,
+            value,
+            mask,
+            bias=None,
+            lengths=lengths,
+            sinks=sinks,
+            gates=gates,
+            scale=numbers.scale,
+            soft_cap=numbers.soft_cap or None,
+        )
+
+    return attention
+
+
+def _pushforward(static_and_tree, residuals, tangents):
+    static, tree = static_and_tree
+    primals = tree.unflatten(residuals)[0]
+    inputs = primals[:5]
+    tangents = [
+        None if x is None else jnp.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)
+    ]
+    return jax.jvp(_in_plain_jax(static, primals[5:]), inputs, tuple(tangents))[1]
+
+
+def _pullback(static_and_tree, residuals, present, cotangents):
+    gradients = _gradients(static_and_tree, *residuals, *cotangents)
+    return [x for x, there in zip(gradients, present, strict=True) if there]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(static_and_tree, *args):
+    """Cotangents of query, key, value, sinks and gates, or None, from the residuals and the results' cotangents."""
+    static, tree = static_and_tree
+    primals, lse_rest, out, lse = tree.unflatten(args[:-2])
+    mask, lengths, order = static.lists.unflatten(primals[5:])
+    return _native_gradients(static.call, (*primals[:5], mask, lengths, order, out, lse, lse_rest), args[-2:])
+
+
+@_gradients.defjvp
+def _gradients_jvp(static_and_tree, args, tangents):
+    static, tree = static_and_tree
+    primals = tree.unflatten(args[:-2])[0]
+
+    def exact(inputs, cotangents):
+        return jax.vjp(_in_plain_jax(static, primals[5:]), *inputs)[1](cotangents)
+
+    moving = tree.unflatten(tangents[:-2])[0][:5]
+    _, changes = jax.jvp(exact, (primals[:5], tuple(args[-2:])), (moving, tuple(tangents[-2:])))
+    return _gradients(static_and_tree, *args), changes
+
+
+_tangents = _forward_mode.define("jax_bsk_attention_tangents", _pushforward, _pullback)
 
 
 def _call_forward(call, query, key, value, sinks, gates, mask, lengths):
@@ -248,38 +337,15 @@ def _call_forward(call, query, key, value, sinks, gates, mask, lengths):
         sinks = np.zeros(_ffi.NO_SINKS, stats_dtype(query.dtype))
     args = _as_arrays(query, key, value, *mask._kernel_rows(), mask.bit_tiles, lengths, sinks)
     if gates is None:
-        return _once_differentiable(_forward, call, *args)
-    return _once_differentiable(_gated_forward, call, *args, gates)
+        return _forward(call)(args)
+    return _gated_forward(call)((*args, gates))
 
 
 def _as_arrays(*args):
     return tuple(jnp.asarray(x) for x in args)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _once_differentiable(function, call, *args):
-    """Runs a native call that only `attend`'s own rule may differentiate, with an error that names the remedy."""
-    return function(call)(args)
-
-
-@_once_differentiable.defjvp
-def _once_differentiable_jvp(function, call, primals, tangents):
-    del function, primals, tangents
-    raise _not_differentiable(call)
-
-
-def _not_differentiable(call: NativeCall) -> UnsupportedError:
-    reason = "The kernels have first reverse-mode derivatives only; use implementation='xla' for others."
-    return UnsupportedError(call.platform or _compat.default_platform(), [reason])
-
-
-def _attend_fwd(call, query, key, value, sinks, gates, mask, lengths, order):
-    results = _call_forward(call, query, key, value, sinks, gates, mask, lengths)
-    out, lse, lse_rest = (checkpoint_name(x, name) for x, name in zip(results, RESIDUAL_NAMES, strict=True))
-    return (out, lse), (query, key, value, sinks, gates, mask, lengths, order, out, lse, lse_rest)
-
-
-def _attend_bwd(call, residuals, cotangents):
+def _native_gradients(call, residuals, cotangents):
     query, key, value, sinks, gates, mask, lengths, order, out, lse, lse_rest = residuals
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
@@ -293,13 +359,13 @@ def _attend_bwd(call, residuals, cotangents):
     args = _as_arrays(dout, query, key, value, lse, lse_rest, delta, *rows, *columns, mask.bit_tiles, lengths)
     dgates = None
     if gates is None:
-        dquery, dkey, dvalue = _once_differentiable(_backward, call, *args)
+        dquery, dkey, dvalue = _backward(call)(args)
     else:
         args = (*args, gates, to_columns(gates, order))
-        dquery, dkey, dvalue, dgates = _once_differentiable(_gated_backward, call, *args)
+        dquery, dkey, dvalue, dgates = _gated_backward(call)(args)
         dgates = to_rows(dgates, order)
     dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)
-    return dquery, dkey, dvalue, dsinks, dgates, None, None, None
+    return dquery, dkey, dvalue, dsinks, dgates
 
 
 def _row_products(dout, out, dtype):
@@ -328,6 +394,3 @@ def _sinks_gradient(sinks, lse, lse_rest, delta):
         if sinks.shape[axis] == 1:
             gradient = gradient.sum(axis, keepdims=True)
     return gradient.astype(sinks.dtype)
-
-
-_attend.defvjp(_attend_fwd, _attend_bwd)

@@ -91,7 +91,7 @@ def sparse_attention(
         `kv_blocks.shape[-1]` (for TNH also [N|1, capacity]): number e of a head's gates belongs to entry e of that
         head's `kv_blocks`, in row order, and what lies past the last entry means nothing. Of any sign; differentiable
         (0 for what no row lists). They are used in float32 (float64 for float64 inputs).
-      implementation: "cuda" or "cpu" (native kernels), "xla" (pure JAX: every platform, type and derivative), or None:
+      implementation: "cuda" or "cpu" (native kernels), "xla" (pure JAX: every platform and type), or None:
         the platform's native kernel and, where it cannot take the call, "xla" with one `FallbackWarning` saying why.
       return_residual: Also return the log-sum-exp. Where queries attend to nothing it is -inf, at which
         `jax_debug_infs` raises as at every infinite result; without it no result or residual of finite inputs is
