@@ -51,7 +51,7 @@ def sparse_attention_xla(
     soft_cap: float | None,
     gates: Array | None = None,
     with_lse: bool = True,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Any]:
     """Attention over the visited blocks of ``mask``; arguments are trusted to be validated by the caller.
 
     Args:
