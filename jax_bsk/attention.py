@@ -60,7 +60,8 @@ def sparse_attention(
 
     where P is the softmax over all visited blocks (and the sink) as without gates and j(e) the entry's key block: what
     a block contributes is multiplied after the softmax, and the log-sum-exp knows nothing of it. Works under `jit`,
-    `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded meshes; batch and heads shard without a collective.
+    `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded meshes; batch and heads shard without a collective. The
+    native kernels have reverse-mode gradients; `jvp` and second derivatives of their calls are computed by "xla".
 
     Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
 

@@ -38,7 +38,7 @@ ATTRIBUTES: Changes = {
     "huge block size": {"block_kv": np.int64(2**63 - 32)},
     "block size of other lists": {"block_q": np.int64(2 * BLOCK)},
     "block size of 32 bits": {"block_q": np.int32(BLOCK)},
-    "scale of 64 bits": {"scale": np.float64(0.25)},
+    "scale of 32 bits": {"scale": np.float32(0.25)},
     "no scale": {"scale": None},
     "another version": {"version": "0.0.0"},
     "a number for a version": {"version": np.int64(1)},
