@@ -153,7 +153,6 @@ def sparse_attention(
             gates=gates,
             with_lse=return_residual,
         )
-        assert lse is not None  # asked for
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
         call = _attention_op.NativeCall(attributes, platform=chosen if named else None)
@@ -171,6 +170,7 @@ def sparse_attention(
         out = out[0]
     if not return_residual:
         return out
+    assert lse is not None  # asked for
     lse = jnp.swapaxes(lse, 1, 2)
     return out, lse[0] if unbatched else lse
 

@@ -14,7 +14,7 @@ from jax_bsk.testing import battery, cases
 def run(case, implementation):
     if case.bias and implementation != "xla":
         pytest.skip("the native kernels take no bias")
-    with jax.enable_x64(case.dtype == "float64"), jax.numpy_dtype_promotion("standard"):
+    with jax.numpy_dtype_promotion("standard"):
         battery.run_case(
             case, battery.from_public(implementation), command=f"--implementation {implementation} --max-len 400"
         )

@@ -43,6 +43,13 @@ def judge_case(
         multiprocessors: on CUDA, judge the same call once more on so many multiprocessors (`grid.limited`); what is
             wrong there is a problem of the judgement.
     """
+    with jax.enable_x64(case.dtype == "float64"):
+        return _judge(case, attention_fn, gradients, traced_mask, multiprocessors)
+
+
+def _judge(
+    case: Case, attention_fn: AttentionFn, gradients: bool, traced_mask: bool, multiprocessors: int | None
+) -> Judgement:
     inputs = make_inputs(case)
     if traced_mask:
         inputs = with_room(inputs)
