@@ -335,10 +335,9 @@ def _walk(order: Schedule, operands: _Operands, soft_cap, active) -> tuple[Array
         probs = jnp.exp(jnp.where(attends, relative, jnp.finfo(relative.dtype).min))
         weights = probs + jnp.where(attends, flaws[..., 1, :, :], 0)
         if gates is not None:  # a NaN among them reaches only the rows that attend to its block
-            gates = _of_each_key(gates, operands.value.shape[-2])[..., None, :]
-            weights = jnp.where(attends, weights * gates, 0)
+            weights = jnp.where(attends, _gated(weights, gates, operands.value.shape[-2]), 0)
         values = _side_by_side(take(operands.value, entries.cols), -2)
-        return probs.sum(-1), jnp.einsum("cbkgqs,cbksd->cbkgqd", weights, values)
+        return probs.sum(-1), _products("cbkms,cbksd->cbkmd", weights, values)
 
     if steps > 1:
         contributions = jax.checkpoint(contributions)
@@ -365,7 +364,7 @@ def _logits(operands: _Operands, entries: Schedule, bias, soft_cap) -> tuple[Arr
     What attends is broadcastable to that.
     """
     keys = _side_by_side(take(operands.key, entries.cols), -2)
-    logits = jnp.einsum("cbkgqd,cbksd->cbkgqs", _of_rows(operands.query, entries), keys)
+    logits = _products("cbkmd,cbksd->cbkms", _of_rows(operands.query, entries), keys)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if bias is not None:
@@ -390,6 +389,17 @@ def _logits(operands: _Operands, entries: Schedule, bias, soft_cap) -> tuple[Arr
     return logits, attends
 
 
+def _products(formula: str, x: Array, y: Array) -> Array:
+    """The sum of products of ``x [chunk, b, k, g, block_q, ..]`` and ``y [chunk, b, k, ..]``, group and query as one (m).
+
+    With a dimension more, and three of `_map_lists`, a product has nine: XLA's CPU crashed (jaxlib 0.10.2, whose YNN
+    kernels take eight).
+    """
+    g, q = x.shape[3:5]
+    product = jnp.einsum(formula, x.reshape((*x.shape[:3], g * q, *x.shape[5:])), y)
+    return product.reshape((*product.shape[:3], g, q, *product.shape[4:]))
+
+
 def _side_by_side(x: Array, axis: int) -> Array:
     """``[chunk, width, .., n, ..]`` to ``[chunk, .., width * n, ..]``: the blocks of a row as one, along ``axis``."""
     if x.shape[1] == 1:
@@ -403,6 +413,19 @@ def _of_each_key(x: Array, block_kv: int) -> Array:
     """``[chunk, width, ..]``, one number per block, to ``[chunk, .., width * block_kv]`` (or 1 for a width of 1)."""
     x = jnp.moveaxis(x, 1, -1)
     return x if x.shape[-1] == 1 else jnp.repeat(x, block_kv, axis=-1)
+
+
+def _gated(weights: Array, gates: Array, block_kv: int) -> Array:
+    """Weights ``[chunk, b, k, g, block_q, width * block_kv]`` times gates ``[chunk, width, b|1, k|1, g|1]``.
+
+    In as few dimensions as there are: the gradient of gates is a sum over queries and keys, and XLA's CPU crashed in
+    sums over an inner one of eight dimensions (jaxlib 0.10.2), which these are under two `vmap` of `_map_lists`.
+    """
+    chunk, width = gates.shape[:2]
+    lead = (chunk, *(n for n in (weights.shape[1], weights.shape[2] * weights.shape[3]) if n > 1))
+    gates = jnp.broadcast_to(gates, (chunk, width, *weights.shape[1:4]))
+    gates = jnp.moveaxis(gates, 1, -1).reshape((*lead, 1, width, 1))
+    return (weights.reshape((*lead, -1, width, block_kv)) * gates).reshape(weights.shape)
 
 
 def _of_rows(x: Array, entries: Schedule) -> Array:
