@@ -11,9 +11,8 @@ from typing import Any
 
 import jax
 import jax.core
-from jax._src.core import trace_state_clean
+from jax._src.core import Primitive, trace_state_clean  # jax.extend.core's Primitive, which takes 40 ms to import
 from jax._src.dispatch import prim_requires_devices_during_lowering
-from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters.xla import apply_primitive
 

@@ -161,10 +161,14 @@ import jax_bsk
 print(time.process_time() - start)
 print([m for m in ("flax", "matplotlib", "scipy", "optax") if m in sys.modules])
 """
-    # Processor time and the best of three: other tests run meanwhile. The bound is what import costs beyond jax's own.
-    runs = [run_python(code).stdout.split("\n") for _ in range(3)]
-    assert min(float(r[0]) for r in runs) < 0.3
-    assert runs[0][1] == "[]"
+    # Processor time: other tests run meanwhile, which is also why a slow run is given more chances. The bound is what
+    # import costs beyond jax's own.
+    for _ in range(5):
+        seconds, heavy, *_ = run_python(code).stdout.split("\n")
+        assert heavy == "[]"
+        if float(seconds) < 0.3:
+            return
+    raise AssertionError(f"import takes {seconds} s of processor time, five times in a row")
 
 
 def test_first_jitted_call_is_quick():
@@ -176,7 +180,7 @@ start = time.perf_counter()
 jax.block_until_ready(jax.jit(lambda x: jax_bsk.sparse_attention(x, x, x, is_causal=True))(x))
 print(time.perf_counter() - start)
 """
-    assert min(float(run_python(code).stdout) for _ in range(5)) < 1.0
+    assert any(float(run_python(code).stdout) < 1.0 for _ in range(5))
 
 
 # Layers of the one path of a call, top to bottom: a module imports only from layers below its own.

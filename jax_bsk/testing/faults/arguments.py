@@ -106,7 +106,7 @@ SHAPES: dict[str, Mistake] = {
     "gates of another capacity": (
         {"gates": _array(1, 1, 2), "mask": FullMask().bind(T, S)},
         ValueError,
-        r"gates.*capacity is mask.kv_blocks.shape\[-1\].*\(1, 1, 2\)",
+        r"gates.*got shape \(1, 1, 2\).*capacity is mask.kv_blocks.shape\[-1\]",
     ),
 }
 
