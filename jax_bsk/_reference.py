@@ -337,7 +337,7 @@ def _walk(order: Schedule, operands: _Operands, soft_cap, active) -> tuple[Array
         if gates is not None:  # a NaN among them reaches only the rows that attend to its block
             weights = jnp.where(attends, _gated(weights, gates, operands.value.shape[-2]), 0)
         values = _side_by_side(take(operands.value, entries.cols), -2)
-        return probs.sum(-1), _products("cbkms,cbksd->cbkmd", weights, values)
+        return probs.sum(-1), jnp.einsum("cbkgqs,cbksd->cbkgqd", weights, values)
 
     if steps > 1:
         contributions = jax.checkpoint(contributions)
@@ -364,7 +364,7 @@ def _logits(operands: _Operands, entries: Schedule, bias, soft_cap) -> tuple[Arr
     What attends is broadcastable to that.
     """
     keys = _side_by_side(take(operands.key, entries.cols), -2)
-    logits = _products("cbkmd,cbksd->cbkms", _of_rows(operands.query, entries), keys)
+    logits = jnp.einsum("cbkgqd,cbksd->cbkgqs", _of_rows(operands.query, entries), keys)
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
     if bias is not None:
@@ -387,17 +387,6 @@ def _logits(operands: _Operands, entries: Schedule, bias, soft_cap) -> tuple[Arr
         bits = bits.astype(bool).reshape((*words.shape[:-1], -1))
         attends &= bits | _of_each_key(entries.tiles < 0, block_kv)[:, None, None, None, None]
     return logits, attends
-
-
-def _products(formula: str, x: Array, y: Array) -> Array:
-    """The sum of products of ``x [chunk, b, k, g, block_q, ..]`` and ``y [chunk, b, k, ..]``, group and query as one (m).
-
-    With a dimension more, and three of `_map_lists`, a product has nine: XLA's CPU crashed (jaxlib 0.10.2, whose YNN
-    kernels take eight).
-    """
-    g, q = x.shape[3:5]
-    product = jnp.einsum(formula, x.reshape((*x.shape[:3], g * q, *x.shape[5:])), y)
-    return product.reshape((*product.shape[:3], g, q, *product.shape[4:]))
 
 
 def _side_by_side(x: Array, axis: int) -> Array:
