@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_bsk import _compat
 from jax_bsk._shapes import of_rank
+from jax_bsk.bsr import grid_of
 
 ENTRIES_AT_A_TIME = 32
 PRECISION = jax.lax.Precision.HIGHEST  # of float32: on a GPU XLA would take tf32 by default
@@ -43,8 +44,7 @@ class Matrix(NamedTuple):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of blocks."""
-        (m, k), (bm, bk) = self.shape, self.block_size
-        return -(-m // bm), -(-k // bk)
+        return grid_of(self.shape, self.block_size)
 
     @property
     def entries(self) -> int:

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.core import Tracer
+
+from jax_bsk._arguments import known
 
 if TYPE_CHECKING:
     from jax_bsk.masks import BlockMask
@@ -78,10 +79,9 @@ def known_schedule(mask: BlockMask, heads: tuple[int, int], kv_len: int) -> Sche
     Returns:
       The schedule, of numpy arrays, or None: the values are not known, or a row is invalid (`schedule` poisons it).
     """
-    arrays = mask.row_offsets, mask.kv_blocks, mask.tiles
-    if not all(_is_known(x) for x in arrays):
+    offsets, kv_blocks, tiles = (known(x) for x in (mask.row_offsets, mask.kv_blocks, mask.tiles))
+    if offsets is None or kv_blocks is None or tiles is None:
         return None
-    offsets, kv_blocks, tiles = (np.asarray(x) for x in arrays)
     lead, nq = offsets.shape[:2], offsets.shape[2] - 1
     counts = np.diff(offsets, axis=-1)
     used = int(offsets[..., -1].max(initial=0))
@@ -121,10 +121,6 @@ def known_schedule(mask: BlockMask, heads: tuple[int, int], kv_len: int) -> Sche
 
     fields = rows, look_up(kv_blocks, 0), look_up(tiles, NOTHING), place.astype(np.int32)
     return Schedule(*(None if x is None else split_heads(x, 1, heads) for x in fields))
-
-
-def _is_known(x: Any) -> bool:
-    return not isinstance(x, Tracer) and getattr(x, "is_fully_addressable", True)
 
 
 def schedule(lists: Lists, nk: int, n_tiles: int) -> tuple[Schedule, Array, Array]:

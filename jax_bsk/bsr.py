@@ -79,7 +79,7 @@ class BSR:
                 "each entry one block"
             )
         shape, block_size = (int(shape[0]), int(shape[1])), (data.shape[1], data.shape[2])
-        rows, columns = _grid(shape, block_size)
+        rows, columns = grid_of(shape, block_size)
         if indptr.shape != (rows + 1,):
             raise ValueError(
                 f"indptr must have {rows + 1} numbers for {shape[0]} rows in blocks of {block_size[0]}, got "
@@ -116,7 +116,7 @@ class BSR:
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of blocks."""
-        return _grid(self.shape, self.block_size)
+        return grid_of(self.shape, self.block_size)
 
     @property
     def entries(self) -> int:
@@ -184,7 +184,7 @@ class BSR:
             )
         xp = jnp if isinstance(array, jax.Array) else np
         m, k = array.shape
-        rows, columns = _grid((m, k), (bm, bk))
+        rows, columns = grid_of((m, k), (bm, bk))
         padded = xp.pad(array, ((0, rows * bm - m), (0, columns * bk - k)))
         blocks = padded.reshape(rows, bm, columns, bk).swapaxes(1, 2)
         keep = np.asarray((blocks != 0).any((2, 3)) if keep is None else keep, bool)
@@ -223,7 +223,7 @@ class BSR:
                     "BSR.random outside of jit, vmap and grad, and draw other blocks inside with with_data"
                 )
         bm, bk = pair_of(block_size)
-        rows, columns = _grid(shape, (bm, bk))
+        rows, columns = grid_of(shape, (bm, bk))
         if not 0 <= density <= 1:
             raise ValueError(f"density must be stored blocks / all blocks, in [0, 1], got {density}; give a fraction")
         count = round(density * rows * columns)
@@ -264,7 +264,7 @@ class BSR:
             array.sort_indices()
             return cls(jnp.asarray(array.data), array.indptr, array.indices, shape)
         numbers = array.tocoo()
-        rows, columns = _grid(shape, (bm, bk))
+        rows, columns = grid_of(shape, (bm, bk))
         row, column = numbers.row.astype(np.int64), numbers.col.astype(np.int64)
         places, entry = np.unique(row // bm * columns + column // bk, return_inverse=True)
         data = np.zeros((places.size, bm, bk), numbers.dtype)
@@ -498,7 +498,7 @@ def _is_operand(x: Any) -> bool:
     return isinstance(x, np.ndarray | jax.Array | BSR)
 
 
-def _grid(shape: tuple[int, int], block_size: tuple[int, int]) -> tuple[int, int]:
+def grid_of(shape: tuple[int, int], block_size: tuple[int, int]) -> tuple[int, int]:
     """Rows and columns of blocks."""
     return -(-shape[0] // block_size[0]), -(-shape[1] // block_size[1])
 

@@ -39,9 +39,10 @@ SIXTEEN_BIT = ("6__half", "13__nv_bfloat16")
 
 FUNCTION = re.compile(r"^\t\tFunction : (\S+)\n", re.MULTILINE)
 # "  /*00f0*/   @!UP0 UTMALDG.2D [UR4], [UR10] ;   /* encoding */": address, predicate, opcode up to its first modifier.
-# Those that load from shared memory for HGMMA, say that the memory may be refilled, and keep the two in order.
-ORDERED = re.compile(r"^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+[ \t]+)?(LDSM|SYNCS\.ARRIVE|FENCE)", re.MULTILINE)
 OPCODE = re.compile(r"^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+[ \t]+)?([A-Z][A-Z0-9]*)", re.MULTILINE)
+# Of these, what loads from shared memory for HGMMA, what says that the memory may be refilled, and what keeps the two
+# in order.
+ORDERED = re.compile(r"^[ \t]+/\*[0-9a-f]{4,}\*/[ \t]+(?:@!?U?P\w+[ \t]+)?(LDSM|SYNCS\.ARRIVE|FENCE)", re.MULTILINE)
 
 
 @dataclasses.dataclass(frozen=True)

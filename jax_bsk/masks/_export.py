@@ -10,25 +10,7 @@ import functools
 import json
 from typing import Any
 
-import jax
 import jax.export
-
-from jax_bsk.masks.algebra import AndMask, MultiHeadMask, NotMask, OrMask
-from jax_bsk.masks.block_mask import BlockMask
-from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask, SegmentMask
-from jax_bsk.masks.function_mask import FunctionMask
-from jax_bsk.masks.patterns import (
-    BigBirdMask,
-    CausalMask,
-    ChunkedMask,
-    DilatedMask,
-    FullMask,
-    GlobalMask,
-    LocalMask,
-    PrefixLMMask,
-)
-
-__all__: list[str] = []  # imported for what it registers
 
 
 def _written(name: str, structure: Any) -> bytes:
@@ -51,29 +33,12 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-# The names are those that saved functions refer to: they do not change.
-for _class in (
-    ArrayMask,
-    BigBirdMask,
-    BlockArrayMask,
-    BlockMask,
-    CausalMask,
-    ChunkedMask,
-    DilatedMask,
-    FullMask,
-    FunctionMask,
-    GlobalMask,
-    LocalMask,
-    MultiHeadMask,
-    PrefixLMMask,
-    SegmentMask,
-    AndMask,
-    OrMask,
-    NotMask,
-):
-    jax.export.register_pytree_node_serialization(
-        _class,
-        serialized_name=f"jax_bsk.masks.{_class.__name__}",
-        serialize_auxdata=functools.partial(_written, _class.__name__),
-        deserialize_auxdata=_read,
-    )
+def register(*classes: type) -> None:
+    """Registers classes of masks, under names that saved functions refer to: a class keeps its name."""
+    for cls in classes:
+        jax.export.register_pytree_node_serialization(
+            cls,
+            serialized_name=f"jax_bsk.masks.{cls.__name__}",
+            serialize_auxdata=functools.partial(_written, cls.__name__),
+            deserialize_auxdata=_read,
+        )

@@ -7,11 +7,8 @@ kernels read is made of it on the device (`_kernel_rows`, `_kernel_columns`).
 
 from __future__ import annotations
 
-import json
 from typing import Any, Self
 
-import jax
-import jax.export
 import jax.numpy as jnp
 import numpy as np
 
@@ -183,13 +180,6 @@ class RunBlockMask(BlockMask):
 
 
 register_pytree(RunBlockMask)
-# So that exported functions may take and return one.
-jax.export.register_pytree_node_serialization(
-    RunBlockMask,
-    serialized_name="jax_bsk.masks.RunBlockMask",
-    serialize_auxdata=lambda numbers: json.dumps(numbers).encode(),
-    deserialize_auxdata=lambda text: tuple(json.loads(text)),
-)
 
 
 def transpose_runs(rows: list[np.ndarray], nk: int, capacity: int) -> tuple[np.ndarray, ...]:
