@@ -27,11 +27,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 
-from jax_bsk import _compat, _dispatch
-from jax_bsk.benchmarking import ceilings, measure, report, runs, tables
-from jax_bsk.benchmarking.cases import Case
-from jax_bsk.benchmarking.passes import Pass
-from jax_bsk.support.progress import Progress
+from jax_bsk.core import compat, dispatch
+from jax_bsk.qa.benchmarking import ceilings, measure, report, runs, tables
+from jax_bsk.qa.benchmarking.cases import Case
+from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.support.progress import Progress
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
@@ -54,7 +54,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--list", action="store_true", help="print the names of the cases and stop")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_ROUNDS} rounds instead of {ROUNDS}")
     parser.add_argument("--no-peers", "--ours-only", action="store_true", dest="no_peers", help="measure jax_bsk alone")
-    parser.add_argument("--implementation", choices=_dispatch.IMPLEMENTATIONS, help="default: this platform's native")
+    parser.add_argument("--implementation", choices=dispatch.IMPLEMENTATIONS, help="default: this platform's native")
     parser.add_argument("--seed", type=int, default=0, help="of inputs and masks, default 0")
     parser.add_argument(
         "--output", type=Path, metavar="FILE.json", help="default: into results/ after a whole run on a GPU, else none"
@@ -67,7 +67,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> int:
     """Measures, prints and writes; the exit status."""
     args = parse(argv)
-    platform = _compat.default_platform()
+    platform = compat.default_platform()
     table = tables.table(args.measured, args.seed, on_gpu=platform == "cuda")
     chosen = [case for case in table if args.only in case.name]
     if not chosen:
@@ -81,7 +81,7 @@ def run(argv: Sequence[str]) -> int:
             "jax_bsk.benchmarking.plots"
         )  # matplotlib may be absent: not after minutes of measuring
     implementation = args.implementation or ("cuda" if platform == "cuda" else "cpu")
-    reasons = _dispatch.unavailable(implementation)
+    reasons = dispatch.unavailable(implementation)
     if reasons:
         print(f"attention.py: {implementation} cannot run: {' '.join(reasons)}", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jax_bsk.benchmarking.matmul import options, suite
+from jax_bsk.qa.benchmarking.matmul import options, suite
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -34,12 +34,13 @@ import jax
 import jax.numpy as jnp
 
 import jax_bsk
-from jax_bsk import _compat, selection
-from jax_bsk.benchmarking import timing
+from jax_bsk import selection
+from jax_bsk.core import compat
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.support import environment
-from jax_bsk.support.progress import Progress
-from jax_bsk.support.table import table
+from jax_bsk.qa.benchmarking import timing
+from jax_bsk.qa.support import environment
+from jax_bsk.qa.support.progress import Progress
+from jax_bsk.qa.support.table import table
 
 RESULTS = Path(__file__).parent / "results"
 ROUNDS, QUICK_ROUNDS = 5, 2
@@ -94,7 +95,7 @@ def attentions(sizes: Mapping[str, int], implementation: str | None) -> dict[str
 
 def dense(x: Inputs) -> jax.Array:
     """Dense causal attention."""
-    implementation = "cudnn" if _compat.default_platform() == "cuda" else "xla"
+    implementation = "cudnn" if compat.default_platform() == "cuda" else "xla"
     return jax.nn.dot_product_attention(x["q"], x["k"], x["v"], is_causal=True, implementation=implementation)
 
 
@@ -164,7 +165,7 @@ def measure(sizes: Mapping[str, int], dtype: str, rounds: int, seed: int, quiet:
         timings = timing.interleaved(
             calls,
             rounds,
-            queued=_compat.default_platform() == "cuda",
+            queued=compat.default_platform() == "cuda",
             on_round=lambda number: progress.step(f"round {number + 1}"),
         )
     return {name: found.to_json() for name, found in timings.items()}
@@ -203,7 +204,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: into results/ after a run on a GPU")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     args = parser.parse_args(argv)
-    on_gpu = _compat.default_platform() == "cuda"
+    on_gpu = compat.default_platform() == "cuda"
     sizes, dtype = (QUICK_SIZES, "float32") if args.quick else (SIZES, "bfloat16")
 
     errors = check(sizes, args.seed)

@@ -35,7 +35,7 @@ os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 from training.attentions import ATTENTIONS, ON_CPU, ON_GPU
 from training.config import Config
 
-from jax_bsk.support.table import table
+from jax_bsk.qa.support.table import table
 
 RESULTS = Path(__file__).parent / "results"
 # How far losses may be apart, relatively: another kernel rounds otherwise, and steps carry that on. Measured with the

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_bsk._version import __version__
 from jax_bsk.cli import bench, info, matmul_bench, validate
+from jax_bsk.core.version import __version__
 
 COMMANDS = (info, bench, matmul_bench, validate)
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.attention import bind_mask
-from jax_bsk.bsr import BSR
+from jax_bsk.attention.api import bind_mask
 from jax_bsk.masks import BlockMask, Mask
+from jax_bsk.matmul.bsr import BSR
 
 
 @dataclasses.dataclass(frozen=True)

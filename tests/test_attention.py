@@ -13,7 +13,7 @@ import pytest
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import ArrayMask, CausalMask, FullMask, LocalMask
-from jax_bsk.testing.oracle import attention_oracle
+from jax_bsk.qa.testing.oracle import attention_oracle
 from tests.util import assert_close, dense, random_inputs, random_mask
 
 
@@ -153,9 +153,9 @@ def test_default_picks_the_native_kernel_silently(inputs):
 
 
 def test_fallback_says_why_once(inputs, monkeypatch):
-    from jax_bsk import _dispatch
+    from jax_bsk.core import dispatch
 
-    monkeypatch.setattr(_dispatch, "_already_said", set())
+    monkeypatch.setattr(dispatch, "_already_said", set())
     bias = jnp.zeros((1, 1, 96, 96))
     with pytest.warns(jax_bsk.FallbackWarning, match="take no bias") as caught:
         sparse_attention(*inputs, bias)

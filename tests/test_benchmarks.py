@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_bsk import _dispatch
-from jax_bsk.benchmarking import cases, measure, ours, passes, tables
-from jax_bsk.benchmarking.peers import jax_nn
+from jax_bsk.core import dispatch
+from jax_bsk.qa.benchmarking import cases, measure, ours, passes, tables
+from jax_bsk.qa.benchmarking.peers import jax_nn
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"
+NATIVE = "xla" if dispatch.unavailable("cpu") else "cpu"
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_goals_are_judged_on_an_h200_only():
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    from jax_bsk.benchmarking import plots
+    from jax_bsk.qa.benchmarking import plots
 
     record = {"seconds": 1.0, "useful_flops_per_second": 4e14, "variant": "block mask"}
     common = {"jax_bsk": record, "peers": {"flex": record}, "pattern": "random", "length": 8192}

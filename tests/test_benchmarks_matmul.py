@@ -16,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_bsk import _dispatch
 from jax_bsk.__main__ import main
-from jax_bsk.benchmarking.check import verdict
-from jax_bsk.benchmarking.matmul import cases, check, contender, contenders, jax_products, measure, suite
-from jax_bsk.benchmarking.matmul.cases import Case, Config, Operation
-from jax_bsk.benchmarking.matmul.operands import Operands
+from jax_bsk.core import dispatch
+from jax_bsk.qa.benchmarking.check import verdict
+from jax_bsk.qa.benchmarking.matmul import cases, check, contender, contenders, jax_products, measure, suite
+from jax_bsk.qa.benchmarking.matmul.cases import Case, Config, Operation
+from jax_bsk.qa.benchmarking.matmul.operands import Operands
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SMALL = Config(256, 0.78, 32, "float32")  # of --quick, so that programs are compiled once
-NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"
+NATIVE = "xla" if dispatch.unavailable("cpu") else "cpu"
 OPTIONS = ["--implementation", NATIVE, "--quick", "--quiet", "--dtypes", "float32"]
 FORWARD = [*OPTIONS, "--operations", "forward", "--contenders", "jax_bsk", "dense"]
 
@@ -293,7 +293,7 @@ def test_the_command_line(capsys):
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    from jax_bsk.benchmarking.matmul import plots
+    from jax_bsk.qa.benchmarking.matmul import plots
 
     record = {"seconds": 1.0, "useful_flops_per_second": 4e14}
     found = {"jax_bsk": record, "dense": record, "bcoo": {"refused": "no memory"}}

@@ -13,12 +13,13 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_bsk
-from jax_bsk import _compat, _ffi, _lists_op
+from jax_bsk.core import compat, library
+from jax_bsk.lists import ffi, native
 from jax_bsk.masks import CausalMask, LocalMask
-from jax_bsk.selection import _lists, from_topk, moba, nsa
-from jax_bsk.selection._outline import EMPTY, FULL, Outline
-from jax_bsk.testing.faults.boundary import check_refused
-from jax_bsk.testing.faults.direct import DirectCall, shape
+from jax_bsk.qa.testing.faults.boundary import check_refused
+from jax_bsk.qa.testing.faults.direct import DirectCall, shape
+from jax_bsk.selection import choice, from_topk, moba, nsa
+from jax_bsk.selection.outline import EMPTY, FULL, Outline
 from tests.util import assert_close, collectives
 
 CALL = "custom_call @jax_bsk_lists_choose("
@@ -61,19 +62,19 @@ def fields(mask):
 
 def choose(case: Case, scores=None):
     scores = jnp.asarray(case.scores) if scores is None else scores
-    return fields(_lists.choose_top_k(scores, case.k, case.required, case.outline))
+    return fields(choice.choose_top_k(scores, case.k, case.required, case.outline))
 
 
 def in_jax(case: Case, monkeypatch):
     """As where there is no native library."""
     with monkeypatch.context() as patched:
-        patched.setattr(_ffi, "takes_choose", lambda *_, **__: False)
+        patched.setattr(ffi, "takes_choose", lambda *_, **__: False)
         return jax.jit(lambda scores: choose(case, scores))(case.scores)
 
 
 def plainest(case: Case):
     """A row at a time. XLA takes subnormal numbers as 0 on the CPU."""
-    tiny = np.finfo(np.float32).tiny if _compat.default_platform() == "cpu" else 0
+    tiny = np.finfo(np.float32).tiny if compat.default_platform() == "cpu" else 0
     tables, (nq, nk), unit = case.scores.shape[:2], case.outline.tiles.shape, case.outline.unit
     open_units = case.outline.open_units
     lists = []
@@ -95,7 +96,7 @@ def plainest(case: Case):
 
 
 def check_case(case: Case, monkeypatch) -> None:
-    assert _ffi.library(_compat.default_platform()).usable
+    assert library.load(compat.default_platform()).usable
     got = choose(case)
     for name, x, y in zip(("row_offsets", "kv_blocks", "tiles"), got, in_jax(case, monkeypatch), strict=True):
         assert x.dtype == y.dtype
@@ -226,13 +227,13 @@ def test_other_platforms_types_and_sizes_have_plain_jax(monkeypatch):
     with jax.enable_x64(True):
         assert CALL not in lowered("cpu", dtype=jnp.float64)
     # As a CUDA library says of itself, whose rows are in shared memory.
-    limited = _ffi.Library("cuda", {"lists_max_units": 100}, None)
-    monkeypatch.setattr(_ffi, "library", lambda platform: limited)
+    limited = library.Library("cuda", {"lists_max_units": 100}, None)
+    monkeypatch.setattr(library, "load", lambda platform: limited)
     assert CALL in lowered("cuda", units=100)
     # Entries and counts of 2 x 10 rows, two words each, behind the results.
     assert "tensor<160xi32>" in lowered("cuda")
     assert CALL not in lowered("cuda", units=101)
-    monkeypatch.setattr(_ffi, "library", lambda platform: _ffi.Library(platform, {}, "not built"))
+    monkeypatch.setattr(library, "load", lambda platform: library.Library(platform, {}, "not built"))
     assert CALL not in lowered("cuda")
 
 
@@ -277,7 +278,7 @@ def test_a_mask_of_several_tiles_is_plain_jax(monkeypatch):
     scores = jax.random.normal(jax.random.key(2), (1, 3, 3, 9))
     options = {"q_len": 150, "kv_len": 260, "block_size": (64, 32), "mask": CausalMask(110) & LocalMask((90, None))}
     native = jax.jit(lambda x: from_topk(x, 3, own_block=True, **options))(scores)
-    monkeypatch.setattr(_ffi, "takes_choose", lambda *_, **__: False)
+    monkeypatch.setattr(ffi, "takes_choose", lambda *_, **__: False)
     plain = jax.jit(lambda x: from_topk(x, 3, own_block=True, **options))(scores)
     jax.tree.map(np.testing.assert_array_equal, native, plain)
 
@@ -300,10 +301,10 @@ def direct() -> DirectCall:
         "kv_blocks": shape("int32", 1, TABLES, CAPACITY),
         "tiles": shape("int32", 1, TABLES, CAPACITY),
     }
-    attributes = _ffi.ChooseAttributes(2, 2, UNIT)
-    if _compat.default_platform() == "cuda":
-        results["workspace"] = shape("int32", _ffi._choose_workspace(scores.shape, BLOCKS, attributes))
-    return DirectCall(_ffi.LISTS_CHOOSE, operands, results, attributes.encode())
+    attributes = ffi.ChooseAttributes(2, 2, UNIT)
+    if compat.default_platform() == "cuda":
+        results["workspace"] = shape("int32", ffi.choose_workspace(scores.shape, BLOCKS, attributes))
+    return DirectCall(ffi.LISTS_CHOOSE, operands, results, attributes.encode())
 
 
 def check_direct(call: DirectCall, **changes) -> None:
@@ -363,7 +364,7 @@ def test_what_does_not_fit_is_refused():
 def test_static_tables_are_not_trusted():
     """A lowering with other tables than the shapes were made for: what is too much is not listed."""
     call = direct()
-    required = jnp.full((ROWS, UNITS), _lists_op.REQUIRED, jnp.int8)
+    required = jnp.full((ROWS, UNITS), native.REQUIRED, jnp.int8)
     got = call(states=required, kv_blocks=shape("int32", 1, TABLES, 5), tiles=shape("int32", 1, TABLES, 5))
     np.testing.assert_array_equal(got["row_offsets"][0], [[0, 4, 5, 5]] * TABLES)  # no more than two units a row
     np.testing.assert_array_equal(got["kv_blocks"][0], [[0, 1, 2, 3, 0]] * TABLES)

@@ -16,16 +16,16 @@ import numpy as np
 import pytest
 
 import jax_bsk
-from jax_bsk import _dispatch, _ffi
 from jax_bsk.__main__ import main
-from jax_bsk.benchmarking import ceilings, timing
 from jax_bsk.cli import attention_bench
-from jax_bsk.support.table import table
+from jax_bsk.core import dispatch, library
+from jax_bsk.qa.benchmarking import ceilings, timing
+from jax_bsk.qa.support.table import table
 
 TINY = ["--lengths", "128", "--densities", "1", "--batch", "1", "--heads", "2", "--head-dim", "32"]
 TINY += ["--block-size", "64", "--repeats", "1", "--quiet"]
 MATRIX_PRODUCT_RATE = ceilings.matrix_product_rate
-NATIVE = "xla" if _dispatch.unavailable("cpu") else "cpu"  # compiles faster than the pure-JAX one
+NATIVE = "xla" if dispatch.unavailable("cpu") else "cpu"  # compiles faster than the pure-JAX one
 
 
 @pytest.fixture(autouse=True)
@@ -48,24 +48,24 @@ def test_info_names_versions_devices_and_implementations(capsys):
     assert main(["info"]) == 0
     text = capsys.readouterr().out
     assert f"jax_bsk {jax_bsk.__version__}" in text
-    for word in ("python", "jaxlib", "numpy", "cpu 0", "FFI API", *_dispatch.IMPLEMENTATIONS):
+    for word in ("python", "jaxlib", "numpy", "cpu 0", "FFI API", *dispatch.IMPLEMENTATIONS):
         assert word in text
 
 
 def test_info_json_has_every_reason(capsys):
     assert main(["info", "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert set(facts["implementations"]) == set(_dispatch.IMPLEMENTATIONS)
+    assert set(facts["implementations"]) == set(dispatch.IMPLEMENTATIONS)
     for name, implementation in facts["implementations"].items():
         assert implementation["available"] == (not implementation["reasons"])
-        assert implementation["reasons"] == _dispatch.unavailable(name)
+        assert implementation["reasons"] == dispatch.unavailable(name)
     assert facts["devices"]
 
 
 def test_info_brief_is_a_line_an_implementation(capsys):
     assert main(["info", "--brief"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == list(_dispatch.IMPLEMENTATIONS)
+    assert [line.split()[0] for line in lines] == list(dispatch.IMPLEMENTATIONS)
 
 
 def test_info_of_a_cuda_library(capsys, monkeypatch):
@@ -79,7 +79,7 @@ def test_info_of_a_cuda_library(capsys, monkeypatch):
         "max_head_dim": 256,
         "blocks": [64, 128],
     }
-    monkeypatch.setattr(_ffi, "library", lambda platform: _ffi.Library(platform, facts, None))
+    monkeypatch.setattr(library, "load", lambda platform: library.Library(platform, facts, None))
     main(["info"])
     text = capsys.readouterr().out
     for words in (
@@ -202,7 +202,7 @@ def test_bench_reports_a_failing_implementation(monkeypatch, capsys):
     ],
 )
 def test_bench_refuses(options, words, capsys):
-    if "cuda" in options and not _dispatch.unavailable("cuda"):
+    if "cuda" in options and not dispatch.unavailable("cuda"):
         pytest.skip("the CUDA kernels run here")
     assert bench(*options) == 2
     assert words in capsys.readouterr().err

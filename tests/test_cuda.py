@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from jax_bsk import BlockMask, sparse_attention
-from jax_bsk.testing import battery, cases, faults, grid, steady
-from jax_bsk.testing.gpu_load import concurrent_load
-from jax_bsk.testing.matmul import battery as product_battery
-from jax_bsk.testing.matmul import cases as product_cases
-from jax_bsk.testing.matmul import steady as steady_products
+from jax_bsk.qa.testing import battery, cases, faults, grid, steady
+from jax_bsk.qa.testing.gpu_load import concurrent_load
+from jax_bsk.qa.testing.matmul import battery as product_battery
+from jax_bsk.qa.testing.matmul import cases as product_cases
+from jax_bsk.qa.testing.matmul import steady as steady_products
 from tests.util import loss_of, random_inputs, random_mask
 
 pytestmark = pytest.mark.gpu

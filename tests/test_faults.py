@@ -16,10 +16,17 @@ import numpy as np
 import pytest
 
 import jax_bsk
-from jax_bsk.testing.faults import SCENARIOS, Outcome, calls, lists, run_all_in_subprocesses, run_in_subprocess
-from jax_bsk.testing.faults.__main__ import main
-from jax_bsk.testing.faults.process import run_commands
-from jax_bsk.testing.faults.scenario import scenario
+from jax_bsk.qa.testing.faults import (
+    SCENARIOS,
+    Outcome,
+    calls,
+    lists,
+    run_all_in_subprocesses,
+    run_in_subprocess,
+)
+from jax_bsk.qa.testing.faults.__main__ import main
+from jax_bsk.qa.testing.faults.process import run_commands
+from jax_bsk.qa.testing.faults.scenario import scenario
 
 EVERYWHERE = [s.name for s in SCENARIOS.values() if {"cpu", "xla"} <= set(s.platforms)]
 NATIVE = [s.name for s in SCENARIOS.values() if "cpu" in s.platforms and "xla" not in s.platforms]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import itertools
 import shutil
 import subprocess
@@ -16,8 +15,9 @@ import numpy as np
 import pytest
 
 import jax_bsk
-from jax_bsk import _compat, _ffi
-from jax_bsk.testing.faults import direct
+from jax_bsk.attention import ffi
+from jax_bsk.core import compat, library
+from jax_bsk.qa.testing.faults import direct
 
 PACKAGE = Path(jax_bsk.__file__).parent
 
@@ -36,26 +36,26 @@ def test_leading_dimensions_count_as_batch():
 
 
 def test_library_says_what_it_is():
-    library = _ffi.library("cpu")
-    assert library.usable
-    assert library.info["version"] == jax_bsk.__version__
-    assert tuple(library.info["ffi_api"]) <= _compat.runtime_ffi_api()
-    assert library.info["instruction_set"] in ("avx512", "avx2", "neon", "baseline")
+    native = library.load("cpu")
+    assert native.usable
+    assert native.info["version"] == jax_bsk.__version__
+    assert tuple(native.info["ffi_api"]) <= compat.runtime_ffi_api()
+    assert native.info["instruction_set"] in ("avx512", "avx2", "neon", "baseline")
 
 
 @pytest.mark.parametrize(
     ("changes", "targets", "message"),
     [
-        ({"version": "0.0.0"}, _ffi.TARGETS, "run `make build`"),
-        ({"ffi_api": [0, 99]}, _ffi.TARGETS, "newer jaxlib"),
-        ({"ffi_api": [1, 0]}, _ffi.TARGETS, "FFI API 1.0"),
-        ({}, _ffi.TARGETS[:1], "run `make build`"),
-        ({}, _ffi.TARGETS, None),
+        ({"version": "0.0.0"}, library.TARGETS, "run `make build`"),
+        ({"ffi_api": [0, 99]}, library.TARGETS, "newer jaxlib"),
+        ({"ffi_api": [1, 0]}, library.TARGETS, "FFI API 1.0"),
+        ({}, library.TARGETS[:1], "run `make build`"),
+        ({}, library.TARGETS, None),
     ],
 )
 def test_a_library_that_does_not_fit_is_named(changes, targets, message):
     info = {"version": jax_bsk.__version__, "ffi_api": [0, 3], **changes}
-    problem = _ffi._mismatch("jax_bsk._cpu", info, set(targets))
+    problem = library.mismatch("jax_bsk._cpu", info, set(targets))
     assert problem is None if message is None else message in problem
 
 
@@ -79,14 +79,14 @@ def test_backward_workspace_is_what_the_kernels_need():
         capacity, lists = rng.integers(0, blocks + 1), rng.choice([1, max(1, batch * heads)])
         shape = int(batch), int(heads), int(kv_heads), int(q_len), int(kv_len), int(capacity), int(lists)
         batch, heads, kv_heads, q_len, kv_len, capacity, lists = shape
-        size = _ffi._backward_workspace(
+        size = ffi.backward_workspace(
             (batch, q_len, heads, int(head_dim)),
             (batch, kv_len, kv_heads, int(head_dim)),
             (1, lists, capacity),
             block_size=(int(block_q), int(block_kv)),
         )
         assert size >= least_backward_bytes(*shape, int(block_q), int(block_kv)), (shape, block_q, block_kv)
-        lead = _ffi._backward_workspace(
+        lead = ffi.backward_workspace(
             (1, batch, q_len, heads, int(head_dim)),
             (1, batch, kv_len, kv_heads, int(head_dim)),
             (1, 1, lists, capacity),
@@ -102,7 +102,7 @@ def test_backward_workspace_grows_as_the_inputs_do(heads, a_row):
 
     def size(length, batch=2):
         query = key = batch, length, heads, 128
-        return _ffi._backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=(128, 128))
+        return ffi.backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=(128, 128))
 
     sizes = [size(1024 * 2**n) for n in range(8)]
     for shorter, longer in itertools.pairwise(sizes):
@@ -116,7 +116,7 @@ def test_backward_workspace_is_a_result_of_the_lowered_call():
     step = jax.jit(jax.grad(lambda x: jax_bsk.sparse_attention(x, x, x, is_causal=True).astype(jnp.float32).sum()))
     text = step.trace(x).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "@jax_bsk_attention_backward(" in line)
-    expected = _ffi._backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=(128, 128))
+    expected = ffi.backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=(128, 128))
     assert f"tensor<{expected}xui8>" in call, call
 
 
@@ -181,89 +181,3 @@ jax.block_until_ready(jax.jit(lambda x: jax_bsk.sparse_attention(x, x, x, is_cau
 print(time.perf_counter() - start)
 """
     assert any(float(run_python(code).stdout) < 1.0 for _ in range(5))
-
-
-# Layers of the one path of a call, top to bottom: a module imports only from layers below its own.
-LAYERS = [
-    ["jax_bsk.__main__"],
-    ["jax_bsk.cli"],
-    ["jax_bsk.validation"],
-    ["jax_bsk.benchmarking", "jax_bsk.flax", "jax_bsk.testing"],
-    ["jax_bsk"],
-    ["jax_bsk.flops", "jax_bsk.nsa", "jax_bsk._sparsek_attention"],
-    ["jax_bsk.attention", "jax_bsk.matmul", "jax_bsk.selection"],
-    ["jax_bsk._matmul_op"],
-    ["jax_bsk._matmul_reference", "jax_bsk.pruning"],
-    ["jax_bsk.bsr", "jax_bsk._matmul_native", "jax_bsk._sparsek_causal"],
-    ["jax_bsk._attention_op", "jax_bsk._matmul_partition"],
-    ["jax_bsk._reference", "jax_bsk._forward_mode"],
-    ["jax_bsk._bsr_lists", "jax_bsk._schedule"],
-    ["jax_bsk._dispatch", "jax_bsk._partition", "jax_bsk.masks"],
-    ["jax_bsk._lists_op"],
-    ["jax_bsk._tables_op"],
-    ["jax_bsk._bilinear", "jax_bsk._ffi", "jax_bsk._native", "jax_bsk.support"],
-    ["jax_bsk._compat", "jax_bsk._errors", "jax_bsk._version", "jax_bsk.sparsek"],
-    ["jax_bsk._arguments", "jax_bsk._numbers", "jax_bsk._shapes"],
-]
-
-
-def layer_of(module: str) -> tuple[int, str]:
-    matches = [
-        (len(name), depth, name)
-        for depth, names in enumerate(LAYERS)
-        for name in names
-        if module == name or (name != "jax_bsk" and module.startswith(name + "."))
-    ]
-    assert matches, f"{module} has no layer: give it one in LAYERS"
-    _, depth, name = max(matches)
-    return depth, name
-
-
-def imports_of(path: Path) -> set[str]:
-    """Modules of the package imported anywhere in a file; what a function imports when it runs counts too."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {a.name for a in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            for alias in node.names:
-                submodule = f"{node.module}.{alias.name}"
-                is_module = (PACKAGE.parent / submodule.replace(".", "/")).with_suffix(".py").exists()
-                is_package = (PACKAGE.parent / submodule.replace(".", "/")).is_dir()
-                found.add(submodule if is_module or is_package else node.module)
-    return found
-
-
-def modules() -> dict[str, Path]:
-    names = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return names
-
-
-@pytest.mark.parametrize("module", modules())
-def test_imports_go_strictly_downwards(module):
-    depth, group = layer_of(module)
-    for imported in imports_of(modules()[module]):
-        if imported.split(".")[0] != "jax_bsk" or imported in ("jax_bsk._cpu", "jax_bsk._cuda"):
-            continue
-        imported_depth, imported_group = layer_of(imported)
-        assert imported_depth > depth or imported_group == group, f"{module} imports {imported}, which is not below it"
-
-
-def test_homes_of_what_has_one_home():
-    for module, path in modules().items():
-        if module not in ("jax_bsk._compat",):
-            assert "jax._src" not in path.read_text(), f"{module}: private JAX belongs in _compat"
-        if not module.startswith("jax_bsk.flax"):
-            assert not any(i.split(".")[0] == "flax" for i in imports_of(path)), (
-                f"{module}: flax belongs in jax_bsk.flax"
-            )
-    csrc = PACKAGE.parent / "csrc"
-    for path in csrc.rglob("*.*"):
-        text = path.read_text()
-        assert ("nanobind/" in text) == (path.name == "bindings.cc"), path
-        if path.suffix in (".cu", ".cuh"):
-            assert "xla/ffi" not in text, f"{path}: kernels know no XLA header"
-            assert "asm" not in text.split() or path.name == "ptx.cuh", f"{path}: inline PTX belongs in ptx.cuh"

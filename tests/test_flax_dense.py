@@ -15,7 +15,7 @@ from flax import nnx, serialization
 import jax_bsk.flax
 from jax_bsk import BSR
 from jax_bsk.flax._dense import BlockPattern
-from jax_bsk.pruning import balanced_mask, cubic_density, magnitude_mask, prune
+from jax_bsk.matmul.pruning import balanced_mask, cubic_density, magnitude_mask, prune
 
 LinenDense, NnxDense = jax_bsk.flax.linen.BlockSparseDense, jax_bsk.flax.nnx.BlockSparseDense
 IN, OUT, BLOCK = 100, 70, (32, 16)  # a grid of 4 x 5 whose last row and column of blocks stick out

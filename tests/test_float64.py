@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jax_bsk import sparse_attention
-from jax_bsk.testing.oracle import attention_oracle
+from jax_bsk.qa.testing.oracle import attention_oracle
 
 
 # Neither 1 / sqrt(80) nor the cap is a float32 number. Logits near 900 make of a scale in float32 an error of 4e-7.

@@ -17,7 +17,8 @@ import pytest
 from jax.test_util import check_grads
 
 import jax_bsk
-from jax_bsk import BlockMask, _ffi, sparse_attention
+from jax_bsk import BlockMask, sparse_attention
+from jax_bsk.attention import ffi
 from jax_bsk.masks import CausalMask, FullMask, SegmentMask
 from tests.util import assert_close, random_inputs, random_mask
 
@@ -454,16 +455,16 @@ class TestExport:
         assert forward.count(gates) == 1, forward
         assert backward.count(gates) == 3, backward  # by rows, by columns, and the gradient
         query, key, *_ = operands
-        size = _ffi._backward_workspace(query.shape, key.shape, mask.kv_blocks.shape, (64, 64), (2, 4, 4))
+        size = ffi.backward_workspace(query.shape, key.shape, mask.kv_blocks.shape, (64, 64), (2, 4, 4))
         assert f"tensor<{size}xui8>" in backward, backward
 
 
 def test_workspace_has_room_for_partial_sums_of_gates():
     arguments = (2, 256, 8, 64), (2, 256, 2, 64), (1, 1, 3)
     for block_size in ((128, 64), (128, 128), (64, 64)):
-        plain = _ffi._backward_workspace(*arguments, block_size)
+        plain = ffi.backward_workspace(*arguments, block_size)
         tiles = block_size[0] // 64 * (block_size[1] // 64)
-        assert _ffi._backward_workspace(*arguments, block_size, (2, 8, 3)) == plain + 2 * 8 * 3 * tiles * 4 * 4
+        assert ffi.backward_workspace(*arguments, block_size, (2, 8, 3)) == plain + 2 * 8 * 3 * tiles * 4 * 4
 
 
 # ---- key-major lists

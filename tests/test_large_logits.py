@@ -13,7 +13,7 @@ import pytest
 
 from jax_bsk import sparse_attention
 from jax_bsk.masks import CausalMask
-from jax_bsk.testing.oracle import attention_oracle
+from jax_bsk.qa.testing.oracle import attention_oracle
 from tests.util import random_inputs
 
 SHAPE = {"batch": 1, "q_len": 80, "kv_len": 80, "heads": 2, "kv_heads": 1, "head_dim": 16, "value_dim": 16}

@@ -10,10 +10,11 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_bsk
-from jax_bsk import _ffi, _lists_op
+from jax_bsk.core import library
+from jax_bsk.lists import ffi, native
 from jax_bsk.masks._transpose import ordered_transpose_traced, transpose_host, transpose_in_jax
-from jax_bsk.testing.faults.boundary import check_refused
-from jax_bsk.testing.faults.direct import DirectCall, shape
+from jax_bsk.qa.testing.faults.boundary import check_refused
+from jax_bsk.qa.testing.faults.direct import DirectCall, shape
 
 CALL = "custom_call @jax_bsk_lists_transpose("
 FIELDS = ("col_offsets", "q_blocks", "col_tiles", "entries", "places")
@@ -46,7 +47,7 @@ def in_jax(lists, columns):
 @pytest.mark.parametrize("seed", range(24))
 def test_native_is_the_sort_of_plain_jax_and_of_numpy(seed):
     lists, columns = make(seed)
-    assert _ffi.library("cpu").usable
+    assert library.load("cpu").usable
     got = ordered_transpose_traced(*lists, columns)
     for name, x, y in zip(FIELDS, got, in_jax(lists, columns), strict=True):
         np.testing.assert_array_equal(x, y, name)
@@ -107,20 +108,20 @@ def test_other_platforms_and_sizes_have_plain_jax(monkeypatch):
     assert CALL in lowered("cpu")
     assert CALL not in lowered("tpu")
     # As a CUDA library says of itself, whose counters are in shared memory.
-    limited = _ffi.Library("cuda", {"lists_max_words": 1_000}, None)
-    monkeypatch.setattr(_ffi, "library", lambda platform: limited)
+    limited = library.Library("cuda", {"lists_max_words": 1_000}, None)
+    monkeypatch.setattr(library, "load", lambda platform: limited)
     assert CALL in lowered("cuda")
     assert CALL not in lowered("cuda", columns=300)
     assert CALL not in lowered("cuda", rows=1_000)
-    monkeypatch.setattr(_ffi, "library", lambda platform: _ffi.Library(platform, {}, "not built"))
+    monkeypatch.setattr(library, "load", lambda platform: library.Library(platform, {}, "not built"))
     assert CALL not in lowered("cuda")
 
 
 def test_bad_shapes_are_refused_by_the_handler():
-    call = _lists_op.TransposeCall(5, transpose_in_jax)
+    call = native.TransposeCall(5, transpose_in_jax)
     offsets, ids, tiles = np.zeros((1, 4), np.int32), np.zeros((1, 8), np.int32), np.zeros((1, 9), np.int32)
     with pytest.raises(Exception, match="tiles has shape"):
-        jax.block_until_ready(_lists_op.transpose((offsets, ids, tiles), call))
+        jax.block_until_ready(native.transpose((offsets, ids, tiles), call))
 
 
 def test_what_does_not_fit_is_refused():
@@ -134,7 +135,7 @@ def test_what_does_not_fit_is_refused():
     lengths |= {"entries": capacity, "places": capacity}
     results = {name: shape("int32", 1, 1, length) for name, length in lengths.items()}
     attributes = {"columns": np.int64(columns), "version": jax_bsk.__version__}
-    call = DirectCall(_ffi.LISTS_TRANSPOSE, operands, results, attributes)
+    call = DirectCall(ffi.LISTS_TRANSPOSE, operands, results, attributes)
     changes = {
         "columns": {"columns": np.int64(columns + 1)},
         "negative columns": {"columns": np.int64(-1)},

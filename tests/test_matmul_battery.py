@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_bsk import _dispatch
-from jax_bsk.testing import tolerance, worker
-from jax_bsk.testing.judgement import Mismatch
-from jax_bsk.testing.matmul import battery, cases, steady
-from jax_bsk.testing.matmul.oracle import oracle
+from jax_bsk.core import dispatch
+from jax_bsk.qa.testing import tolerance, worker
+from jax_bsk.qa.testing.judgement import Mismatch
+from jax_bsk.qa.testing.matmul import battery, cases, steady
+from jax_bsk.qa.testing.matmul.oracle import oracle
 
 # Programs are compiled for each, so the slower "xla", which has its own tests, gets some; gradients are of some, too.
 NAMES = list(cases.CORNER_CASES)
@@ -36,7 +36,7 @@ WITH_GRADIENTS = {"tails-sampled", "carried-lists", "no-columns", "float32"}
 
 @pytest.fixture
 def runs(implementation):
-    if reasons := _dispatch.unavailable(implementation):
+    if reasons := dispatch.unavailable(implementation):
         pytest.skip(" ".join(reasons))
     return implementation
 
@@ -162,5 +162,5 @@ def test_what_a_gpu_gets_is_what_its_kernels_take():
 
 
 def test_repeats():
-    native = "xla" if _dispatch.unavailable("cpu") else "cpu"
+    native = "xla" if dispatch.unavailable("cpu") else "cpu"
     assert steady.repeats_are_equal(steady.CPU["32-empty-rows"], native, 3)

@@ -15,7 +15,7 @@ from flax import nnx
 
 import jax_bsk.flax
 from jax_bsk import nsa_attention
-from jax_bsk.nsa import CompressedMask
+from jax_bsk.compositions.nsa import CompressedMask
 from jax_bsk.selection import nsa
 from tests.util import assert_close, dense, loss_of
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jax_bsk.testing import battery, cases
+from jax_bsk.qa.testing import battery, cases
 
 
 def run(case, implementation):

@@ -17,12 +17,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from jax_bsk import _schedule
-from jax_bsk._reference import sparse_attention_xla
+from jax_bsk.attention import schedule
+from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.testing.cases import Case, list_blocks, make_inputs
-from jax_bsk.testing.oracle import attention_oracle
-from jax_bsk.testing.tolerance import dense_attention
+from jax_bsk.qa.testing.cases import Case, list_blocks, make_inputs
+from jax_bsk.qa.testing.oracle import attention_oracle
+from jax_bsk.qa.testing.tolerance import dense_attention
 from tests.util import collectives
 
 BASE = Case("base", 2, 70, 100, 4, 2, 8, 6, "float64", 32, 32, density=0.5)
@@ -93,12 +93,12 @@ def test_values_and_gradients(name, x64):
 def test_values_and_gradients_of_loops(slack, x64, monkeypatch):
     """Known lists of these sizes are computed in one step: here they are walked over as long ones are."""
     sparse, dense, operands, inputs = functions(CASES["per-both"])
-    monkeypatch.setattr(_schedule, "FEW_ENTRIES", 0)
-    monkeypatch.setattr(_schedule, "is_even", lambda padded, used: bool(slack))
-    schedule = _schedule.known_schedule(inputs.mask, (2, 2), 100)
-    assert schedule is not None
-    assert (schedule.rows is None) == bool(slack)
-    assert schedule.cols.shape[-3] > 1
+    monkeypatch.setattr(schedule, "FEW_ENTRIES", 0)
+    monkeypatch.setattr(schedule, "is_even", lambda padded, used: bool(slack))
+    known = schedule.known_schedule(inputs.mask, (2, 2), 100)
+    assert known is not None
+    assert (known.rows is None) == bool(slack)
+    assert known.cols.shape[-3] > 1
     expected = jax.jit(jax.grad(loss(dense, inputs), has_aux=True))(operands)
     assert_same(jax.jit(jax.grad(loss(sparse, inputs), has_aux=True))(operands), expected)
 
@@ -109,15 +109,15 @@ def test_schedules_visit_the_lists(density, monkeypatch):
     mask = block_grid(1024, density)
     row = np.repeat(np.arange(mask.nq), np.diff(mask.row_offsets[0, 0]))
     wanted = np.stack([row, mask.kv_blocks[0, 0], mask.tiles[0, 0], np.arange(row.size)], 1)
-    lists = _schedule.Lists(*(x[:, :, None] for x in (mask.row_offsets, mask.kv_blocks, mask.tiles)))
-    traced = jax.jit(lambda lists: _schedule.schedule(lists, mask.nk, mask.bit_tiles.shape[2]))
-    schedule, used, invalid = traced(lists)
+    lists = schedule.Lists(*(x[:, :, None] for x in (mask.row_offsets, mask.kv_blocks, mask.tiles)))
+    traced = jax.jit(lambda lists: schedule.schedule(lists, mask.nk, mask.bit_tiles.shape[2]))
+    computed, used, invalid = traced(lists)
     assert int(used[0, 0, 0]) == row.size
     assert not invalid.any()
-    schedules = [schedule]
+    schedules = [computed]
     for few in (0, 10**6):
-        monkeypatch.setattr(_schedule, "FEW_ENTRIES", few)
-        known = _schedule.known_schedule(mask, (1, 1), 1024)
+        monkeypatch.setattr(schedule, "FEW_ENTRIES", few)
+        known = schedule.known_schedule(mask, (1, 1), 1024)
         assert known is not None
         schedules.append(known)
     for found in schedules:
@@ -125,7 +125,7 @@ def test_schedules_visit_the_lists(density, monkeypatch):
         rows = np.arange(chunk)[None].repeat(steps, 0) if found.rows is None else found.rows[0, 0, 0]
         rows = np.broadcast_to(rows[..., None], (steps, chunk, width))
         visits = np.stack([rows, *(x[0, 0, 0] for x in found[1:])], -1).reshape(-1, 4)
-        visits = visits[visits[:, 2] != _schedule.NOTHING]
+        visits = visits[visits[:, 2] != schedule.NOTHING]
         np.testing.assert_array_equal(visits[np.argsort(visits[:, 3])], wanted)
         assert (np.diff(rows.reshape(steps, -1), axis=1) >= 0).all()
 

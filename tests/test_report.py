@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from jax_bsk.validation import report
-from jax_bsk.validation.outcome import StageResult, Verdict
-from jax_bsk.validation.settings import STAGES, Level, Settings
+from jax_bsk.qa.validation import report
+from jax_bsk.qa.validation.outcome import StageResult, Verdict
+from jax_bsk.qa.validation.settings import STAGES, Level, Settings
 from tools import readme_figures
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from jax_bsk.support import cuda_tools
+from jax_bsk.qa.support import cuda_tools
 from tools import check_sass
 
 # What cuobjdump 13.5 says of a cubin with two small kernels, their code cut to a few lines.

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from jax_bsk import _ffi
 from jax_bsk.__main__ import main
-from jax_bsk.benchmarking import grid
-from jax_bsk.benchmarking.matmul import goals
-from jax_bsk.benchmarking.matmul.cases import Operation
-from jax_bsk.benchmarking.passes import Pass
-from jax_bsk.support.git_tree import tree_hash
-from jax_bsk.validation import (
+from jax_bsk.core import library
+from jax_bsk.qa.benchmarking import grid
+from jax_bsk.qa.benchmarking.matmul import goals
+from jax_bsk.qa.benchmarking.matmul.cases import Operation
+from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.support.git_tree import tree_hash
+from jax_bsk.qa.validation import (
     benchmark,
     harden,
     markdown,
@@ -32,9 +32,9 @@ from jax_bsk.validation import (
     runner,
     targets,
 )
-from jax_bsk.validation.measured import Measured
-from jax_bsk.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
-from jax_bsk.validation.settings import CASES, PRODUCTS, STAGES, Clock, Level, Settings
+from jax_bsk.qa.validation.measured import Measured
+from jax_bsk.qa.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
+from jax_bsk.qa.validation.settings import CASES, PRODUCTS, STAGES, Clock, Level, Settings
 
 ROOT = Path(__file__).parents[1]
 FACTS = {
@@ -72,8 +72,8 @@ def test_the_tree_hash_is_gits(tmp_path):
 
 
 def test_the_library_says_which_sources_it_was_built_from():
-    library = _ffi.library("cpu")
-    assert library.info["source_tree"] == tree_hash(ROOT / "csrc"), "rebuild: `make build`"
+    native = library.load("cpu")
+    assert native.info["source_tree"] == tree_hash(ROOT / "csrc"), "rebuild: `make build`"
     assert provenance.collect()["package_tree"] == tree_hash(ROOT / "jax_bsk")
 
 

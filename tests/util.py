@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.testing.tolerance import dense_attention
+from jax_bsk.qa.testing.tolerance import dense_attention
 
 
 def random_inputs(

@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jax_bsk.support.cuda_tools import RESOURCES, find_tool, short_names
+from jax_bsk.qa.support.cuda_tools import RESOURCES, find_tool, short_names
 
 # Namespaces and types as they stand in a mangled name, which needs no demangler: length, then identifier.
 SM80, SM90 = "4sm80", "4sm90"

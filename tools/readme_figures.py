@@ -17,10 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jax_bsk.benchmarking.matmul.cases import Operation
-from jax_bsk.benchmarking.matmul.contenders import DENSE_RANDOM, OURS
-from jax_bsk.validation import products
-from jax_bsk.validation.markdown import milliseconds, share, table
+from jax_bsk.qa.benchmarking.matmul.cases import Operation
+from jax_bsk.qa.benchmarking.matmul.contenders import DENSE_RANDOM, OURS
+from jax_bsk.qa.validation import products
+from jax_bsk.qa.validation.markdown import milliseconds, share, table
 
 ROOT = Path(__file__).resolve().parents[1]
 REPORT = ROOT / "reports" / "h200" / "report.json"

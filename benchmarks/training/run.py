@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from jax_bsk.support import environment
+from jax_bsk.qa.support import environment
 
 from .attentions import ATTENTIONS
 from .config import Config

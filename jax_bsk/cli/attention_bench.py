@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk import _compat
-from jax_bsk.attention import sparse_attention
-from jax_bsk.benchmarking.timing import MOST_REPEATS, interleaved
+from jax_bsk.attention.api import sparse_attention
+from jax_bsk.core import compat
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask
-from jax_bsk.support.progress import Progress
+from jax_bsk.qa.benchmarking.timing import MOST_REPEATS, interleaved
+from jax_bsk.qa.support.progress import Progress
 
 OURS = "jax_bsk"
 PASSES = ("forward", "forward+backward")
@@ -267,7 +267,7 @@ def measure(
     progress: Progress,
 ) -> Iterator[dict[str, Any]]:
     """Checks and times one group; yields one JSON-ready record a case and pass."""
-    platform = _compat.default_platform()
+    platform = compat.default_platform()
     on_gpu = platform != "cpu"
     inputs = _input_sets(work, seed)
     masks = [jax.device_put(case.mask) for case in cases]

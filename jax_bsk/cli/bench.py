@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from jax_bsk import _compat, _dispatch
-from jax_bsk._errors import UnsupportedError
-from jax_bsk.benchmarking import ceilings, timing
+from jax_bsk.attention import refusals
 from jax_bsk.cli import attention_bench
-from jax_bsk.support import environment
-from jax_bsk.support.progress import Progress
-from jax_bsk.support.table import table
+from jax_bsk.core import compat, dispatch
+from jax_bsk.core.errors import UnsupportedError
+from jax_bsk.qa.benchmarking import ceilings, timing
+from jax_bsk.qa.support import environment
+from jax_bsk.qa.support.progress import Progress
+from jax_bsk.qa.support.table import table
 
 METHOD = (
     "Each call is jitted, checked against the reference on fresh random inputs, and then timed in rounds that visit "
@@ -84,7 +85,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     option("--dtype", "type of the inputs", choices=("float32", "bfloat16", "float16"))
     option("--block-size", "tokens of a mask's block", type=_positive)
     option("--window", "tokens to the left in the window pattern", type=_positive)
-    parser.add_argument("--implementation", choices=_dispatch.IMPLEMENTATIONS, help="default: chosen as in any call")
+    parser.add_argument("--implementation", choices=dispatch.IMPLEMENTATIONS, help="default: chosen as in any call")
     passes = parser.add_mutually_exclusive_group()
     passes.add_argument("--forward-only", action="store_true", help="do not time the backward")
     passes.add_argument("--backward", action="store_true", help="time forward and forward with backward (the default)")
@@ -139,7 +140,7 @@ def _plotter() -> Callable[[dict[str, Any], Path], None]:
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Runs what the options say and returns the whole report, ready for JSON."""
-    defaults = CUDA if _compat.default_platform() == "cuda" else CPU
+    defaults = CUDA if compat.default_platform() == "cuda" else CPU
     options = {
         field.name: getattr(defaults, field.name) if getattr(args, field.name) is None else getattr(args, field.name)
         for field in dataclasses.fields(Defaults)
@@ -183,7 +184,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def _implementation(named: str | None, options: dict[str, Any]) -> str:
     """The implementation that the calls will get, refused now rather than inside each of them."""
-    facts = _dispatch.AttentionFacts(
+    facts = refusals.AttentionFacts(
         dtype=options["dtype"],
         head_dim=options["head_dim"],
         value_dim=options["head_dim"],
@@ -191,7 +192,7 @@ def _implementation(named: str | None, options: dict[str, Any]) -> str:
         block_kv=options["block_size"],
         bias=False,
     )
-    return _dispatch.choose(named, facts)[0]
+    return dispatch.choose(named, facts)[0]
 
 
 def render(report: dict[str, Any]) -> str:

@@ -6,8 +6,8 @@ import argparse
 import json
 from typing import Any
 
-from jax_bsk import _compat, _dispatch, _ffi
-from jax_bsk.support import environment
+from jax_bsk.core import compat, dispatch, library
+from jax_bsk.qa.support import environment
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
@@ -38,7 +38,7 @@ def collect() -> dict[str, Any]:
     """Everything the command shows."""
     facts: dict[str, Any] = {
         "versions": environment.versions(),
-        "ffi_api": {"runtime": _version(_compat.runtime_ffi_api())},
+        "ffi_api": {"runtime": _version(compat.runtime_ffi_api())},
         "platform": None,
         "platform_problem": None,
         "devices": [],
@@ -46,20 +46,20 @@ def collect() -> dict[str, Any]:
     }
     try:
         facts["devices"] = environment.devices()
-        facts["platform"] = _compat.default_platform()
+        facts["platform"] = compat.default_platform()
     except RuntimeError as error:
         facts["platform_problem"] = str(error)
-    for name in _dispatch.IMPLEMENTATIONS:
+    for name in dispatch.IMPLEMENTATIONS:
         facts["implementations"][name] = _implementation(name)
     return facts
 
 
 def _implementation(name: str) -> dict[str, Any]:
-    reasons = _dispatch.unavailable(name)
+    reasons = dispatch.unavailable(name)
     facts: dict[str, Any] = {"available": not reasons, "reasons": reasons}
-    if name in _dispatch.NATIVE:
+    if name in dispatch.NATIVE:
         facts["library"] = {
-            key: _version(value) if key == "ffi_api" else value for key, value in _ffi.library(name).info.items()
+            key: _version(value) if key == "ffi_api" else value for key, value in library.load(name).info.items()
         }
     return facts
 
@@ -122,6 +122,6 @@ def _default(facts: dict[str, Any]) -> str:
     platform = facts["platform"]
     if platform is None:
         return "nothing runs until JAX starts; see Devices."
-    if platform in _dispatch.NATIVE and facts["implementations"][platform]["available"]:
+    if platform in dispatch.NATIVE and facts["implementations"][platform]["available"]:
         return f"{platform}, and xla (with a warning that says why) where a call is beyond it."
     return "xla, with a warning that says why. It is slower; pass implementation='xla' to choose it on purpose."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jax_bsk.benchmarking.matmul import options, suite
+from jax_bsk.qa.benchmarking.matmul import options, suite
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:

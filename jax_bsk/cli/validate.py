@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from jax_bsk.validation import runner
-from jax_bsk.validation.outcome import StageResult, Verdict
-from jax_bsk.validation.settings import STAGES, Level, Settings
+from jax_bsk.qa.validation import runner
+from jax_bsk.qa.validation.outcome import StageResult, Verdict
+from jax_bsk.qa.validation.settings import STAGES, Level, Settings
 
 MARKS = {Verdict.PASSED: "passed ", Verdict.FAILED: "FAILED ", Verdict.SKIPPED: "skipped"}
 

@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk import _arguments
-from jax_bsk.attention import sparse_attention
+from jax_bsk.attention.api import sparse_attention
+from jax_bsk.core import checks
 from jax_bsk.masks import ArrayMask, BlockMask, FullMask, Mask, SegmentMask
 
 Implementation = Literal["cpu", "cuda", "xla"]
 
 
-@_arguments.refuses_flax(
+@checks.refuses_flax(
     "attention_fn makes an attention function and is none; call it: attention_fn=attention_fn(mask)",
     positional=1,
 )

@@ -15,13 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk._bsr_lists import StaticLists
-from jax_bsk._shapes import of_rank
-from jax_bsk.bsr import BSR, pair_of
+from jax_bsk.core.arrays import is_traced, of_rank
 from jax_bsk.flax._attention_fn import Implementation
-from jax_bsk.masks.algebra import is_traced
-from jax_bsk.matmul import sparse_matmul
-from jax_bsk.pruning import Norm, balanced_mask, magnitude_mask
+from jax_bsk.matmul.api import sparse_matmul
+from jax_bsk.matmul.bsr import BSR, pair_of
+from jax_bsk.matmul.bsr_lists import StaticLists
+from jax_bsk.matmul.pruning import Norm, balanced_mask, magnitude_mask
 
 DEFAULT_BLOCK_SIZE = 128
 

@@ -13,7 +13,7 @@ from flax.linen.initializers import lecun_normal, zeros_init
 
 from jax_bsk.flax._attention_fn import Implementation
 from jax_bsk.flax._dense import BlockPattern, initial_blocks, pruned_dense, resolve_pattern, sparse_dense
-from jax_bsk.pruning import Norm
+from jax_bsk.matmul.pruning import Norm
 
 
 class BlockSparseDense(nn.Module):

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import lecun_normal, zeros_init
 
-from jax_bsk.bsr import BSR
 from jax_bsk.flax._attention_fn import Implementation
 from jax_bsk.flax._dense import initial_blocks, pruned_dense, resolve_pattern, sparse_dense
-from jax_bsk.pruning import Norm
+from jax_bsk.matmul.bsr import BSR
+from jax_bsk.matmul.pruning import Norm
 
 
 class BlockSparseDense(nnx.Module):

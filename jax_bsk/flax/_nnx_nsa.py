@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import lecun_normal, zeros_init
 
+from jax_bsk.compositions.nsa import nsa_attention
 from jax_bsk.flax._attention_fn import default_head_dim
 from jax_bsk.flax._nsa import attend_gated
-from jax_bsk.nsa import nsa_attention
 
 
 class NSASelfAttention(nnx.Module):

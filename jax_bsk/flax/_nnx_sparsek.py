@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import constant, lecun_normal, zeros_init
 
-from jax_bsk._sparsek_attention import sparsek_attention
+from jax_bsk.compositions.sparsek import sparsek_attention
 from jax_bsk.flax._attention_fn import default_head_dim
 from jax_bsk.flax._sparsek import attend_scored, score_dtype
 

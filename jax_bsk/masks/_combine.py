@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.masks import _explicit, _traced
+from jax_bsk.core import explicit_mesh
+from jax_bsk.masks import _traced
 from jax_bsk.masks._host import BlockLists, TileStore, on_host, tiles_of
 from jax_bsk.masks._transpose import rows_of_entries
 from jax_bsk.masks.algebra import EMPTY, FULL, OWN, Grid, Mask, has_multi_head
@@ -174,7 +175,7 @@ def _combine_traced(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads
         ours = BlockLists(*arrays[: len(lists)])
         return _combine_heads(ours, structure.unflatten(arrays[len(lists) :]), grid, batch, heads)
 
-    return BlockLists(*_explicit.call(combined, [*map(jnp.asarray, lists), *leaves], dims))
+    return BlockLists(*explicit_mesh.call(combined, [*map(jnp.asarray, lists), *leaves], dims))
 
 
 def _combine_heads(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads: int) -> tuple[Any, ...]:

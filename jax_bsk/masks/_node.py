@@ -12,17 +12,8 @@ from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import numpy as np
-from jax.core import Tracer
 
-
-def is_array(x: Any) -> bool:
-    """Whether `x` is a host or JAX array (a tracer is one)."""
-    return isinstance(x, np.ndarray | np.generic | jax.Array)
-
-
-def is_traced(x: Any) -> bool:
-    """Whether `x` has no value yet: it is an argument of the function being traced."""
-    return isinstance(x, Tracer)
+from jax_bsk.core.arrays import is_array, is_traced
 
 
 class Node:

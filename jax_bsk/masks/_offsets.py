@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.masks._node import is_traced
+from jax_bsk.core.arrays import is_traced
 from jax_bsk.masks.algebra import MAX_LENGTH, Grid, min_max
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jax_bsk.masks._lists import entries
+from jax_bsk.masks.lists import entries
 
 if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask

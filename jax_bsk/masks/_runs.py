@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk import _compat
+from jax_bsk.core import compat
 
 
 class Lists(NamedTuple):
@@ -182,7 +182,7 @@ def expand(offsets: Any, starts: Any, blocks: Any, tiles: Any, *, capacity: int)
         levels = max(0, starts.shape[0] - 1).bit_length()
         padded = jnp.pad(starts, (0, 2**levels - starts.shape[0]), constant_values=np.iinfo(np.int32).max)
         # The last run known to begin at or before each entry; in a shard_map it differs between devices as runs do.
-        run, _ = _compat.match_varying(jnp.zeros_like(entry), starts)
+        run, _ = compat.match_varying(jnp.zeros_like(entry), starts)
 
         def halve(n: Any, run: Any) -> Any:
             later = run + (jnp.int32(2**levels) >> (n + 1))

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk._shapes import of_rank
-from jax_bsk.masks import _explicit
+from jax_bsk.core import explicit_mesh
+from jax_bsk.core.arrays import is_array, of_rank
 from jax_bsk.masks._host import BlockLists
-from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, count_codes, has_multi_head, is_array
+from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, count_codes, has_multi_head
 
 # Elements evaluated at a time, of all examples and heads together.
 CHUNK_ELEMENTS = 2**22
@@ -36,7 +36,7 @@ def build(
     def lists(*leaves: Any) -> tuple[Any, ...]:
         return _build_heads(jax.tree_util.tree_unflatten(structure, leaves), grid, batch, heads, max_blocks, max_tiles)
 
-    return BlockLists(*_explicit.call(lists, leaves, [dims for _, dims in mask._arrays()]))
+    return BlockLists(*explicit_mesh.call(lists, leaves, [dims for _, dims in mask._arrays()]))
 
 
 def _build_heads(

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk import _lists_op
-from jax_bsk.masks import _explicit
+from jax_bsk.core import explicit_mesh
+from jax_bsk.lists import native
 
 
 class ColumnLists(NamedTuple):
@@ -69,8 +69,8 @@ def transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> C
 def ordered_transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> tuple[Any, ...]:
     """The fields of `ColumnLists`, which entry stands at each place, and at which place each entry stands."""
     lists = [jnp.asarray(x) for x in (row_offsets, kv_blocks, tiles)]
-    call = _lists_op.TransposeCall(nk, transpose_in_jax)
-    return _explicit.call(lambda *lists: _lists_op.transpose(lists, call), lists, ["bh"] * 3)
+    call = native.TransposeCall(nk, transpose_in_jax)
+    return explicit_mesh.call(lambda *lists: native.transpose(lists, call), lists, ["bh"] * 3)
 
 
 def transpose_in_jax(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> tuple[Any, ...]:

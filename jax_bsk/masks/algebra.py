@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
 
 import numpy as np
 
-from jax_bsk.masks._node import Node, is_array, is_traced
+from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.masks._node import Node
 
 if TYPE_CHECKING:
     from jax_bsk.masks.block_mask import BlockMask

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk import _compat
-from jax_bsk.masks import _combine, _host, _lists, _traced
+from jax_bsk.core import compat
+from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.masks import _combine, _host, _traced, lists
 from jax_bsk.masks._node import short
 from jax_bsk.masks._transpose import transpose_host, transpose_traced
-from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, described, is_array, is_traced, remedy_for
+from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, described, remedy_for
 from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class BlockMask:
             remedy = "; for a boolean array use BlockMask.from_dense" if is_array(mask) else ""
             remedy = remedy or f"; {remedy_for(mask)}"
             raise TypeError(f"mask must be a jax_bsk.masks.Mask, given {described(mask)}{remedy}")
-        grid = _grid(q_len, kv_len, block_size)
+        grid = grid_of(q_len, kv_len, block_size)
         limits = {"max_blocks": _limit(max_blocks, "max_blocks"), "max_tiles": _limit(max_tiles, "max_tiles")}
         mask = mask._sized(None, None)
         mask._validate(grid.q_len, grid.kv_len)
@@ -146,7 +147,7 @@ class BlockMask:
           mask: applied to the elements inside those blocks (causal, say); None attends to whole blocks.
           q_len, kv_len, block_size, max_blocks, max_tiles: as in `from_mask`.
         """
-        grid = _grid(q_len, kv_len, block_size)
+        grid = grid_of(q_len, kv_len, block_size)
         chosen: Mask = BlockArrayMask(blocks, (grid.block_q, grid.block_kv))
         chosen = chosen if mask is None else chosen & mask
         return cls.from_mask(chosen, q_len, kv_len, block_size=block_size, max_blocks=max_blocks, max_tiles=max_tiles)
@@ -173,8 +174,8 @@ class BlockMask:
             range, not ascending or twice there, or a count is not in [0, k]. Traced lists are visited as listed;
             rows with an id out of range, or a count not in [0, k], give NaN.
         """
-        grid = _grid(q_len, kv_len, block_size)
-        return cls._of(_lists.from_indices(kv_blocks, counts, grid), grid)
+        grid = grid_of(q_len, kv_len, block_size)
+        return cls._of(lists.from_indices(kv_blocks, counts, grid), grid)
 
     @classmethod
     def from_topk(
@@ -197,9 +198,9 @@ class BlockMask:
             `CausalMask()`: the k best blocks at or before the query's own.
           q_len, kv_len, block_size: as in `from_mask`.
         """
-        grid = _grid(q_len, kv_len, block_size)
+        grid = grid_of(q_len, kv_len, block_size)
         mask = None if mask is None else mask._sized(None, None)
-        chosen, max_blocks, max_tiles = _lists.top_k(scores, k, grid, mask)
+        chosen, max_blocks, max_tiles = lists.top_k(scores, k, grid, mask)
         traced = is_traced(chosen) or (mask is not None and mask._is_traced(grid))
         return cls.from_block_mask(
             chosen,
@@ -214,7 +215,7 @@ class BlockMask:
     @classmethod
     def _of(cls, lists: Any, grid: Grid) -> Any:
         if isinstance(lists, _host.RunLists):
-            from jax_bsk.masks._run_mask import RunBlockMask
+            from jax_bsk.masks.run_mask import RunBlockMask
 
             return RunBlockMask.of_runs(lists, grid)
         return cls(
@@ -294,7 +295,7 @@ class BlockMask:
     def element_density(self) -> float:
         """Attended elements / all elements; at most `density`, up to the blocks at the ends."""
         elements = self.q_len * self.kv_len
-        return _lists.attended_elements(self._concrete("element_density")) / (self.batch * self.heads * elements or 1)
+        return lists.attended_elements(self._concrete("element_density")) / (self.batch * self.heads * elements or 1)
 
     # ---- combination --------------------------------------------------------------------------------------------
 
@@ -367,7 +368,7 @@ class BlockMask:
           TypeError: where the mask is traced.
         """
         self.check()
-        return _lists.to_dense(self._concrete("to_dense()"))
+        return lists.to_dense(self._concrete("to_dense()"))
 
     def transpose(self) -> Self:
         """The same mask with `col_offsets`, `q_blocks` and `col_tiles` filled; made once and kept.
@@ -433,7 +434,7 @@ class BlockMask:
             of such a column, and wrong ones where its entries are not those of the rows.
           TypeError: where the mask is traced.
         """
-        _lists.check(self._concrete("check()"))
+        lists.check(self._concrete("check()"))
 
     def describe(self, *, batch: int | None = None, heads: int | None = None, head_dim: int | None = None) -> str:
         """What is in it, in a few lines.
@@ -443,7 +444,7 @@ class BlockMask:
           head_dim: head size of queries, keys and values; FLOPs are told where it is given (forward: two products of
             2 * head_dim operations for each attended element).
         """
-        return _lists.describe(self._concrete("describe()"), batch, heads, head_dim)
+        return lists.describe(self._concrete("describe()"), batch, heads, head_dim)
 
     def plot(
         self, path_or_ax: str | os.PathLike[str] | Axes | None = None, *, batch: int = 0, head: int = 0, title: str = ""
@@ -492,7 +493,7 @@ class BlockMask:
 
     def _weighted_entries(self, b: int, h: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """Row, column and tile of valid entries of a host mask, and how many others are counted by each."""
-        rows, columns, tiles = _lists.entries(self, b, h)
+        rows, columns, tiles = lists.entries(self, b, h)
         return rows, columns, tiles, np.ones(rows.size, np.int64)
 
     # ---- pytree -------------------------------------------------------------------------------------------------
@@ -503,9 +504,9 @@ class BlockMask:
         In a trace host arrays stay numpy: they become constants there, and their values are known.
         """
         arrays = tuple(self._arrays().values())
-        if not any(isinstance(x, np.ndarray) for x in arrays) or not _compat.outside_traces():
+        if not any(isinstance(x, np.ndarray) for x in arrays) or not compat.outside_traces():
             return arrays
-        device = _compat.default_device()
+        device = compat.default_device()
         if self.__dict__.get("_copies", (None,))[0] != (device,):
             copies = tuple(jax.device_put(x) if isinstance(x, np.ndarray) else x for x in arrays)
             self.__dict__["_copies"] = (device,), copies
@@ -553,7 +554,7 @@ def register_pytree(cls: type[BlockMask]) -> None:
 register_pytree(BlockMask)
 
 
-def _grid(q_len: Any, kv_len: Any, block_size: Any) -> Grid:
+def grid_of(q_len: Any, kv_len: Any, block_size: Any) -> Grid:
     """A checked grid."""
     q_len = _length(q_len, "q_len")
     kv_len = q_len if kv_len is None else _length(kv_len, "kv_len")

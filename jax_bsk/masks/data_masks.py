@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, is_array, min_max
+from jax_bsk.core.arrays import is_array
+from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, min_max
 
 __all__ = ["ArrayMask", "BlockArrayMask", "SegmentMask"]
 

@@ -13,7 +13,8 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jax_bsk.masks._node import is_array, is_traced, short
+from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.masks._node import short
 from jax_bsk.masks._offsets import static_int
 from jax_bsk.masks.algebra import OWN, Grid, Mask
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.masks._node import is_array, is_traced, short
+from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.masks._node import short
 from jax_bsk.masks._offsets import (
     check_offset_length,
     checked_offset,

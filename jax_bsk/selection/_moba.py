@@ -6,9 +6,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.selection._inputs import block_means, grouped, query_and_key, statistics_dtype
-from jax_bsk.selection._lists import choose_top_k, for_query_heads
-from jax_bsk.selection._outline import outline, positive
+from jax_bsk.selection.choice import choose_top_k, for_query_heads
+from jax_bsk.selection.inputs import block_means, grouped, query_and_key, statistics_dtype
+from jax_bsk.selection.outline import outline, positive
 
 
 def moba(

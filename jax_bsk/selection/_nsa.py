@@ -7,17 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk._numbers import logits_scale
-from jax_bsk._shapes import of_rank
+from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.scalars import logits_scale
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.selection._inputs import (
-    by_query_block,
-    grouped,
-    query_and_key,
-    statistics_dtype,
-)
-from jax_bsk.selection._lists import choose_top_k, for_query_heads
-from jax_bsk.selection._outline import Outline, outline, positive
+from jax_bsk.selection.choice import choose_top_k, for_query_heads
+from jax_bsk.selection.inputs import by_query_block, compress, grouped, query_and_key, statistics_dtype
+from jax_bsk.selection.outline import Outline, outline, positive
 
 
 def nsa(
@@ -80,35 +75,6 @@ def nsa(
     compressed = jax.lax.stop_gradient(compress(k, length, stride, compressed_key, "compressed_key"))
     scores = _importance(q, compressed, known, length, stride, logits_scale(scale, q.shape[3]))
     return for_query_heads(choose_top_k(scores, top_k, required, known), q.shape[2])
-
-
-def compress(x: jax.Array, length: int, stride: int, given: ArrayLike | None, name: str) -> jax.Array:
-    """What stands for each stretch [i d, i d + l) of keys or values that is all there: what is given, or the mean.
-
-    Args:
-      x: [B, S, K, H].
-      length, stride: l and d; d divides l.
-      given: [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), or None.
-      name: of what is given, for errors.
-
-    Returns:
-      [B, C, K, H], of the type of what is given; means are in float32 (float64 for float64).
-    """
-    batch, keys, heads, size = x.shape
-    count, parts = max(0, (keys - length) // stride + 1), length // stride
-    if given is None:
-        # Of sums over d keys, which neighbours share.
-        cells = x[:, : keys // stride * stride].astype(statistics_dtype(x))
-        cells = cells.reshape(batch, keys // stride, stride, heads, size).sum(2)
-        return sum((cells[:, n : n + count] for n in range(parts)), jnp.zeros((), cells.dtype)) / length
-    array = jnp.asarray(given)
-    array = array[None] if array.ndim == 3 else array
-    expected = (batch, count, heads, size)
-    if array.shape != expected:
-        raise ValueError(f"{name} has shape {expected} for {keys} tokens, got {array.shape}; make one per window")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} is a floating-point array, got {array.dtype}; cast it, e.g. {name}.astype('float32')")
-    return array
 
 
 def _importance(

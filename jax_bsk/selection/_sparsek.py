@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk._sparsek_causal import sparsek_causal
-from jax_bsk.masks import BlockMask, CausalMask, Mask, _explicit, as_block_mask
+from jax_bsk.core import explicit_mesh
+from jax_bsk.masks import BlockMask, CausalMask, Mask, as_block_mask
 from jax_bsk.masks.algebra import MAX_LENGTH, OWN, Grid
-from jax_bsk.masks.block_mask import _grid
-from jax_bsk.selection._inputs import block_means
-from jax_bsk.selection._outline import positive
+from jax_bsk.masks.block_mask import grid_of
 from jax_bsk.selection._prefixes import CHUNK, take, top_of_prefixes
+from jax_bsk.selection.inputs import block_means
+from jax_bsk.selection.outline import positive
+from jax_bsk.selection.soft_topk_causal import sparsek_causal
 
 Gate = Literal["straight-through", "soft"]
 
@@ -83,7 +84,7 @@ def sparsek(
     if candidates is not None and positive(candidates, "candidates") < top_k:
         raise ValueError(f"candidates is at least top_k={top_k}, got {candidates}; None takes all blocks")
 
-    grid = _grid(array.shape[1] if q_len is None else q_len, array.shape[1], block_size)
+    grid = grid_of(array.shape[1] if q_len is None else q_len, array.shape[1], block_size)
     sizes = _Sizes(grid.q_len, grid.kv_len, (grid.block_q, grid.block_kv), window)
     known = _known(sizes)
     blocks = int(known.prefixes.max(initial=0))
@@ -94,7 +95,7 @@ def sparsek(
     def choose(means: jax.Array) -> tuple[_Lists, jax.Array]:
         return _choose_heads(means, sizes, top_k, gate, candidates)
 
-    lists, gates = _explicit.call(choose, [jnp.swapaxes(means[:, :blocks], 1, 2)], ["bh"])
+    lists, gates = explicit_mesh.call(choose, [jnp.swapaxes(means[:, :blocks], 1, 2)], ["bh"])
     return dataclasses.replace(known.window, **lists._asdict()), gates
 
 

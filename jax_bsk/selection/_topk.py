@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_bsk.masks import BlockMask, Mask
-from jax_bsk.selection._lists import choose_top_k
-from jax_bsk.selection._outline import outline, positive
+from jax_bsk.selection.choice import choose_top_k
+from jax_bsk.selection.outline import outline, positive
 
 
 def from_topk(

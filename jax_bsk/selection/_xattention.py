@@ -8,12 +8,12 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_bsk._numbers import logits_scale
-from jax_bsk._shapes import of_rank
+from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.scalars import logits_scale
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.selection._inputs import by_query_block, grouped, query_and_key, statistics_dtype
-from jax_bsk.selection._lists import choose_by_mass, for_query_heads
-from jax_bsk.selection._outline import Outline, outline, positive
+from jax_bsk.selection.choice import choose_by_mass, for_query_heads
+from jax_bsk.selection.inputs import by_query_block, grouped, query_and_key, statistics_dtype
+from jax_bsk.selection.outline import Outline, outline, positive
 
 
 def xattention(

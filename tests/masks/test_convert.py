@@ -8,16 +8,16 @@ import pytest
 
 import jax_bsk.masks as m
 from jax_bsk import sparse_attention
-from jax_bsk.masks import _convert
+from jax_bsk.masks import convert
 
 CALL = {"batch": 2, "heads": 3}
 
 
 @pytest.fixture(autouse=True)
 def empty_cache():
-    _convert._cache.clear()
+    convert._cache.clear()
     yield
-    _convert._cache.clear()
+    convert._cache.clear()
 
 
 @pytest.mark.parametrize("traced", [False, True])
@@ -82,9 +82,9 @@ def test_structural_masks_are_built_once():
 
 
 def test_cache_is_bounded():
-    masks = [m.as_block_mask(m.LocalMask(n), 64, 64, **CALL) for n in range(3 * _convert._MAX_ENTRIES)]
-    assert len(_convert._cache) == _convert._MAX_ENTRIES
-    assert m.as_block_mask(m.LocalMask(3 * _convert._MAX_ENTRIES - 1), 64, 64, **CALL) is masks[-1]
+    masks = [m.as_block_mask(m.LocalMask(n), 64, 64, **CALL) for n in range(3 * convert._MAX_ENTRIES)]
+    assert len(convert._cache) == convert._MAX_ENTRIES
+    assert m.as_block_mask(m.LocalMask(3 * convert._MAX_ENTRIES - 1), 64, 64, **CALL) is masks[-1]
     assert m.as_block_mask(m.LocalMask(0), 64, 64, **CALL) is not masks[0]
 
 
@@ -93,7 +93,7 @@ def test_nothing_traced_is_kept():
         return m.as_block_mask(m.FunctionMask(lambda q, k: q + shift >= k), 64, 64, **CALL)
 
     mask = jax.jit(make)(3)
-    assert not _convert._cache
+    assert not convert._cache
     np.testing.assert_array_equal(mask.to_dense(), m.CausalMask(3).bind(64).to_dense())
 
 

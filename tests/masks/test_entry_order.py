@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
-from jax_bsk.masks import _entry_order
-from jax_bsk.masks._entry_order import EntryOrder, to_columns, to_rows, with_entry_order
+from jax_bsk.masks import entry_order
+from jax_bsk.masks.entry_order import EntryOrder, to_columns, to_rows, with_entry_order
 
 LISTS = "col_offsets", "q_blocks", "col_tiles"
 
@@ -88,7 +88,7 @@ def test_order_of_any_lists(seed):
 def test_host_order_is_made_once(monkeypatch):
     mask = wild_mask(1)
     first = with_entry_order(mask)
-    monkeypatch.setattr(_entry_order, "_order_host", None)
+    monkeypatch.setattr(entry_order, "_order_host", None)
     assert with_entry_order(mask) is first
     assert first[0] is mask.transpose()
 

@@ -15,7 +15,7 @@ import pytest
 import jax_bsk
 import jax_bsk.masks as m
 from jax_bsk.masks import _descent, _host, _runs
-from jax_bsk.masks._run_mask import RunBlockMask
+from jax_bsk.masks.run_mask import RunBlockMask
 
 LISTS = ("row_offsets", "kv_blocks", "tiles", "bit_tiles")
 COLUMNS = ("col_offsets", "q_blocks", "col_tiles")

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_bsk._reference import sparse_attention_xla
+from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.masks import BlockMask
-from jax_bsk.testing import __main__ as command_line
-from jax_bsk.testing.battery import Mismatch, run_case
-from jax_bsk.testing.cases import CORNER_CASES, PATTERNS, Case, list_blocks, make_inputs, random_case
-from jax_bsk.testing.oracle import attention_oracle
-from jax_bsk.testing.tolerance import compare, dense_attention
+from jax_bsk.qa.testing import __main__ as command_line
+from jax_bsk.qa.testing.battery import Mismatch, run_case
+from jax_bsk.qa.testing.cases import CORNER_CASES, PATTERNS, Case, list_blocks, make_inputs, random_case
+from jax_bsk.qa.testing.oracle import attention_oracle
+from jax_bsk.qa.testing.tolerance import compare, dense_attention
 
 NAMES = ("dq", "dk", "dv", "dsinks", "dgates")
 CASE = Case("case", 2, 40, 50, 4, 2, 8, 6, "float64", 32, 32, density=0.7, lengths=True)

@@ -1,0 +1,455 @@
+"""Block-sparse attention in plain JAX: the ``"xla"`` implementation.
+
+Place on the path: ``_dispatch`` picks it where no native kernel can take the call, and it is what native kernels are
+compared with. Made of ordinary differentiable JAX, so it has every derivative (forward, reverse, higher orders, of
+``bias`` and ``sinks`` too) and every transformation, on any platform and floating dtype.
+
+The ragged block list is walked as a sequence of entries (query block, key block, bit tile), a fixed number of entries
+per step of a ``lax.scan`` (`_schedule`): however skewed the rows are, the work follows the number of entries. A few
+entries are computed in a single step, without a loop. Two walks:
+
+1. the maximum of each row's logits, outside of differentiation (the results do not depend on it);
+2. with the maximum ``m`` fixed, the sums ``l = sum exp(s - m)`` and ``acc = sum exp(s - m) v``.
+
+The second walk is linear in what it carries, so reverse mode need not keep the carry of every step, and each of several
+steps is a ``jax.checkpoint``: its probabilities are computed again in the backward. Hence memory is linear in the
+lengths. The usual single walk (online softmax) multiplies its carry by a data-dependent factor and would have to keep
+it.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array, lax
+from jax.sharding import PartitionSpec
+
+from jax_bsk.attention.schedule import (
+    IN_BOUNDS,
+    NOTHING,
+    Lists,
+    Schedule,
+    known_schedule,
+    schedule,
+    split_heads,
+    take,
+)
+from jax_bsk.core import compat, explicit_mesh
+from jax_bsk.core.arrays import of_rank
+from jax_bsk.masks.run_mask import RunBlockMask
+
+if TYPE_CHECKING:
+    from jax_bsk.masks import BlockMask
+
+
+def sparse_attention_xla(
+    query: Array,
+    key: Array,
+    value: Array,
+    mask: BlockMask,
+    *,
+    bias: Array | None,
+    lengths: Array | None,
+    sinks: Array | None,
+    scale: float | Array,
+    soft_cap: float | None,
+    gates: Array | None = None,
+    with_lse: bool = True,
+) -> tuple[Array, Any]:
+    """Attention over the visited blocks of ``mask``; arguments are trusted to be validated by the caller.
+
+    Args:
+        query: ``[B, T, N, H]``.
+        key: ``[B, S, K, H]``, K dividing N.
+        value: ``[B, S, K, Hv]``.
+        mask: block lists with leading dims ``[B|1, N|1]`` and bit tiles with leading dims ``[B|1, N|1]`` of their own.
+            A row of blocks whose list is invalid gives NaN.
+        bias: ``[B|1, N|1, T, S]``, added to the logits after the soft cap (so that -inf masks), or None.
+        lengths: int32 ``[B|1, 2]``, the valid queries and keys of each example, or None.
+        sinks: ``[N]``, a logit per head which takes part in the denominator only, or None.
+        scale: factor of the products of queries and keys.
+        soft_cap: logits become ``soft_cap * tanh(logits / soft_cap)``, or None.
+        gates: ``[B|1, N|1, capacity]``, a factor of each listed block's normalised probabilities, or None.
+        with_lse: whether lse is asked for. It is -inf where nothing is attended to, and a result of the jitted function
+            that holds an infinity stops a call under ``jax_debug_infs``.
+
+    Returns:
+        out ``[B, T, N, Hv]`` in the dtype of ``query`` and lse ``[B, N, T]``, float32 (float64 for float64), or None.
+    """
+    batch, q_len, heads, _ = query.shape
+    kv_len, kv_heads, v_size = key.shape[1], key.shape[2], value.shape[-1]
+    stats_dtype = _softmax_dtype(query.dtype)
+    if 0 in (batch, q_len, heads, kv_heads):
+        lse = jnp.zeros((batch, heads, q_len), stats_dtype) if with_lse else None
+        return jnp.zeros((batch, q_len, heads, v_size), query.dtype), lse
+    if kv_len == 0:  # nothing to gather blocks from: one key block that no length reaches
+        pad = [(0, 0), (0, 1), (0, 0), (0, 0)]
+        key, value = jnp.pad(key, pad), jnp.pad(value, pad)
+        bias = gates = None
+    lists: Any = None
+    if not isinstance(mask, RunBlockMask):  # steps on the host would be as many as the blocks that it has no lists of
+        lists = known_schedule(mask, (kv_heads, heads // kv_heads), max(kv_len, 1))
+    if lists is None:
+        lists = Lists(*mask._kernel_rows())
+    attend = functools.partial(
+        _attention, block_q=mask.block_q, block_kv=mask.block_kv, kv_len=kv_len, with_lse=with_lse
+    )
+    arguments = query, key, value, bias, gates, lengths, sinks, scale, soft_cap
+    lists = lists, mask.bit_tiles
+    arrays = jax.tree.leaves((arguments, lists))
+    if not explicit_mesh.shards(arrays):
+        return attend(*arguments, *lists)
+    # On an explicit mesh every gather, search and carry would need a sharding: XLA partitions them by itself.
+    examples, queries, head_axes = (*jax.typeof(query).sharding.spec, None, None, None)[:3]
+    of_lse = PartitionSpec(examples, head_axes, queries) if with_lse else None
+    shardings = PartitionSpec(examples, queries, head_axes), of_lse
+    partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=shardings)
+    with explicit_mesh.mesh_of(arrays):
+        return partitioned(*arguments, *lists)
+
+
+def _softmax_dtype(dtype: Any) -> np.dtype:
+    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
+
+
+class _Operands(NamedTuple):
+    """Blocked operands in the softmax dtype; b, k, g are batch, kv heads and group (1 where mapped or shared).
+
+    Fields are arrays, or axes of them (`_OPERAND_AXES`).
+    """
+
+    query: Any  # [nq, b, k, g, block_q, H], times scale
+    key: Any  # [nk, b, k, block_kv, H]
+    value: Any  # [nk, b, k, block_kv, Hv]
+    query_flaw: Any  # [nq, b, k, g, block_q], NaN where the row of ``query`` was not finite, else 0
+    kv_flaws: Any  # [nk, b, k, 2, block_kv], of keys and of values
+    bit_tiles: Any  # uint32 [n, b, k, g, block_q, block_kv / 32]
+    bias: Any  # [b, k, g, nq, block_q, nk, block_kv]
+    gates: Any  # [b, k, g, capacity]
+    q_end: Any  # int32 [b], valid queries; None where all are, but for those that fill up the last block
+    kv_end: Any  # int32 [b], valid keys; None where all are, and no other fills up the last block
+
+
+# Axes of (b, k, g) in each field above, for mapping over lists; None: the field has no such axis.
+_LIST_AXES = (0, 1, 2)
+_OPERAND_AXES = _Operands(
+    query=(1, 2, 3),
+    key=(1, 2, None),
+    value=(1, 2, None),
+    query_flaw=(1, 2, 3),
+    kv_flaws=(1, 2, None),
+    bit_tiles=(1, 2, 3),
+    bias=(0, 1, 2),
+    gates=(0, 1, 2),
+    q_end=(0, None, None),
+    kv_end=(0, None, None),
+)
+
+
+@jax.jit(static_argnames=("block_q", "block_kv", "kv_len", "with_lse"))
+def _attention(
+    query,
+    key,
+    value,
+    bias,
+    gates,
+    lengths,
+    sinks,
+    scale,
+    soft_cap,
+    lists: Schedule | Lists,
+    bit_tiles,
+    *,
+    block_q: int,
+    block_kv: int,
+    kv_len: int,
+    with_lse: bool,
+):
+    batch, q_len, heads, _ = query.shape
+    kv_heads = key.shape[2]
+    group = heads // kv_heads
+    dtype = _softmax_dtype(query.dtype)
+    nq, nk = -(-q_len // block_q), -(-key.shape[1] // block_kv)
+    split = functools.partial(split_heads, heads=(kv_heads, group))
+
+    def blocked(x, n, block):
+        """[B, L, K.., D] to [n, B, K.., block, D]."""
+        if n * block != x.shape[1]:
+            x = jnp.pad(x, [(0, 0), (0, n * block - x.shape[1])] + [(0, 0)] * (x.ndim - 2))
+        x = x.reshape((x.shape[0], n, block, *x.shape[2:]))
+        return jnp.moveaxis(x, (1, 2), (0, -2))
+
+    def isolated(x, n, block):
+        """Blocks of x in the softmax dtype, which also holds the sums of cotangents, and flaws of their vectors."""
+        x, flaw = _isolate(x.astype(dtype))
+        return blocked(x, n, block), blocked(flaw[..., None], n, block)[..., 0]
+
+    if bias is not None:
+        bias = bias.astype(dtype)
+        bias = jnp.pad(
+            bias, [(0, 0), (0, 0), (0, nq * block_q - bias.shape[2]), (0, nk * block_kv - bias.shape[3])]
+        ).reshape((*bias.shape[:2], nq, block_q, nk, block_kv))
+        bias = split(bias, 1)
+    if gates is not None:
+        gates = split(gates.astype(dtype), 1)
+    q_end = kv_end = None
+    if lengths is not None:
+        q_end, kv_end = jnp.minimum(lengths[:, 0], q_len), jnp.minimum(lengths[:, 1], kv_len)
+    elif nk * block_kv != kv_len:
+        kv_end = jnp.full(1, kv_len, jnp.int32)
+    q, q_flaw = isolated(split(query, 2), nq, block_q)
+    k, k_flaw = isolated(key, nk, block_kv)
+    v, v_flaw = isolated(value, nk, block_kv)
+    operands = _Operands(
+        query=q * jnp.asarray(scale, dtype),
+        key=k,
+        value=v,
+        query_flaw=q_flaw,
+        kv_flaws=jnp.stack([k_flaw, v_flaw], axis=3),
+        bit_tiles=split(jnp.moveaxis(bit_tiles, 2, 0), 2),
+        bias=bias,
+        gates=gates,
+        q_end=q_end,
+        kv_end=kv_end,
+    )
+
+    active = poisoned = None
+    if isinstance(lists, Schedule):
+        order = lists
+    else:
+        order, used, poisoned = schedule(Lists(*(split(x, 1) for x in lists)), nk, bit_tiles.shape[2])
+        # Lists of a fixed capacity (traced ones) may be mostly padding: steps past the longest list are skipped.
+        steps, chunk, _ = order.cols.shape[-3:]
+        active = jnp.arange(steps, dtype=jnp.int32) * chunk < used.max()
+    if gates is None:
+        order = order._replace(places=None)
+    row_max, total, acc = _map_lists(_walk, order, operands, soft_cap, active)
+
+    if sinks is not None:
+        sink = sinks.astype(dtype).reshape(1, 1, kv_heads, group, 1)
+        # The walk was relative to its own maximum; a greater sink shrinks it, and out of reach it counts as nothing.
+        new_max = jnp.maximum(row_max, lax.stop_gradient(sink))
+        rescale = jnp.exp(row_max - _finite_or_zero(new_max))
+        row_max = new_max
+        # A sink of +inf is all of the denominator: the row attends to it alone, and nothing has a gradient.
+        share = jnp.exp(jnp.where(jnp.isposinf(sink), 0, sink - _finite_or_zero(row_max)))
+        if q_end is not None:
+            position = jnp.arange(nq * block_q, dtype=jnp.int32).reshape(nq, 1, 1, 1, block_q)
+            share = jnp.where(position < q_end[None, :, None, None, None], share, 0)
+        total = total * rescale + share
+        acc = acc * rescale[..., None]
+    row_max = _finite_or_zero(row_max)
+    empty = total == 0
+    safe_total = jnp.where(empty, 1, total)
+    # A row with a NaN is NaN through acc. Its reciprocal stays finite all the same, since the cotangent of acc, which
+    # is multiplied by it, reaches keys that the row does not attend to (with a zero probability, and 0 * NaN is NaN).
+    flawed = ~jnp.isfinite(safe_total)
+    reciprocal = jnp.where(flawed, 1, 1 / safe_total)
+    out = acc * reciprocal[..., None]
+
+    if poisoned is not None:  # NaN for the rows of an invalid list, times the query such that dq is NaN as well.
+        poison = jnp.where(jnp.moveaxis(poisoned, -1, 0)[..., None], jnp.nan, 0).astype(dtype)
+        poison = poison * (q.sum(-1) / max(q.shape[-1], 1))
+        out = out + poison[..., None]
+    out = jnp.moveaxis(out, (0, -2), (1, 2)).reshape(batch, nq * block_q, heads, -1)[:, :q_len].astype(query.dtype)
+    if not with_lse:
+        return out, None
+    lse = jnp.where(empty, -jnp.inf, row_max + jnp.log(safe_total))
+    if poisoned is not None:
+        lse = lse + poison
+    lse = jnp.moveaxis(lse, 0, -2).reshape(batch, heads, nq * block_q)[..., :q_len]
+    return out, lse
+
+
+def _map_lists(walk, order: Schedule, operands: _Operands, soft_cap, active):
+    """Runs ``walk`` once for a list that is shared, and mapped over batch or heads where each has its own."""
+
+    def call(level, order, operands):
+        if level == 3:
+            return walk(jax.tree.map(lambda x: x[0, 0, 0], order), operands, soft_cap, active)
+        axis = _LIST_AXES[level]
+        if order.cols.shape[axis] == 1:
+            return call(level + 1, order, operands)
+
+        def mapped_axis(x, axes):  # a field of size 1 serves all the lists as it is
+            return None if x is None or axes[level] is None or x.shape[axes[level]] == 1 else axes[level]
+
+        def restore(x, axis):  # vmap takes the axis away, the walk expects it with size 1
+            return x if axis is None else jnp.expand_dims(x, axis)
+
+        in_axes = _Operands(*(mapped_axis(x, axes) for x, axes in zip(operands, _OPERAND_AXES, strict=True)))
+
+        def one(order, operands):
+            order = jax.tree.map(lambda x: jnp.expand_dims(x, axis), order)
+            operands = _Operands(*(restore(x, a) for x, a in zip(operands, in_axes, strict=True)))
+            return jax.tree.map(lambda x: jnp.squeeze(x, level + 1), call(level + 1, order, operands))
+
+        return jax.vmap(one, in_axes=(axis, in_axes), out_axes=level + 1)(order, operands)
+
+    return call(0, order, operands)
+
+
+def _walk(order: Schedule, operands: _Operands, soft_cap, active) -> tuple[Array, Array, Array]:
+    """One list over its operands: row maximum and sums relative to it, ``[nq, b, k, g, block_q]`` and ``[.., Hv]``."""
+    query, value = operands.query, operands.value
+    # All of the blocks of bias that are visited at once: they are xs of the scans, so that the cotangent of bias is put
+    # together by one scatter. Gathered step by step, each step would add an array of the size of the whole bias.
+    bias = operands.bias
+    if bias is not None:
+        rows = np.arange(bias.shape[3], dtype=np.int32)[None] if order.rows is None else order.rows
+        bias = bias[:, :, :, rows[..., None], :, order.cols, :]  # [steps, chunk, width, b, k, g, block_q, block_kv]
+    gates = operands.gates
+    if gates is not None:  # likewise
+        gates = jnp.moveaxis(gates[..., order.places], (-3, -2, -1), (0, 1, 2))  # [steps, chunk, width, b, k, g]
+    operands = operands._replace(bias=None, gates=None)
+    xs = (order._replace(places=None), bias, gates, active)
+    steps = order.cols.shape[0]
+
+    def scan(body, init):
+        if steps == 0:
+            return init
+        leaves, tree = jax.tree.flatten(init)
+        # A step that is skipped hands on what it was given, which must vary over a mesh as what a step makes.
+        leaves = compat.match_varying(*leaves, *jax.tree.leaves((xs, operands, soft_cap)))[: len(leaves)]
+
+        def step(carry, x):
+            entries, bias, gates, active = x
+            if active is None:
+                return body(carry, entries, bias, gates), None
+            return lax.cond(active, lambda c: body(c, entries, bias, gates), lambda c: c, carry), None
+
+        init = tree.unflatten(leaves)
+        if steps == 1:
+            return step(init, jax.tree.map(lambda x: x[0], xs))[0]
+        return lax.scan(step, init, xs)[0]
+
+    def maximum(row_max, entries, bias, gates):
+        del gates  # of normalised probabilities: no logit knows of them
+        logits, attends = _logits(lax.stop_gradient(operands), entries, lax.stop_gradient(bias), soft_cap)
+        found = jnp.where(attends, logits, -jnp.inf).max(-1)
+        if entries.rows is None:
+            return jnp.maximum(row_max, found)
+        return row_max.at[entries.rows].max(found, indices_are_sorted=True, **IN_BOUNDS)
+
+    def contributions(operands, row_shift, entries, bias, gates, soft_cap):
+        logits, attends = _logits(operands, entries, bias, soft_cap)
+        flaws = _side_by_side(take(operands.kv_flaws, entries.cols), -1)[:, :, :, None, :, None, :]
+        relative = (logits + flaws[..., 0, :, :]) - _of_rows(row_shift, entries)[..., None]
+        # The exponential of the least number is 0, as are its derivatives: a masked pair has no part in any.
+        probs = jnp.exp(jnp.where(attends, relative, jnp.finfo(relative.dtype).min))
+        weights = probs + jnp.where(attends, flaws[..., 1, :, :], 0)
+        if gates is not None:  # a NaN among them reaches only the rows that attend to its block
+            weights = jnp.where(attends, _gated(weights, gates, operands.value.shape[-2]), 0)
+        values = _side_by_side(take(operands.value, entries.cols), -2)
+        return probs.sum(-1), jnp.einsum("cbkgqs,cbksd->cbkgqd", weights, values)
+
+    if steps > 1:
+        contributions = jax.checkpoint(contributions)
+
+    def add(carry, entries, bias, gates):
+        parts = contributions(operands, row_shift, entries, bias, gates, soft_cap)
+        if entries.rows is None:
+            return jax.tree.map(jnp.add, carry, parts)
+        return jax.tree.map(lambda c, x: c.at[entries.rows].add(x, indices_are_sorted=True, **IN_BOUNDS), carry, parts)
+
+    # No flaw matters to the maximum, which may be any finite number: it cancels, and a flawed row's sums are NaN.
+    row_max = scan(maximum, jnp.full_like(lax.stop_gradient(query[..., 0]), -jnp.inf))
+    row_max = lax.stop_gradient(row_max)
+    safe_max = _finite_or_zero(row_max)
+    row_shift = safe_max + operands.query_flaw
+    zero = jnp.zeros_like(safe_max)
+    total, acc = scan(add, (zero, jnp.zeros(zero.shape + value.shape[-1:], zero.dtype)))
+    return row_max, total, acc
+
+
+def _logits(operands: _Operands, entries: Schedule, bias, soft_cap) -> tuple[Array, Array]:
+    """Logits of a step's entries and which pairs attend, ``[chunk, b, k, g, block_q, width * block_kv]``.
+
+    What attends is broadcastable to that.
+    """
+    keys = _side_by_side(take(operands.key, entries.cols), -2)
+    logits = jnp.einsum("cbkgqd,cbksd->cbkgqs", _of_rows(operands.query, entries), keys)
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    if bias is not None:
+        logits = logits + _side_by_side(bias, -1)
+
+    block_q, block_kv = logits.shape[-2], operands.key.shape[-2]
+    attends = _of_each_key(entries.tiles > NOTHING, block_kv)[:, None, None, None, None]
+    if operands.q_end is not None:
+        rows = jnp.arange(logits.shape[0], dtype=jnp.int32) if entries.rows is None else entries.rows
+        positions = rows[:, None] * block_q + jnp.arange(block_q, dtype=jnp.int32)[None]
+        attends &= (positions[:, None] < operands.q_end[None, :, None])[:, :, None, None, :, None]
+    if operands.kv_end is not None:
+        positions = entries.cols[..., None] * block_kv + jnp.arange(block_kv, dtype=jnp.int32)[None, None]
+        positions = _side_by_side(positions, -1)
+        attends &= (positions[:, None] < operands.kv_end[None, :, None])[:, :, None, None, None, :]
+    if operands.bit_tiles.shape[0]:
+        # The tile of a full block is clipped, and overruled below.
+        words = _side_by_side(operands.bit_tiles.at[entries.tiles].get(mode="clip", wrap_negative_indices=False), -1)
+        bits = (words[..., None] >> of_rank(np.arange(32, dtype=np.uint32), words.ndim + 1)) & 1
+        bits = bits.astype(bool).reshape((*words.shape[:-1], -1))
+        attends &= bits | _of_each_key(entries.tiles < 0, block_kv)[:, None, None, None, None]
+    return logits, attends
+
+
+def _side_by_side(x: Array, axis: int) -> Array:
+    """``[chunk, width, .., n, ..]`` to ``[chunk, .., width * n, ..]``: the blocks of a row as one, along ``axis``."""
+    if x.shape[1] == 1:
+        return x[:, 0]
+    x = jnp.moveaxis(x, 1, axis - 1)
+    axis %= x.ndim
+    return x.reshape((*x.shape[: axis - 1], -1, *x.shape[axis + 1 :]))
+
+
+def _of_each_key(x: Array, block_kv: int) -> Array:
+    """``[chunk, width, ..]``, one number per block, to ``[chunk, .., width * block_kv]`` (or 1 for a width of 1)."""
+    x = jnp.moveaxis(x, 1, -1)
+    return x if x.shape[-1] == 1 else jnp.repeat(x, block_kv, axis=-1)
+
+
+def _gated(weights: Array, gates: Array, block_kv: int) -> Array:
+    """Weights ``[chunk, b, k, g, block_q, width * block_kv]`` times gates ``[chunk, width, b|1, k|1, g|1]``.
+
+    In as few dimensions as there are: the gradient of gates is a sum over queries and keys, and XLA's CPU crashed in
+    sums over an inner one of eight dimensions (jaxlib 0.10.2), which these are under two `vmap` of `_map_lists`.
+    """
+    chunk, width = gates.shape[:2]
+    lead = (chunk, *(n for n in (weights.shape[1], weights.shape[2] * weights.shape[3]) if n > 1))
+    gates = jnp.broadcast_to(gates, (chunk, width, *weights.shape[1:4]))
+    gates = jnp.moveaxis(gates, 1, -1).reshape((*lead, 1, width, 1))
+    return (weights.reshape((*lead, -1, width, block_kv)) * gates).reshape(weights.shape)
+
+
+def _of_rows(x: Array, entries: Schedule) -> Array:
+    return x if entries.rows is None else take(x, entries.rows)
+
+
+def _isolate(x: Array) -> tuple[Array, Array]:
+    """Splits vectors (last axis) into finite operands and flaws: NaN to be added wherever a flawed one is attended to.
+
+    A vector with a NaN or infinity becomes zero, so that as an operand it meets no zero probability.
+    """
+    fixed = lax.stop_gradient(x)
+    flaw = (fixed - fixed).sum(-1)  # 0 or NaN; a comparison of each number, reduced, takes XLA's CPU 0.1 s to compile
+    return _where_sound(flaw == 0, x), jnp.where(flaw == 0, 0, jnp.nan).astype(x.dtype)
+
+
+@jax.custom_jvp
+def _where_sound(sound: Array, x: Array) -> Array:
+    return jnp.where(sound[..., None], x, 0)
+
+
+@_where_sound.defjvp
+def _where_sound_jvp(primals, tangents):
+    # The identity, not zero: what attends to a flawed vector has a NaN cotangent for it, which must arrive.
+    return _where_sound(*primals), tangents[1]
+
+
+def _finite_or_zero(row_max: Array) -> Array:
+    """Row maxima as safe subtrahends: -inf (nothing attended to) becomes 0, NaN stays."""
+    return jnp.where(jnp.isneginf(row_max), 0, row_max)

@@ -1,0 +1,1 @@
+"""Functions made of selections and attention: native sparse attention (NSA) and SparseK attention."""

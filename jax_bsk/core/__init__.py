@@ -1,0 +1,1 @@
+"""What every operation stands on: JAX and its versions, the native libraries, arrays; knows no operation."""

@@ -1,0 +1,114 @@
+"""The native libraries: loading, version checks, registration with XLA, and what each says of itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+
+from jax_bsk.core import compat
+from jax_bsk.core.version import __version__
+
+ATTENTION_FORWARD = "jax_bsk_attention_forward"
+ATTENTION_BACKWARD = "jax_bsk_attention_backward"
+LISTS_CHOOSE = "jax_bsk_lists_choose"
+LISTS_TRANSPOSE = "jax_bsk_lists_transpose"
+MATMUL_PRODUCT = "jax_bsk_matmul_product"
+MATMUL_SAMPLED = "jax_bsk_matmul_sampled"
+TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, LISTS_CHOOSE, LISTS_TRANSPOSE, MATMUL_PRODUCT, MATMUL_SAMPLED)
+
+_PLATFORM_NAMES = {"cpu": "cpu", "cuda": "CUDA"}  # as jax.ffi.register_ffi_target spells them
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """One native library: what it says of itself, or why it cannot be used (with the remedy)."""
+
+    platform: str
+    info: Mapping[str, Any]
+    problem: str | None
+
+    @property
+    def usable(self) -> bool:
+        return self.problem is None
+
+
+@functools.cache
+def load(platform: str) -> Library:
+    """The native library of `platform` ("cpu" or "cuda"), loaded, checked and registered with XLA on first need."""
+    name = f"jax_bsk._{platform}"
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return Library(platform, {}, _missing(platform))
+    except ImportError as error:
+        return Library(platform, {}, f"{name} does not load ({error}); build it again with `make build`.")
+    info, handlers = module.build_info(), module.registrations()
+    problem = mismatch(name, info, set(handlers))
+    if problem is None:
+        for target, handler in handlers.items():
+            jax.ffi.register_ffi_target(target, handler, platform=_PLATFORM_NAMES[platform])
+    return Library(platform, info, problem)
+
+
+def limits(platform: str) -> Mapping[str, Any]:
+    """What a platform's kernels can take, also where its library was not built; empty where no library says."""
+    own = load(platform)
+    if own.usable:
+        return own.info
+    every, prefix = load("cpu"), f"{platform}_"
+    facts = every.info if every.usable else {}
+    return {name.removeprefix(prefix): fact for name, fact in facts.items() if name.startswith(prefix)}
+
+
+def register() -> None:
+    """Registers every usable library, so that executables loaded from a cache find their targets."""
+    for platform in _PLATFORM_NAMES:
+        load(platform)
+
+
+def export_checks() -> list[jax.export.DisabledSafetyCheck]:
+    """What `jax.export.export(..., disabled_checks=...)` needs to let a program with this package's custom calls pass.
+
+    The program runs wherever a jax_bsk of the same version is imported.
+    """
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
+
+
+def _missing(platform: str) -> str:
+    package = Path(__file__).parent.parent
+    in_source_tree = (package.parent / "csrc").is_dir()
+    if platform == "cuda":
+        remedy = "install the CUDA toolkit's nvcc (or the PyPI wheels named in the README) and build again with"
+        return f"this jax_bsk was built without its CUDA library; {remedy} " + (
+            "`make build`." if in_source_tree else "`pip install --force-reinstall --no-cache-dir jax_bsk`."
+        )
+    if in_source_tree:
+        return (
+            "jax_bsk was imported from its source tree, which holds no built library: run `make build` there and use "
+            "the `.venv` it makes, or start Python in another directory if jax_bsk is installed."
+        )
+    return "the installed jax_bsk holds no CPU library; reinstall it from source."
+
+
+def mismatch(name: str, info: Mapping[str, Any], targets: set[str]) -> str | None:
+    """Why a loaded library must not be registered: XLA kills the whole backend when the FFI versions do not fit."""
+    if info["version"] != __version__:
+        return f"{name} is version {info['version']} but the Python code is {__version__}; run `make build`."
+    if targets != set(TARGETS):
+        return f"{name} has the calls {sorted(targets)} but the Python code {sorted(TARGETS)}; run `make build`."
+    built, runtime = tuple(info["ffi_api"]), compat.runtime_ffi_api()
+    if runtime is not None and (built[0] != runtime[0] or built[1] > runtime[1]):
+        return (
+            f"{name} was built against XLA FFI API {built[0]}.{built[1]}, the installed jaxlib has "
+            f"{runtime[0]}.{runtime[1]}; install a newer jaxlib (0.10.2 or later) or build jax_bsk against this one."
+        )
+    return None

@@ -1,0 +1,1 @@
+"""How this package is tested, validated and benchmarked; nothing else imports it."""

@@ -1,0 +1,10 @@
+"""Numeric test kit of the block-sparse products: cases, oracle, and one battery for every implementation.
+
+As `jax_bsk.testing` is for attention, with which it shares judgements, workers and the module of tolerance rules.
+"""
+
+from jax_bsk.qa.testing.matmul.battery import judge_case as judge_case
+from jax_bsk.qa.testing.matmul.battery import run_case as run_case
+from jax_bsk.qa.testing.matmul.cases import CORNER_CASES as CORNER_CASES
+from jax_bsk.qa.testing.matmul.cases import Case as Case
+from jax_bsk.qa.testing.matmul.cases import random_case as random_case

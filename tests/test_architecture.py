@@ -1,0 +1,161 @@
+"""The layout of the package: rooms by capability, imports strictly downwards, one home for each fact."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "jax_bsk"
+
+# Rooms, and the rooms below each, which it may import from.
+OPERATIONS = {"core", "lists", "masks", "attention", "selection", "matmul", "compositions"}
+ROOMS = {
+    "core": set[str](),
+    "lists": {"core"},
+    "masks": {"core", "lists"},
+    "attention": {"core", "masks"},
+    "selection": {"core", "lists", "masks"},
+    "matmul": {"core"},
+    "compositions": {"core", "masks", "attention", "selection"},
+    "flops": {"core", "masks", "attention", "matmul"},
+    "flax": OPERATIONS,
+    "qa": {*OPERATIONS, "flops", "flax", ""},
+    "cli": {*OPERATIONS, "qa", ""},
+    "": {*OPERATIONS, "flops"},  # jax_bsk/__init__.py
+    "__main__": {"core", "cli"},
+}
+
+# Layers within rooms, top to bottom: a module imports only from the layers below its own.
+LAYERS = {
+    "core": [
+        ["bilinear", "tables_op", "forward_mode"],
+        ["native_call", "dispatch"],
+        ["library", "explicit_mesh", "sharding", "checks", "scalars"],
+        ["compat", "errors", "version", "arrays"],
+    ],
+    "lists": [["native"], ["ffi"]],
+    "attention": [
+        ["api"],
+        ["native"],
+        ["xla", "refusals", "sharding", "ffi"],
+        ["schedule"],
+    ],
+    "matmul": [
+        ["api"],
+        ["products"],
+        ["xla", "pruning"],
+        ["bsr", "native"],
+        ["bsr_lists", "refusals", "sharding", "ffi"],
+    ],
+    "selection": [
+        ["_moba", "_nsa", "_sparsek", "_topk", "_xattention"],
+        ["choice", "inputs", "_prefixes", "soft_topk_causal"],
+        ["outline", "soft_topk"],
+    ],
+}
+
+NATIVE_LIBRARIES = {"jax_bsk._cpu", "jax_bsk._cuda"}
+
+
+def modules() -> dict[str, Path]:
+    names = {}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return names
+
+
+def imports_of(source: str) -> set[str]:
+    """Modules of the package imported anywhere in a file; what a function or a type checker imports counts too."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                submodule = f"{node.module}.{alias.name}"
+                where = PACKAGE.parent / submodule.replace(".", "/")
+                found.add(submodule if where.with_suffix(".py").exists() or where.is_dir() else node.module)
+    return {name for name in found if name.split(".")[0] == "jax_bsk"} - NATIVE_LIBRARIES
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+def layer_of(module: str) -> int | None:
+    """Depth of a module within its room, counted from the top; None where the room has no layers."""
+    room = room_of(module)
+    if room not in LAYERS or module.count(".") < 2:
+        return None
+    (depth,) = [i for i, names in enumerate(LAYERS[room]) if module.split(".")[2] in names] or [-1]
+    assert depth >= 0, f"{module} has no layer: give it one in LAYERS"
+    return depth
+
+
+def problems(module: str, imported: set[str]) -> list[str]:
+    """Sentences on the imports of a module that the layout does not allow."""
+    room, found = room_of(module), []
+    assert room in ROOMS, f"{module} is in no room: give its room a row in ROOMS"
+    for other in sorted(imported):
+        if room_of(other) != room:
+            if room_of(other) not in ROOMS[room]:
+                found.append(f"{module} imports {other}, whose room is not below its own")
+            if any(part.startswith("_") for part in other.split(".")):
+                found.append(f"{module} imports {other}, which is private to another room")
+            continue
+        mine, theirs = layer_of(module), layer_of(other)
+        if mine is not None and theirs is not None and theirs <= mine:
+            found.append(f"{module} imports {other}, which is not in a layer below its own")
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_go_strictly_downwards(module):
+    assert not problems(module, imports_of(modules()[module].read_text()))
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "problem"),
+    [
+        ("jax_bsk.core.library", "from jax_bsk.masks import BlockMask", "not below"),
+        ("jax_bsk.matmul.api", "def f():\n    from jax_bsk.attention import api", "not below"),
+        ("jax_bsk.attention.sharding", "import jax_bsk.attention.native", "not in a layer below"),
+        ("jax_bsk.flax.nnx", "from jax_bsk.selection import _moba", "private"),
+        ("jax_bsk.attention.api", "from jax_bsk.core import checks", None),
+    ],
+)
+def test_an_import_that_goes_up_is_seen(module, source, problem):
+    found = problems(module, imports_of(source))
+    assert len(found) == (problem is not None)
+    assert problem is None or problem in found[0]
+
+
+def test_no_private_name_crosses_rooms():
+    for module, path in modules().items():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jax_bsk."):
+                private = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
+                assert room_of(node.module) == room_of(module) or not private, f"{module} imports {private}"
+
+
+def test_homes_of_what_has_one_home():
+    for module, path in modules().items():
+        if module != "jax_bsk.core.compat":
+            assert "jax._src" not in path.read_text(), f"{module}: private JAX belongs in core.compat"
+        if room_of(module) != "flax":
+            imported = {
+                name.split(".")[0]
+                for node in ast.walk(ast.parse(path.read_text()))
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                for name in ([node.module or ""] if isinstance(node, ast.ImportFrom) else [a.name for a in node.names])
+            }
+            assert "flax" not in imported, f"{module}: Flax belongs in jax_bsk.flax"
+    for path in (PACKAGE.parent / "csrc").rglob("*.*"):
+        text = path.read_text()
+        assert ("nanobind/" in text) == (path.name == "bindings.cc"), path
+        if path.suffix in (".cu", ".cuh"):
+            assert "xla/ffi" not in text, f"{path}: kernels know no XLA header"
+            assert "asm" not in text.split() or path.name == "ptx.cuh", f"{path}: inline PTX belongs in ptx.cuh"
