@@ -4,7 +4,7 @@ from jax_bsk import flops as flops
 from jax_bsk import masks as masks
 from jax_bsk import selection as selection
 from jax_bsk.attention.api import sparse_attention as sparse_attention
-from jax_bsk.attention.native import RESIDUAL_NAMES as RESIDUAL_NAMES
+from jax_bsk.attention.derivatives import RESIDUAL_NAMES as RESIDUAL_NAMES
 from jax_bsk.compositions.nsa import nsa_attention as nsa_attention
 from jax_bsk.compositions.sparsek import sparsek_attention as sparsek_attention
 from jax_bsk.core.errors import FallbackWarning as FallbackWarning

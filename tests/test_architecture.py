@@ -30,17 +30,17 @@ ROOMS = {
 # Layers within rooms, top to bottom: a module imports only from the layers below its own.
 LAYERS = {
     "core": [
-        ["bilinear", "tables_op", "forward_mode"],
+        ["bilinear", "forward_mode"],
         ["native_call", "dispatch"],
-        ["library", "explicit_mesh", "sharding", "checks", "scalars"],
-        ["compat", "errors", "version", "arrays"],
+        ["library", "dims", "explicit_mesh", "checks", "scalars"],
+        ["compat", "errors", "version", "arrays", "dtypes"],
     ],
     "lists": [["native"], ["ffi"]],
     "attention": [
         ["api"],
-        ["native"],
-        ["xla", "refusals", "sharding", "ffi"],
-        ["schedule"],
+        ["derivatives"],
+        ["native", "xla"],
+        ["ffi", "refusals", "sharding", "schedule"],
     ],
     "matmul": [
         ["api"],

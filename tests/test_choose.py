@@ -68,7 +68,7 @@ def choose(case: Case, scores=None):
 def in_jax(case: Case, monkeypatch):
     """As where there is no native library."""
     with monkeypatch.context() as patched:
-        patched.setattr(ffi, "takes_choose", lambda *_, **__: False)
+        patched.setattr(ffi, "choose_refusals", lambda *_, **__: ["no"])
         return jax.jit(lambda scores: choose(case, scores))(case.scores)
 
 
@@ -278,7 +278,7 @@ def test_a_mask_of_several_tiles_is_plain_jax(monkeypatch):
     scores = jax.random.normal(jax.random.key(2), (1, 3, 3, 9))
     options = {"q_len": 150, "kv_len": 260, "block_size": (64, 32), "mask": CausalMask(110) & LocalMask((90, None))}
     native = jax.jit(lambda x: from_topk(x, 3, own_block=True, **options))(scores)
-    monkeypatch.setattr(ffi, "takes_choose", lambda *_, **__: False)
+    monkeypatch.setattr(ffi, "choose_refusals", lambda *_, **__: ["no"])
     plain = jax.jit(lambda x: from_topk(x, 3, own_block=True, **options))(scores)
     jax.tree.map(np.testing.assert_array_equal, native, plain)
 
@@ -301,10 +301,11 @@ def direct() -> DirectCall:
         "kv_blocks": shape("int32", 1, TABLES, CAPACITY),
         "tiles": shape("int32", 1, TABLES, CAPACITY),
     }
-    attributes = ffi.ChooseAttributes(2, 2, UNIT)
-    if compat.default_platform() == "cuda":
-        results["workspace"] = shape("int32", ffi.choose_workspace(scores.shape, BLOCKS, attributes))
-    return DirectCall(ffi.LISTS_CHOOSE, operands, results, attributes.encode())
+    static = native.ChooseCall(2, 2, UNIT, CAPACITY, 0, choice.choose_in_jax)
+    workspace = ffi.choose_workspace(compat.default_platform(), tuple(operands.values()), static)
+    if workspace is not None:
+        results["workspace"] = jax.ShapeDtypeStruct(*workspace)
+    return DirectCall(ffi.LISTS_CHOOSE, operands, results, native.CHOOSE.attributes(static))
 
 
 def check_direct(call: DirectCall, **changes) -> None:

@@ -1,6 +1,7 @@
 """`sparse_attention`: validates and canonicalises a call, binds its mask, and hands it to an implementation.
 
-The top of the one path of a call: `attention` -> `masks` -> `_dispatch` -> `_attention_op` -> `_ffi` -> `csrc/`.
+The top of the one path of a call: `attention.api` -> `masks` -> `core.dispatch` -> `attention.derivatives` ->
+`attention.native` -> `core.native_call` -> `csrc/` (docs/architecture.md).
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_bsk.attention import native, refusals
+from jax_bsk.attention import derivatives, refusals
 from jax_bsk.attention.ffi import AttentionAttributes
+from jax_bsk.attention.native import AttentionCall
 from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.core import arrays, checks, dispatch, scalars
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
 from jax_bsk.masks.convert import check_kind
 
@@ -156,17 +159,17 @@ def sparse_attention(
         )
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
-        call = native.NativeCall(attributes, platform=chosen if named else None)
-        stats = native.stats_dtype(query.dtype)
+        call = AttentionCall(attributes, platform=chosen if named else None)
+        stats = statistics_dtype(query.dtype)
         if traced_scale is not None:
             query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
         sinks = None if sinks is None else sinks.astype(stats)[None, :]
         gates = None if gates is None else gates.astype(stats)
-        out, lse = native.attend(call, query, key, value, sinks, gates, block_mask, lengths)
+        out, lse = derivatives.attend(call, query, key, value, sinks, gates, block_mask, lengths)
         if return_residual:
-            lse = native.log_sum_exp(lse)
+            lse = derivatives.log_sum_exp(lse)
     if unbatched:
         out = out[0]
     if not return_residual:

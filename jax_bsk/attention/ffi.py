@@ -1,6 +1,7 @@
-"""Lowering of the attention calls: names of targets and attributes, and the order of operands.
+"""The attention calls as `csrc/attention` knows them: names, operands, attributes and workspaces.
 
-On the path of a call this is the last Python module before `csrc/attention` (whose `buffers.h` has the same order).
+On the path of a call this is the last Python module before `csrc/attention`, whose `buffers.h` reads the operands in
+the same order.
 """
 
 from __future__ import annotations
@@ -10,13 +11,48 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.core
 import numpy as np
 
-from jax_bsk.core import compat
-from jax_bsk.core.library import ATTENTION_BACKWARD, ATTENTION_FORWARD
-from jax_bsk.core.version import __version__
+from jax_bsk.core.dims import Dims
+
+ATTENTION_FORWARD = "jax_bsk_attention_forward"
+ATTENTION_BACKWARD = "jax_bsk_attention_backward"
+
+# Shapes of what stands for an operand that is not given.
+NO_GATES = (1, 1, 0)
+NO_SINKS = (1, 0)
+
+# Letters: B examples, N query heads, K key/value heads (see `core.dims`). Gates are one number per entry of the lists.
+_ROWS = {"row_offsets": "bn.", "kv_blocks": "bn.", "tiles": "bn."}
+_COLUMNS = {"col_offsets": "bn.", "q_blocks": "bn.", "col_tiles": "bn."}
+_REST = {"bit_tiles": "bn...", "lengths": "b."}
+
+FORWARD = Dims(
+    operands={"query": "B.N.", "key": "B.K.", "value": "B.K.", **_ROWS, **_REST, "sinks": "bn", "gates": "bn."},
+    results={"out": "B.N.", "lse": "BN.", "lse_rest": "BN."},
+    shared=(tuple(_ROWS), ("bit_tiles",), ("lengths",), ("sinks",)),
+    follow=("query",),
+)
+BACKWARD = Dims(
+    operands={
+        "dout": "B.N.",
+        "query": "B.N.",
+        "key": "B.K.",
+        "value": "B.K.",
+        "lse": "BN.",
+        "lse_rest": "BN.",
+        "delta": "BN.",
+        **_ROWS,
+        **_COLUMNS,
+        **_REST,
+        "row_gates": "bn.",
+        "col_gates": "bn.",
+    },
+    results={"dquery": "B.N.", "dkey": "B.K.", "dvalue": "B.K.", "dgates": "bn."},
+    # Kernels read the lists of both orders with one count of examples.
+    shared=((*_ROWS, *_COLUMNS), ("bit_tiles",), ("lengths",)),
+    follow=("query",),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,8 +60,8 @@ class AttentionAttributes:
     """Static numbers of the attention calls.
 
     Attributes:
-      block_q: Queries a block.
-      block_kv: Keys a block.
+      block_q: Queries per block.
+      block_kv: Keys per block.
       scale: Factor of the logits. It and the cap travel in float64, of which float64 inputs make use.
       soft_cap: Soft cap of the logits; 0 is none.
     """
@@ -36,68 +72,19 @@ class AttentionAttributes:
     soft_cap: float
 
     def encode(self) -> dict[str, Any]:
-        # The version makes a cached executable of an older library miss.
+        """The attributes of the custom call."""
         return {
             "block_q": np.int64(self.block_q),
             "block_kv": np.int64(self.block_kv),
             "scale": np.float64(self.scale),
             "soft_cap": np.float64(self.soft_cap),
-            "version": __version__,
         }
-
-
-_FORWARD_OPERANDS, _BACKWARD_OPERANDS = 10, 17  # with gates
-NO_GATES = (1, 1, 0)  # shape of what stands in their place where there are none
-NO_SINKS = (1, 0)  # likewise
-
-
-def attention_forward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
-    """Lowers to the forward call.
-
-    Operands: query, key, value, row_offsets, kv_blocks, tiles, bit_tiles, lengths, sinks (or an array of shape
-    `NO_SINKS`) and, if there are any, gates. Results: out, lse, lse_rest; on CUDA also a workspace, which XLA allocates
-    with the program's other buffers and nobody reads.
-    """
-    results = list(ctx.avals_out)
-    stats = results[1].dtype
-    if platform == "cuda":
-        results.append(jax.core.ShapedArray((forward_workspace(ctx.avals_in[0].shape),), np.dtype(np.int32)))
-    lower_ctx, operands = _without_gates(ctx, operands, _FORWARD_OPERANDS - len(operands), stats)
-    lower = jax.ffi.ffi_lowering(ATTENTION_FORWARD)
-    return lower(lower_ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
-
-
-def _without_gates(ctx, operands: Sequence[Any], missing: int, stats: np.dtype):
-    """Appends the operands that tell the call of no gates."""
-    none = np.zeros(NO_GATES, stats)
-    avals = [*ctx.avals_in, *[jax.core.ShapedArray(none.shape, stats)] * missing]
-    return ctx.replace(avals_in=avals), [*operands, *(compat.mlir.ir_constant(none) for _ in range(missing))]
 
 
 def forward_workspace(query_shape: Sequence[int]) -> int:
     """Words of `cuda::ForwardWorkspace` in `csrc/attention/launch.cu`, which the handler checks."""
     *lead, length, heads, _ = query_shape
     return 1 + math.prod(lead) * heads * -(-length // 64)
-
-
-def attention_backward(ctx, operands: Sequence[Any], attributes: AttentionAttributes, platform: str):
-    """Lowers to the backward call.
-
-    Operands: dout, query, key, value, lse, lse_rest, delta, row_offsets, kv_blocks, tiles, col_offsets, q_blocks,
-    col_tiles, bit_tiles, lengths and, if there are any, row_gates and col_gates. Results: dquery, dkey, dvalue and,
-    with gates, dgates in the order of col_gates; on CUDA also a workspace, as for the forward.
-    """
-    results = list(ctx.avals_out)
-    stats, missing = ctx.avals_in[4].dtype, _BACKWARD_OPERANDS - len(operands)
-    if missing:
-        results.append(jax.core.ShapedArray(NO_GATES, stats))
-    if platform == "cuda":
-        query, key, ids = (ctx.avals_in[i].shape for i in (1, 2, 8))
-        size = backward_workspace(query, key, ids, (attributes.block_q, attributes.block_kv), results[3].shape)
-        results.append(jax.core.ShapedArray((size,), np.dtype(np.uint8)))
-    lower_ctx, operands = _without_gates(ctx, operands, missing, stats)
-    lower = jax.ffi.ffi_lowering(ATTENTION_BACKWARD)
-    return lower(lower_ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
 
 
 def backward_workspace(

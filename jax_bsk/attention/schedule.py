@@ -1,6 +1,6 @@
 """The order in which the `"xla"` implementation walks over block lists.
 
-Below `_reference`, which computes attention step by step as a schedule says. The ragged lists of all rows become steps
+Below `xla`, which computes attention step by step as a schedule says. The ragged lists of all rows become steps
 of equal size, however skewed the rows are. Where the lists' values are known this is host work, and nothing of it is
 left to compile and run.
 """

@@ -1,11 +1,11 @@
 """Block-sparse attention in plain JAX: the ``"xla"`` implementation.
 
-Place on the path: ``_dispatch`` picks it where no native kernel can take the call, and it is what native kernels are
+Place on the path: ``dispatch`` picks it where no native kernel can take the call, and it is what native kernels are
 compared with. Made of ordinary differentiable JAX, so it has every derivative (forward, reverse, higher orders, of
 ``bias`` and ``sinks`` too) and every transformation, on any platform and floating dtype.
 
 The ragged block list is walked as a sequence of entries (query block, key block, bit tile), a fixed number of entries
-per step of a ``lax.scan`` (`_schedule`): however skewed the rows are, the work follows the number of entries. A few
+per step of a ``lax.scan`` (`schedule`): however skewed the rows are, the work follows the number of entries. A few
 entries are computed in a single step, without a loop. Two walks:
 
 1. the maximum of each row's logits, outside of differentiation (the results do not depend on it);

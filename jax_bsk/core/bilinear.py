@@ -1,6 +1,6 @@
 """Primitives that are linear in each of their first two operands, with every transformation of JAX.
 
-Stands below `_matmul_op`, which gives the two products as such primitives. What the other operands hold (lists of
+Stands below `matmul.products`, which gives the two products as such primitives. What the other operands hold (lists of
 integers) has no derivative. A primitive's derivatives are given as calls of such primitives, so that they nest: forward
 mode, reverse mode, `jax.linear_transpose` and any mixture of them.
 
@@ -11,7 +11,6 @@ them or ones.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -123,19 +122,3 @@ def one_by_one(function: Callable[..., Any], ranks: Sequence[int], *operands: An
         return jax.tree.map(lambda x: x[None], results)
     rest = functools.partial(one_by_one, function, ranks)
     return jax.vmap(rest, axes)(*(x[0] if axis is None else x for x, axis in zip(operands, axes, strict=True)))
-
-
-def together(lead: Sequence[int], operands: Sequence[Any], ranks: Sequence[int]) -> list[Any]:
-    """Operands that a kernel reads with one count of examples: all with the same leading dimensions, or ones.
-
-    Args:
-      lead: Sizes of the leading dimensions of the call.
-      operands: Arrays [*leading, ...].
-      ranks: Rank of each without leading dimensions.
-    """
-    mine = lead_of(operands, ranks)
-    if math.prod(mine) == 1:
-        return list(operands)
-    # A dimension that only some of these operands have is whole in all of them; one that none has may stay 1 only if
-    # all do.
-    return [jnp.broadcast_to(x, (*lead, *x.shape[x.ndim - r :])) for x, r in zip(operands, ranks, strict=True)]

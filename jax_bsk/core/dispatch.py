@@ -1,7 +1,8 @@
-"""Which implementation takes a call: the only place that knows what each one can and cannot do.
+"""Which implementation takes a call.
 
-Between `attention` and `matmul` (what was asked) and the implementations. A refusal is one sentence with its remedy;
-the automatic choice collects the sentences and says them once, a named implementation raises them.
+Between the public functions (what was asked) and the implementations; the `refusals` of each operation say what its
+kernels cannot take. A refusal is one sentence with its remedy. The automatic choice collects the sentences and says
+them once, a named implementation raises them.
 """
 
 from __future__ import annotations

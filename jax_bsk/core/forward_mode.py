@@ -1,9 +1,9 @@
 """A function whose tangents one implementation computes and whose cotangents another: forward mode for native kernels.
 
-Below `_attention_op`, whose kernels have a backward and no forward-mode derivative. `define` binds a primitive in the
-tangents, in place of the linear map: where it is evaluated (`jax.jvp`, `jacfwd`, `linearize`), it is lowered to the
-tangents in plain JAX; where it is transposed (`jax.grad` and everything else in reverse mode), the pullback takes its
-place, and the tangents are never even traced.
+Below `attention.derivatives`, whose kernels have a backward and no forward-mode derivative. `define` binds a primitive
+in the tangents, in place of the linear map. Where the primitive is evaluated (`jax.jvp`, `jacfwd`, `linearize`), it is
+lowered to the tangents in plain JAX. Where it is transposed (`jax.grad` and everything else in reverse mode), the
+pullback takes its place, and the tangents are never even traced.
 """
 
 from __future__ import annotations

@@ -15,14 +15,6 @@ import jax.export
 from jax_bsk.core import compat
 from jax_bsk.core.version import __version__
 
-ATTENTION_FORWARD = "jax_bsk_attention_forward"
-ATTENTION_BACKWARD = "jax_bsk_attention_backward"
-LISTS_CHOOSE = "jax_bsk_lists_choose"
-LISTS_TRANSPOSE = "jax_bsk_lists_transpose"
-MATMUL_PRODUCT = "jax_bsk_matmul_product"
-MATMUL_SAMPLED = "jax_bsk_matmul_sampled"
-TARGETS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, LISTS_CHOOSE, LISTS_TRANSPOSE, MATMUL_PRODUCT, MATMUL_SAMPLED)
-
 _PLATFORM_NAMES = {"cpu": "cpu", "cuda": "CUDA"}  # as jax.ffi.register_ffi_target spells them
 
 
@@ -37,6 +29,19 @@ class Library:
     @property
     def usable(self) -> bool:
         return self.problem is None
+
+
+_targets: list[str] = []
+
+
+def declare(target: str) -> None:
+    """Says that the Python code makes a custom call of this name, which every library must have."""
+    _targets.append(target)
+
+
+def targets() -> tuple[str, ...]:
+    """Names of all custom calls that the Python code makes."""
+    return tuple(_targets)
 
 
 @functools.cache
@@ -80,7 +85,7 @@ def export_checks() -> list[jax.export.DisabledSafetyCheck]:
 
     The program runs wherever a jax_bsk of the same version is imported.
     """
-    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in TARGETS]
+    return [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets()]
 
 
 def _missing(platform: str) -> str:
@@ -99,12 +104,12 @@ def _missing(platform: str) -> str:
     return "the installed jax_bsk holds no CPU library; reinstall it from source."
 
 
-def mismatch(name: str, info: Mapping[str, Any], targets: set[str]) -> str | None:
+def mismatch(name: str, info: Mapping[str, Any], handlers: set[str]) -> str | None:
     """Why a loaded library must not be registered: XLA kills the whole backend when the FFI versions do not fit."""
     if info["version"] != __version__:
         return f"{name} is version {info['version']} but the Python code is {__version__}; run `make build`."
-    if targets != set(TARGETS):
-        return f"{name} has the calls {sorted(targets)} but the Python code {sorted(TARGETS)}; run `make build`."
+    if handlers != set(targets()):
+        return f"{name} has the calls {sorted(handlers)} but the Python code {sorted(targets())}; run `make build`."
     built, runtime = tuple(info["ffi_api"]), compat.runtime_ffi_api()
     if runtime is not None and (built[0] != runtime[0] or built[1] > runtime[1]):
         return (

@@ -1,7 +1,7 @@
 """The native calls on block lists: the transpose, and the choice of key blocks by scores.
 
-Below `masks` and `selection`, which say what the lists are and have both in plain JAX; `_tables_op` makes calls of them
-that vmap, split over meshes and lower.
+Below `masks` and `selection`, which say what the lists are and have both in plain JAX. A table is one example's and
+head's list: all leading dimensions count tables, and split over a mesh without a collective.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jax_bsk.core.native_call import like
-from jax_bsk.core.tables_op import Layout, tables_op
+from jax_bsk.core.native_call import NativeCall, like
 from jax_bsk.lists import ffi
 
 # ---- transpose ------------------------------------------------------------------------------------------------------
@@ -40,18 +39,17 @@ def _transpose_shapes(offsets, ids, tiles, *, call: TransposeCall):
     return (col_offsets, *[like(ids, ids.shape, np.int32, [*lead, -1]) for _ in range(4)])
 
 
-def _transpose_natively(ctx, operands: Sequence[Any], call: TransposeCall, platform: str):
-    if not ffi.takes_transpose(platform, rows=ctx.avals_in[0].shape[-1] - 1, columns=call.columns):
-        return None
-    return ffi.lists_transpose(ctx, operands, call.columns)
+def _transpose_refusals(platform: str, avals: Sequence[Any], call: TransposeCall) -> list[str]:
+    return ffi.transpose_refusals(platform, rows=avals[0].shape[-1] - 1, columns=call.columns)
 
 
-_transpose = tables_op(
-    "jax_bsk_lists_transpose",
-    Layout(operands=("r", "e", "e"), shared=(), results=("c", "e", "e", "e", "e")),
-    _transpose_shapes,
-    _transpose_natively,
-    lambda call, *lists: call.fallback(*lists, call.columns),
+TRANSPOSE = NativeCall(
+    ffi.LISTS_TRANSPOSE,
+    dims=lambda call: ffi.TRANSPOSE,
+    shapes=_transpose_shapes,
+    attributes=lambda call: {"columns": np.int64(call.columns)},
+    refusals=_transpose_refusals,
+    fallback=lambda call, *lists: call.fallback(*lists, call.columns),
 )
 
 
@@ -65,7 +63,7 @@ def transpose(lists: tuple[Any, Any, Any], call: TransposeCall) -> tuple[Any, ..
     Returns:
       col_offsets [.., columns + 1]; q_blocks, col_tiles, entries and places, all [.., capacity].
     """
-    return _transpose(lists, call)
+    return TRANSPOSE(call, *lists)
 
 
 # ---- choice ---------------------------------------------------------------------------------------------------------
@@ -103,19 +101,19 @@ def _choose_shapes(scores, states, outline, *, call: ChooseCall):
     return tuple(like(scores, (*lead, n), np.int32, dims) for n in (rows + 1, call.capacity, call.capacity))
 
 
-def _choose_natively(ctx, operands: Sequence[Any], call: ChooseCall, platform: str):
-    scores = ctx.avals_in[0]
-    if not ffi.takes_choose(platform, scores.dtype, units=scores.shape[-1]):
-        return None
-    return ffi.lists_choose(ctx, operands, ffi.ChooseAttributes(call.k, call.width, call.unit), platform)
+def _choose_refusals(platform: str, avals: Sequence[Any], call: ChooseCall) -> list[str]:
+    del call
+    return ffi.choose_refusals(platform, avals[0].dtype, units=avals[0].shape[-1])
 
 
-_choose = tables_op(
-    "jax_bsk_lists_choose",
-    Layout(operands=("ru",), shared=("ru", "rb"), results=("o", "e", "e")),
-    _choose_shapes,
-    _choose_natively,
-    lambda call, *operands: call.fallback(*operands, call),
+CHOOSE = NativeCall(
+    ffi.LISTS_CHOOSE,
+    dims=lambda call: ffi.CHOOSE,
+    shapes=_choose_shapes,
+    attributes=lambda call: {name: np.int64(getattr(call, name)) for name in ("k", "width", "unit")},
+    workspace=ffi.choose_workspace,
+    refusals=_choose_refusals,
+    fallback=lambda call, *operands: call.fallback(*operands, call),
 )
 
 
@@ -132,5 +130,5 @@ def choose(scores: Any, states: Any, outline: Any, call: ChooseCall) -> tuple[An
       int32 row_offsets [tables.., rows + 1], kv_blocks and tiles [tables.., capacity]: in each row first those with a
       bit tile, ascending, then full ones, ascending; -1 past the lists' ends.
     """
-    row_offsets, kv_blocks, tiles = _choose((scores, states, outline), call)
+    row_offsets, kv_blocks, tiles = CHOOSE(call, scores, states, outline)
     return row_offsets, kv_blocks, tiles

@@ -1,6 +1,6 @@
 """Products with block-sparse matrices: the public functions.
 
-They check what was asked and pick an implementation; `_matmul_op` has the products and their derivatives.
+They check what was asked and pick an implementation; `products` has the products and their derivatives.
 """
 
 from __future__ import annotations

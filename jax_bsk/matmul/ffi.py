@@ -1,4 +1,4 @@
-"""Lowering of the block-sparse products: names of targets and attributes, and the order of operands (`csrc/matmul`)."""
+"""The calls of block-sparse products as `csrc/matmul` knows them: names, operands, attributes and workspaces."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-import jax.core
 import numpy as np
 
-from jax_bsk.core.library import MATMUL_PRODUCT, MATMUL_SAMPLED
-from jax_bsk.core.version import __version__
+from jax_bsk.core.dims import Dims
+
+MATMUL_PRODUCT = "jax_bsk_matmul_product"
+MATMUL_SAMPLED = "jax_bsk_matmul_sampled"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +34,12 @@ class ProductAttributes:
     out_dtype: str
 
     def encode(self) -> dict[str, Any]:
+        """The attributes of the custom call."""
         return {
             "rows": np.int64(self.rows),
             "columns": np.int64(self.columns),
             "transposed": np.bool_(self.transposed),
             "dense_left": np.bool_(self.dense_left),
-            "version": __version__,
         }
 
 
@@ -60,36 +60,48 @@ class SampledAttributes:
     out_dtype: str
 
     def encode(self) -> dict[str, Any]:
+        """The attributes of the custom call."""
         return {
             "left_transposed": np.bool_(self.left_transposed),
             "right_transposed": np.bool_(self.right_transposed),
-            "version": __version__,
         }
 
 
-def matmul_product(ctx, operands: Sequence[Any], attributes: ProductAttributes, platform: str):
-    """Lowers to the product call.
-
-    Operands: data, offsets, ids, places, dense. Results: out; on CUDA also a workspace, as for attention.
-    """
-    offsets = ctx.avals_in[1]
-    words = 1 + math.prod(offsets.shape[:-1]) * (offsets.shape[-1] - 1)  # csrc/matmul/launch.cu: ProductWorkspace
-    return _lower_matmul(MATMUL_PRODUCT, ctx, operands, attributes, platform, words)
+# Letters (`core.dims`): N the dense factor's free dimension, M the result's in whole blocks, K the contracted one.
 
 
-def matmul_sampled(ctx, operands: Sequence[Any], attributes: SampledAttributes, platform: str):
-    """Lowers to the sampled product's call.
+def product_dims(attributes: ProductAttributes) -> Dims:
+    """Dimensions of a product."""
+    left = attributes.dense_left
+    return Dims(
+        operands={"data": "...", "offsets": ".", "ids": ".", "places": ".", "dense": "NK" if left else "KN"},
+        results={"out": "NM" if left else "MN"},
+        shared=(("data", "offsets", "ids", "places"), ("dense",)),
+        follow=("out", "dense"),
+    )
 
-    Operands: left, right, row_ids, column_ids. Results: blocks; on CUDA also a workspace.
-    """
-    *lead, entries = ctx.avals_in[2].shape
-    words = math.prod(lead) * (1 + 2 * entries)  # csrc/matmul/launch.cu: SampledWorkspace
-    return _lower_matmul(MATMUL_SAMPLED, ctx, operands, attributes, platform, words)
+
+def sampled_dims(attributes: SampledAttributes) -> Dims:
+    """Dimensions of a sampled product."""
+    return Dims(
+        operands={
+            "left": "K." if attributes.left_transposed else ".K",
+            "right": ".K" if attributes.right_transposed else "K.",
+            "row_ids": ".",
+            "column_ids": ".",
+        },
+        results={"blocks": "..."},
+        shared=(("left",), ("right",), ("row_ids", "column_ids")),
+        follow=("blocks", "left", "right"),
+    )
 
 
-def _lower_matmul(target, ctx, operands, attributes, platform, words):
-    results = list(ctx.avals_out)
-    if platform == "cuda":
-        results.append(jax.core.ShapedArray((words,), np.dtype(np.int32)))
-    lower = jax.ffi.ffi_lowering(target)
-    return lower(ctx.replace(avals_out=results), *operands, **attributes.encode())[: len(ctx.avals_out)]
+def product_workspace(offsets_shape: Sequence[int]) -> int:
+    """Words of `ProductWorkspace` in `csrc/matmul/launch.cu`, which the handler checks."""
+    return 1 + math.prod(offsets_shape[:-1]) * (offsets_shape[-1] - 1)
+
+
+def sampled_workspace(row_ids_shape: Sequence[int]) -> int:
+    """Words of `SampledWorkspace` in `csrc/matmul/launch.cu`, which the handler checks."""
+    *lead, entries = row_ids_shape
+    return math.prod(lead) * (1 + 2 * entries)

@@ -1,25 +1,22 @@
-"""The native block-sparse products: custom_partitioning -> primitive.
+"""The native block-sparse products.
 
-Stands between `_matmul_op`, whose primitives have the derivatives and `vmap`, and `_ffi`, which names the custom calls.
-Operands may have leading dimensions, of which each group of them has all or ones.
+Stands between `products`, whose primitives have the derivatives, and the two native calls (`ffi`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import NamedSharding
+import numpy as np
 
-from jax_bsk.core import compat, library
-from jax_bsk.core.bilinear import lead_of
-from jax_bsk.core.native_call import like, primitive
-from jax_bsk.matmul import ffi, refusals, sharding
-from jax_bsk.matmul.sharding import PRODUCT, SAMPLED, CallDims
+from jax_bsk.core import library
+from jax_bsk.core.native_call import Avals, NativeCall, like
+from jax_bsk.matmul import ffi, refusals
+from jax_bsk.matmul.sharding import ProductSplitting, SampledSplitting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +35,11 @@ class ProductCall:
     native: bool
     platform: str | None = None
 
+    function = "sparse_matmul"
+
     @property
     def shape(self) -> tuple[int, int]:
+        """(rows, columns) of the matrix."""
         return self.attributes.rows, self.attributes.columns
 
 
@@ -51,6 +51,13 @@ class SampledCall:
     shape: tuple[int, int]
     native: bool
     platform: str | None = None
+
+    function = "sampled_matmul"
+
+    @property
+    def block_size(self) -> tuple[int, int]:
+        """(bm, bk) of the pattern."""
+        return self.attributes.block_size
 
 
 # --- Primitives: shape rules and lowerings
@@ -76,24 +83,17 @@ def _kept(source: Any, lead: Sequence[int]) -> list[int]:
     return [i if source.shape[i] == size else -1 for i, size in enumerate(lead)]
 
 
-def _product_shapes(*args, call: ProductCall):
-    return (product_result(lead_of(args, PRODUCT.ranks), args[4], call),)
+def _product_shapes(*args: Any, call: ProductCall) -> tuple[Any, ...]:
+    lead = ffi.product_dims(call.attributes).lead([x.shape for x in args])
+    return (product_result(lead, args[4], call),)
 
 
-def _sampled_shapes(*args, call: SampledCall):
-    return (sampled_result(lead_of(args, SAMPLED.ranks), args[0], args[2].shape[-1], call),)
+def _sampled_shapes(*args: Any, call: SampledCall) -> tuple[Any, ...]:
+    lead = ffi.sampled_dims(call.attributes).lead([x.shape for x in args])
+    return (sampled_result(lead, args[0], args[2].shape[-1], call),)
 
 
-def _aligned(lower, pad):
-    """A lowering that on CUDA first brings the operands to sizes the copy engine takes, where they are not."""
-
-    def rule(ctx, operands, attributes, platform):
-        padded = pad(ctx.avals_in, attributes) if platform == "cuda" else None
-        if padded is None:
-            return lower(ctx, operands, attributes, platform)
-        return compat.mlir.lower_fun(padded, multiple_results=True)(ctx, *operands)
-
-    return rule
+# --- Sizes: on CUDA the copy engine takes rows of whole 16 bytes, so operands of other sizes are padded first
 
 
 def _up(size: int) -> int:
@@ -105,89 +105,71 @@ def _pad_to(x: Any, shape: Sequence[int]) -> Any:
     return jnp.pad(x, [(0, new - old) for old, new in zip(x.shape, shape, strict=True)])
 
 
-def _pad_product(avals, attributes: ffi.ProductAttributes):
-    dense = avals[4].shape
+def _adapt_product(platform: str, avals: Avals, call: ProductCall) -> Callable[..., list[jax.Array]] | None:
+    dense, attributes = avals[4].shape, call.attributes
     left, length = attributes.dense_left, attributes.columns if attributes.transposed else attributes.rows
-    if dense[-1] % 8 == 0 and (not left or length % 8 == 0):
+    if platform != "cuda" or (dense[-1] % 8 == 0 and (not left or length % 8 == 0)):
         return None
-    call = ProductCall(
-        dataclasses.replace(attributes, rows=_up(attributes.rows), columns=_up(attributes.columns))
-        if left
-        else attributes,
-        avals[0].shape[-2:],
-        native=True,
-    )
-    # A matrix a few columns larger still has as many blocks: these are of whole multiples of 8.
+    if left:  # a matrix a few columns larger still has as many blocks: these are of whole multiples of 8
+        attributes = dataclasses.replace(attributes, rows=_up(attributes.rows), columns=_up(attributes.columns))
+    larger = ProductCall(attributes, avals[0].shape[-2:], native=True)
 
-    def padded(*args):
-        operand = _pad_to(args[4], (*dense[:-1], _up(dense[-1])))
-        (out,) = _product_p.bind(*args[:4], operand, call=call)
+    def padded(*args: jax.Array) -> list[jax.Array]:
+        (out,) = PRODUCT.bind(larger, *args[:4], _pad_to(args[4], (*dense[:-1], _up(dense[-1]))))
         return [out[..., :length] if left else out[..., : dense[-1]]]
 
     return padded
 
 
-def _pad_sampled(avals, attributes: ffi.SampledAttributes):
-    left, right = avals[0].shape, avals[1].shape
-    if left[-1] % 8 == 0 and right[-1] % 8 == 0:
+def _adapt_sampled(platform: str, avals: Avals, call: SampledCall) -> Callable[..., list[jax.Array]] | None:
+    left, right, attributes = avals[0].shape, avals[1].shape, call.attributes
+    if platform != "cuda" or (left[-1] % 8 == 0 and right[-1] % 8 == 0):
         return None
 
-    def padded(*args):
+    def padded(*args: jax.Array) -> list[jax.Array]:
         # Both factors alike along the contracted length; what is added to the others is cut by the pattern's blocks.
         sizes = [[*left[:-1], _up(left[-1])], [*right[:-1], _up(right[-1])]]
         depth = -1 if not attributes.left_transposed else -2, -1 if attributes.right_transposed else -2
         deep = _up(left[depth[0]])
         sizes[0][depth[0]] = sizes[1][depth[1]] = deep
-        operands = [_pad_to(x, shape) for x, shape in zip(args[:2], sizes, strict=True)]
-        call = SampledCall(attributes, (0, 0), native=True)
-        return list(_sampled_p.bind(*operands, *args[2:], call=call))
+        factors = [_pad_to(x, shape) for x, shape in zip(args[:2], sizes, strict=True)]
+        return list(SAMPLED.bind(SampledCall(attributes, (0, 0), native=True), *factors, *args[2:]))
 
     return padded
 
 
-def _product_problems(platform: str, avals: Sequence[Any], attributes: ffi.ProductAttributes) -> list[str]:
-    del attributes
-    *_, bm, bk = avals[0].shape
-    facts = refusals.MatmulFacts("sparse_matmul", avals[0].dtype.name, (bm, bk))
+def _product_workspace(platform: str, avals: Avals, call: ProductCall) -> tuple[tuple[int, ...], Any] | None:
+    del call
+    return ((ffi.product_workspace(avals[1].shape),), np.int32) if platform == "cuda" else None
+
+
+def _sampled_workspace(platform: str, avals: Avals, call: SampledCall) -> tuple[tuple[int, ...], Any] | None:
+    del call
+    return ((ffi.sampled_workspace(avals[2].shape),), np.int32) if platform == "cuda" else None
+
+
+def _refusals(platform: str, avals: Avals, call: ProductCall | SampledCall) -> list[str]:
+    facts = refusals.MatmulFacts(call.function, avals[0].dtype.name, call.block_size)
     return facts.problems(platform, library.limits(platform))
 
 
-def _sampled_problems(platform: str, avals: Sequence[Any], attributes: ffi.SampledAttributes) -> list[str]:
-    facts = refusals.MatmulFacts("sampled_matmul", avals[0].dtype.name, attributes.block_size)
-    return facts.problems(platform, library.limits(platform))
-
-
-_product_p = primitive(
-    "jax_bsk_matmul_product", _product_shapes, _aligned(ffi.matmul_product, _pad_product), _product_problems
+PRODUCT = NativeCall(
+    ffi.MATMUL_PRODUCT,
+    dims=lambda call: ffi.product_dims(call.attributes),
+    shapes=_product_shapes,
+    attributes=lambda call: call.attributes.encode(),
+    workspace=_product_workspace,
+    refusals=_refusals,
+    adapt=_adapt_product,
+    splitting=ProductSplitting(),
 )
-_sampled_p = primitive(
-    "jax_bsk_matmul_sampled", _sampled_shapes, _aligned(ffi.matmul_sampled, _pad_sampled), _sampled_problems
+SAMPLED = NativeCall(
+    ffi.MATMUL_SAMPLED,
+    dims=lambda call: ffi.sampled_dims(call.attributes),
+    shapes=_sampled_shapes,
+    attributes=lambda call: call.attributes.encode(),
+    workspace=_sampled_workspace,
+    refusals=_refusals,
+    adapt=_adapt_sampled,
+    splitting=SampledSplitting(),
 )
-
-
-# --- custom_partitioning
-
-
-def _partitioned(prim, dims: CallDims):
-    def bind(call, args):
-        return tuple(prim.bind(*args, call=call))
-
-    function = custom_partitioning(bind, static_argnums=(0,))
-
-    def partition(call, mesh, arg_shapes, result_shapes):
-        (args,) = arg_shapes
-        shardings = [x.sharding for x in (*args, *result_shapes)]
-        if not all(isinstance(s, NamedSharding) for s in shardings):  # of a partial-manual shard_map
-            return mesh, functools.partial(bind, call), tuple(shardings[len(args) :]), (tuple(shardings[: len(args)]),)
-        local = sharding.local_call(dims, call, mesh, args, result_shapes)
-        return mesh, lambda operands: local.run(bind, operands), local.results, (local.operands,)
-
-    function.def_partition(
-        partition=partition,
-        sharding_rule=lambda call, mesh, operands, results: sharding.sharding_rule(dims, call, mesh, operands, results),
-    )
-    return function
-
-
-native_product = _partitioned(_product_p, PRODUCT)
-native_sampled = _partitioned(_sampled_p, SAMPLED)

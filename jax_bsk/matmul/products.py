@@ -1,6 +1,6 @@
-"""The differentiable block-sparse products: a bilinear primitive each -> `_matmul_native`, or plain JAX.
+"""The differentiable block-sparse products: two bilinear primitives -> `native`, or `xla`.
 
-Stands between `matmul`, which validates and picks an implementation, and the implementations. The derivatives of each
+Stands between `api`, which validates and picks an implementation, and the implementations. The derivatives of each
 product are calls of the two, so that all of them nest, in forward mode and in reverse.
 """
 
@@ -17,15 +17,15 @@ import numpy as np
 
 from jax_bsk.core import compat
 from jax_bsk.core.arrays import is_traced
-from jax_bsk.core.bilinear import BilinearPrimitive, lead_of, one_by_one, together
+from jax_bsk.core.bilinear import BilinearPrimitive, lead_of, one_by_one
 from jax_bsk.matmul import ffi
 from jax_bsk.matmul import xla as reference
 from jax_bsk.matmul.bsr_lists import ProductLists, column_lists_of
 from jax_bsk.matmul.native import (
+    PRODUCT,
+    SAMPLED,
     ProductCall,
     SampledCall,
-    native_product,
-    native_sampled,
     product_result,
     sampled_result,
 )
@@ -87,20 +87,19 @@ def _product_shapes(*args: Any, call: ProductCall):
 
 
 def _run_product(call: ProductCall, *args: Any) -> jax.Array:
-    ranks = _ranks(PRODUCT_RANKS, args)
-    attributes = call.attributes
-    if not call.native:
-        return one_by_one(functools.partial(_reference_product, call), ranks, *args)
-    data, dense, indptr, indices, row_ids, *by_columns = args
+    run = _native_product if call.native else _reference_product
+    return one_by_one(functools.partial(run, call), _ranks(PRODUCT_RANKS, args), *args)
+
+
+def _native_product(
+    call: ProductCall, data: Any, dense: Any, indptr: Any, indices: Any, row_ids: Any, *by_columns: Any
+):
     data = reference.without_margins(data, row_ids, indices, call.shape)
-    if attributes.transposed:
+    if call.attributes.transposed:
         offsets, ids, places = by_columns
     else:
-        offsets, ids = indptr, indices
-        places = jnp.broadcast_to(np.arange(data.shape[-3], dtype=np.int32), ids.shape)  # a constant
-    lead = lead_of(args, ranks)
-    sparse = together(lead, (data, offsets, ids, places), (3, 1, 1, 1))
-    (out,) = native_product(call, (*sparse, *together(lead, (dense,), (2,))))
+        offsets, ids, places = indptr, indices, np.arange(data.shape[0], dtype=np.int32)
+    (out,) = PRODUCT(call, data, offsets, ids, places, dense)
     return out
 
 
@@ -141,13 +140,12 @@ def _sampled_shapes(*args: Any, call: SampledCall):
 
 
 def _run_sampled(call: SampledCall, *args: Any) -> jax.Array:
-    ranks = _ranks(SAMPLED_RANKS, args)
-    if not call.native:
-        return one_by_one(functools.partial(_reference_sampled, call), ranks, *args)
-    left, right, _, indices, row_ids, *_ = args
-    lead = lead_of(args, ranks)
-    factors = (x for factor in (left, right) for x in together(lead, (factor,), (2,)))
-    (blocks,) = native_sampled(call, (*factors, *together(lead, (row_ids, indices), (1, 1))))
+    run = _native_sampled if call.native else _reference_sampled
+    return one_by_one(functools.partial(run, call), _ranks(SAMPLED_RANKS, args), *args)
+
+
+def _native_sampled(call: SampledCall, left: Any, right: Any, indptr: Any, indices: Any, row_ids: Any, *_: Any):
+    (blocks,) = SAMPLED(call, left, right, row_ids, indices)
     return blocks
 
 

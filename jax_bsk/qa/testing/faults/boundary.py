@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk.core.version import __version__
 from jax_bsk.matmul import ffi
 from jax_bsk.qa.testing.faults import checks, direct
 from jax_bsk.qa.testing.faults.calls import BLOCK
@@ -171,6 +172,7 @@ def bad_sizes_of_a_product(implementation: str) -> None:
     """Of the block-sparse products: attributes, and blocks that no kernel takes, which an empty matrix may have."""
     del implementation  # CUDA's kernels take two block sizes
     rows, columns, width, block = 64, 96, 8, 32
+    version = {"version": __version__}
     product = DirectCall(
         ffi.MATMUL_PRODUCT,
         {
@@ -181,7 +183,8 @@ def bad_sizes_of_a_product(implementation: str) -> None:
             "dense": jnp.ones((columns, width), jnp.float32),
         },
         {"out": shape("float32", rows, width)},
-        ffi.ProductAttributes(rows, columns, transposed=False, dense_left=False, out_dtype="float32").encode(),
+        ffi.ProductAttributes(rows, columns, transposed=False, dense_left=False, out_dtype="float32").encode()
+        | version,
     )
     sampled = DirectCall(
         ffi.MATMUL_SAMPLED,
@@ -192,7 +195,7 @@ def bad_sizes_of_a_product(implementation: str) -> None:
             "column_ids": jnp.array([2], jnp.int32),
         },
         {"blocks": shape("float32", 1, block, block)},
-        ffi.SampledAttributes(False, False, (block, block), "float32").encode(),
+        ffi.SampledAttributes(False, False, (block, block), "float32").encode() | version,
     )
     faults: dict[str, Mapping[str, Any]] = {}
     for size in (-(2**63), -rows, 2**40, 2**63 - 1):

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.attention import ffi
+from jax_bsk.core.version import __version__
 from jax_bsk.qa.testing.faults import checks
 from jax_bsk.qa.testing.faults.calls import BLOCK, HEAD_SIZE
 
@@ -99,7 +100,7 @@ def _rest() -> dict[str, Any]:
 
 
 def _attributes() -> dict[str, Any]:
-    return ffi.AttentionAttributes(BLOCK, BLOCK, SCALE, 0.0).encode()
+    return {**ffi.AttentionAttributes(BLOCK, BLOCK, SCALE, 0.0).encode(), "version": __version__}
 
 
 def forward_call(implementation: str) -> DirectCall:

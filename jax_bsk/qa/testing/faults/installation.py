@@ -67,7 +67,7 @@ def _without_libraries(name: str, before_import: str, words: str) -> Scenario:
         names = [implementation] if implementation in NATIVE else list(NATIVE)
         modules = [f"jax_bsk._{name}" for name in names]
         info = {**FACTS, "version": jax_bsk.__version__, "ffi_api": [0, 99]}
-        code = before_import.format(modules=modules, info=info, targets=list(library.TARGETS))
+        code = before_import.format(modules=modules, info=info, targets=list(library.targets()))
         code += AFTER_IMPORT.format(names=names, words=words)
         result = subprocess.run(
             [sys.executable, "-c", code],

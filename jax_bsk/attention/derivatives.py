@@ -1,0 +1,263 @@
+"""The differentiable native attention operation.
+
+Stands between `api`, which validates, builds the block mask and picks an implementation, and the two native calls
+(`native`), or `xla` for derivatives that kernels lack. `attend` saves out and log-sum-exp (as two numbers: what
+rounding took from it counts where logits are large). It computes the row sums `delta` and the sinks' gradient, which
+are cheap row-wise sums that XLA fuses, and takes gates to the key-major order and their gradient back. So every native
+backward sees the same small set of operands. The tangents become the native backward in reverse mode and plain JAX in
+forward mode (`core.forward_mode`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
+from jax.sharding import AxisType
+
+from jax_bsk.attention import ffi
+from jax_bsk.attention.native import BACKWARD, FORWARD, AttentionCall
+from jax_bsk.attention.xla import sparse_attention_xla
+from jax_bsk.core import compat, forward_mode
+from jax_bsk.core.dtypes import statistics_dtype
+from jax_bsk.core.native_call import like
+from jax_bsk.masks import BlockMask
+from jax_bsk.masks.entry_order import to_columns, to_rows, with_entry_order
+from jax_bsk.masks.run_mask import RunBlockMask
+
+# For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
+RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse", "jax_bsk_lse_rest")
+
+Results = tuple[jax.Array, jax.Array, jax.Array]  # out, log-sum-exp, what rounding took from it
+Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # of q, k, v, sinks, gates
+
+
+def _no_log_sum_exp(dtype: Any) -> float:
+    """What calls return for the log-sum-exp of a query that attends to nothing: `kNoLogSumExp` in C++.
+
+    It is finite, so that neither results nor residuals hold an infinity that the user did not ask for.
+    """
+    return float(jnp.finfo(dtype).min)
+
+
+def log_sum_exp(lse: jax.Array) -> jax.Array:
+    """The log-sum-exp as users know it, -inf where nothing is attended to, from what `attend` returns."""
+    return jnp.where(lse == _no_log_sum_exp(lse.dtype), -jnp.inf, lse)
+
+
+def attend(
+    call: AttentionCall,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    sinks: jax.Array | None,
+    gates: jax.Array | None,
+    mask: BlockMask,
+    lengths: jax.Array | np.ndarray,
+) -> tuple[jax.Array, jax.Array]:
+    """Native block-sparse attention.
+
+    Args:
+      call: Static part.
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, Hv].
+      sinks: [B|1, N|1] logits of the sinks in the statistics type, or None.
+      gates: [B|1, N|1, capacity] factors of the visited blocks in the statistics type, or None.
+      mask: Block lists. The key-major ones are made on the host, once per mask; of a traced mask in the backward.
+      lengths: int32 [B|1, 2], valid query and key/value lengths.
+
+    Returns:
+      out [B, T, N, Hv] and the log-sum-exp [B, N, T] in the statistics type; `log_sum_exp` makes of it what users know.
+    """
+    order = None
+    if gates is not None:
+        gates = _for_every_head(gates, query)
+    if not mask.is_traced:
+        if gates is None:
+            mask = mask.transpose()
+        elif not isinstance(mask, RunBlockMask):
+            mask, order = with_entry_order(mask)
+    leaves, tree = jax.tree.flatten((query, key, value, sinks, gates))
+    query, key, value, sinks, gates = tree.unflatten(compat.match_varying(*map(jnp.asarray, leaves)))
+    lists, tree = jax.tree.flatten((mask, lengths, order))
+    return _attend(_Static(call, tree), query, key, value, sinks, gates, *lists)[:2]
+
+
+@functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices
+def _for_every_head(gates: jax.Array, query: jax.Array) -> jax.Array:
+    """[B|1, N|1, capacity] to [B, N, capacity], sharded as the query on an explicit mesh; its transpose is the sum."""
+    shape = (query.shape[0], query.shape[2], gates.shape[2])
+    source = jax.typeof(query)
+    explicit = AxisType.Explicit in source.sharding.mesh.axis_types
+    sharding = like(source, shape, gates.dtype, (0, 2, -1)).sharding if explicit else None
+    return gates if gates.shape == shape else jnp.broadcast_to(gates, shape, out_sharding=sharding)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """A native call and the structure of its lists; hashable.
+
+    Attributes:
+      call: The call.
+      lists: Structure of (mask, lengths, order), whose arrays are arguments.
+    """
+
+    call: AttentionCall
+    lists: Any
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _attend(static: _Static, query: Any, key: Any, value: Any, sinks: Any, gates: Any, *lists: Any) -> Results:
+    mask, lengths, _ = static.lists.unflatten(lists)
+    return _call_forward(static.call, query, key, value, sinks, gates, mask, lengths)
+
+
+def _attend_jvp(static: _Static, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
+    results = _attend(static, *primals)
+    out, lse, lse_rest = (checkpoint_name(x, name) for x, name in zip(results, RESIDUAL_NAMES, strict=True))
+    leaves, tree = jax.tree.flatten((primals, lse_rest, out, lse))
+    moving = [None if x is None or isinstance(x, SymbolicZero) else x for x in tangents[:5]]
+    if all(x is None for x in moving):
+        dout, dlse = jnp.zeros_like(out), jnp.zeros_like(lse)
+    else:
+        dout, dlse = _tangents((static, tree), leaves, (out.ndim, lse.ndim), moving)
+    return (out, lse, lse_rest), (dout, dlse, jnp.zeros_like(lse_rest))
+
+
+_attend.defjvp(_attend_jvp, symbolic_zeros=True)
+
+
+def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The same function of (query, key, value, sinks, gates), with every derivative."""
+    mask, lengths, _ = static.lists.unflatten(lists)
+    numbers = static.call.attributes
+
+    def attention(
+        query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None, gates: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        sinks = None if sinks is None else jnp.broadcast_to(sinks[0], (query.shape[2],))
+        return sparse_attention_xla(
+            query,
+            key,
+            value,
+            mask,
+            bias=None,
+            lengths=lengths,
+            sinks=sinks,
+            gates=gates,
+            scale=numbers.scale,
+            soft_cap=numbers.soft_cap or None,
+        )
+
+    return attention
+
+
+def _pushforward(static_and_tree: tuple[_Static, Any], residuals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+    static, tree = static_and_tree
+    primals = tree.unflatten(residuals)[0]
+    inputs = primals[:5]
+    tangents = [
+        None if x is None else jnp.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)
+    ]
+    return jax.jvp(_in_plain_jax(static, primals[5:]), inputs, tuple(tangents))[1]
+
+
+def _pullback(
+    static_and_tree: tuple[_Static, Any], residuals: Sequence[Any], present: Sequence[bool], cotangents: Sequence[Any]
+) -> list[Any]:
+    gradients = _gradients(static_and_tree, *residuals, *cotangents)
+    return [x for x, there in zip(gradients, present, strict=True) if there]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _gradients(static_and_tree: tuple[_Static, Any], *args: Any) -> Gradients:
+    """Cotangents of query, key, value, sinks and gates, or None, from the residuals and the results' cotangents."""
+    static, tree = static_and_tree
+    primals, lse_rest, out, lse = tree.unflatten(args[:-2])
+    mask, lengths, order = static.lists.unflatten(primals[5:])
+    return _native_gradients(static.call, (*primals[:5], mask, lengths, order, out, lse, lse_rest), args[-2:])
+
+
+@_gradients.defjvp
+def _gradients_jvp(
+    static_and_tree: tuple[_Static, Any], args: Sequence[Any], tangents: Sequence[Any]
+) -> tuple[Gradients, Any]:
+    static, tree = static_and_tree
+    primals = tree.unflatten(args[:-2])[0]
+
+    def exact(inputs: Any, cotangents: Any) -> Any:
+        return jax.vjp(_in_plain_jax(static, primals[5:]), *inputs)[1](cotangents)
+
+    moving = tree.unflatten(tangents[:-2])[0][:5]
+    _, changes = jax.jvp(exact, (primals[:5], tuple(args[-2:])), (moving, tuple(tangents[-2:])))
+    return _gradients(static_and_tree, *args), changes
+
+
+_tangents = forward_mode.define("jax_bsk_attention_tangents", _pushforward, _pullback)
+
+
+def _call_forward(
+    call: AttentionCall, query: Any, key: Any, value: Any, sinks: Any, gates: Any, mask: BlockMask, lengths: Any
+) -> Results:
+    stats = statistics_dtype(query.dtype)
+    sinks = np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks
+    gates = np.zeros(ffi.NO_GATES, stats) if gates is None else gates
+    out, lse, lse_rest = FORWARD(call, query, key, value, *mask._kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
+    return out, lse, lse_rest
+
+
+def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Gradients:
+    query, key, value, sinks, gates, mask, lengths, order, out, lse, lse_rest = residuals
+    dout, dlse = cotangents
+    # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
+    # dS = P o (dP - delta). With gates, of which O knows, the same: dS = P o (g dP - delta).
+    delta = _row_products(dout, out, lse.dtype) - dlse
+    if gates is None:
+        mask = mask.transpose()
+        row_gates = col_gates = np.zeros(ffi.NO_GATES, lse.dtype)
+    else:
+        if order is None:
+            mask, order = with_entry_order(mask)
+        row_gates, col_gates = gates, to_columns(gates, order)
+    lists = (*mask._kernel_rows(), *mask._kernel_columns(), mask.bit_tiles, lengths)
+    operands = (dout, query, key, value, lse, lse_rest, delta, *lists, row_gates, col_gates)
+    dquery, dkey, dvalue, dgates = BACKWARD(call, *operands)
+    dgates = None if order is None else to_rows(dgates, order)
+    dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)
+    return dquery, dkey, dvalue, dsinks, dgates
+
+
+def _row_products(dout: jax.Array, out: jax.Array, dtype: np.dtype) -> jax.Array:
+    """rowsum(dO o O), [B, T, N, H] twice to [B, N, T]."""
+    if out.dtype != dtype:
+        return jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=dtype)
+    # In float32 XLA's CPU compiler runs the fused product and sum on one thread, element by element: 20 ms at
+    # 4,096 x 8 x 64, against 1 ms for a product with ones (jax 0.10.2; a barrier between the two is optimised away).
+    ones = jnp.ones(out.shape[-1], dtype)
+    return jnp.einsum("btnh,h->bnt", dout * out, ones, precision=jax.lax.Precision.HIGHEST)
+
+
+def _sinks_gradient(sinks: jax.Array, lse: jax.Array, lse_rest: jax.Array, delta: jax.Array) -> jax.Array:
+    """d loss / d sink = sum over rows of P_sink * (dlse - rowsum(dO o O)) = -sum P_sink * delta.
+
+    P_sink = exp(sink - lse) is the sink's share of the softmax: the sink lowers every probability by it and raises the
+    log-sum-exp by it. A sink of -inf is none, and one of +inf takes part in every softmax alone, however it changes:
+    both have the gradient 0. Nothing here is NaN or infinite for finite inputs, before the selection neither.
+    """
+    logits = sinks[:, :, None]
+    shares = ~(jnp.isinf(logits) | (lse <= _no_log_sum_exp(lse.dtype)))
+    exponent = (jnp.where(shares, logits, 0) - jnp.where(shares, lse, 0)) - lse_rest
+    share = jnp.where(shares, jnp.exp(exponent), 0)
+    gradient = -jnp.sum(jnp.where(share == 0, 0, share * delta), axis=2)
+    for axis in (0, 1):
+        if sinks.shape[axis] == 1:
+            gradient = gradient.sum(axis, keepdims=True)
+    return gradient.astype(sinks.dtype)
