@@ -620,7 +620,7 @@ PORTABLE = (
     Mutation(
         name="portable-backward-bit-word",
         what="the second 64 keys of a block of 128 read the bit tile's words of the first",
-        file="attention/sm80/bwd.cuh",
+        file="attention/sm80/bwd_key.cuh",
         before="kv_start % block_kv / 32 + thread % 2);",
         after="thread % 2);",
         instances=PORTABLE_BACKWARD,
@@ -629,7 +629,7 @@ PORTABLE = (
     Mutation(
         name="portable-backward-last-head",
         what="dK and dV leave out the last query head of the group",
-        file="attention/sm80/bwd.cuh",
+        file="attention/sm80/bwd_key.cuh",
         before="if (walker_.poisoned() || head_ == last_head_) return false;",
         after="if (walker_.poisoned() || head_ + 1 >= last_head_) return false;",
         instances=PORTABLE_BACKWARD,
@@ -828,8 +828,8 @@ GATES = (
     Mutation(
         name="gates-portable-sums",
         what="a gate's gradient has those of the steps before in it",
-        file="attention/sm80/bwd.cuh",
-        before="        sum = 0.f;\n",
+        file="attention/sm80/bwd_key.cuh",
+        before="    sum = 0.f;\n",
         after="",
         instances=GATED_PORTABLE_BACKWARD,
         cases=("gates", "gates-b128"),

@@ -1,0 +1,45 @@
+// What dQ and the key-major gradients compute alike: statistics of query rows, P and dS of a pair, ends of rows.
+#pragma once
+
+#include <cstdint>
+
+#include "attention/params.h"
+#include "device/softmax.cuh"
+#include "device/tile.cuh"
+
+namespace jax_bsk::attention::cuda::sm80 {
+
+// The statistics of a query row, `at` in [B, N, T].
+__device__ __forceinline__ device::RowStatistics ReadStatistics(const BackwardParams& params, int64_t at) {
+  return device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
+                                   __ldg(static_cast<const float*>(params.lse_rest) + at),
+                                   __ldg(static_cast<const float*>(params.delta) + at));
+}
+
+// From x = q.k and dP of one pair to P and dS, in place; `rest` is the row's. A gate of 1 changes no bit.
+template <typename Map>
+__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, float rest,
+                                             float gate, const Map& map) {
+  float slope = 1.f;
+  if (!map.plain) {
+    product = map(product);
+    slope = map.Slope(product);
+  }
+  product = device::Probability(fmaf(product, map.multiplier, -row.lse), rest);
+  dprob = product * fmaf(gate, dprob, -row.delta) * slope;
+}
+
+// What becomes of a thread's two accumulated rows, the first of which is `row`, of a tile of which `rows` are within
+// the lengths.
+struct TwoRows {
+  device::RowFinish finish[2];
+  __device__ __forceinline__ TwoRows(int row, int rows, bool poisoned, float scale) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const bool valid = row + 8 * half < rows;
+      finish[half] = {valid && !poisoned, scale, valid ? device::QuietNan() : 0.f};
+    }
+  }
+};
+
+}  // namespace jax_bsk::attention::cuda::sm80
