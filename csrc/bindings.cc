@@ -1,4 +1,4 @@
-// The Python side of a native library, compiled once into each of them: three functions and nothing else.
+// The Python side of a native library, compiled once into each of them: these functions and nothing else.
 #include <nanobind/nanobind.h>
 #include <nanobind/stl/map.h>
 #include <nanobind/stl/string.h>
@@ -20,6 +20,7 @@ NB_MODULE(JAX_BSK_MODULE, m) {
     }
     return targets;
   });
+  m.def("buffers", &jax_bsk::Buffers);  // {target: {"operands" | "results" | "optional": names}}
   m.def("build_info", [] {
     auto info = jax_bsk::BuildInfo();
     info["version"] = std::string(JAX_BSK_VERSION);

@@ -1,4 +1,4 @@
-// A library's operations put together, compiled once into each of them.
+// The operations of a library put together, compiled once into each library.
 #include "registrations.h"
 
 namespace jax_bsk {
@@ -7,6 +7,13 @@ Handlers Registrations() {
   Handlers all = attention::Registrations();
   all.merge(lists::Registrations());
   all.merge(matmul::Registrations());
+  return all;
+}
+
+CallBuffers Buffers() {
+  CallBuffers all = attention::Buffers();
+  all.merge(lists::Buffers());
+  all.merge(matmul::Buffers());
   return all;
 }
 

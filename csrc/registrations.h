@@ -23,29 +23,38 @@ inline constexpr const char* kMatmulSampled = "jax_bsk_matmul_sampled";
 // Custom-call target -> handler.
 using Handlers = std::map<std::string, XLA_FFI_Handler*>;
 
+// The names of a call's buffers: "operands" and "results" in their order, and which of these are "optional".
+using BufferNames = std::map<std::string, std::vector<std::string>>;
+// Custom-call target -> its buffers.
+using CallBuffers = std::map<std::string, BufferNames>;
+
 // Facts of the build that Python must know: versions, architectures and kernel limits have no second copy there.
 using Fact = std::variant<int64_t, std::string, std::vector<int64_t>, std::vector<std::string>>;
 using Facts = std::map<std::string, Fact>;
 
 namespace attention {
 Handlers Registrations();
+CallBuffers Buffers();
 Facts BuildInfo();
 Facts CudaLimits();  // what the CUDA kernels can take, in every library
 }  // namespace attention
 
 namespace lists {
 Handlers Registrations();
+CallBuffers Buffers();
 Facts BuildInfo();  // names begin with "lists_"
 }  // namespace lists
 
 namespace matmul {
 Handlers Registrations();
+CallBuffers Buffers();
 Facts BuildInfo();  // names begin with "matmul_"
 Facts CudaLimits();
 }  // namespace matmul
 
-// Of all operations.
+// The same for all operations together.
 Handlers Registrations();
+CallBuffers Buffers();
 Facts BuildInfo();  // those whose names begin with "cuda_" are the CUDA kernels' limits
 
 }  // namespace jax_bsk

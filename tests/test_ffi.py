@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import shutil
 import subprocess
@@ -15,8 +16,11 @@ import numpy as np
 import pytest
 
 import jax_bsk
-from jax_bsk.attention import ffi
+from jax_bsk.attention import ffi as attention_ffi
 from jax_bsk.core import compat, library
+from jax_bsk.core.dims import Dims
+from jax_bsk.lists import ffi as lists_ffi
+from jax_bsk.matmul import ffi as matmul_ffi
 from jax_bsk.qa.testing.faults import direct
 
 PACKAGE = Path(jax_bsk.__file__).parent
@@ -41,6 +45,32 @@ def test_library_says_what_it_is():
     assert native.info["version"] == jax_bsk.__version__
     assert tuple(native.info["ffi_api"]) <= compat.runtime_ffi_api()
     assert native.info["instruction_set"] in ("avx512", "avx2", "neon", "baseline")
+
+
+def tables() -> dict[str, Dims]:
+    """Python's table of each call, whatever its attributes."""
+    product = matmul_ffi.ProductAttributes(1, 1, False, False, "float32")
+    sampled = matmul_ffi.SampledAttributes(False, False, (1, 1), "float32")
+    return {
+        attention_ffi.ATTENTION_FORWARD: attention_ffi.FORWARD,
+        attention_ffi.ATTENTION_BACKWARD: attention_ffi.BACKWARD,
+        lists_ffi.LISTS_TRANSPOSE: lists_ffi.TRANSPOSE,
+        lists_ffi.LISTS_CHOOSE: lists_ffi.CHOOSE,
+        matmul_ffi.MATMUL_PRODUCT: matmul_ffi.product_dims(product),
+        matmul_ffi.MATMUL_SAMPLED: matmul_ffi.sampled_dims(sampled),
+    }
+
+
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_buffers_are_named_alike_on_both_sides(platform):
+    buffers = importlib.import_module(f"jax_bsk._{platform}").buffers()
+    assert buffers.keys() == set(library.targets()) == tables().keys()
+    for target, dims in tables().items():
+        assert buffers[target]["operands"] == list(dims.operands)
+        results = [*dims.results, *["workspace"] * (platform == "cuda" and target != lists_ffi.LISTS_TRANSPOSE)]
+        assert buffers[target]["results"] == results
+    assert buffers[attention_ffi.ATTENTION_FORWARD]["optional"] == ["sinks", "gates"]
+    assert buffers[attention_ffi.ATTENTION_BACKWARD]["optional"] == ["row_gates", "col_gates", "dgates"]
 
 
 @pytest.mark.parametrize(
@@ -79,14 +109,14 @@ def test_backward_workspace_is_what_the_kernels_need():
         capacity, lists = rng.integers(0, blocks + 1), rng.choice([1, max(1, batch * heads)])
         shape = int(batch), int(heads), int(kv_heads), int(q_len), int(kv_len), int(capacity), int(lists)
         batch, heads, kv_heads, q_len, kv_len, capacity, lists = shape
-        size = ffi.backward_workspace(
+        size = attention_ffi.backward_workspace(
             (batch, q_len, heads, int(head_dim)),
             (batch, kv_len, kv_heads, int(head_dim)),
             (1, lists, capacity),
             block_size=(int(block_q), int(block_kv)),
         )
         assert size >= least_backward_bytes(*shape, int(block_q), int(block_kv)), (shape, block_q, block_kv)
-        lead = ffi.backward_workspace(
+        lead = attention_ffi.backward_workspace(
             (1, batch, q_len, heads, int(head_dim)),
             (1, batch, kv_len, kv_heads, int(head_dim)),
             (1, 1, lists, capacity),
@@ -102,7 +132,7 @@ def test_backward_workspace_grows_as_the_inputs_do(heads, a_row):
 
     def size(length, batch=2):
         query = key = batch, length, heads, 128
-        return ffi.backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=(128, 128))
+        return attention_ffi.backward_workspace(query, key, (1, 1, a_row * length // 128), block_size=(128, 128))
 
     sizes = [size(1024 * 2**n) for n in range(8)]
     for shorter, longer in itertools.pairwise(sizes):
@@ -116,7 +146,7 @@ def test_backward_workspace_is_a_result_of_the_lowered_call():
     step = jax.jit(jax.grad(lambda x: jax_bsk.sparse_attention(x, x, x, is_causal=True).astype(jnp.float32).sum()))
     text = step.trace(x).lower(lowering_platforms=("cuda",)).as_text()
     (call,) = (line for line in text.splitlines() if "@jax_bsk_attention_backward(" in line)
-    expected = ffi.backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=(128, 128))
+    expected = attention_ffi.backward_workspace(x.shape, x.shape, (1, 1, 3), block_size=(128, 128))
     assert f"tensor<{expected}xui8>" in call, call
 
 

@@ -1,17 +1,18 @@
-// XLA buffers -> checked kernel parameters: the one place where the operand order of the attention custom calls is
-// read, shared by the CPU and the CUDA handlers (`jax_bsk/_ffi.py` is the one place where it is written). Operands may
-// carry leading dimensions in front of the ones named here; they count as part of the batch.
+// XLA buffers -> checked kernel parameters of the attention custom calls, shared by the CPU and the CUDA handlers. The
+// order of the buffers is that of the tables below (`jax_bsk/_ffi.py` is the one place where it is written). Operands
+// may carry leading dimensions in front of the ones named here; they count as part of the batch.
 #pragma once
 
 #include <string>
 #include <string_view>
 
 #include "attention/params.h"
+#include "ffi/buffers.h"
 #include "ffi/checks.h"
 
 namespace jax_bsk::attention {
 
-// Attributes of both calls.
+// Attributes of both calls; their names are at the end of this file.
 struct Attributes {
   int64_t block_q;
   int64_t block_kv;
@@ -20,10 +21,50 @@ struct Attributes {
   std::string_view version;
 };
 
+#define JAX_BSK_ATTENTION_FORWARD_BUFFERS(X)                                 \
+  X(kOperand, query)         /* [B, T, N, H] */                              \
+  X(kOperand, key)           /* [B, S, K, H] */                              \
+  X(kOperand, value)         /* [B, S, K, Hv] */                             \
+  X(kOperand, row_offsets)   /* [B|1, N|1, q_blocks + 1] */                  \
+  X(kOperand, kv_blocks)     /* [B|1, N|1, capacity] */                      \
+  X(kOperand, tiles)         /* [B|1, N|1, capacity] */                      \
+  X(kOperand, bit_tiles)     /* [B|1, N|1, count, block_q, block_kv / 32] */ \
+  X(kOperand, lengths)       /* [B|1, 2] */                                  \
+  X(kOptionalOperand, sinks) /* [B|1, N|1]: a logit per head */              \
+  X(kOptionalOperand, gates) /* [B, N, capacity]: a number per entry */      \
+  X(kResult, out)            /* [B, T, N, Hv] */                             \
+  X(kResult, lse)            /* [B, N, T] */                                 \
+  X(kResult, lse_rest)       /* [B, N, T] */
+JAX_BSK_BUFFERS(ForwardBuffers, JAX_BSK_ATTENTION_FORWARD_BUFFERS);
+
+#define JAX_BSK_ATTENTION_BACKWARD_BUFFERS(X)                                    \
+  X(kOperand, dout)              /* [B, T, N, Hv] */                             \
+  X(kOperand, query)             /* [B, T, N, H] */                              \
+  X(kOperand, key)               /* [B, S, K, H] */                              \
+  X(kOperand, value)             /* [B, S, K, Hv] */                             \
+  X(kOperand, lse)               /* [B, N, T] */                                 \
+  X(kOperand, lse_rest)          /* [B, N, T] */                                 \
+  X(kOperand, delta)             /* [B, N, T] */                                 \
+  X(kOperand, row_offsets)       /* [B|1, N|1, q_blocks + 1] */                  \
+  X(kOperand, kv_blocks)         /* [B|1, N|1, capacity] */                      \
+  X(kOperand, tiles)             /* [B|1, N|1, capacity] */                      \
+  X(kOperand, col_offsets)       /* [B|1, N|1, kv_blocks + 1] */                 \
+  X(kOperand, q_blocks)          /* [B|1, N|1, capacity] */                      \
+  X(kOperand, col_tiles)         /* [B|1, N|1, capacity] */                      \
+  X(kOperand, bit_tiles)         /* [B|1, N|1, count, block_q, block_kv / 32] */ \
+  X(kOperand, lengths)           /* [B|1, 2] */                                  \
+  X(kOptionalOperand, row_gates) /* [B, N, capacity of the rows] */              \
+  X(kOptionalOperand, col_gates) /* [B, N, capacity of the columns] */           \
+  X(kResult, dquery)             /* [B, T, N, H] */                              \
+  X(kResult, dkey)               /* [B, S, K, H] */                              \
+  X(kResult, dvalue)             /* [B, S, K, Hv] */                             \
+  X(kOptionalResult, dgates)     /* as col_gates */
+JAX_BSK_BUFFERS(BackwardBuffers, JAX_BSK_ATTENTION_BACKWARD_BUFFERS);
+
 struct ListOperands {
-  Operand offsets;
-  Operand ids;
-  Operand tiles;
+  const Operand& offsets;
+  const Operand& ids;
+  const Operand& tiles;
 };
 
 template <typename Params>
@@ -132,7 +173,7 @@ inline ffi::Error ReadSinks(const Operand& sinks, const Shape& shape, ffi::DataT
   JAX_BSK_RETURN_IF_ERROR(CheckType("sinks", sinks, stats));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("sinks", sinks, 2));
   params->sinks = nullptr;
-  if (sinks.dimensions().back() == 0) return ffi::Error::Success();
+  if (!IsGiven(sinks)) return ffi::Error::Success();
   JAX_BSK_RETURN_IF_ERROR(CheckShape("sinks", sinks, {{shape.batch, true}, {shape.heads, true}}));
   params->sinks = sinks.untyped_data();
   params->sinks_batch = MergeLeading(sinks, 1)[0];
@@ -146,150 +187,99 @@ inline ffi::Error ReadGates(const char* name, const Operand& gates, const Shape&
   JAX_BSK_RETURN_IF_ERROR(CheckType(name, gates, stats));
   JAX_BSK_RETURN_IF_ERROR(CheckRank(name, gates, 3));
   *data = nullptr;
-  if (gates.dimensions().back() == 0) return ffi::Error::Success();
+  if (!IsGiven(gates)) return ffi::Error::Success();
   JAX_BSK_RETURN_IF_ERROR(CheckShape(name, gates, {{shape.batch}, {shape.heads}, {list.capacity}}));
   *data = gates.untyped_data();
   return ffi::Error::Success();
 }
 
-inline ffi::Error ReadForward(const Operand& query, const Operand& key, const Operand& value, const ListOperands& rows,
-                              const Operand& bit_tiles, const Operand& lengths, const Operand& sinks,
-                              const Operand& gates, Output& out, Output& lse, Output& lse_rest,
-                              const Attributes& attributes, ForwardParams* params) {
+inline ffi::Error ReadForward(const ForwardBuffers& buffers, const Attributes& attributes, ForwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
-  JAX_BSK_RETURN_IF_ERROR(ReadDType(query, &params->dtype, &stats));
-  JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
-  JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
-  JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
-  JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
-  JAX_BSK_RETURN_IF_ERROR(ReadSinks(sinks, shape, stats, params));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(buffers.query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadShape(buffers.query, buffers.key, buffers.value, &shape));
+  JAX_BSK_RETURN_IF_ERROR(ReadList({buffers.row_offsets, buffers.kv_blocks, buffers.tiles}, shape, shape.q_blocks,
+                                   shape.kv_blocks, &params->rows));
+  JAX_BSK_RETURN_IF_ERROR(ReadTiles(buffers.bit_tiles, shape, &params->tiles));
+  JAX_BSK_RETURN_IF_ERROR(ReadLengths(buffers.lengths, shape, &params->lengths));
+  JAX_BSK_RETURN_IF_ERROR(ReadSinks(buffers.sinks, shape, stats, params));
   void* gate_values;
-  JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", gates, shape, params->rows, stats, &gate_values));
-  JAX_BSK_RETURN_IF_ERROR(CheckType("out", *out, query.element_type()));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("out", *out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
-  for (const auto& [name, buffer] : {std::pair<const char*, Output*>{"lse", &lse}, {"lse_rest", &lse_rest}}) {
-    JAX_BSK_RETURN_IF_ERROR(CheckType(name, **buffer, stats));
-    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, **buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
-  }
-  params->query = query.untyped_data();
-  params->key = key.untyped_data();
-  params->value = value.untyped_data();
-  params->gates = gate_values;
-  params->out = out->untyped_data();
-  params->lse = lse->untyped_data();
-  params->lse_rest = lse_rest->untyped_data();
-  return ffi::Error::Success();
-}
-
-inline ffi::Error ReadBackward(const Operand& dout, const Operand& query, const Operand& key, const Operand& value,
-                               const Operand& lse, const Operand& lse_rest, const Operand& delta,
-                               const ListOperands& rows, const ListOperands& cols, const Operand& bit_tiles,
-                               const Operand& lengths, const Operand& row_gates, const Operand& col_gates,
-                               Output& dquery, Output& dkey, Output& dvalue, Output& dgates,
-                               const Attributes& attributes, BackwardParams* params) {
-  Shape& shape = params->shape;
-  ffi::DataType stats;
-  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
-  JAX_BSK_RETURN_IF_ERROR(ReadDType(query, &params->dtype, &stats));
-  JAX_BSK_RETURN_IF_ERROR(ReadShape(query, key, value, &shape));
-  JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
-  JAX_BSK_RETURN_IF_ERROR(ReadList(cols, shape, shape.kv_blocks, shape.q_blocks, &params->cols));
-  JAX_BSK_RETURN_IF_ERROR(CheckSameTables(rows, params->rows, cols, params->cols));
-  JAX_BSK_RETURN_IF_ERROR(ReadTiles(bit_tiles, shape, &params->tiles));
-  JAX_BSK_RETURN_IF_ERROR(ReadLengths(lengths, shape, &params->lengths));
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", buffers.gates, shape, params->rows, stats, &gate_values));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("out", buffers.out, buffers.query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("out", buffers.out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
   for (const auto& [name, buffer] :
-       {std::pair<const char*, const Operand*>{"lse", &lse}, {"lse_rest", &lse_rest}, {"delta", &delta}}) {
+       {std::pair<const char*, const Operand*>{"lse", &buffers.lse}, {"lse_rest", &buffers.lse_rest}}) {
     JAX_BSK_RETURN_IF_ERROR(CheckType(name, *buffer, stats));
     JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
   }
-  JAX_BSK_RETURN_IF_ERROR(CheckType("dout", dout, query.element_type()));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("dout", dout, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
-  const int64_t k_dims[] = {shape.batch, shape.kv_len, shape.kv_heads};
-  JAX_BSK_RETURN_IF_ERROR(CheckType("dquery", *dquery, query.element_type()));
+  params->query = buffers.query.untyped_data();
+  params->key = buffers.key.untyped_data();
+  params->value = buffers.value.untyped_data();
+  params->gates = gate_values;
+  params->out = buffers.out.untyped_data();
+  params->lse = buffers.lse.untyped_data();
+  params->lse_rest = buffers.lse_rest.untyped_data();
+  return ffi::Error::Success();
+}
+
+inline ffi::Error ReadBackward(const BackwardBuffers& buffers, const Attributes& attributes, BackwardParams* params) {
+  const ListOperands rows{buffers.row_offsets, buffers.kv_blocks, buffers.tiles};
+  const ListOperands cols{buffers.col_offsets, buffers.q_blocks, buffers.col_tiles};
+  Shape& shape = params->shape;
+  ffi::DataType stats;
+  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(buffers.query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadShape(buffers.query, buffers.key, buffers.value, &shape));
+  JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
+  JAX_BSK_RETURN_IF_ERROR(ReadList(cols, shape, shape.kv_blocks, shape.q_blocks, &params->cols));
+  JAX_BSK_RETURN_IF_ERROR(CheckSameTables(rows, params->rows, cols, params->cols));
+  JAX_BSK_RETURN_IF_ERROR(ReadTiles(buffers.bit_tiles, shape, &params->tiles));
+  JAX_BSK_RETURN_IF_ERROR(ReadLengths(buffers.lengths, shape, &params->lengths));
+  for (const auto& [name, buffer] : {std::pair<const char*, const Operand*>{"lse", &buffers.lse},
+                                     {"lse_rest", &buffers.lse_rest},
+                                     {"delta", &buffers.delta}}) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, *buffer, stats));
+    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
+  }
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dout", buffers.dout, buffers.query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(
-      CheckShape("dquery", *dquery, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.head_dim}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckType("dkey", *dkey, query.element_type()));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("dkey", *dkey, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.head_dim}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckType("dvalue", *dvalue, query.element_type()));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("dvalue", *dvalue, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.value_dim}}));
+      CheckShape("dout", buffers.dout, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
+  const int64_t k_dims[] = {shape.batch, shape.kv_len, shape.kv_heads};
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dquery", buffers.dquery, buffers.query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("dquery", buffers.dquery, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.head_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dkey", buffers.dkey, buffers.query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dkey", buffers.dkey, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.head_dim}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dvalue", buffers.dvalue, buffers.query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("dvalue", buffers.dvalue, {{k_dims[0]}, {k_dims[1]}, {k_dims[2]}, {shape.value_dim}}));
   void *row_values, *col_values;
-  JAX_BSK_RETURN_IF_ERROR(ReadGates("row_gates", row_gates, shape, params->rows, stats, &row_values));
-  JAX_BSK_RETURN_IF_ERROR(ReadGates("col_gates", col_gates, shape, params->cols, stats, &col_values));
-  JAX_BSK_RETURN_IF_ERROR(ReadGates("dgates", *dgates, shape, params->cols, stats, &params->dgates));
-  const auto given = [](const Operand& gates) { return gates.dimensions().back() != 0; };
-  if (given(row_gates) != given(col_gates) || given(row_gates) != given(*dgates)) {
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("row_gates", buffers.row_gates, shape, params->rows, stats, &row_values));
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("col_gates", buffers.col_gates, shape, params->cols, stats, &col_values));
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("dgates", buffers.dgates, shape, params->cols, stats, &params->dgates));
+  const bool gated = IsGiven(buffers.row_gates);
+  if (IsGiven(buffers.col_gates) != gated || IsGiven(buffers.dgates) != gated) {
     return ffi::Error::InvalidArgument("jax_bsk: row_gates, col_gates and dgates come together or not at all");
   }
   params->row_gates = row_values;
   params->col_gates = col_values;
-  params->dout = dout.untyped_data();
-  params->query = query.untyped_data();
-  params->key = key.untyped_data();
-  params->value = value.untyped_data();
-  params->lse = lse.untyped_data();
-  params->lse_rest = lse_rest.untyped_data();
-  params->delta = delta.untyped_data();
-  params->dquery = dquery->untyped_data();
-  params->dkey = dkey->untyped_data();
-  params->dvalue = dvalue->untyped_data();
+  params->dout = buffers.dout.untyped_data();
+  params->query = buffers.query.untyped_data();
+  params->key = buffers.key.untyped_data();
+  params->value = buffers.value.untyped_data();
+  params->lse = buffers.lse.untyped_data();
+  params->lse_rest = buffers.lse_rest.untyped_data();
+  params->delta = buffers.delta.untyped_data();
+  params->dquery = buffers.dquery.untyped_data();
+  params->dkey = buffers.dkey.untyped_data();
+  params->dvalue = buffers.dvalue.untyped_data();
   return ffi::Error::Success();
 }
 
-// Operand and attribute order of the two calls, after the context arguments of a platform.
-template <typename Binding>
-auto BindForwardOperands(Binding binding) {
-  return std::move(binding)
-      .template Arg<Operand>()  // query [B, T, N, H]
-      .template Arg<Operand>()  // key [B, S, K, H]
-      .template Arg<Operand>()  // value [B, S, K, Hv]
-      .template Arg<Operand>()  // row_offsets [B|1, N|1, q_blocks + 1]
-      .template Arg<Operand>()  // kv_blocks [B|1, N|1, capacity]
-      .template Arg<Operand>()  // tiles [B|1, N|1, capacity]
-      .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
-      .template Arg<Operand>()  // lengths [B|1, 2]
-      .template Arg<Operand>()  // sinks [B|1, N|1], or [.., 0] for none
-      .template Arg<Operand>()  // gates [B, N, capacity], or [.., 0] for none
-      .template Ret<Operand>()  // out [B, T, N, Hv]
-      .template Ret<Operand>()  // lse [B, N, T]
-      .template Ret<Operand>()  // lse_rest [B, N, T]
-      .template Attr<int64_t>("block_q")
-      .template Attr<int64_t>("block_kv")
-      .template Attr<double>("scale")
-      .template Attr<double>("soft_cap")
-      .template Attr<std::string_view>("version");
-}
-
-template <typename Binding>
-auto BindBackwardOperands(Binding binding) {
-  return std::move(binding)
-      .template Arg<Operand>()  // dout [B, T, N, Hv]
-      .template Arg<Operand>()  // query [B, T, N, H]
-      .template Arg<Operand>()  // key [B, S, K, H]
-      .template Arg<Operand>()  // value [B, S, K, Hv]
-      .template Arg<Operand>()  // lse [B, N, T]
-      .template Arg<Operand>()  // lse_rest [B, N, T]
-      .template Arg<Operand>()  // delta [B, N, T]
-      .template Arg<Operand>()  // row_offsets [B|1, N|1, q_blocks + 1]
-      .template Arg<Operand>()  // kv_blocks [B|1, N|1, capacity]
-      .template Arg<Operand>()  // tiles [B|1, N|1, capacity]
-      .template Arg<Operand>()  // col_offsets [B|1, N|1, kv_blocks + 1]
-      .template Arg<Operand>()  // q_blocks [B|1, N|1, capacity]
-      .template Arg<Operand>()  // col_tiles [B|1, N|1, capacity]
-      .template Arg<Operand>()  // bit_tiles [B|1, N|1, count, block_q, block_kv / 32]
-      .template Arg<Operand>()  // lengths [B|1, 2]
-      .template Arg<Operand>()  // row_gates [B, N, capacity], or [.., 0] for none
-      .template Arg<Operand>()  // col_gates, likewise
-      .template Ret<Operand>()  // dquery
-      .template Ret<Operand>()  // dkey
-      .template Ret<Operand>()  // dvalue
-      .template Ret<Operand>()  // dgates, as col_gates
-      .template Attr<int64_t>("block_q")
-      .template Attr<int64_t>("block_kv")
-      .template Attr<double>("scale")
-      .template Attr<double>("soft_cap")
-      .template Attr<std::string_view>("version");
-}
-
 }  // namespace jax_bsk::attention
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::attention::Attributes, StructMember<int64_t>("block_q"),
+                                      StructMember<int64_t>("block_kv"), StructMember<double>("scale"),
+                                      StructMember<double>("soft_cap"), StructMember<std::string_view>("version"));

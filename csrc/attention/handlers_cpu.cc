@@ -7,39 +7,34 @@
 namespace jax_bsk::attention {
 namespace {
 
-ffi::Future ForwardHandler(ffi::ThreadPool pool, Operand query, Operand key, Operand value, Operand row_offsets,
-                           Operand kv_blocks, Operand tiles, Operand bit_tiles, Operand lengths, Operand sinks,
-                           Operand gates, Output out, Output lse, Output lse_rest, int64_t block_q, int64_t block_kv,
-                           double scale, double soft_cap, std::string_view version) {
+ffi::Future Forward(const ForwardBuffers& buffers, ffi::ThreadPool pool, Attributes attributes) {
   ForwardParams params{};
-  ffi::Error error = ReadForward(query, key, value, {row_offsets, kv_blocks, tiles}, bit_tiles, lengths, sinks, gates,
-                                 out, lse, lse_rest, {block_q, block_kv, scale, soft_cap, version}, &params);
+  ffi::Error error = ReadForward(buffers, attributes, &params);
   if (error.success()) error = Refusal(cpu::Refusal(params.shape));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::ForwardTasks(params), &cpu::RunForwardTasks);
 }
 
-ffi::Future BackwardHandler(ffi::ThreadPool pool, Operand dout, Operand query, Operand key, Operand value, Operand lse,
-                            Operand lse_rest, Operand delta, Operand row_offsets, Operand kv_blocks, Operand tiles,
-                            Operand col_offsets, Operand q_blocks, Operand col_tiles, Operand bit_tiles,
-                            Operand lengths, Operand row_gates, Operand col_gates, Output dquery, Output dkey,
-                            Output dvalue, Output dgates, int64_t block_q, int64_t block_kv, double scale,
-                            double soft_cap, std::string_view version) {
+ffi::Future Backward(const BackwardBuffers& buffers, ffi::ThreadPool pool, Attributes attributes) {
   BackwardParams params{};
-  ffi::Error error = ReadBackward(dout, query, key, value, lse, lse_rest, delta, {row_offsets, kv_blocks, tiles},
-                                  {col_offsets, q_blocks, col_tiles}, bit_tiles, lengths, row_gates, col_gates, dquery,
-                                  dkey, dvalue, dgates, {block_q, block_kv, scale, soft_cap, version}, &params);
+  ffi::Error error = ReadBackward(buffers, attributes, &params);
   if (error.success()) error = Refusal(cpu::Refusal(params.shape));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::BackwardTasks(params), &cpu::RunBackwardTasks);
 }
 
-XLA_FFI_DEFINE_HANDLER(kForward, ForwardHandler, BindForwardOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-XLA_FFI_DEFINE_HANDLER(kBackward, BackwardHandler, BindBackwardOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+XLA_FFI_DEFINE_HANDLER(kForward, ByName(Forward), (BindCall<ForwardBuffers, Attributes>(Bind())));
+XLA_FFI_DEFINE_HANDLER(kBackward, ByName(Backward), (BindCall<BackwardBuffers, Attributes>(Bind())));
 
 }  // namespace
 
 Handlers Registrations() { return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}}; }
+
+CallBuffers Buffers() {
+  return {{kAttentionForward, NamesOf<ForwardBuffers>()}, {kAttentionBackward, NamesOf<BackwardBuffers>()}};
+}
 
 Facts BuildInfo() {
   return {{"instruction_set", std::string(cpu::InstructionSet())},

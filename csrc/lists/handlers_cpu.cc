@@ -7,33 +7,32 @@
 namespace jax_bsk::lists {
 namespace {
 
-ffi::Future TransposeHandler(ffi::ThreadPool pool, Operand offsets, Operand ids, Operand tiles, Output col_offsets,
-                             Output row_ids, Output col_tiles, Output entries, Output places, int64_t columns,
-                             std::string_view version) {
+ffi::Future Transpose(const TransposeBuffers& buffers, ffi::ThreadPool pool, TransposeAttributes attributes) {
   TransposeParams params{};
-  ffi::Error error =
-      ReadTranspose(offsets, ids, tiles, col_offsets, row_ids, col_tiles, entries, places, columns, version, &params);
+  ffi::Error error = ReadTranspose(buffers, attributes, &params);
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, params.tables, &cpu::RunTransposeTasks);
 }
 
-XLA_FFI_DEFINE_HANDLER(kTranspose, TransposeHandler, BindTransposeOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-
-ffi::Future ChooseHandler(ffi::ThreadPool pool, Operand scores, Operand states, Operand outline, Output row_offsets,
-                          Output kv_blocks, Output tiles, int64_t k, int64_t width, int64_t unit,
-                          std::string_view version) {
+ffi::Future Choose(const ChooseBuffers& buffers, ffi::ThreadPool pool, ChooseAttributes attributes) {
   ChooseParams params{};
-  ffi::Error error =
-      ReadChoose(scores, states, outline, row_offsets, kv_blocks, tiles, k, width, unit, version, &params);
+  ffi::Error error = ReadChoose(buffers, attributes, &params);
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, params.tables, &cpu::RunChooseTasks);
 }
 
-XLA_FFI_DEFINE_HANDLER(kChoose, ChooseHandler, BindChooseOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+XLA_FFI_DEFINE_HANDLER(kTranspose, ByName(Transpose), (BindCall<TransposeBuffers, TransposeAttributes>(Bind())));
+XLA_FFI_DEFINE_HANDLER(kChoose, ByName(Choose), (BindCall<ChooseBuffers, ChooseAttributes>(Bind())));
 
 }  // namespace
 
 Handlers Registrations() { return {{kListsChoose, kChoose}, {kListsTranspose, kTranspose}}; }
+
+CallBuffers Buffers() {
+  return {{kListsChoose, NamesOf<ChooseBuffers>()}, {kListsTranspose, NamesOf<TransposeBuffers>()}};
+}
 
 Facts BuildInfo() { return {}; }
 

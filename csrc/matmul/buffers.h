@@ -1,6 +1,6 @@
-// XLA buffers -> checked kernel parameters: the one place where the operand order of the product calls is read, shared
-// by the CPU and the CUDA handlers (`jax_bsk/_ffi.py` is the one place where it is written). Operands may carry leading
-// dimensions in front of the ones named here; they are the batch, of which an operand has all or one.
+// XLA buffers -> checked kernel parameters of the product calls, shared by the CPU and the CUDA handlers. The order of
+// the buffers is that of the tables below (`jax_bsk/_ffi.py` is the one place where it is written). Operands may carry
+// leading dimensions in front of the ones named here; they are the batch, of which an operand has all or one.
 #pragma once
 
 #include <string>
@@ -8,11 +8,13 @@
 #include <tuple>
 #include <utility>
 
+#include "ffi/buffers.h"
 #include "ffi/checks.h"
 #include "matmul/params.h"
 
 namespace jax_bsk::matmul {
 
+// Attributes of the calls; their names are at the end of this file.
 struct ProductAttributes {
   int64_t rows;     // M
   int64_t columns;  // K
@@ -27,8 +29,25 @@ struct SampledAttributes {
   std::string_view version;
 };
 
-inline ffi::Error ReadOutType(const char* name, Output& out, DType dtype, DType* out_dtype) {
-  JAX_BSK_RETURN_IF_ERROR(ReadDType(name, *out, out_dtype));
+#define JAX_BSK_MATMUL_PRODUCT_BUFFERS(X)                         \
+  X(kOperand, data)    /* [batch|1, capacity, bm, bk] */          \
+  X(kOperand, offsets) /* [batch|1, out blocks + 1] */            \
+  X(kOperand, ids)     /* [batch|1, capacity] */                  \
+  X(kOperand, places)  /* [batch|1, capacity] */                  \
+  X(kOperand, dense)   /* [batch|1, in, N] or [batch|1, N, in] */ \
+  X(kResult, out)      /* [batch, out, N] or [batch, N, out] */
+JAX_BSK_BUFFERS(ProductBuffers, JAX_BSK_MATMUL_PRODUCT_BUFFERS);
+
+#define JAX_BSK_MATMUL_SAMPLED_BUFFERS(X)                          \
+  X(kOperand, left)       /* [batch|1, M, L] or [batch|1, L, M] */ \
+  X(kOperand, right)      /* [batch|1, L, K] or [batch|1, K, L] */ \
+  X(kOperand, row_ids)    /* [batch|1, capacity] */                \
+  X(kOperand, column_ids) /* [batch|1, capacity] */                \
+  X(kResult, blocks)      /* [batch, capacity, bm, bk] */
+JAX_BSK_BUFFERS(SampledBuffers, JAX_BSK_MATMUL_SAMPLED_BUFFERS);
+
+inline ffi::Error ReadOutType(const char* name, const Operand& out, DType dtype, DType* out_dtype) {
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(name, out, out_dtype));
   if (*out_dtype == dtype || *out_dtype == DType::kF32) return ffi::Error::Success();
   return ffi::Error::InvalidArgument("jax_bsk: " + std::string(name) + " has the type of the operands, or is float32");
 }
@@ -38,14 +57,14 @@ inline ffi::Error CheckBlock(int64_t rows, int64_t columns) {
   return ffi::Error::InvalidArgument("jax_bsk: blocks are of one row and column at least");
 }
 
-inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const Operand& ids, const Operand& places,
-                              const Operand& dense, Output& out, const ProductAttributes& attributes,
+inline ffi::Error ReadProduct(const ProductBuffers& buffers, const ProductAttributes& attributes,
                               ProductParams* params) {
+  const auto& [data, offsets, ids, places, dense, out] = buffers;
   JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("data", data, 3));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("dense", dense, 2));
-  JAX_BSK_RETURN_IF_ERROR(CheckRank("out", *out, 2));
-  const auto d = WithBatch(data, 3), b = WithBatch(dense, 2), y = WithBatch(*out, 2);
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("out", out, 2));
+  const auto d = WithBatch(data, 3), b = WithBatch(dense, 2), y = WithBatch(out, 2);
   JAX_BSK_RETURN_IF_ERROR(CheckBlock(d[2], d[3]));
   if (attributes.rows < 0 || attributes.columns < 0) {
     return Refusal("a matrix has no fewer than 0 rows and columns, not " + std::to_string(attributes.rows) + " and " +
@@ -75,7 +94,7 @@ inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const
   const auto in = shape(params->in_length), result = shape(params->out_length);
   JAX_BSK_RETURN_IF_ERROR(CheckBatched("data", data, {{batch, true}, {d[1]}, {d[2]}, {d[3]}}));
   JAX_BSK_RETURN_IF_ERROR(CheckBatched("dense", dense, {{batch, true}, {in.first}, {in.second}}));
-  JAX_BSK_RETURN_IF_ERROR(CheckBatched("out", *out, {{batch}, {result.first}, {result.second}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckBatched("out", out, {{batch}, {result.first}, {result.second}}));
   for (const auto& [name, list, size] :
        {std::tuple<const char*, const Operand*, int64_t>{"offsets", &offsets, params->out_blocks + 1},
         {"ids", &ids, d[1]},
@@ -86,19 +105,19 @@ inline ffi::Error ReadProduct(const Operand& data, const Operand& offsets, const
   params->data = data.untyped_data();
   params->lists = {offsets.typed_data<int32_t>(), ids.typed_data<int32_t>(), places.typed_data<int32_t>()};
   params->dense = dense.untyped_data();
-  params->out = out->untyped_data();
+  params->out = out.untyped_data();
   return ffi::Error::Success();
 }
 
-inline ffi::Error ReadSampled(const Operand& left, const Operand& right, const Operand& row_ids,
-                              const Operand& column_ids, Output& blocks, const SampledAttributes& attributes,
+inline ffi::Error ReadSampled(const SampledBuffers& buffers, const SampledAttributes& attributes,
                               SampledParams* params) {
+  const auto& [left, right, row_ids, column_ids, blocks] = buffers;
   JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("left", left, 2));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("right", right, 2));
   JAX_BSK_RETURN_IF_ERROR(CheckRank("row_ids", row_ids, 1));
-  JAX_BSK_RETURN_IF_ERROR(CheckRank("blocks", *blocks, 3));
-  const auto a = WithBatch(left, 2), b = WithBatch(right, 2), rows = WithBatch(row_ids, 1), c = WithBatch(*blocks, 3);
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("blocks", blocks, 3));
+  const auto a = WithBatch(left, 2), b = WithBatch(right, 2), rows = WithBatch(row_ids, 1), c = WithBatch(blocks, 3);
   JAX_BSK_RETURN_IF_ERROR(CheckBlock(c[2], c[3]));
   params->left_transposed = attributes.left_transposed;
   params->right_transposed = attributes.right_transposed;
@@ -132,38 +151,15 @@ inline ffi::Error ReadSampled(const Operand& left, const Operand& right, const O
   params->right = right.untyped_data();
   params->row_ids = row_ids.typed_data<int32_t>();
   params->column_ids = column_ids.typed_data<int32_t>();
-  params->out = blocks->untyped_data();
+  params->out = blocks.untyped_data();
   return ffi::Error::Success();
 }
 
-// Operand and attribute order of the two calls, after the context arguments of a platform.
-template <typename Binding>
-auto BindProductOperands(Binding binding) {
-  return std::move(binding)
-      .template Arg<Operand>()  // data [batch|1, capacity, bm, bk]
-      .template Arg<Operand>()  // offsets [batch|1, out blocks + 1]
-      .template Arg<Operand>()  // ids [batch|1, capacity]
-      .template Arg<Operand>()  // places [batch|1, capacity]
-      .template Arg<Operand>()  // dense [batch|1, in, N] or [batch|1, N, in]
-      .template Ret<Operand>()  // out [batch, out, N] or [batch, N, out]
-      .template Attr<int64_t>("rows")
-      .template Attr<int64_t>("columns")
-      .template Attr<bool>("transposed")
-      .template Attr<bool>("dense_left")
-      .template Attr<std::string_view>("version");
-}
-
-template <typename Binding>
-auto BindSampledOperands(Binding binding) {
-  return std::move(binding)
-      .template Arg<Operand>()  // left [batch|1, M, L] or [batch|1, L, M]
-      .template Arg<Operand>()  // right [batch|1, L, K] or [batch|1, K, L]
-      .template Arg<Operand>()  // row_ids [batch|1, capacity]
-      .template Arg<Operand>()  // column_ids [batch|1, capacity]
-      .template Ret<Operand>()  // blocks [batch, capacity, bm, bk]
-      .template Attr<bool>("left_transposed")
-      .template Attr<bool>("right_transposed")
-      .template Attr<std::string_view>("version");
-}
-
 }  // namespace jax_bsk::matmul
+
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::matmul::ProductAttributes, StructMember<int64_t>("rows"),
+                                      StructMember<int64_t>("columns"), StructMember<bool>("transposed"),
+                                      StructMember<bool>("dense_left"), StructMember<std::string_view>("version"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::matmul::SampledAttributes, StructMember<bool>("left_transposed"),
+                                      StructMember<bool>("right_transposed"),
+                                      StructMember<std::string_view>("version"));

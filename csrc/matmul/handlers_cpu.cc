@@ -8,33 +8,34 @@
 namespace jax_bsk::matmul {
 namespace {
 
-ffi::Future ProductHandler(ffi::ThreadPool pool, Operand data, Operand offsets, Operand ids, Operand places,
-                           Operand dense, Output out, int64_t rows, int64_t columns, bool transposed, bool dense_left,
-                           std::string_view version) {
+ffi::Future Product(const ProductBuffers& buffers, ffi::ThreadPool pool, ProductAttributes attributes) {
   ProductParams params{};
-  ffi::Error error =
-      ReadProduct(data, offsets, ids, places, dense, out, {rows, columns, transposed, dense_left, version}, &params);
+  ffi::Error error = ReadProduct(buffers, attributes, &params);
   if (error.success()) error = Refusal(cpu::Refusal(params));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::ProductTasks(params), &cpu::RunProductTasks);
 }
 
-ffi::Future SampledHandler(ffi::ThreadPool pool, Operand left, Operand right, Operand row_ids, Operand column_ids,
-                           Output blocks, bool left_transposed, bool right_transposed, std::string_view version) {
+ffi::Future Sampled(const SampledBuffers& buffers, ffi::ThreadPool pool, SampledAttributes attributes) {
   SampledParams params{};
-  ffi::Error error =
-      ReadSampled(left, right, row_ids, column_ids, blocks, {left_transposed, right_transposed, version}, &params);
+  ffi::Error error = ReadSampled(buffers, attributes, &params);
   if (error.success()) error = Refusal(cpu::Refusal(params));
   if (error.failure()) return Completed(error);
   return RunOnPool(pool, params, cpu::SampledTasks(params), &cpu::RunSampledTasks);
 }
 
-XLA_FFI_DEFINE_HANDLER(kProduct, ProductHandler, BindProductOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
-XLA_FFI_DEFINE_HANDLER(kSampled, SampledHandler, BindSampledOperands(ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()));
+auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
+
+XLA_FFI_DEFINE_HANDLER(kProduct, ByName(Product), (BindCall<ProductBuffers, ProductAttributes>(Bind())));
+XLA_FFI_DEFINE_HANDLER(kSampled, ByName(Sampled), (BindCall<SampledBuffers, SampledAttributes>(Bind())));
 
 }  // namespace
 
 Handlers Registrations() { return {{kMatmulProduct, kProduct}, {kMatmulSampled, kSampled}}; }
+
+CallBuffers Buffers() {
+  return {{kMatmulProduct, NamesOf<ProductBuffers>()}, {kMatmulSampled, NamesOf<SampledBuffers>()}};
+}
 
 Facts BuildInfo() {
   return {{"matmul_dtypes", std::vector<std::string>{"float16", "bfloat16", "float32", "float64"}},

@@ -10,49 +10,46 @@
 namespace jax_bsk::matmul {
 namespace {
 
-ffi::Error CheckWorkspace(Output& workspace, int64_t words) {
-  JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", *workspace, ffi::S32));
-  if (const auto given = static_cast<int64_t>(workspace->element_count()); given < words) {
+ffi::Error CheckWorkspace(const Operand& workspace, int64_t words) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", workspace, ffi::S32));
+  if (const auto given = static_cast<int64_t>(workspace.element_count()); given < words) {
     return ffi::Error::InvalidArgument("jax_bsk: workspace has " + std::to_string(given) + " words, and at least " +
                                        std::to_string(words) + " are needed");
   }
   return ffi::Error::Success();
 }
 
-ffi::Error ProductHandler(cudaStream_t stream, int32_t device, Operand data, Operand offsets, Operand ids,
-                          Operand places, Operand dense, Output out, int64_t rows, int64_t columns, bool transposed,
-                          bool dense_left, std::string_view version, Output workspace) {
+ffi::Error Product(const WithWorkspace<ProductBuffers>& call, cudaStream_t stream, int32_t device,
+                   ProductAttributes attributes) {
   ProductParams params{};
-  JAX_BSK_RETURN_IF_ERROR(
-      ReadProduct(data, offsets, ids, places, dense, out, {rows, columns, transposed, dense_left, version}, &params));
+  JAX_BSK_RETURN_IF_ERROR(ReadProduct(call.buffers, attributes, &params));
   if (std::string reason = cuda::ProductRefusal(params, device); !reason.empty()) return Refusal(reason);
-  JAX_BSK_RETURN_IF_ERROR(CheckWorkspace(workspace, cuda::ProductWorkspace(params)));
-  return LaunchResult("the product", cuda::LaunchProduct(params, workspace->typed_data<int32_t>(), device, stream));
+  JAX_BSK_RETURN_IF_ERROR(CheckWorkspace(call.workspace, cuda::ProductWorkspace(params)));
+  return LaunchResult("the product", cuda::LaunchProduct(params, call.workspace.typed_data<int32_t>(), device, stream));
 }
 
-ffi::Error SampledHandler(cudaStream_t stream, int32_t device, Operand left, Operand right, Operand row_ids,
-                          Operand column_ids, Output blocks, bool left_transposed, bool right_transposed,
-                          std::string_view version, Output workspace) {
+ffi::Error Sampled(const WithWorkspace<SampledBuffers>& call, cudaStream_t stream, int32_t device,
+                   SampledAttributes attributes) {
   SampledParams params{};
-  JAX_BSK_RETURN_IF_ERROR(
-      ReadSampled(left, right, row_ids, column_ids, blocks, {left_transposed, right_transposed, version}, &params));
+  JAX_BSK_RETURN_IF_ERROR(ReadSampled(call.buffers, attributes, &params));
   if (std::string reason = cuda::SampledRefusal(params, device); !reason.empty()) return Refusal(reason);
-  JAX_BSK_RETURN_IF_ERROR(CheckWorkspace(workspace, cuda::SampledWorkspace(params)));
+  JAX_BSK_RETURN_IF_ERROR(CheckWorkspace(call.workspace, cuda::SampledWorkspace(params)));
   return LaunchResult("the sampled product",
-                      cuda::LaunchSampled(params, workspace->typed_data<int32_t>(), device, stream));
+                      cuda::LaunchSampled(params, call.workspace.typed_data<int32_t>(), device, stream));
 }
 
-auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::PlatformStream<cudaStream_t>>().Ctx<ffi::DeviceOrdinal>(); }
-
-// Both have one result of their own, after those of every platform: their workspace.
-XLA_FFI_DEFINE_HANDLER(kProduct, ProductHandler, BindProductOperands(Bind()).Ret<Operand>(),
+XLA_FFI_DEFINE_HANDLER(kProduct, ByName(Product), (BindCudaCall<ProductBuffers, ProductAttributes>()),
                        {ffi::Traits::kCmdBufferCompatible});
-XLA_FFI_DEFINE_HANDLER(kSampled, SampledHandler, BindSampledOperands(Bind()).Ret<Operand>(),
+XLA_FFI_DEFINE_HANDLER(kSampled, ByName(Sampled), (BindCudaCall<SampledBuffers, SampledAttributes>()),
                        {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
 Handlers Registrations() { return {{kMatmulProduct, kProduct}, {kMatmulSampled, kSampled}}; }
+
+CallBuffers Buffers() {
+  return {{kMatmulProduct, NamesOf<ProductBuffers>(true)}, {kMatmulSampled, NamesOf<SampledBuffers>(true)}};
+}
 
 Facts BuildInfo() { return CudaLimits(); }
 
