@@ -9,6 +9,7 @@
 #include "registrations.h"
 #include "source_tree.h"
 #include "version.h"
+#include "workspace.h"
 
 namespace nb = nanobind;
 
@@ -21,6 +22,7 @@ NB_MODULE(JAX_BSK_MODULE, m) {
     return targets;
   });
   m.def("buffers", &jax_bsk::Buffers);  // {target: {"operands" | "results" | "optional": names}}
+  m.def("workspace", &jax_bsk::WorkspaceBytes, nb::arg("target"), nb::arg("sizes"));  // bytes, for CUDA
   m.def("build_info", [] {
     auto info = jax_bsk::BuildInfo();
     info["version"] = std::string(JAX_BSK_VERSION);

@@ -302,9 +302,8 @@ def direct() -> DirectCall:
         "tiles": shape("int32", 1, TABLES, CAPACITY),
     }
     static = native.ChooseCall(2, 2, UNIT, CAPACITY, 0, choice.choose_in_jax)
-    workspace = ffi.choose_workspace(compat.default_platform(), tuple(operands.values()), static)
-    if workspace is not None:
-        results["workspace"] = jax.ShapeDtypeStruct(*workspace)
+    if compat.default_platform() == "cuda":
+        results["workspace"] = shape("int32", ffi.choose_workspace(scores.shape, BLOCKS, 2, UNIT) // 4)
     return DirectCall(ffi.LISTS_CHOOSE, operands, results, native.CHOOSE.attributes(static))
 
 

@@ -89,40 +89,39 @@ def test_a_library_that_does_not_fit_is_named(changes, targets, message):
     assert problem is None if message is None else message in problem
 
 
-def least_backward_bytes(batch, heads, kv_heads, q_len, kv_len, capacity, lists, block_q, block_kv) -> int:
-    """`least_bytes` of `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h`."""
-    kv_rows, query_rows, q_tiles = batch * kv_heads, batch * heads, -(-q_len // 64)
-    words = 1 + 2 * kv_rows + kv_rows * -(-kv_len // 64) + query_rows * q_tiles + lists * capacity
-    words = -(-words // 32) * 32 + query_rows * q_tiles * 128 + 2 * kv_rows * -(-kv_len // 64)
-    pieces_offset = -(-4 * words // 1024) * 1024
-    head_pieces = heads // max(kv_heads, 1) * capacity * (block_q // 64) * (block_kv // 64)
-    return pieces_offset + min(kv_rows, 3) * max(1, head_pieces * 64 * 64 * 2)
+def test_workspaces_have_these_sizes():
+    """Values of the formulas in C++, worked out once; sizes that Python and a handler see differently are refused."""
+    assert attention_ffi.forward_workspace((2, 1000, 8, 64)) == 4 * (1 + 2 * 8 * 16)
+    assert lists_ffi.choose_workspace((3, 5, 7), 14, 6, 2) == 4 * 2 * 3 * 5 * (1 + 12)
+    assert matmul_ffi.product_workspace((2, 6)) == 4 * (1 + 2 * 5)
+    assert matmul_ffi.sampled_workspace((2, 5)) == 4 * 2 * (1 + 2 * 5)
+    assert library.workspace(lists_ffi.LISTS_TRANSPOSE) == 0
+
+    # The scores' part: of all heads; three times as many as are enough; as many as 2 GiB hold; three, however large.
+    def backward(batch, length, heads, capacity, gates=attention_ffi.NO_GATES):
+        query = batch, length, heads, 128
+        return attention_ffi.backward_workspace(query, query, (1, 1, capacity), (128, 128), gates)
+
+    def without_scores(rows, length, capacity):
+        return 4 * (34 + 2 * rows + rows * (length // 64) * (3 + 193) + 2 * capacity) + 1024
+
+    head = 2 * 128 * 128  # bytes of an entry's dS
+    assert backward(1, 256, 4, 3) == without_scores(4, 256, 3) + 4 * 3 * head
+    assert backward(64, 16384, 8, 8192) == without_scores(512, 16384, 8192) + 27 * 8192 * head
+    assert backward(1, 16384, 64, 8192) == without_scores(64, 16384, 8192) + 8 * 8192 * head
+    assert backward(1, 262144, 4, 2097152) == without_scores(4, 262144, 2097152) + 3 * 2097152 * head
+    assert backward(1, 256, 4, 3, (1, 4, 3)) == backward(1, 256, 4, 3) + 4 * (4 * 4 * 12)
 
 
-def test_backward_workspace_is_what_the_kernels_need():
-    rng = np.random.default_rng(0)
-    for _ in range(2000):
-        kv_heads, group, head_dim = rng.choice([0, 1, 2, 8, 33]), rng.choice([1, 2, 8]), rng.choice([8, 64, 128, 256])
-        (block_q, block_kv), heads = rng.choice([64, 128], 2), kv_heads * group
-        batch, q_len, kv_len = rng.choice([0, 1, 3, 16]), *rng.integers(0, 20_000, 2)
-        blocks = -(-q_len // block_q) * -(-kv_len // block_kv)
-        capacity, lists = rng.integers(0, blocks + 1), rng.choice([1, max(1, batch * heads)])
-        shape = int(batch), int(heads), int(kv_heads), int(q_len), int(kv_len), int(capacity), int(lists)
-        batch, heads, kv_heads, q_len, kv_len, capacity, lists = shape
-        size = attention_ffi.backward_workspace(
-            (batch, q_len, heads, int(head_dim)),
-            (batch, kv_len, kv_heads, int(head_dim)),
-            (1, lists, capacity),
-            block_size=(int(block_q), int(block_kv)),
-        )
-        assert size >= least_backward_bytes(*shape, int(block_q), int(block_kv)), (shape, block_q, block_kv)
-        lead = attention_ffi.backward_workspace(
-            (1, batch, q_len, heads, int(head_dim)),
-            (1, batch, kv_len, kv_heads, int(head_dim)),
-            (1, 1, lists, capacity),
-            block_size=(int(block_q), int(block_kv)),
-        )
-        assert lead == size  # a mapped axis counts as batch
+@pytest.mark.parametrize("sizes", [{}, {"list_batch": 1}, {"list_batch": 1, "capacity": 1, "depth": 1}])
+def test_a_workspace_of_other_sizes_is_refused(sizes):
+    with pytest.raises(ValueError, match="workspace"):
+        library.workspace(matmul_ffi.MATMUL_SAMPLED, **sizes)
+
+
+def test_backward_workspace_counts_leading_dimensions_as_batch():
+    flat = attention_ffi.backward_workspace((6, 300, 4, 64), (6, 500, 2, 64), (1, 4, 9), (64, 128))
+    assert attention_ffi.backward_workspace((2, 3, 300, 4, 64), (2, 3, 500, 2, 64), (1, 1, 4, 9), (64, 128)) == flat
 
 
 @pytest.mark.parametrize("heads", [1, 4, 16])

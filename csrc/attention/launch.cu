@@ -293,10 +293,6 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
   });
 }
 
-// A counter that hands out tiles, and a list of tiles to be put right (sm90/fwd_exact_rows.cuh), of 64 queries at
-// least.
-int64_t ForwardWorkspace(const Shape& shape) { return 1 + shape.batch * shape.heads * CeilDiv(shape.q_len, 64); }
-
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int device, cudaStream_t stream,
                           ForwardKernel kernel) {
   const Shape& shape = params.shape;

@@ -8,6 +8,7 @@
 
 #include "attention/cuda_limits.h"
 #include "attention/params.h"
+#include "attention/workspace.h"
 
 namespace jax_bsk::attention::cuda {
 
@@ -28,7 +29,6 @@ std::string BackwardRefusal(const BackwardParams& params, int device);
 // grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing; those
 // with results but nothing to attend to get zeros (-inf in lse) from the kernels. `workspace` is
 // ForwardWorkspace(shape) words of device memory for the launch to use, written before they are read.
-int64_t ForwardWorkspace(const Shape& shape);
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int device, cudaStream_t stream,
                           ForwardKernel kernel = ForwardKernel::kAutomatic);
 

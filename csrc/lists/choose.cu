@@ -33,16 +33,13 @@ struct alignas(8) Counts {
   int partial, all;
 };
 
-// Entries that a row may have.
-int64_t Room(const ChooseParams& p) { return std::min(p.width * p.unit, p.blocks); }
-
 struct Workspace {
   int room;
   Entry* entries;  // [tables, rows, room]
   Counts* counts;  // [tables, rows]
 
   Workspace(const ChooseParams& p, int32_t* words)
-      : room(static_cast<int>(Room(p))),
+      : room(static_cast<int>(RowCapacity(p))),
         entries(reinterpret_cast<Entry*>(words)),
         counts(reinterpret_cast<Counts*>(entries + p.tables * p.rows * room)) {}
 };
@@ -312,15 +309,13 @@ std::string ChooseRefusal(const ChooseParams& params) {
            std::to_string(params.units);
   }
   constexpr int64_t kMost = device::kMaxInt / 4;
-  const int64_t room = std::max<int64_t>(Room(params), 1);
+  const int64_t room = std::max<int64_t>(RowCapacity(params), 1);
   if (params.blocks > kMost || params.capacity > kMost || params.rows > kMost / room ||
       params.tables > kMost / std::max<int64_t>(params.rows, 1)) {
     return "the CUDA kernels choose for fewer than 2^29 rows, with fewer than 2^29 entries a list";
   }
   return "";
 }
-
-int64_t ChooseWorkspace(const ChooseParams& params) { return 2 * params.tables * params.rows * (1 + Room(params)); }
 
 cudaError_t LaunchChoose(const ChooseParams& params, int32_t* words, int device, cudaStream_t stream) {
   if (params.tables == 0) return cudaSuccess;

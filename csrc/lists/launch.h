@@ -7,6 +7,7 @@
 #include <string>
 
 #include "lists/params.h"
+#include "lists/workspace.h"
 
 namespace jax_bsk::lists::cuda {
 
@@ -26,10 +27,7 @@ cudaError_t LaunchTranspose(const TransposeParams& params, int device, cudaStrea
 // The same for the choice of key blocks.
 std::string ChooseRefusal(const ChooseParams& params);
 
-// Words of its workspace, for params that are not refused; jax_bsk/_ffi.py allocates as many.
-int64_t ChooseWorkspace(const ChooseParams& params);
-
-// As LaunchTranspose.
+// As LaunchTranspose; `workspace` is ChooseWorkspace(params) words of device memory.
 cudaError_t LaunchChoose(const ChooseParams& params, int32_t* workspace, int device, cudaStream_t stream);
 
 }  // namespace jax_bsk::lists::cuda

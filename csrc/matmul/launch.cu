@@ -123,12 +123,6 @@ std::string SampledRefusal(const SampledParams& params, int device) {
   return reason.empty() ? DeviceRefusal(device) : reason;
 }
 
-// The counter that hands out tiles, and the order of rows.
-int64_t ProductWorkspace(const ProductParams& params) { return 1 + params.matrix_batch * params.out_blocks; }
-
-// The number of items, the items, and how large the item is that begins at each entry.
-int64_t SampledWorkspace(const SampledParams& params) { return params.list_batch * (1 + 2 * params.capacity); }
-
 cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {
   if (params.batch * params.out_length * params.width == 0) return cudaSuccess;
   const DeviceScope scope(device);

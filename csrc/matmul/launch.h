@@ -8,6 +8,7 @@
 
 #include "matmul/cuda_limits.h"
 #include "matmul/params.h"
+#include "matmul/workspace.h"
 
 namespace jax_bsk::matmul::cuda {
 
@@ -17,9 +18,8 @@ std::string SampledRefusal(const SampledParams& params, int device);
 
 // Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
 // grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing.
-// `workspace` is so many words of device memory for the launch to use, written before they are read.
-int64_t ProductWorkspace(const ProductParams& params);
-int64_t SampledWorkspace(const SampledParams& params);
+// `workspace` is ProductWorkspace(params) or SampledWorkspace(params) words of device memory for the launch to use,
+// written before they are read.
 cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream);
 cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int device, cudaStream_t stream);
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_bsk.core import library
 from jax_bsk.core.dims import Dims
 
 ATTENTION_FORWARD = "jax_bsk_attention_forward"
@@ -82,9 +83,9 @@ class AttentionAttributes:
 
 
 def forward_workspace(query_shape: Sequence[int]) -> int:
-    """Words of `cuda::ForwardWorkspace` in `csrc/attention/launch.cu`, which the handler checks."""
+    """Bytes of the forward's workspace on CUDA."""
     *lead, length, heads, _ = query_shape
-    return 1 + math.prod(lead) * heads * -(-length // 64)
+    return library.workspace(ATTENTION_FORWARD, batch=math.prod(lead), heads=heads, q_len=length)
 
 
 def backward_workspace(
@@ -94,20 +95,20 @@ def backward_workspace(
     block_size: tuple[int, int],
     gates_shape: Sequence[int] = NO_GATES,
 ) -> int:
-    """Bytes for the CUDA backward: what `BackwardLayout` in `csrc/attention/sm90/bwd_plan.h` needs, and more for speed.
-
-    The kernels keep dS (the gradient of the logits, in query's type) of three key/value heads' visited blocks or more;
-    they are as fast as they can be with as many heads in each third as `BackwardLayout` calls enough. More than twice
-    what dQ takes in float32, or 2 GiB, is spent on that only where three heads need it. So the workspace grows as the
-    inputs and the visited blocks do. With gates come four partial sums of each 64 x 64 pairs of each visited block.
-    """
+    """Bytes of the backward's workspace on CUDA: what the kernels need at least, and more for speed."""
     *lead, q_len, heads, head_dim = query_shape
     kv_len, kv_heads = key_shape[-3:-1]
-    query_rows, kv_rows = math.prod(lead) * heads, math.prod(lead) * kv_heads
-    q_tiles, kv_tiles = -(-q_len // 64), -(-kv_len // 64)
-    words = 1 + 2 * kv_rows + 3 * kv_rows * kv_tiles + query_rows * q_tiles * 193 + 2 * math.prod(ids_shape) + 33
-    words += 4 * math.prod(gates_shape) * math.prod(-(-size // 64) for size in block_size)
-    head_bytes = 2 * math.prod(block_size) * ids_shape[-1] * (heads // max(kv_heads, 1))
-    enough = max(-(-1056 // max(-(-kv_len // 128), 1)), -(-264 * -(-q_len // block_size[0]) // max(ids_shape[-1], 1)))
-    wanted = min(kv_rows, 3 * enough, max(3, max(8 * query_rows * q_len * head_dim, 2 << 30) // max(head_bytes, 1)))
-    return 4 * words + 1024 + wanted * max(head_bytes, 1)
+    return library.workspace(
+        ATTENTION_BACKWARD,
+        batch=math.prod(lead),
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        head_dim=head_dim,
+        block_q=block_size[0],
+        block_kv=block_size[1],
+        tables=math.prod(ids_shape[:-1]),
+        capacity=ids_shape[-1],
+        gates=math.prod(gates_shape),
+    )

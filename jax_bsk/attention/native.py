@@ -57,17 +57,10 @@ def _refusals(platform: str, query: Any, value: Any, call: AttentionCall) -> lis
     return facts.problems(platform, library.limits(platform))
 
 
-def _forward_workspace(platform: str, avals: Avals, call: AttentionCall) -> tuple[tuple[int, ...], Any] | None:
-    del call
-    return ((ffi.forward_workspace(avals[0].shape),), np.int32) if platform == "cuda" else None
-
-
-def _backward_workspace(platform: str, avals: Avals, call: AttentionCall) -> tuple[tuple[int, ...], Any] | None:
-    if platform != "cuda":
-        return None
+def _backward_workspace(avals: Avals, call: AttentionCall) -> int:
     _, query, key, *_ = (x.shape for x in avals)
     blocks = call.attributes.block_q, call.attributes.block_kv
-    return (ffi.backward_workspace(query, key, avals[8].shape, blocks, avals[-1].shape),), np.uint8
+    return ffi.backward_workspace(query, key, avals[8].shape, blocks, avals[-1].shape)
 
 
 FORWARD = NativeCall(
@@ -75,7 +68,7 @@ FORWARD = NativeCall(
     dims=lambda call: ffi.FORWARD,
     shapes=_forward_shapes,
     attributes=lambda call: call.attributes.encode(),
-    workspace=_forward_workspace,
+    workspace=lambda avals, call: ffi.forward_workspace(avals[0].shape),
     refusals=lambda platform, avals, call: _refusals(platform, avals[0], avals[2], call),
     splitting=HeadSplitting(),
 )
@@ -85,6 +78,7 @@ BACKWARD = NativeCall(
     shapes=_backward_shapes,
     attributes=lambda call: call.attributes.encode(),
     workspace=_backward_workspace,
+    workspace_dtype=np.uint8,
     refusals=lambda platform, avals, call: _refusals(platform, avals[1], avals[3], call),
     splitting=HeadSplitting(),
 )

@@ -74,6 +74,14 @@ def limits(platform: str) -> Mapping[str, Any]:
     return {name.removeprefix(prefix): fact for name, fact in facts.items() if name.startswith(prefix)}
 
 
+def workspace(target: str, **sizes: int) -> int:
+    """Bytes of a CUDA call's workspace. `csrc/workspace.cc` says what they depend on; any library knows it."""
+    usable = next((platform for platform in _PLATFORM_NAMES if load(platform).usable), None)
+    if usable is None:
+        raise RuntimeError(load("cpu").problem)
+    return importlib.import_module(f"jax_bsk._{usable}").workspace(target, sizes)
+
+
 def register() -> None:
     """Registers every usable library, so that executables loaded from a cache find their targets."""
     for platform in _PLATFORM_NAMES:

@@ -51,8 +51,9 @@ class NativeCall:
       dims: Letters of the operands and results, `dims(call)`.
       shapes: Shape rule, `shapes(*operands, call=call)` to the abstract values of the results.
       attributes: Attributes of the custom call, `attributes(call)`.
-      workspace: Shape and dtype of a last result that XLA allocates with the program's other buffers and nobody reads,
-        `workspace(platform, avals, call)`, or None for none.
+      workspace: Bytes of a last result on CUDA, `workspace(avals, call)`. XLA allocates it with the program's other
+        buffers, and nobody reads it.
+      workspace_dtype: Type of that result.
       refusals: Sentences on why a platform's kernels cannot take the call, `refusals(platform, avals, call)`. What was
         traced for one platform may be compiled for another, as `jax.export` does.
       fallback: The same of operands without leading dimensions in plain JAX, `fallback(call, *operands)`, for what has
@@ -69,7 +70,8 @@ class NativeCall:
         dims: Callable[[Any], Dims],
         shapes: Callable[..., Sequence[Any]],
         attributes: Callable[[Any], Mapping[str, Any]],
-        workspace: Callable[[str, Avals, Any], tuple[tuple[int, ...], Any] | None] = lambda *_: None,
+        workspace: Callable[[Avals, Any], int] | None = None,
+        workspace_dtype: Any = np.int32,
         refusals: Callable[[str, Avals, Any], Sequence[str]],
         fallback: Callable[..., Sequence[jax.Array]] | None = None,
         adapt: Callable[[str, Avals, Any], Callable[..., Sequence[jax.Array]] | None] = lambda *_: None,
@@ -79,6 +81,7 @@ class NativeCall:
         self._dims = dims
         self._attributes = attributes
         self._workspace = workspace
+        self._workspace_dtype = np.dtype(workspace_dtype)
         self._refusals = refusals
         self._fallback = fallback
         self._adapt = adapt
@@ -127,8 +130,9 @@ class NativeCall:
         if adapted is not None:
             return compat.mlir.lower_fun(adapted, multiple_results=True)(ctx, *operands)
         results = list(ctx.avals_out)
-        if workspace := self._workspace(platform, ctx.avals_in, call):
-            results.append(jax.core.ShapedArray(*workspace))
+        if platform == "cuda" and self._workspace is not None:
+            words = self._workspace(ctx.avals_in, call) // self._workspace_dtype.itemsize
+            results.append(jax.core.ShapedArray((words,), self._workspace_dtype))
         lower = jax.ffi.ffi_lowering(self.target)
         return lower(ctx.replace(avals_out=results), *operands, **self.attributes(call))[: len(ctx.avals_out)]
 

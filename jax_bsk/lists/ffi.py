@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
@@ -45,9 +44,8 @@ def choose_refusals(platform: str, dtype: np.dtype, units: int) -> list[str]:
     return [] if dtype == np.float32 and units <= limit else [f"It takes float32 scores of {limit} units per row."]
 
 
-def choose_workspace(platform: str, avals: Sequence[Any], call: Any) -> tuple[tuple[int, ...], Any] | None:
-    """Words of `cuda::ChooseWorkspace` in `csrc/lists/choose.cu`, which the handler checks."""
-    if platform != "cuda":
-        return None
-    rows, blocks = math.prod(avals[0].shape[:-1]), avals[2].shape[1]
-    return (2 * rows * (1 + min(call.width * call.unit, blocks)),), np.dtype(np.int32)
+def choose_workspace(scores_shape: Sequence[int], blocks: int, width: int, unit: int) -> int:
+    """Bytes of a choice's workspace on CUDA."""
+    *tables, rows, _ = scores_shape
+    sizes = {"tables": math.prod(tables), "rows": rows, "blocks": blocks}
+    return library.workspace(LISTS_CHOOSE, **sizes, width=width, unit=unit)

@@ -111,7 +111,7 @@ CHOOSE = NativeCall(
     dims=lambda call: ffi.CHOOSE,
     shapes=_choose_shapes,
     attributes=lambda call: {name: np.int64(getattr(call, name)) for name in ("k", "width", "unit")},
-    workspace=ffi.choose_workspace,
+    workspace=lambda avals, call: ffi.choose_workspace(avals[0].shape, avals[2].shape[1], call.width, call.unit),
     refusals=_choose_refusals,
     fallback=lambda call, *operands: call.fallback(*operands, call),
 )

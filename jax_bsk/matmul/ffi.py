@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from jax_bsk.core import library
 from jax_bsk.core.dims import Dims
 
 MATMUL_PRODUCT = "jax_bsk_matmul_product"
@@ -97,11 +98,12 @@ def sampled_dims(attributes: SampledAttributes) -> Dims:
 
 
 def product_workspace(offsets_shape: Sequence[int]) -> int:
-    """Words of `ProductWorkspace` in `csrc/matmul/launch.cu`, which the handler checks."""
-    return 1 + math.prod(offsets_shape[:-1]) * (offsets_shape[-1] - 1)
+    """Bytes of a product's workspace on CUDA."""
+    *lead, offsets = offsets_shape
+    return library.workspace(MATMUL_PRODUCT, matrix_batch=math.prod(lead), out_blocks=offsets - 1)
 
 
 def sampled_workspace(row_ids_shape: Sequence[int]) -> int:
-    """Words of `SampledWorkspace` in `csrc/matmul/launch.cu`, which the handler checks."""
+    """Bytes of a sampled product's workspace on CUDA."""
     *lead, entries = row_ids_shape
-    return math.prod(lead) * (1 + 2 * entries)
+    return library.workspace(MATMUL_SAMPLED, list_batch=math.prod(lead), capacity=entries)

@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_bsk.core import library
 from jax_bsk.core.native_call import Avals, NativeCall, like
@@ -138,16 +137,6 @@ def _adapt_sampled(platform: str, avals: Avals, call: SampledCall) -> Callable[.
     return padded
 
 
-def _product_workspace(platform: str, avals: Avals, call: ProductCall) -> tuple[tuple[int, ...], Any] | None:
-    del call
-    return ((ffi.product_workspace(avals[1].shape),), np.int32) if platform == "cuda" else None
-
-
-def _sampled_workspace(platform: str, avals: Avals, call: SampledCall) -> tuple[tuple[int, ...], Any] | None:
-    del call
-    return ((ffi.sampled_workspace(avals[2].shape),), np.int32) if platform == "cuda" else None
-
-
 def _refusals(platform: str, avals: Avals, call: ProductCall | SampledCall) -> list[str]:
     facts = refusals.MatmulFacts(call.function, avals[0].dtype.name, call.block_size)
     return facts.problems(platform, library.limits(platform))
@@ -158,7 +147,7 @@ PRODUCT = NativeCall(
     dims=lambda call: ffi.product_dims(call.attributes),
     shapes=_product_shapes,
     attributes=lambda call: call.attributes.encode(),
-    workspace=_product_workspace,
+    workspace=lambda avals, call: ffi.product_workspace(avals[1].shape),
     refusals=_refusals,
     adapt=_adapt_product,
     splitting=ProductSplitting(),
@@ -168,7 +157,7 @@ SAMPLED = NativeCall(
     dims=lambda call: ffi.sampled_dims(call.attributes),
     shapes=_sampled_shapes,
     attributes=lambda call: call.attributes.encode(),
-    workspace=_sampled_workspace,
+    workspace=lambda avals, call: ffi.sampled_workspace(avals[2].shape),
     refusals=_refusals,
     adapt=_adapt_sampled,
     splitting=SampledSplitting(),

@@ -91,16 +91,12 @@ struct KeyTile {
   int kv_rows;   // keys that are within the lengths
   int group;     // query heads of the key/value head
   device::LengthLimits limit;
-  int64_t first_query;               // of the example, among the queries of all
-  int64_t key_offset, value_offset;  // of the first key
-  // Elements from one position to the next; problems in which they exceed 2^31 are refused.
-  int query_stride, key_stride, value_stride, dout_stride;
+  int query_stride, dout_stride;  // elements from one position to the next; refused beyond 2^31
 
   __device__ __forceinline__ KeyTile(const BackwardParams& params, int number) : params(params) {
     const Shape& shape = params.shape;
     const int kv_len = static_cast<int>(shape.kv_len), kv_heads = static_cast<int>(shape.kv_heads);
     const int heads = static_cast<int>(shape.heads);
-    const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
     const int kv_tiles = (kv_len + kTile - 1) / kTile;
     kv_start = static_cast<int>(number % kv_tiles) * kTile;
     kv_head = static_cast<int>(number / kv_tiles) % kv_heads;
@@ -108,37 +104,47 @@ struct KeyTile {
     group = heads / kv_heads;
     limit = device::ReadLengths(params.lengths, batch, static_cast<int>(shape.q_len), kv_len);
     kv_rows = max(0, min(limit.key - kv_start, kTile));
+    query_stride = heads * static_cast<int>(shape.head_dim), dout_stride = heads * static_cast<int>(shape.value_dim);
+  }
 
-    query_stride = heads * head_dim, key_stride = kv_heads * head_dim;
-    value_stride = kv_heads * value_dim, dout_stride = heads * value_dim;
-    first_query = batch * shape.q_len;
-    const int64_t first_key = batch * shape.kv_len + kv_start;
-    key_offset = first_key * key_stride + kv_head * head_dim;
-    value_offset = first_key * value_stride + kv_head * value_dim;
+  // What the prologue and the epilogue need is computed in both: kept in between, it spills at 256 dimensions.
+  __device__ __forceinline__ int KeyStride() const {
+    return static_cast<int>(params.shape.kv_heads) * static_cast<int>(params.shape.head_dim);
+  }
+  __device__ __forceinline__ int ValueStride() const {
+    return static_cast<int>(params.shape.kv_heads) * static_cast<int>(params.shape.value_dim);
+  }
+  // Elements before the tile's first key, and before its value.
+  __device__ __forceinline__ int64_t KeyOffset() const {
+    return (batch * params.shape.kv_len + kv_start) * KeyStride() + kv_head * static_cast<int>(params.shape.head_dim);
+  }
+  __device__ __forceinline__ int64_t ValueOffset() const {
+    return (batch * params.shape.kv_len + kv_start) * ValueStride() +
+           kv_head * static_cast<int>(params.shape.value_dim);
   }
 
   // Start a thread's part of the copies.
   __device__ __forceinline__ void LoadKeysAndValues(KeyShared<Config>& shared, int thread) const {
-    device::LoadTileAsync<kThreads>(shared.key, static_cast<const Element*>(params.key) + key_offset, key_stride,
+    device::LoadTileAsync<kThreads>(shared.key, static_cast<const Element*>(params.key) + KeyOffset(), KeyStride(),
                                     kv_rows, static_cast<int>(params.shape.head_dim), thread);
-    device::LoadTileAsync<kThreads>(shared.value, static_cast<const Element*>(params.value) + value_offset,
-                                    value_stride, kv_rows, static_cast<int>(params.shape.value_dim), thread);
+    device::LoadTileAsync<kThreads>(shared.value, static_cast<const Element*>(params.value) + ValueOffset(),
+                                    ValueStride(), kv_rows, static_cast<int>(params.shape.value_dim), thread);
   }
   __device__ __forceinline__ void LoadQueries(KeyShared<Config>& shared, const device::Step& step, int head,
                                               int thread) const {
     const int head_dim = static_cast<int>(params.shape.head_dim);
-    device::LoadTileAsync<kThreads>(
-        shared.query,
-        static_cast<const Element*>(params.query) + (first_query + step.start) * query_stride + head * head_dim,
-        query_stride, limit.query - step.start, head_dim, thread);
+    device::LoadTileAsync<kThreads>(shared.query,
+                                    static_cast<const Element*>(params.query) +
+                                        (batch * params.shape.q_len + step.start) * query_stride + head * head_dim,
+                                    query_stride, limit.query - step.start, head_dim, thread);
   }
   __device__ __forceinline__ void LoadDouts(KeyShared<Config>& shared, const device::Step& step, int head,
                                             int thread) const {
     const int value_dim = static_cast<int>(params.shape.value_dim);
-    device::LoadTileAsync<kThreads>(
-        shared.dout,
-        static_cast<const Element*>(params.dout) + (first_query + step.start) * dout_stride + head * value_dim,
-        dout_stride, limit.query - step.start, value_dim, thread);
+    device::LoadTileAsync<kThreads>(shared.dout,
+                                    static_cast<const Element*>(params.dout) +
+                                        (batch * params.shape.q_len + step.start) * dout_stride + head * value_dim,
+                                    dout_stride, limit.query - step.start, value_dim, thread);
   }
 
   // The statistics of the query that this thread has to fetch.
@@ -364,13 +370,13 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   if (own.makes_dvalue) {
     const TwoRows ends(own.warp_row + own.g, tile.kv_rows, walker.poisoned(), 1.f);
     device::StoreRows(dvalue[0], ends.finish, shared.value, own.warp_row,
-                      static_cast<Element*>(params.dvalue) + tile.value_offset, tile.value_stride, rows,
+                      static_cast<Element*>(params.dvalue) + tile.ValueOffset(), tile.ValueStride(), rows,
                       static_cast<int>(params.shape.value_dim));
   }
   if (own.makes_dkey) {
     const TwoRows ends(own.warp_row + own.g, tile.kv_rows, walker.poisoned(), params.scale);
     device::StoreRows(dkey[0], ends.finish, shared.key, own.warp_row,
-                      static_cast<Element*>(params.dkey) + tile.key_offset, tile.key_stride, rows,
+                      static_cast<Element*>(params.dkey) + tile.KeyOffset(), tile.KeyStride(), rows,
                       static_cast<int>(params.shape.head_dim));
   }
 }

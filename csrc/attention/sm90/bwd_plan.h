@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "attention/params.h"
+#include "sizes.h"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -27,6 +28,12 @@ constexpr int64_t kEnoughItems = 1056;
 // unit's dS waits for that item. SparseK's heaviest columns at 32,768 positions took 6.1 ms in units of five heads and
 // 8.2 in units of two.
 constexpr int64_t kEnoughEntries = 264;
+
+// Heads of a unit that need not be more.
+inline int64_t EnoughHeads(const Shape& shape, int64_t capacity) {
+  return std::max(BlocksOf(kEnoughItems, std::max<int64_t>(1, BlocksOf(shape.kv_len, 128))),
+                  BlocksOf(kEnoughEntries * shape.q_blocks, std::max<int64_t>(1, capacity)));
+}
 
 // The workspace, in the order in which it is laid out; offsets are in words of 4 bytes.
 struct BackwardLayout {
@@ -65,8 +72,7 @@ struct BackwardLayout {
     const int64_t head_bytes = std::max<int64_t>(1, head_pieces * kPieceElements * 2);
     least_bytes = pieces_offset + std::min<int64_t>(kv_rows, kUnitSlots) * head_bytes;
     const int64_t heads = std::max<int64_t>(0, bytes - pieces_offset) / head_bytes;
-    const int64_t enough = std::max(ceil_div(kEnoughItems, std::max<int64_t>(1, ceil_div(shape.kv_len, 128))),
-                                    ceil_div(kEnoughEntries * shape.q_blocks, std::max<int64_t>(1, cols.capacity)));
+    const int64_t enough = EnoughHeads(shape, cols.capacity);
     unit_heads = kv_rows <= std::min(enough, heads) ? kv_rows : std::min(enough, heads / kUnitSlots);
     unit_heads = std::max<int64_t>(1, unit_heads);
     units = ceil_div(kv_rows, unit_heads);
@@ -74,5 +80,27 @@ struct BackwardLayout {
     slot_pieces = unit_heads * head_pieces;
   }
 };
+
+// What is spent on dS unless kUnitSlots heads need more: twice what dQ takes in float32, or this.
+constexpr int64_t kPlentyBytes = int64_t{2} << 30;
+
+// Bytes of the workspace that Python allocates: what BackwardLayout needs at least, and more for speed, for lists of
+// `capacity` entries in `tables` tables, with `gates` numbers in them (0 for none). It has room for as many heads in
+// each unit as BackwardLayout calls enough, as far as that is kPlentyBytes. So it grows as the inputs and the visited
+// blocks do.
+inline int64_t RecommendedBackwardBytes(const Shape& shape, int64_t tables, int64_t capacity, int64_t gates) {
+  const int64_t kv_rows = shape.batch * shape.kv_heads, query_rows = shape.batch * shape.heads;
+  const int64_t q_tiles = BlocksOf(shape.q_len, 64), kv_tiles = BlocksOf(shape.kv_len, 64);
+  const int64_t gate_sums = 4 * gates * BlocksOf(shape.block_q, 64) * BlocksOf(shape.block_kv, 64);
+  // BackwardLayout's parts without its roundings, which take up to 33 words and 1024 bytes more.
+  const int64_t words = 1 + 2 * kv_rows + 3 * kv_rows * kv_tiles + query_rows * q_tiles * (1 + kStatisticsWords) +
+                        2 * tables * capacity + 33 + gate_sums;
+  const int64_t group = shape.heads / std::max<int64_t>(shape.kv_heads, 1);
+  const int64_t head_bytes = std::max<int64_t>(1, 2 * shape.block_q * shape.block_kv * capacity * group);
+  const int64_t plenty = std::max(8 * query_rows * shape.q_len * shape.head_dim, kPlentyBytes);
+  const int64_t heads = std::min(
+      {kv_rows, kUnitSlots * EnoughHeads(shape, capacity), std::max<int64_t>(kUnitSlots, plenty / head_bytes)});
+  return 4 * words + 1024 + heads * head_bytes;
+}
 
 }  // namespace jax_bsk::attention::cuda::sm90
