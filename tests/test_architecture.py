@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -158,4 +159,16 @@ def test_homes_of_what_has_one_home():
         assert ("nanobind/" in text) == (path.name == "bindings.cc"), path
         if path.suffix in (".cu", ".cuh"):
             assert "xla/ffi" not in text, f"{path}: kernels know no XLA header"
-            assert "asm" not in text.split() or path.name == "ptx.cuh", f"{path}: inline PTX belongs in ptx.cuh"
+            assert "asm" not in text.split() or path.parent.name == "ptx", f"{path}: inline PTX belongs in device/ptx"
+
+
+def test_includes_of_csrc_go_downwards():
+    """Hardware, then what reads block lists, then the operations, which know nothing of each other."""
+    below = {"device": {"device"}, "cpu": {"cpu"}, "ffi": {"ffi"}}
+    below["lists"] = {"device", "cpu", "ffi", "lists"}
+    below |= {operation: {*below["lists"], operation} for operation in ("attention", "matmul")}
+    csrc = PACKAGE.parent / "csrc"
+    for path in csrc.rglob("*.*"):
+        folder = path.relative_to(csrc).parts[0]
+        for included in re.findall(r'#include "(\w+)/', path.read_text()):
+            assert folder not in below or included in below[folder] | {"xla"}, f"{path} includes {included}/"

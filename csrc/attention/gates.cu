@@ -1,6 +1,7 @@
 #include "attention/gates.h"
-#include "device/block_list.cuh"
-#include "device/softmax.cuh"
+#include "attention/softmax.cuh"
+#include "device/numbers.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda {
 namespace {
@@ -11,7 +12,7 @@ constexpr int kThreads = 256;
 __device__ int CountOwners(const BlockList& cols, int64_t table, int entry) {
   int owners = 0;
   for (int col = 0; col < cols.rows; ++col) {
-    const device::ListRow row = device::FindRow(cols, table, col);
+    const lists::ListRow row = lists::FindRow(cols, table, col);
     const int64_t at = table * cols.capacity + entry - row.begin;
     owners += at >= 0 && at < row.length;
   }
@@ -26,11 +27,11 @@ __global__ void __launch_bounds__(kThreads)
   const int heads = static_cast<int>(params.shape.heads);
   const int64_t first = blockIdx.x * int64_t{kThreads}, last = min(first + kThreads, gates) - 1;
   const auto table_of = [&](int64_t row) {  // of a (batch, head)
-    return device::TableIndex(cols.batch, cols.heads, static_cast<int>(row / heads), static_cast<int>(row % heads));
+    return lists::TableIndex(cols.batch, cols.heads, static_cast<int>(row / heads), static_cast<int>(row % heads));
   };
   bool in_order = true;
   for (int64_t row = first / cols.capacity; row <= last / cols.capacity; ++row) {
-    in_order &= device::InOrder<kThreads>(cols, table_of(row));
+    in_order &= lists::InOrder<kThreads>(cols, table_of(row));
   }
   const bool exclusive = !__syncthreads_or(!in_order);
 

@@ -2,8 +2,8 @@
 
 #include "attention/prepare.h"
 #include "attention/sm90/bwd_plan.h"
-#include "device/block_list.cuh"
-#include "device/softmax.cuh"
+#include "attention/softmax.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda {
 namespace {
@@ -16,14 +16,14 @@ __device__ __forceinline__ void ConvertStatistics(const BackwardParams& params, 
   for (int64_t i = blockIdx.x * int64_t{kThreads} + threadIdx.x; i < count; i += gridDim.x * int64_t{kThreads}) {
     const int64_t row = i / padded;
     const int position = static_cast<int>(i % padded);
-    const auto limit = device::ReadLengths(params.lengths, static_cast<int>(row / shape.heads),
-                                           static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
-    auto result = device::RowStatistics::None();
+    const auto limit = lists::ReadLengths(params.lengths, static_cast<int>(row / shape.heads),
+                                          static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
+    auto result = RowStatistics::None();
     if (position < limit.query) {
       const int64_t at = row * shape.q_len + position;
-      result = device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
-                                         __ldg(static_cast<const float*>(params.lse_rest) + at),
-                                         __ldg(static_cast<const float*>(params.delta) + at));
+      result = RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
+                                 __ldg(static_cast<const float*>(params.lse_rest) + at),
+                                 __ldg(static_cast<const float*>(params.delta) + at));
     }
     float* tile = statistics + (i / 64) * sm90::kStatisticsWords + i % 64;
     tile[0] = result.lse;
@@ -39,12 +39,12 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
   const int table = static_cast<int>(blockIdx.x / rows.rows), row_id = static_cast<int>(blockIdx.x % rows.rows);
   if (table >= rows.batch * rows.heads) return;
   const int batch = table / static_cast<int>(rows.heads), head = table % static_cast<int>(rows.heads);
-  const device::ListRow row = device::FindRow(rows, batch, head, row_id);
+  const lists::ListRow row = lists::FindRow(rows, batch, head, row_id);
   // Rows or columns that have entries in common would write each other's matches and pieces of dS. Those that have more
   // entries than there are blocks list some of them twice, which is allowed, but would make the search take time in
   // proportion to the product of their lengths: with them, no row takes longer than one of a full mask does. Such rows
   // have no match, and the portable kernels see to them. (Both lists have the same tables.)
-  const bool in_order = device::InOrder<kThreads>(rows, table) && device::InOrder<kThreads>(cols, table);
+  const bool in_order = lists::InOrder<kThreads>(rows, table) && lists::InOrder<kThreads>(cols, table);
   const bool searched = !__syncthreads_or(!in_order) && row.length <= rows.ids_end;
   const int lane = threadIdx.x % 32;
   for (int entry = threadIdx.x / 32; entry < row.length; entry += kThreads / 32) {
@@ -52,7 +52,7 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
     const int id = __ldg(rows.ids + at), tile = __ldg(rows.tiles + at);
     int match = -1;
     const bool readable = id >= 0 && id < rows.ids_end && tile >= -1 && tile < params.tiles.count;
-    const device::ListRow col = searched && readable ? device::FindRow(cols, batch, head, id) : device::ListRow{0, -1};
+    const lists::ListRow col = searched && readable ? lists::FindRow(cols, batch, head, id) : lists::ListRow{0, -1};
     if (col.length <= cols.ids_end) {
       bool sound = true;
       // A block may be listed more than once, and then each entry has its own gate: as many of the same are before its
@@ -73,7 +73,7 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
         unsigned found = __ballot_sync(0xFFFFFFFFu, inside && col_id == row_id && col_tile == tile);
         for (; found != 0 && before > 0; --before) found &= found - 1;
         if (found != 0 && match < 0) {
-          const int64_t first = device::TableIndex(cols.batch, cols.heads, batch, head) * cols.capacity;
+          const int64_t first = lists::TableIndex(cols.batch, cols.heads, batch, head) * cols.capacity;
           match = static_cast<int>(col.begin - first) + i + __ffs(found) - 1;
         }
       }
@@ -96,7 +96,7 @@ __device__ __forceinline__ void OrderItems(const BackwardParams& params, const P
     const int block = item % preparation.key_tiles / preparation.tile_blocks;
     int sum = 0;
     for (int i = 0; item < items && row < kv_rows && i < group; ++i) {
-      sum += max(0, device::FindRow(cols, row / kv_heads, row % kv_heads * group + i, block).length);
+      sum += max(0, lists::FindRow(cols, row / kv_heads, row % kv_heads * group + i, block).length);
     }
     return sum;
   };

@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "device/ptx.cuh"
+#include "device/ptx/matrix.cuh"
+#include "device/ptx/thread.cuh"
 #include "device/tile.cuh"
 
 namespace jax_bsk::device {

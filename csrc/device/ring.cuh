@@ -4,7 +4,8 @@
 
 #include <cstdint>
 
-#include "device/ptx.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/thread.cuh"
 
 namespace jax_bsk::device::sm90 {
 

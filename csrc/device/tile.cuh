@@ -7,7 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "device/ptx.cuh"
+#include "device/ptx/copy_async.cuh"
+#include "device/ptx/thread.cuh"
 
 namespace jax_bsk::device {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "device/host.h"
-#include "device/ptx.cuh"
+#include "device/ptx/thread.cuh"
 #include "lists/launch.h"
 #include "lists/score_key.h"
 

@@ -132,7 +132,7 @@ class _ProductAgent(ItemAgent):
             self.sync_cluster()
 
     def sync_cluster(self):
-        """`SyncCluster` in device/ptx.cuh, at the end of `ProductKernel` in product.cuh: a release, so that arrivals in
+        """`SyncCluster` in ptx/cluster.cuh, at the end of `ProductKernel` in product.cuh: a release, so that arrivals in
         the other CTA have landed."""
         self.fence()
         self.arrive(self.model.exit, 0)
@@ -144,7 +144,7 @@ class _Scheduler(_ProductAgent):
         super().__init__(model, items, ended, 0, "scheduler")
 
     def run(self):
-        """`ScheduleProduct` in product.cuh, and `SendWord` in device/ptx.cuh."""
+        """`ScheduleProduct` in product.cuh, and `SendWord` in ptx/cluster.cuh."""
         model, number = self.model, 0
         while True:
             if model.mistake != "tickets are taken without waiting":
@@ -165,7 +165,7 @@ class _Producer(_ProductAgent):
         self.asked = False
 
     def run(self):
-        """`ProductProducer::Run` in product.cuh, and `WaitForWord` in device/ptx.cuh."""
+        """`ProductProducer::Run` in product.cuh, and `WaitForWord` in ptx/cluster.cuh."""
         model, number = self.model, 0
         while True:
             self.wait(model.full_task[self.cta], number)
@@ -368,7 +368,7 @@ class _Consumer(_ProductAgent):
         self.sends += 1
 
     def sync(self):
-        """`SyncNamed` in device/ptx.cuh."""
+        """`SyncNamed` in ptx/barrier.cuh."""
         barrier = self.model.outlet[self.cta][self.warpgroup]
         self.arrive(barrier, self.syncs, THREADS)
         self.wait(barrier, self.syncs)

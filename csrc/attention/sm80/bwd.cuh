@@ -7,6 +7,7 @@
 #include "attention/sm80/bwd_key.cuh"
 #include "attention/sm80/bwd_query.cuh"
 #include "attention/sm80/config.h"
+#include "device/ptx/thread.cuh"
 
 namespace jax_bsk::attention::cuda::sm80 {
 

@@ -4,8 +4,10 @@
 
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/config.h"
-#include "device/block_list.cuh"
 #include "device/mma.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/copy_async.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm80 {
 
@@ -16,9 +18,9 @@ struct KeyShared {
   device::Tile<Element, kTile, Config::kDim> value;  // later the staging area of dV
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> query;
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> dout;
-  device::RowStatistics rows[Config::kKeyTileQ];  // of the queries
-  uint32_t attended[Config::kKeyTileQ][2];        // [query][key / 32], with a bit tile or gates
-  uint32_t bad_queries[2];                        // see device::CleanRows
+  RowStatistics rows[Config::kKeyTileQ];    // of the queries
+  uint32_t attended[Config::kKeyTileQ][2];  // [query][key / 32], with a bit tile or gates
+  uint32_t bad_queries[2];                  // see device::CleanRows
   uint32_t bad_douts[2];
   // For want of registers: the place of the current step's gate; each thread's P o dP, of the 64 x 64 pairs that the
   // step is part of.
@@ -41,7 +43,7 @@ class GroupWalker {
   }
 
   // False after the last head's row, or when a row is poisoned.
-  __device__ bool Next(device::Step& step, int& head) {
+  __device__ bool Next(lists::Step& step, int& head) {
     while (!walker_.Next(step)) {
       if (walker_.poisoned() || head_ == last_head_) return false;
       ++head_;
@@ -55,7 +57,7 @@ class GroupWalker {
 
  private:
   int batch_, head_, last_head_, kv_block_;
-  device::BlockWalker<kTileQ> walker_;
+  lists::BlockWalker<kTileQ> walker_;
 };
 
 // The first of four words, one a warp, for 64 x 64 pairs of a visited block: see attention/gates.h.
@@ -71,9 +73,9 @@ __device__ __forceinline__ void SpoilGateSums(const BackwardParams& params, floa
   const Shape& shape = params.shape;
   const int group = static_cast<int>(shape.heads / shape.kv_heads);
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    const device::ListRow row = device::FindRow(params.cols, batch, head, kv_start / static_cast<int>(shape.block_kv));
+    const lists::ListRow row = lists::FindRow(params.cols, batch, head, kv_start / static_cast<int>(shape.block_kv));
     for (int entry = thread; entry < row.length; entry += kThreads) {
-      const int gate = device::GateIndex(params.cols, shape.heads, batch, head, row.begin + entry);
+      const int gate = lists::GateIndex(params.cols, shape.heads, batch, head, row.begin + entry);
       gate_sums[GateSumPlace(shape, gate, kv_start, 0)] = device::QuietNan();
     }
   }
@@ -90,7 +92,7 @@ struct KeyTile {
   int kv_start;  // the first key
   int kv_rows;   // keys that are within the lengths
   int group;     // query heads of the key/value head
-  device::LengthLimits limit;
+  lists::LengthLimits limit;
   int query_stride, dout_stride;  // elements from one position to the next; refused beyond 2^31
 
   __device__ __forceinline__ KeyTile(const BackwardParams& params, int number) : params(params) {
@@ -102,7 +104,7 @@ struct KeyTile {
     kv_head = static_cast<int>(number / kv_tiles) % kv_heads;
     batch = static_cast<int>(number / kv_tiles) / kv_heads;
     group = heads / kv_heads;
-    limit = device::ReadLengths(params.lengths, batch, static_cast<int>(shape.q_len), kv_len);
+    limit = lists::ReadLengths(params.lengths, batch, static_cast<int>(shape.q_len), kv_len);
     kv_rows = max(0, min(limit.key - kv_start, kTile));
     query_stride = heads * static_cast<int>(shape.head_dim), dout_stride = heads * static_cast<int>(shape.value_dim);
   }
@@ -130,7 +132,7 @@ struct KeyTile {
     device::LoadTileAsync<kThreads>(shared.value, static_cast<const Element*>(params.value) + ValueOffset(),
                                     ValueStride(), kv_rows, static_cast<int>(params.shape.value_dim), thread);
   }
-  __device__ __forceinline__ void LoadQueries(KeyShared<Config>& shared, const device::Step& step, int head,
+  __device__ __forceinline__ void LoadQueries(KeyShared<Config>& shared, const lists::Step& step, int head,
                                               int thread) const {
     const int head_dim = static_cast<int>(params.shape.head_dim);
     device::LoadTileAsync<kThreads>(shared.query,
@@ -138,7 +140,7 @@ struct KeyTile {
                                         (batch * params.shape.q_len + step.start) * query_stride + head * head_dim,
                                     query_stride, limit.query - step.start, head_dim, thread);
   }
-  __device__ __forceinline__ void LoadDouts(KeyShared<Config>& shared, const device::Step& step, int head,
+  __device__ __forceinline__ void LoadDouts(KeyShared<Config>& shared, const lists::Step& step, int head,
                                             int thread) const {
     const int value_dim = static_cast<int>(params.shape.value_dim);
     device::LoadTileAsync<kThreads>(shared.dout,
@@ -148,19 +150,19 @@ struct KeyTile {
   }
 
   // The statistics of the query that this thread has to fetch.
-  __device__ __forceinline__ device::RowStatistics Statistics(const device::Step& step, int head, int thread) const {
-    if (thread >= Config::kKeyTileQ || step.start + thread >= limit.query) return device::RowStatistics::None();
+  __device__ __forceinline__ RowStatistics Statistics(const lists::Step& step, int head, int thread) const {
+    if (thread >= Config::kKeyTileQ || step.start + thread >= limit.query) return RowStatistics::None();
     const int heads = static_cast<int>(params.shape.heads);
     return ReadStatistics(params, (int64_t{batch} * heads + head) * params.shape.q_len + step.start + thread);
   }
 
   // The word that this thread has to fetch for KeyShared::attended.
-  __device__ __forceinline__ uint32_t AttendedWord(const device::Step& step, int head, int thread) const {
+  __device__ __forceinline__ uint32_t AttendedWord(const lists::Step& step, int head, int thread) const {
     const int block_q = static_cast<int>(params.shape.block_q), block_kv = static_cast<int>(params.shape.block_kv);
     uint32_t word = Config::kGated ? ~0u : 0;
     if (step.tile >= 0 && thread < 2 * Config::kKeyTileQ) {
       word =
-          __ldg(device::BitTileRow(params.tiles, batch, head, step.tile, step.offset + thread / 2, block_q, block_kv) +
+          __ldg(lists::BitTileRow(params.tiles, batch, head, step.tile, step.offset + thread / 2, block_q, block_kv) +
                 kv_start % block_kv / 32 + thread % 2);
     }
     // Queries past the length may have any logits; keys past it have rows of their own in the products, but not in the
@@ -206,7 +208,7 @@ __device__ __forceinline__ float RestOf(const KeyShared<Config>& shared, int que
 // S^T and dP^T to P^T and dS^T, in place. `bad`: queries whose row, or output gradient, is not finite.
 template <typename Config>
 __device__ __forceinline__ void MakeGradients(const KeyShared<Config>& shared, const KeyThread<Config>& own,
-                                              const device::LogitMap& map, bool masked, uint64_t bad,
+                                              const LogitMap& map, bool masked, uint64_t bad,
                                               typename KeyThread<Config>::Scores& scores,
                                               typename KeyThread<Config>::Scores& dscores) {
 #pragma unroll
@@ -230,7 +232,7 @@ __device__ __forceinline__ void MakeGradients(const KeyShared<Config>& shared, c
 // pairs.
 template <typename Config>
 __device__ __forceinline__ float MakeGatedGradients(const KeyShared<Config>& shared, const KeyThread<Config>& own,
-                                                    const device::LogitMap& map, float gate, uint64_t bad,
+                                                    const LogitMap& map, float gate, uint64_t bad,
                                                     typename KeyThread<Config>::Scores& scores,
                                                     typename KeyThread<Config>::Scores& dscores) {
   float sum = 0.f;
@@ -254,7 +256,7 @@ __device__ __forceinline__ float MakeGatedGradients(const KeyShared<Config>& sha
 template <typename Config>
 __device__ __forceinline__ void AddToGateSum(KeyShared<Config>& shared, const KeyTile<Config>& tile,
                                              const KeyThread<Config>& own, float sum, float* gate_sums,
-                                             const device::Step& now, bool more, const device::Step& next) {
+                                             const lists::Step& now, bool more, const lists::Step& next) {
   sum += shared.gate_sums[own.thread];
   if (own.makes_dkey && (!more || next.start != now.start + Config::kKeyTileQ || next.start % 64 == 0)) {
     sum = device::WarpSum(sum);
@@ -270,10 +272,9 @@ __device__ __forceinline__ void AddToGateSum(KeyShared<Config>& shared, const Ke
 // begins, and those of `next`, of head `next_head`, when it ends.
 template <typename Config>
 __device__ __forceinline__ void KeyGradientStep(KeyShared<Config>& shared, const KeyTile<Config>& tile,
-                                                const KeyThread<Config>& own, const device::LogitMap& map,
-                                                float* gate_sums, const device::Step& now, int head, bool more,
-                                                const device::Step& next, int next_head,
-                                                typename KeyThread<Config>::Gradient& dvalue,
+                                                const KeyThread<Config>& own, const LogitMap& map, float* gate_sums,
+                                                const lists::Step& now, int head, bool more, const lists::Step& next,
+                                                int next_head, typename KeyThread<Config>::Gradient& dvalue,
                                                 typename KeyThread<Config>::Gradient& dkey) {
   constexpr int kThreads = Config::kKeyThreads, kTileQ = Config::kKeyTileQ;
   const int thread = own.thread;
@@ -283,7 +284,7 @@ __device__ __forceinline__ void KeyGradientStep(KeyShared<Config>& shared, const
   device::WaitForCopies();
   __syncthreads();
   tile.LoadQueries(shared, now, head, thread);
-  const device::RowStatistics row = tile.Statistics(now, head, thread);
+  const RowStatistics row = tile.Statistics(now, head, thread);
   const uint32_t word = tile.AttendedWord(now, head, thread);
   uint64_t bad = 0;
   if (now.tile >= 0) bad = device::CleanRows<kThreads>(shared.dout, shared.bad_douts, thread);
@@ -301,7 +302,7 @@ __device__ __forceinline__ void KeyGradientStep(KeyShared<Config>& shared, const
   device::Clear(scores);
   device::MultiplyRows(scores, shared.key, own.warp_row, shared.query);
   if constexpr (Config::kGated) {
-    const float gate = device::ReadGate(tile.params.col_gates, shared.gate);  // not earlier, for want of registers
+    const float gate = lists::ReadGate(tile.params.col_gates, shared.gate);  // not earlier, for want of registers
     const float sum = MakeGatedGradients(shared, own, map, gate, bad, scores, dscores);
     AddToGateSum(shared, tile, own, sum, gate_sums, now, more, next);
   } else {
@@ -330,7 +331,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   const int first_head = tile.kv_head * tile.group;
   GroupWalker<Config::kKeyTileQ> walker(params, tile.batch, first_head, first_head + tile.group - 1,
                                         tile.kv_start / static_cast<int>(params.shape.block_kv), tile.limit.query);
-  device::Step step;
+  lists::Step step;
   int head = 0;
   bool more = walker.Next(step, head) && tile.kv_rows > 0;
   if constexpr (Config::kGated) shared.gate_sums[thread] = 0.f;
@@ -339,7 +340,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     tile.LoadKeysAndValues(shared, thread);
     tile.LoadDouts(shared, step, head, thread);
   }
-  const device::LogitMap map(params.scale, params.soft_cap);
+  const LogitMap map(params.scale, params.soft_cap);
   constexpr int kAccumulators = Config::kSplit ? 1 : 2;
   typename KeyThread<Config>::Gradient gradients[kAccumulators];
 #pragma unroll
@@ -349,10 +350,10 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
 
   // ---- Steps: a tile of queries each
   while (more) {
-    const device::Step now = step;
+    const lists::Step now = step;
     const int now_head = head;
     if (Config::kGated && thread == 0) {
-      shared.gate = device::GateIndex(params.cols, params.shape.heads, tile.batch, head, walker.position());
+      shared.gate = lists::GateIndex(params.cols, params.shape.heads, tile.batch, head, walker.position());
     }
     more = walker.Next(step, head);
     KeyGradientStep(shared, tile, own, map, gate_sums, now, now_head, more, step, head, dvalue, dkey);

@@ -4,28 +4,29 @@
 #include <cstdint>
 
 #include "attention/params.h"
-#include "device/softmax.cuh"
+#include "attention/softmax.cuh"
+#include "device/numbers.cuh"
 #include "device/tile.cuh"
 
 namespace jax_bsk::attention::cuda::sm80 {
 
 // The statistics of a query row, `at` in [B, N, T].
-__device__ __forceinline__ device::RowStatistics ReadStatistics(const BackwardParams& params, int64_t at) {
-  return device::RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
-                                   __ldg(static_cast<const float*>(params.lse_rest) + at),
-                                   __ldg(static_cast<const float*>(params.delta) + at));
+__device__ __forceinline__ RowStatistics ReadStatistics(const BackwardParams& params, int64_t at) {
+  return RowStatistics::Of(__ldg(static_cast<const float*>(params.lse) + at),
+                           __ldg(static_cast<const float*>(params.lse_rest) + at),
+                           __ldg(static_cast<const float*>(params.delta) + at));
 }
 
 // From x = q.k and dP of one pair to P and dS, in place; `rest` is the row's. A gate of 1 changes no bit.
 template <typename Map>
-__device__ __forceinline__ void PairGradient(float& product, float& dprob, const device::RowStatistics& row, float rest,
+__device__ __forceinline__ void PairGradient(float& product, float& dprob, const RowStatistics& row, float rest,
                                              float gate, const Map& map) {
   float slope = 1.f;
   if (!map.plain) {
     product = map(product);
     slope = map.Slope(product);
   }
-  product = device::Probability(fmaf(product, map.multiplier, -row.lse), rest);
+  product = Probability(fmaf(product, map.multiplier, -row.lse), rest);
   dprob = product * fmaf(gate, dprob, -row.delta) * slope;
 }
 

@@ -4,8 +4,10 @@
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/config.h"
 #include "attention/sm80/query_tile.cuh"
-#include "device/block_list.cuh"
 #include "device/mma.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/copy_async.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm80 {
 
@@ -24,9 +26,8 @@ struct QueryShared {
 // key NaN.
 template <int kN8>
 __device__ __forceinline__ void MakeScoreGradients(float (&scores)[1][kN8][4], float (&dscores)[1][kN8][4],
-                                                   const device::RowStatistics (&rows)[2], float gate,
-                                                   const device::LogitMap& map, bool masked,
-                                                   const uint64_t (&attended)[2], uint64_t bad, int t) {
+                                                   const RowStatistics (&rows)[2], float gate, const LogitMap& map,
+                                                   bool masked, const uint64_t (&attended)[2], uint64_t bad, int t) {
 #pragma unroll
   for (int n = 0; n < kN8; ++n)
 #pragma unroll
@@ -47,7 +48,7 @@ __device__ __forceinline__ void MakeScoreGradients(float (&scores)[1][kN8][4], f
 // What a thread of dQ has: its warp's 16 rows, of which rows `row` and row + 8 are its own.
 struct QueryThread {
   int thread, t, warp_row, row;
-  device::RowStatistics statistics[2];
+  RowStatistics statistics[2];
 
   __device__ __forceinline__ explicit QueryThread(int thread)
       : thread(thread), t(thread % 4), warp_row(thread / 32 * 16), row(warp_row + thread % 32 / 4) {}
@@ -57,7 +58,7 @@ struct QueryThread {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int at = row + 8 * half;
-      statistics[half] = device::RowStatistics::None();
+      statistics[half] = RowStatistics::None();
       if (at < tile.q_rows) statistics[half] = ReadStatistics(params, tile.Statistics(params.shape) + at);
     }
   }
@@ -69,9 +70,8 @@ template <typename Config>
 __device__ __forceinline__ void QueryGradientStep(QueryShared<Config>& shared, const BackwardParams& params,
                                                   const QueryTile<typename Config::Element, kTile>& tile,
                                                   const TileLoader<Config::kQueryThreads>& load, const QueryThread& own,
-                                                  const device::LogitMap& map, float gate, const device::Step& now,
-                                                  bool more, const device::Step& next,
-                                                  float (&dquery)[1][Config::kDim / 8][4]) {
+                                                  const LogitMap& map, float gate, const lists::Step& now, bool more,
+                                                  const lists::Step& next, float (&dquery)[1][Config::kDim / 8][4]) {
   constexpr int kTileKv = Config::kQueryTileKv;
 
   // Values are here, and nobody reads the previous keys any more: fetch these keys during dO V^T.
@@ -117,14 +117,14 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
   const TileLoader<Config::kQueryThreads> load(params.shape, thread);
 
   // ---- Prologue: queries, their gradients and the first values are on their way; the statistics of the thread's rows.
-  device::BlockWalker<Config::kQueryTileKv> walker(params.rows, params.tiles, tile.batch, tile.head,
-                                                   tile.q_start / static_cast<int>(params.shape.block_q),
-                                                   static_cast<int>(params.shape.block_kv), tile.limit.key);
-  device::Step step;
+  lists::BlockWalker<Config::kQueryTileKv> walker(params.rows, params.tiles, tile.batch, tile.head,
+                                                  tile.q_start / static_cast<int>(params.shape.block_q),
+                                                  static_cast<int>(params.shape.block_kv), tile.limit.key);
+  lists::Step step;
   bool more = walker.Next(step) && tile.q_rows > 0;
   const auto read_gate = [&] {
-    return device::ReadGate(
-        params.row_gates, device::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
+    return lists::ReadGate(params.row_gates,
+                           lists::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
   };
   float next_gate = Config::kGated && more ? read_gate() : 1.f;
   if (thread < 2) shared.bad_keys[thread] = 0;
@@ -136,13 +136,13 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
     load.Values(shared.value, tile, step);
   }
   own.ReadRows(params, tile);
-  const device::LogitMap map(params.scale, params.soft_cap);
+  const LogitMap map(params.scale, params.soft_cap);
   float dquery[1][Config::kDim / 8][4];
   device::Clear(dquery);
 
   // ---- Steps: a tile of keys and values each
   while (more) {
-    const device::Step now = step;
+    const lists::Step now = step;
     const float gate = next_gate;
     more = walker.Next(step);
     if (Config::kGated && more) next_gate = read_gate();

@@ -4,10 +4,13 @@
 
 #include "attention/sm80/config.h"
 #include "attention/sm80/query_tile.cuh"
-#include "device/block_list.cuh"
+#include "attention/softmax.cuh"
 #include "device/mma.cuh"
-#include "device/softmax.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/copy_async.cuh"
+#include "device/ptx/thread.cuh"
 #include "device/tile.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm80 {
 
@@ -36,9 +39,9 @@ struct ForwardThread {
   __device__ __forceinline__ int Row(int m, int half) const { return warp_row + 16 * m + 8 * half + g; }
 };
 
-// x of every pair (device::LogitMap), where that is not the product.
+// x of every pair (LogitMap), where that is not the product.
 template <int kM, int kN8>
-__device__ __forceinline__ void MapLogits(const device::LogitMap& map, float (&logits)[kM][kN8][4]) {
+__device__ __forceinline__ void MapLogits(const LogitMap& map, float (&logits)[kM][kN8][4]) {
   if (map.plain) return;
 #pragma unroll
   for (int m = 0; m < kM; ++m)
@@ -69,8 +72,7 @@ __device__ __forceinline__ void Replace(typename ForwardThread<Config>::Logits& 
 template <typename Config>
 __device__ __forceinline__ void Softmax(typename ForwardThread<Config>::Logits& probs,
                                         typename ForwardThread<Config>::Out& out,
-                                        device::OnlineSoftmax (&softmax)[Config::kRowTiles], float multiplier,
-                                        float gate) {
+                                        OnlineSoftmax (&softmax)[Config::kRowTiles], float multiplier, float gate) {
 #pragma unroll
   for (int m = 0; m < Config::kRowTiles; ++m) {
     float rescale[2];
@@ -105,11 +107,11 @@ struct RowEnd {
     const float key_sum = device::QuadSum(running_sum);
     const float sum = key_sum * rescale + (sink == shift ? 1.f : device::Exp2(sink - shift));  // also of +inf
     finish = {valid && !poisoned && sum != 0.f, rescale / sum, valid && poisoned ? device::QuietNan() : 0.f};
-    const auto log_sum = device::LogSum::Of(max, sum);
-    lse = device::StoredLse(!valid           ? -device::Infinity()
-                            : poisoned       ? device::QuietNan()
-                            : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
-                                             : log_sum.value);
+    const auto log_sum = LogSum::Of(max, sum);
+    lse = StoredLse(!valid           ? -device::Infinity()
+                    : poisoned       ? device::QuietNan()
+                    : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
+                                     : log_sum.value);
     lse_rest = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
   }
 };
@@ -120,13 +122,13 @@ __device__ __forceinline__ void StoreForward(const ForwardParams& params,
                                              const QueryTile<typename Config::Element, Config::kTileQ>& tile,
                                              const ForwardThread<Config>& own,
                                              const typename ForwardThread<Config>::Out& out,
-                                             const device::OnlineSoftmax (&softmax)[Config::kRowTiles], bool poisoned,
+                                             const OnlineSoftmax (&softmax)[Config::kRowTiles], bool poisoned,
                                              ForwardShared<Config>& shared) {
   using Element = typename Config::Element;
   const int value_dim = static_cast<int>(params.shape.value_dim);
   const int rows = static_cast<int>(params.shape.q_len) - tile.q_start;
   const auto* sinks = static_cast<const float*>(params.sinks);
-  const int64_t sink_index = device::TableIndex(params.sinks_batch, params.sinks_heads, tile.batch, tile.head);
+  const int64_t sink_index = lists::TableIndex(params.sinks_batch, params.sinks_heads, tile.batch, tile.head);
   const float sink_logit = sinks == nullptr ? -device::Infinity() : __ldg(sinks + sink_index);
   auto* out_rows = static_cast<Element*>(params.out) + tile.first_query * tile.out_stride + tile.head * value_dim;
   const int64_t statistics = tile.Statistics(params.shape);
@@ -152,9 +154,8 @@ template <typename Config>
 __device__ __forceinline__ void ForwardStep(ForwardShared<Config>& shared, const ForwardParams& params,
                                             const QueryTile<typename Config::Element, Config::kTileQ>& tile,
                                             const TileLoader<Config::kThreads>& load, const ForwardThread<Config>& own,
-                                            const device::LogitMap& map, float gate, const device::Step& now, bool more,
-                                            const device::Step& next,
-                                            device::OnlineSoftmax (&softmax)[Config::kRowTiles],
+                                            const LogitMap& map, float gate, const lists::Step& now, bool more,
+                                            const lists::Step& next, OnlineSoftmax (&softmax)[Config::kRowTiles],
                                             typename ForwardThread<Config>::Out& out) {
   constexpr int kTileKv = Config::kTileKv;
 
@@ -204,13 +205,13 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
   const TileLoader<Config::kThreads> load(params.shape, thread);
 
   // ---- Prologue: the queries and the first keys are on their way.
-  device::BlockWalker<Config::kTileKv> walker(params.rows, params.tiles, tile.batch, tile.head, tile.q_start / block_q,
-                                              block_kv, tile.limit.key);
-  device::Step step;
+  lists::BlockWalker<Config::kTileKv> walker(params.rows, params.tiles, tile.batch, tile.head, tile.q_start / block_q,
+                                             block_kv, tile.limit.key);
+  lists::Step step;
   bool more = walker.Next(step) && tile.q_rows > 0;
   const auto read_gate = [&] {
-    return device::ReadGate(
-        params.gates, device::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
+    return lists::ReadGate(params.gates,
+                           lists::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
   };
   float next_gate = Config::kGated && more ? read_gate() : 1.f;
   if (thread < 2) shared.bad_values[thread] = 0;
@@ -218,14 +219,14 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
     load.Queries(shared.query, tile);
     load.Keys(shared.key, tile, step);
   }
-  const device::LogitMap map(params.scale, params.soft_cap);
-  device::OnlineSoftmax softmax[Config::kRowTiles];
+  const LogitMap map(params.scale, params.soft_cap);
+  OnlineSoftmax softmax[Config::kRowTiles];
   typename Thread::Out out;
   device::Clear(out);
 
   // ---- Steps: a tile of keys and values each
   while (more) {
-    const device::Step now = step;
+    const lists::Step now = step;
     const float gate = next_gate;
     more = walker.Next(step);
     if (Config::kGated && more) next_gate = read_gate();

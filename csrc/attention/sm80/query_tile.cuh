@@ -5,9 +5,10 @@
 #include <cstdint>
 
 #include "attention/params.h"
-#include "device/block_list.cuh"
-#include "device/softmax.cuh"
+#include "attention/softmax.cuh"
+#include "device/numbers.cuh"
 #include "device/tile.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm80 {
 
@@ -19,7 +20,7 @@ struct QueryTile {
   int batch, head;
   int q_start;  // the first query
   int q_rows;   // queries that are within the lengths
-  device::LengthLimits limit;
+  lists::LengthLimits limit;
   int64_t first_query;  // its number among the queries of all examples
   // Elements from one position to the next; problems in which they exceed 2^31 are refused.
   int query_stride, key_stride, value_stride, out_stride;
@@ -35,7 +36,7 @@ struct QueryTile {
     q_start = static_cast<int>(number % q_tiles) * kTileQ;
     head = static_cast<int>(number / q_tiles) % heads;
     batch = static_cast<int>(number / q_tiles) / heads;
-    limit = device::ReadLengths(params.lengths, batch, q_len, static_cast<int>(shape.kv_len));
+    limit = lists::ReadLengths(params.lengths, batch, q_len, static_cast<int>(shape.kv_len));
     q_rows = max(0, min(limit.query - q_start, kTileQ));
 
     const int kv_head = head / (heads / kv_heads);
@@ -67,12 +68,12 @@ struct TileLoader {
     device::LoadTileAsync<kThreads>(target, tile.query, tile.query_stride, tile.q_rows, head_dim, thread);
   }
   template <typename Target, typename Tile>
-  __device__ __forceinline__ void Keys(Target& target, const Tile& tile, const device::Step& step) const {
+  __device__ __forceinline__ void Keys(Target& target, const Tile& tile, const lists::Step& step) const {
     device::LoadTileAsync<kThreads>(target, tile.keys + int64_t{step.start} * tile.key_stride, tile.key_stride,
                                     tile.limit.key - step.start, head_dim, thread);
   }
   template <typename Target, typename Tile>
-  __device__ __forceinline__ void Values(Target& target, const Tile& tile, const device::Step& step) const {
+  __device__ __forceinline__ void Values(Target& target, const Tile& tile, const lists::Step& step) const {
     device::LoadTileAsync<kThreads>(target, tile.values + int64_t{step.start} * tile.value_stride, tile.value_stride,
                                     tile.limit.key - step.start, value_dim, thread);
   }
@@ -81,14 +82,14 @@ struct TileLoader {
 // A bit for each of the kColumns keys of `step`: whether row `row` of the tile attends to it.
 template <int kColumns, typename Tile>
 __device__ __forceinline__ uint64_t AttendedKeys(const BitTiles& tiles, const Shape& shape, const Tile& tile, int row,
-                                                 const device::Step& step) {
+                                                 const lists::Step& step) {
   const int block_q = static_cast<int>(shape.block_q), block_kv = static_cast<int>(shape.block_kv);
   uint64_t bits = device::FirstBits(tile.limit.key - step.start);
   if (step.tile >= 0) {
     const uint32_t* words =
-        device::BitTileRow(tiles, tile.batch, tile.head, step.tile, tile.q_start % block_q + row, block_q, block_kv) +
+        lists::BitTileRow(tiles, tile.batch, tile.head, step.tile, tile.q_start % block_q + row, block_q, block_kv) +
         step.offset / 32;
-    bits &= device::RowBits<kColumns>(words);
+    bits &= lists::RowBits<kColumns>(words);
   }
   return bits;
 }

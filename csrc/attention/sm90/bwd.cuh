@@ -4,6 +4,8 @@
 #include "attention/sm90/bwd_consumer.cuh"
 #include "attention/sm90/bwd_producer.cuh"
 #include "attention/sm90/tensor_map.h"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/registers.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -57,7 +59,7 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& l
       !map(params.value, shape.kv_len, shape.kv_heads, shape.value_dim, &plan.value)) {
     return cudaErrorInvalidValue;
   }
-  plan.logits = device::LogitMap(params.scale, params.soft_cap);
+  plan.logits = LogitMap(params.scale, params.soft_cap);
   plan.units = static_cast<int>(layout.units);
   plan.slots = static_cast<int>(layout.slots);
   plan.unit_heads = static_cast<int>(layout.unit_heads);

@@ -7,6 +7,13 @@
 
 #include "attention/sm90/bwd_shared.cuh"
 #include "attention/sm90/store_rows.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/fence.cuh"
+#include "device/ptx/matrix.cuh"
+#include "device/ptx/registers.cuh"
+#include "device/ptx/thread.cuh"
+#include "device/ptx/wgmma.cuh"
 #include "device/tile.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
@@ -344,7 +351,7 @@ class BackwardConsumer {
       const float* rest = all_rest + Thread() % 4 * 2;
 #pragma unroll
       for (int i = 0; i < kScores; ++i) {
-        x[i] = device::Exponent(x[i], rest[8 * (i / 4) + i % 2]);
+        x[i] = Exponent(x[i], rest[8 * (i / 4) + i % 2]);
         if (i % 2 == 1) device::sm90::Pin(x);  // two at a time: more would spill
       }
     }

@@ -2,7 +2,11 @@
 #pragma once
 
 #include "attention/sm90/bwd_shared.cuh"
-#include "device/block_list.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/fence.cuh"
+#include "device/ptx/thread.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -66,8 +70,8 @@ class BackwardScheduler {
     // Under a causal mask the first keys and the last queries have the most to do: they come first.
     item.start = keys ? tile * Config::kTileKv
                       : (static_cast<int>(tiles.divisor) - 1 - tile) * static_cast<int>(params_.shape.block_q);
-    const auto limit = device::ReadLengths(params_.lengths, item.batch, static_cast<int>(params_.shape.q_len),
-                                           static_cast<int>(params_.shape.kv_len));
+    const auto limit = lists::ReadLengths(params_.lengths, item.batch, static_cast<int>(params_.shape.q_len),
+                                          static_cast<int>(params_.shape.kv_len));
     item.query_limit = limit.query;
     item.key_limit = limit.key;
     return true;
@@ -222,19 +226,19 @@ class BackwardLoader {
   __device__ __forceinline__ bool WalkList(const BackwardItem& item, bool keys, int head_in_item, int head) {
     const BlockList& list = keys ? params_.cols : params_.rows;
     const int block = static_cast<int>(keys ? params_.shape.block_q : params_.shape.block_kv);  // that is visited
-    const device::ListRow row = device::FindRow(list, item.batch, head, BlockOf(list, item));
+    const lists::ListRow row = lists::FindRow(list, item.batch, head, BlockOf(list, item));
     if (row.length < 0) return false;
     // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
     // place and for queries its match's.
     int slot = SlotBase(item, head_in_item);
     int sums = 0;  // of the first entry's gate
     if (Config::kGated && keys) {
-      const int gate = device::GateIndex(list, params_.shape.heads, item.batch, head, row.begin);
+      const int gate = lists::GateIndex(list, params_.shape.heads, item.batch, head, row.begin);
       sums = 4 * (gate * plan_.entry_pieces + (item.start / 64 & (static_cast<int>(params_.shape.block_kv) / 64 - 1)) *
                                                   static_cast<int>(params_.shape.block_q / 64));
     }
     if (keys) {
-      const int64_t table = device::TableIndex(list.batch, list.heads, item.batch, head);
+      const int64_t table = lists::TableIndex(list.batch, list.heads, item.batch, head);
       slot += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_pieces +
               (item.start / 64 & (params_.shape.block_kv / 64 - 1)) * static_cast<int>(params_.shape.block_q / 64);
     }
@@ -322,7 +326,7 @@ class BackwardLoader {
     Barrier& full = shared_.full[place];
     const int block_q = static_cast<int>(params_.shape.block_q);
     if (Config::kGated && keys) {
-      shared_.gates[place] = {device::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_pieces)), gate_sums_};
+      shared_.gates[place] = {lists::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_pieces)), gate_sums_};
     }
     const int pieces_bytes = block_q / 64 * kPieceElements * 2;
     device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : pieces_bytes));
@@ -348,7 +352,7 @@ class BackwardLoader {
     } else if (tile_ >= 0) {
       const int block_kv = static_cast<int>(params_.shape.block_kv);
       const uint32_t* words =
-          device::BitTileRow(params_.tiles, item.batch, head_, tile_, start_ & (block_q - 1), block_q, block_kv);
+          lists::BitTileRow(params_.tiles, item.batch, head_, tile_, start_ & (block_q - 1), block_q, block_kv);
       device::sm90::Expect(full, 64 * block_kv / 8);
       device::sm90::LoadBytes(shared_.bits[place], words, full, 64 * block_kv / 8);
     }

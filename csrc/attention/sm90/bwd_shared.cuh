@@ -1,14 +1,16 @@
 // What the warps of the Hopper backward share: shared memory, the messages that travel with the pipeline, and the plan.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "attention/sm90/bwd_plan.h"
 #include "attention/sm90/config.h"
-#include "device/block_list.cuh"
-#include "device/ptx.cuh"
+#include "attention/softmax.cuh"
+#include "device/ptx/barrier.cuh"
 #include "device/ring.cuh"
-#include "device/softmax.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -21,7 +23,7 @@ using device::sm90::Ring;
 // What the host computes for a launch, beside the parameters.
 struct BackwardPlan {
   CUtensorMap query, dout, key, value;  // boxes of 64 positions
-  device::LogitMap logits;
+  LogitMap logits;
   int tickets;
   int units, slots;
   int unit_heads;        // key/value heads of a unit

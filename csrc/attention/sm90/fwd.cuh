@@ -5,6 +5,8 @@
 #include "attention/sm90/fwd_consumer.cuh"
 #include "attention/sm90/fwd_producer.cuh"
 #include "attention/sm90/tensor_map.h"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/registers.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -48,7 +50,7 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   const void* value = shape.kv_len > 0 ? params.value : params.query;
   ForwardPlan plan{};
   plan.suspects = workspace + 1;
-  plan.logits = device::LogitMap(params.scale, params.soft_cap);
+  plan.logits = LogitMap(params.scale, params.soft_cap);
   const bool encoded =
       MakeTensorMap(params.dtype, params.query, shape.batch, shape.q_len, shape.heads, shape.head_dim, Config::kTileQ,
                     &plan.query) &&

@@ -5,8 +5,15 @@
 #include "attention/sm90/fwd_shared.cuh"
 #include "attention/sm90/fwd_softmax.cuh"
 #include "attention/sm90/store_rows.cuh"
-#include "device/block_list.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/fence.cuh"
+#include "device/ptx/matrix.cuh"
+#include "device/ptx/registers.cuh"
+#include "device/ptx/thread.cuh"
+#include "device/ptx/wgmma.cuh"
 #include "device/tile.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -417,11 +424,11 @@ class ForwardConsumer {
       finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum),
                       valid && poisoned ? device::QuietNan() : 0.f};
       if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
-        const auto log_sum = device::LogSum::Of(max, sum);
-        lse[row] = device::StoredLse(!valid           ? -device::Infinity()
-                                     : poisoned       ? device::QuietNan()
-                                     : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
-                                                      : log_sum.value);
+        const auto log_sum = LogSum::Of(max, sum);
+        lse[row] = StoredLse(!valid           ? -device::Infinity()
+                             : poisoned       ? device::QuietNan()
+                             : key_sum == 0.f ? sink_logit  // as it came, not through log2 and back
+                                              : log_sum.value);
         LogSumExpRest(tile)[row] = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
       }
       suspect |= finish[half].keep && !RowIsFinite(out_, half) && sum - sum == 0.f;
@@ -453,9 +460,7 @@ class ForwardConsumer {
     const float sink = tile.sink;
     for (int r = Thread(); r < rows; r += kWarpgroup) {
       const bool valid = first + r < tile.q_rows;
-      LogSumExp(tile)[first + r] = device::StoredLse(!valid     ? -device::Infinity()
-                                                     : poisoned ? device::QuietNan()
-                                                                : sink);
+      LogSumExp(tile)[first + r] = StoredLse(!valid ? -device::Infinity() : poisoned ? device::QuietNan() : sink);
       LogSumExpRest(tile)[first + r] = 0.f;
     }
     const uint32_t nan = device::PackPair<Element>(device::QuietNan(), device::QuietNan());

@@ -6,9 +6,10 @@
 
 #include "attention/params.h"
 #include "attention/sm90/fwd_shared.cuh"
-#include "device/block_list.cuh"
-#include "device/softmax.cuh"
+#include "attention/softmax.cuh"
+#include "device/ptx/thread.cuh"
 #include "device/tile.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -30,7 +31,7 @@ __device__ __forceinline__ float DotRows(const Element* a, const Element* b, int
 // e^(logit - lse) * value.
 template <typename Config>
 __device__ __forceinline__ void ExactRow(const ForwardParams& params, const TileHeader& tile, int row,
-                                         const device::LogitMap& map, const device::RowStatistics& statistics,
+                                         const LogitMap& map, const RowStatistics& statistics,
                                          float (&out)[Config::kChunks][2]) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
@@ -47,8 +48,8 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
   for (int c = 0; c < Config::kChunks; ++c) out[c][0] = out[c][1] = 0.f;
 
   const int limit = tile.key_limit;
-  device::BlockWalker<32> walker(params.rows, params.tiles, tile.batch, tile.head, position / block_q, block_kv, limit);
-  device::Step step;
+  lists::BlockWalker<32> walker(params.rows, params.tiles, tile.batch, tile.head, position / block_q, block_kv, limit);
+  lists::Step step;
 #pragma unroll 1
   while (walker.Next(step)) {
     // A key a lane.
@@ -56,17 +57,17 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
     bool attends = key < limit;
     if (attends && step.tile >= 0) {
       const uint32_t* words =
-          device::BitTileRow(params.tiles, tile.batch, tile.head, step.tile, position % block_q, block_q, block_kv);
+          lists::BitTileRow(params.tiles, tile.batch, tile.head, step.tile, position % block_q, block_q, block_kv);
       attends = __ldg(words + step.offset / 32) >> lane & 1;
     }
     float prob = 0.f;
     if (attends) {
       float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
       if constexpr (!Config::kPlain) x = map(x);
-      prob = device::Probability(fmaf(x, map.multiplier, -statistics.lse), statistics.rest);
+      prob = Probability(fmaf(x, map.multiplier, -statistics.lse), statistics.rest);
       if constexpr (Config::kGated) {
-        prob *= device::ReadGate(params.gates,
-                                 device::GateIndex(params.rows, shape.heads, tile.batch, tile.head, walker.position()));
+        prob *= lists::ReadGate(params.gates,
+                                lists::GateIndex(params.rows, shape.heads, tile.batch, tile.head, walker.position()));
       }
     }
     // A pair of columns a lane.
@@ -98,7 +99,7 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
   const Shape& shape = params.shape;
   TileHeader tile = PlaceOf<Config>(tile_number, plan);
   const auto limit =
-      device::ReadLengths(params.lengths, tile.batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
+      lists::ReadLengths(params.lengths, tile.batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
   SetLimits<Config>(tile, shape, limit.query, limit.key);
   const int lane = device::ThreadHere() % 32, value_dim = static_cast<int>(shape.value_dim);
 #pragma unroll 1
@@ -115,7 +116,7 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
     // Where lse is NaN so is every output.
     if (__all_sync(0xFFFFFFFFu, finite) || lse - lse != 0.f) continue;
     float exact[Config::kChunks][2];
-    const auto statistics = device::RowStatistics::Of(lse, static_cast<const float*>(params.lse_rest)[at], 0.f);
+    const auto statistics = RowStatistics::Of(lse, static_cast<const float*>(params.lse_rest)[at], 0.f);
     ExactRow<Config>(params, tile, row, plan.logits, statistics, exact);
 #pragma unroll
     for (int c = 0; c < Config::kChunks; ++c) {

@@ -2,14 +2,19 @@
 #pragma once
 
 #include "attention/sm90/fwd_shared.cuh"
-#include "device/block_list.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/fence.cuh"
+#include "device/ptx/thread.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
 template <typename Config>
 __device__ __forceinline__ auto WalkRow(const ForwardParams& params, const TileHeader& header) {
-  return device::BlockWalker<Config::kTileKv>(params.rows, params.tiles, header.row,
-                                              static_cast<int>(params.shape.block_kv), header.key_limit);
+  return lists::BlockWalker<Config::kTileKv>(params.rows, params.tiles, header.row,
+                                             static_cast<int>(params.shape.block_kv), header.key_limit);
 }
 
 // The scheduler: one warp that takes tiles, looks at the beginning of their lists, announces them and fetches their
@@ -51,17 +56,17 @@ class ForwardScheduler {
     const int block_kv = static_cast<int>(params_.shape.block_kv), row = header.q_start >> (large ? 7 : 6);
 
     // What must be read for the tile, a word a lane: one round trip to memory and not one after the other.
-    const int64_t table = device::TableIndex(params_.rows.batch, params_.rows.heads, header.batch, header.head);
+    const int64_t table = lists::TableIndex(params_.rows.batch, params_.rows.heads, header.batch, header.head);
     const int lane = device::ThreadHere() % 32;
     const int32_t* source = params_.rows.offsets + table * (params_.rows.rows + 1) + row + (lane & 1);
     if (lane / 2 == 1) {
       source = params_.lengths.pairs + (params_.lengths.batch == 1 ? 0 : 2 * int64_t{header.batch}) + (lane & 1);
     } else if (lane / 2 == 2 && params_.sinks != nullptr) {
       source = static_cast<const int32_t*>(params_.sinks) +
-               device::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head);
+               lists::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head);
     }
     const int word = __ldg(source);
-    header.row = device::MakeRow(params_.rows, table, Share(word), Share(word, 1));
+    header.row = lists::MakeRow(params_.rows, table, Share(word), Share(word, 1));
     SetLimits<Config>(header, params_.shape, Share(word, 2), Share(word, 3));
     const float sink = __int_as_float(Share(word, 4));
     header.sink = params_.sinks != nullptr ? sink : -device::Infinity();
@@ -71,8 +76,8 @@ class ForwardScheduler {
     header.kind = unsound                                        ? TileHeader::kPoisoned
                   : header.row.length == 0 || header.q_rows == 0 ? TileHeader::kEmpty
                                                                  : TileHeader::kLive;
-    header.bits = device::BitTileRow(params_.tiles, header.batch, header.head, 0, header.q_start & (large ? 127 : 63),
-                                     large ? 128 : 64, block_kv);
+    header.bits = lists::BitTileRow(params_.tiles, header.batch, header.head, 0, header.q_start & (large ? 127 : 63),
+                                    large ? 128 : 64, block_kv);
     header.query_parity = live_ & 1;
     if (header.kind == TileHeader::kLive) ++live_;
     return header;
@@ -138,7 +143,7 @@ class ForwardLoader {
 
   __device__ __forceinline__ void Load(const TileHeader& header) {
     auto walker = WalkRow<Config>(params_, header);
-    device::Step next;
+    lists::Step next;
     // A list may still have nothing within the length, or nothing sound: then one step of keys past the end, where the
     // copy engine fills in zeros and no key is attended to.
     float gate = 1.f;
@@ -175,8 +180,8 @@ class ForwardLoader {
   }
 
   __device__ __forceinline__ float ReadGate(int64_t position, const TileHeader& header) const {
-    return device::ReadGate(params_.gates,
-                            device::GateIndex(params_.rows, params_.shape.heads, header.batch, header.head, position));
+    return lists::ReadGate(params_.gates,
+                           lists::GateIndex(params_.rows, params_.shape.heads, header.batch, header.head, position));
   }
 
   // Whether a tile's keys come from two blocks.

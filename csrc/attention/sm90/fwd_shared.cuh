@@ -2,13 +2,15 @@
 // travel with the pipeline's stages.
 #pragma once
 
+#include <cuda.h>
+
 #include <cstdint>
 
 #include "attention/sm90/config.h"
-#include "device/block_list.cuh"
-#include "device/ptx.cuh"
+#include "attention/softmax.cuh"
+#include "device/ptx/barrier.cuh"
 #include "device/ring.cuh"
-#include "device/softmax.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -30,7 +32,7 @@ struct TileHeader {
   int q_rows;     // rows within the example's query length, 0 .. kTileQ
   int key_limit;  // the example's key/value length
   float sink;     // the head's logit, -inf without one
-  device::ListRow row;
+  lists::ListRow row;
   const uint32_t* bits;   // bit tile 0 from the tile's first row on
   uint32_t query_parity;  // of the phase in which a live tile's queries arrive
 };
@@ -102,7 +104,7 @@ struct ForwardShared {
 // What the host computes for a launch, beside the parameters.
 struct ForwardPlan {
   CUtensorMap query, key, value;
-  device::LogitMap logits;
+  LogitMap logits;
   int tiles;              // of queries, over all heads and examples
   int past_end;           // first key position past every block
   int bit_bytes;          // of a bit tile's rows that belong to one CTA's tile

@@ -13,7 +13,9 @@
 // started from, beside the exponentials.
 #pragma once
 
-#include "device/softmax.cuh"
+#include "attention/softmax.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/thread.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 

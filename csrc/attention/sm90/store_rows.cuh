@@ -1,7 +1,6 @@
 // Accumulators of a warpgroup product to rows of a result.
 #pragma once
 
-#include "device/ptx.cuh"
 #include "device/tile.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {

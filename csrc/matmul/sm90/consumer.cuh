@@ -1,7 +1,11 @@
 // The consumers of both products: a warpgroup multiplies the stages of a tile.
 #pragma once
 
-#include "device/ptx.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/cluster.cuh"
+#include "device/ptx/registers.cuh"
+#include "device/ptx/thread.cuh"
+#include "device/ptx/wgmma.cuh"
 #include "matmul/sm90/shared.cuh"
 
 namespace jax_bsk::matmul::cuda::sm90 {

@@ -4,7 +4,12 @@
 // other half waits in registers, as words, until products of the next tile are under way: 1,000 cycles between tiles.
 #pragma once
 
-#include "device/ptx.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/fence.cuh"
+#include "device/ptx/matrix.cuh"
+#include "device/ptx/registers.cuh"
+#include "device/ptx/thread.cuh"
 #include "device/tile.cuh"
 #include "matmul/sm90/shared.cuh"
 

@@ -2,7 +2,11 @@
 // of two CTAs share the blocks. The design and what each choice was worth: docs/hopper_matmul.md.
 #pragma once
 
-#include "device/ptx.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/cluster.cuh"
+#include "device/ptx/registers.cuh"
+#include "device/ptx/thread.cuh"
 #include "matmul/sm90/consumer.cuh"
 #include "matmul/sm90/outlet.cuh"
 

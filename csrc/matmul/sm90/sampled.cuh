@@ -4,7 +4,9 @@
 
 #include <utility>
 
-#include "device/ptx.cuh"
+#include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/registers.cuh"
+#include "device/ptx/thread.cuh"
 #include "matmul/sm90/consumer.cuh"
 #include "matmul/sm90/outlet.cuh"
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "device/ptx.cuh"
+#include "device/ptx/barrier.cuh"
 #include "matmul/sm90/config.h"
 
 namespace jax_bsk::matmul::cuda::sm90 {

@@ -1,25 +1,17 @@
-// From products q.k to logits in units of log2, the masks of a thread's rows, and the online softmax.
+// From products q.k to logits in units of log2, statistics of rows, and the online softmax.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
 #include "attention/params.h"
-#include "device/ptx.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/thread.cuh"
 
-namespace jax_bsk::device {
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLog2ERest = 1.9259629911e-8f;  // log2(e) less kLog2E
-constexpr float kLn2 = 0.6931471805599453f;
-constexpr float kLn2Rest = -1.9046542999e-9f;  // ln(2) less kLn2
-__device__ __forceinline__ float Infinity() { return __int_as_float(0x7F800000); }
-__device__ __forceinline__ float QuietNan() { return __int_as_float(0x7FFFFFFF); }
+namespace jax_bsk::attention::cuda {
 
 // A row's log-sum-exp as it is stored: see kNoLogSumExp.
-__device__ __forceinline__ float StoredLse(float lse) {
-  return lse == -Infinity() ? attention::kNoLogSumExp<float> : lse;
-}
+__device__ __forceinline__ float StoredLse(float lse) { return lse == -device::Infinity() ? kNoLogSumExp<float> : lse; }
 
 // logits * log2(e) = multiplier * x, with multiplier > 0 and
 //   x = q.k                             plainly (`plain`), the scale folded into the multiplier;
@@ -35,9 +27,9 @@ struct LogitMap {
   LogitMap() = default;
   __host__ __device__ LogitMap(float scale, float soft_cap) {
     capped = soft_cap != 0.f;
-    plain = !capped && scale > attention::kLeastPlainScale;
+    plain = !capped && scale > kLeastPlainScale;
     before = capped ? scale / fabsf(soft_cap) : scale;
-    multiplier = kLog2E * (capped ? fabsf(soft_cap) : plain ? scale : 1.f);
+    multiplier = device::kLog2E * (capped ? fabsf(soft_cap) : plain ? scale : 1.f);
   }
 
   // x of a pair when not plain.
@@ -57,9 +49,9 @@ struct LogSum {
 
   __device__ static LogSum Of(float max, float sum) {
     // Rounded here, and not part of a fused operation below.
-    const float product = __fmul_rn(max, kLn2), log_sum = logf(sum), value = fmaf(max, kLn2, log_sum);
-    const float lost = fmaf(max, kLn2, -product) + max * kLn2Rest;  // by the product
-    const float rest = ((product - value) + log_sum) + lost;        // the difference is exact where value is large
+    const float product = __fmul_rn(max, device::kLn2), log_sum = logf(sum), value = fmaf(max, device::kLn2, log_sum);
+    const float lost = fmaf(max, device::kLn2, -product) + max * device::kLn2Rest;  // by the product
+    const float rest = ((product - value) + log_sum) + lost;  // the difference is exact where value is large
     return {value, isfinite(rest) ? rest : 0.f};
   }
 };
@@ -70,12 +62,13 @@ struct RowStatistics {
   float delta;
   float rest;  // of lse: see LogSum
 
-  __device__ static RowStatistics None() { return {Infinity(), 0.f, 0.f}; }
+  __device__ static RowStatistics None() { return {device::Infinity(), 0.f, 0.f}; }
   __device__ static RowStatistics Of(float lse, float lse_rest, float delta) {
-    if (lse <= attention::kNoLogSumExp<float>) return None();
-    const float value = __fmul_rn(lse, kLog2E), lost = fmaf(lse, kLog2E, -value) + lse * kLog2ERest;
-    const float rest = fmaf(lse_rest, kLog2E, lost);
-    return {isfinite(delta) ? value : QuietNan(), delta, isfinite(rest) ? rest : 0.f};
+    if (lse <= kNoLogSumExp<float>) return None();
+    const float value = __fmul_rn(lse, device::kLog2E),
+                lost = fmaf(lse, device::kLog2E, -value) + lse * device::kLog2ERest;
+    const float rest = fmaf(lse_rest, device::kLog2E, lost);
+    return {isfinite(delta) ? value : device::QuietNan(), delta, isfinite(rest) ? rest : 0.f};
   }
 };
 
@@ -86,34 +79,14 @@ __device__ __forceinline__ float Exponent(float difference, float rest) {
   const float x = difference - rest;
   return x > 0.f ? 0.f : x;
 }
-__device__ __forceinline__ float Probability(float difference, float rest) { return Exp2(Exponent(difference, rest)); }
-
-// Bits of the columns below `count` of a 64-column tile.
-__device__ __forceinline__ uint64_t FirstBits(int count) {
-  return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << max(count, 0)) - 1;
-}
-
-// Largest, sum over the four lanes that share a row.
-__device__ __forceinline__ float QuadMax(float x) {
-  x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 1));
-  return fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, 2));
-}
-__device__ __forceinline__ float QuadSum(float x) {
-  x += __shfl_xor_sync(0xFFFFFFFFu, x, 1);
-  return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
-}
-
-// Sum over the lanes of a warp.
-__device__ __forceinline__ float WarpSum(float x) {
-#pragma unroll
-  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);
-  return x;
+__device__ __forceinline__ float Probability(float difference, float rest) {
+  return device::Exp2(Exponent(difference, rest));
 }
 
 // Running softmax of a thread's two rows of one m16 tile, in units of log2.
 struct OnlineSoftmax {
-  float max[2] = {-Infinity(), -Infinity()};  // of the row
-  float sum[2] = {0.f, 0.f};                  // over this thread's columns only; QuadSum at the end
+  float max[2] = {-device::Infinity(), -device::Infinity()};  // of the row
+  float sum[2] = {0.f, 0.f};                                  // over this thread's columns only; QuadSum at the end
 
   // Turns x into probabilities relative to the running maximum and returns the factors for what was accumulated so far.
   // A NaN passes through the exponential into the sum; the maximum ignores it.
@@ -124,16 +97,16 @@ struct OnlineSoftmax {
       float largest = x[0][2 * half];
 #pragma unroll
       for (int n = 0; n < kN8; ++n) largest = fmaxf(fmaxf(largest, x[n][2 * half]), x[n][2 * half + 1]);
-      const float new_max = fmaxf(max[half], QuadMax(largest) * multiplier);
-      const float shift = new_max == -Infinity() ? 0.f : new_max;  // -inf - -inf would be NaN
-      rescale[half] = Exp2(max[half] - shift);
+      const float new_max = fmaxf(max[half], device::QuadMax(largest) * multiplier);
+      const float shift = new_max == -device::Infinity() ? 0.f : new_max;  // -inf - -inf would be NaN
+      rescale[half] = device::Exp2(max[half] - shift);
       max[half] = new_max;
       float total = 0.f;
 #pragma unroll
       for (int n = 0; n < kN8; ++n)
 #pragma unroll
         for (int e = 2 * half; e < 2 * half + 2; ++e) {
-          x[n][e] = Exp2(fmaf(x[n][e], multiplier, -shift));
+          x[n][e] = device::Exp2(fmaf(x[n][e], multiplier, -shift));
           total += x[n][e];
         }
       sum[half] = fmaf(sum[half], rescale[half], total);
@@ -141,4 +114,4 @@ struct OnlineSoftmax {
   }
 };
 
-}  // namespace jax_bsk::device
+}  // namespace jax_bsk::attention::cuda

@@ -4,13 +4,9 @@
 
 #include <cstdint>
 
-#include "attention/params.h"
+#include "lists/block_list.h"
 
-namespace jax_bsk::device {
-
-using attention::BitTiles;
-using attention::BlockList;
-using attention::Lengths;
+namespace jax_bsk::lists {
 
 // Index of a [batch, heads] table whose dimensions are 1 or full.
 __device__ __forceinline__ int64_t TableIndex(int64_t batch_size, int64_t head_count, int batch, int head) {
@@ -176,4 +172,4 @@ class BlockWalker {
   int start_ = 0, offset_, tile_ = -1;
 };
 
-}  // namespace jax_bsk::device
+}  // namespace jax_bsk::lists
