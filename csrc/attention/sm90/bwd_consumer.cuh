@@ -18,6 +18,32 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
+// The pipeline of a CTA: four producer warps and two consumer warpgroups. `x ==>` is a buffer that is filled and
+// announced by barrier full_x; `<-- x` is its release by barrier empty_x. Each barrier is one of BackwardShared.
+//
+//   producer warp                                          consumer warpgroups (0, 1)
+//   BackwardScheduler   item =============================> kind and position, also to the other producers
+//                            <-- item --------------------- results are stored
+//   LoadKeysAndValues   key[0], key[1] ===================> of an item of keys: K, V of a warpgroup, for all steps
+//                            <-- key[group] --------------- last step's first products are done
+//   BackwardLoader      step n ("full", "empty") =========> Q, dO, statistics, bit tile, gate; or K and dS
+//                            <-- step n ------------------- products of step n are done, seen in step n+1
+//   StoreScores                    <============ scores n   dS of step n, as 16-bit words
+//                       scores n ---------------------> free again once the copy engine has read it
+//
+// open_item orders BackwardLoader before LoadKeysAndValues: queries use the memory of keys and values.
+//
+// Step n of an item of keys:
+//   unsplit, each warpgroup with its own 64 keys
+//     issue    S = K Q^T, dP = V dO^T ---.                          dV += P^T dO, dK += dS^T Q ----> run into step n+1
+//     compute       P (dP still runs) <--'-> dS = P (dP - delta) ---'-> scores n
+//   split, both warpgroups with the same 64 keys
+//     0:       S ---> P ---> dV += P^T dO (runs into step n+1) ---> hands P over
+//     1:       dP --------------------------------------------------> dS = P (dP - delta) ---> dK += dS^T Q, scores n
+//              P goes through shared_.probs: at full_probs and empty_probs every thread arrives for its own words.
+//
+// Step n of an item of queries, each warpgroup with 64 queries of the block: dQ += dS K is issued, that of step n-1 is
+// waited for, and its buffer released.
 template <typename Config>
 class BackwardConsumer {
  public:

@@ -17,6 +17,31 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
+// The pipeline of a CTA. `x ==>` is a buffer that is filled and announced by barrier full_x; `<-- x` is its release by
+// barrier empty_x, for the next filling. Each barrier is one of ForwardShared.
+//
+//   ForwardScheduler (1 warp)    ForwardLoader (1 warp)    ForwardConsumer (1 or 2 warpgroups)
+//   header ====================> walks its list
+//   header ==============================================> kind and position of the tile
+//          <-- header ---------- list is walked
+//          <-- header ------------------------------------ StoreTile, StoreNothing
+//   query  ==============================================> first Q K^T of the tile
+//          <-- query ------------------------------------- in registers; at 256 dimensions: after the last Q K^T
+//                                key n ==================> Q K^T of step n, its flags, bit tile and gate
+//                                      <-- key n --------- mask of step n is applied
+//                                value n (after key n+1) > P V of step n, issued during step n+1
+//                                      <-- value n ------- P V of step n is done
+//
+// Step n in a warpgroup. With two of them, one has the tensor cores while the other computes its softmax; they pass
+// the turn to each other by the named barriers kTurn and kTurn + 1:
+//
+//   wait     full_key n, turn                 full_value n-1
+//   issue          Q K^T n ---------------.       P V n-1 -------------------------.   pass the turn
+//   compute                               '-> softmax n, release key n (P V runs)  '-> release value n-1, rescale O,
+//                                                                                      P n to 16 bits
+//
+// A tile's first step has no P V to run beside its softmax; its last P V runs beside the first Q K^T of the next tile
+// (FinishTile), and the rows are stored while that product runs.
 template <typename Config>
 class ForwardConsumer {
  public:

@@ -12,6 +12,23 @@
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
+// The pipeline of a cluster of two CTAs. `x ==>` is what is filled and announced by barrier full_x, `<-- x` its release
+// by barrier empty_x; stages have the barriers `full` and `empty`.
+//
+//   scheduler (one thread of CTA 0)   producer (one thread per CTA)    consumers (two warpgroups per CTA)
+//   task ========================> both CTAs: the next tile
+//        <-- task --------------- asked for kTicketLead stages before the tile ends
+//                                  stage n ========================> left: 64 rows of blocks for each warpgroup
+//                                    left of warpgroup 0 by CTA 0,     right: 256 columns of the CTA's own
+//                                    of warpgroup 1 by CTA 1, to     wgmma n is issued, wgmma n-1 is waited for
+//                                    both CTAs (multicast)
+//                                    right by each CTA for itself
+//                                         <-- stage n-1 ------------ by every warp, in both CTAs
+//
+// Where a stage may be of use to one warpgroup alone (two blocks of 64 rows), no product is in flight between stages.
+// After a tile's last stage its sums become 16-bit words, leave by the copy engine, and the first three stages of the
+// next tile hide the second half (outlet.cuh).
+
 // The tile a ticket stands for. All rows of a panel of columns come before the next panel, so that the panel's part of
 // the dense operand stays in L2 (rows first: 511 to 540 instead of 610 TFLOP/s). In a panel all columns of a row lie
 // side by side, so that a row's blocks are read from memory once a panel. Every other panel is gone through backwards,

@@ -12,6 +12,17 @@
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
+// The pipeline of a CTA. `stage n ==>` is filled and announced by barrier `full`, `<-- stage n` its release by `empty`.
+//
+//   producer (one thread)                              consumers (two warpgroups)
+//   item: some entries of one row of blocks
+//   stage n: 64 of the contracted length ============> blocks of 128 rows: each warpgroup has 64 rows, all columns
+//     left: rows of the entries' row of blocks         blocks of 64 rows: both have these, and 128 columns each
+//     right: columns of each entry                     wgmma n is issued, wgmma n-1 is waited for
+//            <-- stage n-1 --------------------------- by every warp
+//
+// After an item's last stage its sums leave as the product's do (outlet.cuh).
+
 // ---- The producer: one thread takes every gridDim.x-th item and fetches its operands along the contracted length.
 template <typename Element, bool kTransposeLeft, bool kTransposeRight>
 class SampledProducer {
