@@ -9,7 +9,7 @@
 |          | everything: all of up to 9 tiles (2 * kHeaders + 1) of three kinds     |                             |
 | backward | deadlocks: sequences of all lengths of six kinds of items;             | everything: 12 items        |
 |          | everything: all of up to 4 items of three kinds                        | (more than 2 * kItems)      |
-| launches | all ways to give up to 8 tickets to 1 or 2 CTAs, and 6 to 3            | larger plans, up to 3 CTAs  |
+| launches | all ways to give up to 8 items to 1 or 2 CTAs, and 6 to 3           | larger plans, up to 3 CTAs  |
 | products | deadlocks: sequences of all lengths of four kinds of tiles;            | everything: 8 tiles         |
 |          | everything: all of up to 4 tiles, of 3 where a block has two stages    |                             |
 | all      |                                                                        | random orders on simulated  |
@@ -166,11 +166,11 @@ def test_backward_sampled(shape):
         assert check(model, random_items(rng)) == []
 
 
-def assignments(tickets: int, ctas: int) -> Iterator[tuple[int, ...]]:
-    """All ways to give tickets to at most so many CTAs, which have numbers in the order in which they come."""
+def assignments(count: int, ctas: int) -> Iterator[tuple[int, ...]]:
+    """All ways to give so many items to at most so many CTAs, which have numbers in the order in which they come."""
 
     def longer(taken: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
-        if len(taken) == tickets:
+        if len(taken) == count:
             yield taken
             return
         for cta in range(min(ctas, max(taken, default=-1) + 2)):
@@ -182,37 +182,37 @@ def assignments(tickets: int, ctas: int) -> Iterator[tuple[int, ...]]:
 @pytest.mark.parametrize(
     ("shape", "plan", "ctas"),
     [
-        ((128, False), Plan(units=1, slots=1, tiles=3, blocks=2), 2),
-        ((128, True), Plan(units=2, slots=2, tiles=2, blocks=2), 2),
-        ((64, False), Plan(units=4, slots=3, tiles=1), 2),
-        ((256, True), Plan(units=3, slots=3, tiles=1), 3),
+        ((128, False), Plan(slices=1, buffers=1, tiles=3, blocks=2), 2),
+        ((128, True), Plan(slices=2, buffers=2, tiles=2, blocks=2), 2),
+        ((64, False), Plan(slices=4, buffers=3, tiles=1), 2),
+        ((256, True), Plan(slices=3, buffers=3, tiles=1), 3),
     ],
 )
 def test_launch(shape, plan, ctas):
     launch = Launch(*shape, plan, ctas)
-    for items in assignments(len(launch.tickets), ctas):
+    for items in assignments(len(launch.work), ctas):
         assert check(launch, items) == []
 
 
 def test_launch_sampled():
     rng = random.Random(0)
     for _ in range(SAMPLES):
-        units, heads = rng.randint(1, 6), rng.randint(1, 2)
+        slices, heads = rng.randint(1, 6), rng.randint(1, 2)
         plan = Plan(
-            units, heads, missing=rng.randint(0, heads - 1), tiles=rng.randint(1, 3), blocks=rng.randint(1, 2),
-            group=rng.randint(1, 2), slots=min(units, 3), steps=tuple(rng.choices((0, 1, 2, 4), k=5)),
+            slices, heads, missing=rng.randint(0, heads - 1), tiles=rng.randint(1, 3), blocks=rng.randint(1, 2),
+            group=rng.randint(1, 2), buffers=min(slices, 3), steps=tuple(rng.choices((0, 1, 2, 4), k=5)),
         )  # fmt: skip
         launch = Launch(*rng.choice(BACKWARD_SHAPES), plan, rng.randint(1, 3))
-        assert check(launch, [rng.randrange(launch.ctas) for _ in launch.tickets]) == []
+        assert check(launch, [rng.randrange(launch.ctas) for _ in launch.work]) == []
 
 
-def test_units_and_slots():
-    """Of two units or more, dS of two exists at a time, or the launch would hang; `BackwardLayout` sees to it."""
+def test_slices_and_buffers():
+    """Of two slices or more, dS of two exists at a time, or the launch would hang; `BackwardLayout` sees to it."""
     constants = Constants(BACKWARD, "BackwardConfig", kDim=128, kSplit=False)
-    assert constants["kUnitSlots"] == 3
-    assert "slots = std::min<int64_t>(units, kUnitSlots)" in body("BackwardLayout", "bwd_plan.h")
-    launch = Launch(128, False, Plan(units=2, slots=1), 1)
-    assert {finding.kind for finding in check(launch, [0] * len(launch.tickets))} == {DEADLOCK}
+    assert constants["kSliceBuffers"] == 3
+    assert "buffers = std::min<int64_t>(slices, kSliceBuffers)" in body("BackwardLayout", "bwd_plan.h")
+    launch = Launch(128, False, Plan(slices=2, buffers=1), 1)
+    assert {finding.kind for finding in check(launch, [0] * len(launch.work))} == {DEADLOCK}
 
 
 # ---- The products
@@ -300,7 +300,7 @@ def test_backward_mistake(shape, mistake, kind):
 
 LAUNCH_MISTAKES = [
     ("items of queries do not wait for dS", STALE),
-    ("items of keys do not wait for their slot", OVERWRITTEN),
+    ("items of keys do not wait for their buffer", OVERWRITTEN),
     ("dS is counted as done before it is stored", STALE),
     ("queries are counted as done before dS has been read", OVERWRITTEN),
 ]
@@ -308,8 +308,8 @@ LAUNCH_MISTAKES = [
 
 @pytest.mark.parametrize(("mistake", "kind"), LAUNCH_MISTAKES)
 def test_launch_mistake(mistake, kind):
-    launch = Launch(128, False, Plan(units=4, slots=3, tiles=1, steps=(1,)), 2, mistake)
-    cases = assignments(len(launch.tickets), 2)
+    launch = Launch(128, False, Plan(slices=4, buffers=3, tiles=1, steps=(1,)), 2, mistake)
+    cases = assignments(len(launch.work), 2)
     assert any(kind == finding.kind for items in cases for finding in check(launch, items))
 
 
@@ -319,7 +319,7 @@ PRODUCT_MISTAKES = [
     (ROWS, "stages are released to the own CTA alone, and counted so", OVERWRITTEN),
     (ROWS, "the arrivals of a release are divided", MISPLACED),
     (PAIRS, "the arrivals of a release are divided", MISPLACED),
-    (ROWS, "tickets are taken without waiting", OVERWRITTEN),
+    (ROWS, "work indices are taken without waiting", OVERWRITTEN),
     (PAIRS, "stages of no use are not released", DEADLOCK),
     (SAMPLED, "stages of no use are not released", DEADLOCK),
     (ROWS, "stages are released when the next product has been issued", OVERWRITTEN),

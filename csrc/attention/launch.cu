@@ -333,8 +333,8 @@ cudaError_t LaunchGradients(const BackwardParams& params, const sm90::BackwardLa
                                 reinterpret_cast<int2*>(words + layout.matches_offset),
                                 floats(layout.statistics_offset),
                                 words + layout.order_offset,
-                                static_cast<int>(layout.units),
-                                static_cast<int>(layout.unit_heads),
+                                static_cast<int>(layout.slices),
+                                static_cast<int>(layout.slice_heads),
                                 static_cast<int>(layout.key_tiles),
                                 kernel == BackwardKernel::kKeys128 ? 1 : static_cast<int>(shape.block_kv / 64)};
   cudaError_t error = LaunchPrepare(params, preparation, stream);
@@ -343,7 +343,7 @@ cudaError_t LaunchGradients(const BackwardParams& params, const sm90::BackwardLa
     return sm90::LaunchBackward<decltype(config)>(params, layout, words, multiprocessors, stream);
   });
   if (error != cudaSuccess) return error;
-  return portable({words + layout.suspect_queries_offset, words + layout.suspect_keys_offset, multiprocessors});
+  return portable({words + layout.inexact_queries_offset, words + layout.inexact_keys_offset, multiprocessors});
 }
 
 }  // namespace

@@ -40,10 +40,10 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
   if (table >= rows.batch * rows.heads) return;
   const int batch = table / static_cast<int>(rows.heads), head = table % static_cast<int>(rows.heads);
   const lists::ListRow row = lists::FindRow(rows, batch, head, row_id);
-  // Rows or columns that have entries in common would write each other's matches and pieces of dS. Those that have more
-  // entries than there are blocks list some of them twice, which is allowed, but would make the search take time in
-  // proportion to the product of their lengths: with them, no row takes longer than one of a full mask does. Such rows
-  // have no match, and the portable kernels see to them. (Both lists have the same tables.)
+  // Rows or columns that have entries in common would write each other's matches and subtiles of dS. Those that have
+  // more entries than there are blocks list some of them twice, which is allowed, but would make the search take time
+  // in proportion to the product of their lengths: with them, no row takes longer than one of a full mask does. Such
+  // rows have no match, and the portable kernels see to them. (Both lists have the same tables.)
   const bool in_order = lists::InOrder<kThreads>(rows, table) && lists::InOrder<kThreads>(cols, table);
   const bool searched = !__syncthreads_or(!in_order) && row.length <= rows.ids_end;
   const int lane = threadIdx.x % 32;
@@ -83,16 +83,16 @@ __device__ __forceinline__ void MatchRow(const BackwardParams& params, int2* mat
   }
 }
 
-// The order of a unit's items of keys, by one CTA.
-__device__ __forceinline__ void OrderItems(const BackwardParams& params, const Preparation& preparation, int unit) {
+// The order of a slice's items of keys, by one CTA.
+__device__ __forceinline__ void OrderItems(const BackwardParams& params, const Preparation& preparation, int slice) {
   constexpr int kEach = 4;  // items a thread has at a time: their loads overlap
   const BlockList& cols = params.cols;
   const int group = static_cast<int>(params.shape.heads / params.shape.kv_heads);
   const int kv_heads = static_cast<int>(params.shape.kv_heads),
             kv_rows = static_cast<int>(params.shape.batch) * kv_heads;
-  const int items = preparation.unit_heads * preparation.key_tiles, thread = static_cast<int>(threadIdx.x);
+  const int items = preparation.slice_heads * preparation.key_tiles, thread = static_cast<int>(threadIdx.x);
   const auto entries = [&](int item) {
-    const int row = unit * preparation.unit_heads + item / preparation.key_tiles;
+    const int row = slice * preparation.slice_heads + item / preparation.key_tiles;
     const int block = item % preparation.key_tiles / preparation.tile_blocks;
     int sum = 0;
     for (int i = 0; item < items && row < kv_rows && i < group; ++i) {
@@ -128,7 +128,7 @@ __device__ __forceinline__ void OrderItems(const BackwardParams& params, const P
     __syncthreads();
     int place = first[chosen] + __popc((chosen ? mine : others) & ((1u << lane) - 1));
     for (int i = 0; i < warp; ++i) place += warps[chosen][i];
-    if (is_item) preparation.order[int64_t{unit} * items + place] = item;
+    if (is_item) preparation.order[int64_t{slice} * items + place] = item;
     __syncthreads();
     if (thread < 2) {
       for (int i = 0; i < kThreads / 32; ++i) first[thread] += warps[thread][i];
@@ -145,8 +145,8 @@ __global__ void __launch_bounds__(kThreads)
   }
   ConvertStatistics(params, preparation.statistics);
   MatchRow(params, preparation.matches);
-  for (int unit = static_cast<int>(gridDim.x - 1 - blockIdx.x); unit < preparation.units; unit += gridDim.x) {
-    OrderItems(params, preparation, unit);
+  for (int slice = static_cast<int>(gridDim.x - 1 - blockIdx.x); slice < preparation.slices; slice += gridDim.x) {
+    OrderItems(params, preparation, slice);
   }
 }
 

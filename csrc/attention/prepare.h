@@ -23,12 +23,12 @@ struct Preparation {
   // [batch, heads, ceil(q_len / 64), 3, 64]: RowStatistics of each 64 queries, first lse, then delta, then rest, as the
   // copy engine can take them whatever the length.
   float* statistics;
-  // [units, key_items]: items of keys in the order in which they are handed out: first those with more than twice the
-  // mean number of entries, then the others, each kind as it is numbered. Item i is tile i % key_tiles of the unit's
+  // [slices, key_items]: items of keys in the order in which they are handed out: first those with more than twice the
+  // mean number of entries, then the others, each kind as it is numbered. Item i is tile i % key_tiles of the slice's
   // key/value head i / key_tiles.
   int32_t* order;
-  int units;
-  int unit_heads;
+  int slices;
+  int slice_heads;
   int key_tiles;
   int tile_blocks;  // tiles of keys a block: 1 or 2
 };

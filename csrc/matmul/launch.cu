@@ -150,13 +150,13 @@ cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int d
   plan.rows = static_cast<int>(Rows(params));
   plan.steps = static_cast<int>(params.in_block) / kPiece;
   const int64_t parts = Parts(params), panel_parts = PartsPerPanel(params);
-  plan.tickets = static_cast<int>(params.batch * parts * plan.rows);
+  plan.work_count = static_cast<int>(params.batch * parts * plan.rows);
   plan.last_panel = static_cast<int>((parts - 1) / panel_parts);
   plan.batch_divider = device::sm90::Divider(parts * plan.rows);
   plan.panel_divider = device::sm90::Divider(panel_parts * plan.rows);
   plan.part_divider = device::sm90::Divider(panel_parts);
   plan.last_part_divider = device::sm90::Divider(parts - plan.last_panel * panel_parts);
-  plan.ticket = workspace;
+  plan.work_counter = workspace;
   plan.order = workspace + 1;
   if (const cudaError_t error =
           LaunchOrderRows(params, plan.rows, plan.blocks_per_row, workspace, workspace + 1, stream);
@@ -164,7 +164,7 @@ cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int d
     return error;
   }
   const int clusters = std::max(1, facts.multiprocessors / sm90::kProductCluster);
-  const int grid = sm90::kProductCluster * std::min(plan.tickets, clusters);
+  const int grid = sm90::kProductCluster * std::min(plan.work_count, clusters);
   // The dense operand is the right one here: N-major as it lies on the right of the matrix, K-major on the left.
   return VisitLayouts(params.dtype, transposed, !left, [&](auto zero, auto transpose_left, auto transpose_right) {
     return sm90::LaunchProduct<decltype(zero), transpose_left.value, transpose_right.value>(params, plan, grid, stream);

@@ -28,9 +28,9 @@ __device__ __forceinline__ int RowLength(const ProductParams& params, const int3
 }
 
 __global__ void __launch_bounds__(kThreads) OrderRows(const __grid_constant__ ProductParams params, int rows,
-                                                      int blocks_per_row, int32_t* ticket, int32_t* order) {
+                                                      int blocks_per_row, int32_t* work_counter, int32_t* order) {
   __shared__ int lengths[kMaxOrdered];
-  if (blockIdx.x == 0 && threadIdx.x == 0) *ticket = 0;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *work_counter = 0;
   order += int64_t{blockIdx.x} * rows;
   if (rows > kMaxOrdered) {
     for (int row = threadIdx.x; row < rows; row += kThreads) order[row] = row;
@@ -111,10 +111,10 @@ __global__ void __launch_bounds__(kThreads) GroupEntries(const __grid_constant__
 
 }  // namespace
 
-cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_per_row, int32_t* ticket, int32_t* order,
-                            cudaStream_t stream) {
-  OrderRows<<<static_cast<unsigned>(params.matrix_batch), kThreads, 0, stream>>>(params, rows, blocks_per_row, ticket,
-                                                                                 order);
+cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_per_row, int32_t* work_counter,
+                            int32_t* order, cudaStream_t stream) {
+  OrderRows<<<static_cast<unsigned>(params.matrix_batch), kThreads, 0, stream>>>(params, rows, blocks_per_row,
+                                                                                 work_counter, order);
   return cudaGetLastError();
 }
 

@@ -9,10 +9,10 @@
 
 namespace jax_bsk::matmul::cuda {
 
-// order[b] = the rows of out blocks (of `blocks_per_row` each), the longest first; *ticket = 0. Neither reads what lies
-// outside the lists, whatever these say.
-cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_per_row, int32_t* ticket, int32_t* order,
-                            cudaStream_t stream);
+// order[b] = the rows of out blocks (of `blocks_per_row` each), the longest first; *work_counter = 0. Neither reads
+// what lies outside the lists, whatever these say.
+cudaError_t LaunchOrderRows(const ProductParams& params, int rows, int blocks_per_row, int32_t* work_counter,
+                            int32_t* order, cudaStream_t stream);
 
 // items[b] = groups of up to `entries` (4 at most) neighbouring entries of one row, the larger ones first: the first |
 // (their number - 1) << shift; count[b] = how many items there are. sizes[b] is room for a word an entry.

@@ -35,7 +35,7 @@ MISTAKES = (
 )
 LAUNCH_MISTAKES = (
     "items of queries do not wait for dS",
-    "items of keys do not wait for their slot",
+    "items of keys do not wait for their buffer",
     "dS is counted as done before it is stored",
     "queries are counted as done before dS has been read",
 )
@@ -49,15 +49,15 @@ class Item:
       kind: KEYS or QUERIES.
       steps: number of steps; 0: void.
       half: of queries: whether the block has 64 of them, so that warpgroup 1 has nothing to do.
-      unit: number of the unit, in a `Launch`.
-      region: of keys: the part of dS that it writes, (slot, row, tile).
+      slice: number of the slice, in a `Launch`.
+      region: of keys: the part of dS that it writes, (buffer, row, tile).
       visits: of queries: what it reads of dS, a region a step.
     """
 
     kind: str
     steps: int
     half: bool = False
-    unit: int = 0
+    slice: int = 0
     region: tuple = ()
     visits: tuple = ()
 
@@ -198,7 +198,7 @@ class _BackwardAgent(ItemAgent):
     def work(self, item: Item, number: int):
         raise NotImplementedError
 
-    # An access to several pieces of memory
+    # An access to several subtiles of memory
     def begin_reads(self, accesses: list[tuple]):
         for access in accesses:
             self.begin_read(*access)
@@ -537,31 +537,31 @@ class Plan:
     """A launch: `BackwardLayout` in bwd_plan.h and `BackwardPlan` in bwd_shared.cuh, in small numbers.
 
     Attributes:
-      units: units of heads.
-      heads: key/value heads of a unit.
-      missing: heads that the last unit has less.
+      slices: slices of heads.
+      heads: key/value heads of a slice.
+      missing: heads that the last slice has less.
       tiles: tiles of keys of a head.
       blocks: blocks of queries of a head.
       group: query heads of a key/value head.
-      slots: units whose dS exists at a time.
+      buffers: slices whose dS exists at a time.
       steps: steps of the items of keys, in turns.
       visited: tiles that an item of queries visits at most.
     """
 
-    units: int
+    slices: int
     heads: int = 1
     missing: int = 0
     tiles: int = 2
     blocks: int = 1
     group: int = 1
-    slots: int = 2
+    buffers: int = 2
     steps: tuple[int, ...] = (1, 2, 0, 3)
     visited: int = 2
 
 
 @dataclass
 class Launch(Model):
-    """All CTAs of a launch; an item is the CTA that takes the next ticket."""
+    """All CTAs of a launch; an item is the CTA that takes the next work index."""
 
     dim: int
     split: bool
@@ -574,12 +574,12 @@ class Launch(Model):
     def __post_init__(self):
         inside = self.mistake if self.mistake in LAUNCH_MISTAKES else ""
         self.models = [Backward(self.dim, self.split, inside, cta, self) for cta in range(self.ctas)]
-        self.tickets = [self.find(ticket) for ticket in range(self.plan.units * self.unit_items)]
+        self.work = [self.find(number) for number in range(self.plan.slices * self.slice_items)]
 
     def agents(self, items: Sequence, ended: bool) -> list[Agent]:
         assert ended, "counters are waited for as they are in the end"
         taken: list[list[Item]] = [[] for _ in range(self.ctas)]
-        for cta, item in zip(items, self.tickets, strict=True):
+        for cta, item in zip(items, self.work, strict=True):
             if item is not None:
                 taken[cta].append(item)
         return [agent for model, own in zip(self.models, taken, strict=True) for agent in model.agents(own, True)]
@@ -589,59 +589,59 @@ class Launch(Model):
         return self.plan.heads * self.plan.tiles
 
     @property
-    def unit_items(self) -> int:
+    def slice_items(self) -> int:
         return self.key_items + self.plan.heads * self.plan.group * self.plan.blocks
 
-    def find(self, ticket: int) -> Item | None:
+    def find(self, number: int) -> Item | None:
         """`BackwardScheduler::Find` in bwd_producer.cuh."""
         plan = self.plan
-        kind, unit, place = KEYS, 0, ticket
-        if ticket >= self.key_items:
-            phase, place = divmod(ticket - self.key_items, self.unit_items)
-            keys_left = phase + 1 < plan.units
-            unit = phase + 1
+        kind, slice, place = KEYS, 0, number
+        if number >= self.key_items:
+            phase, place = divmod(number - self.key_items, self.slice_items)
+            keys_left = phase + 1 < plan.slices
+            slice = phase + 1
             if not keys_left or place >= self.key_items:
                 if keys_left:
                     place -= self.key_items
-                kind, unit = QUERIES, phase
+                kind, slice = QUERIES, phase
         row, tile = divmod(place, plan.tiles if kind == KEYS else plan.blocks)
         group = 1 if kind == KEYS else plan.group
-        if unit * plan.heads * group + row >= (plan.units * plan.heads - plan.missing) * group:
+        if slice * plan.heads * group + row >= (plan.slices * plan.heads - plan.missing) * group:
             return None
         if kind == KEYS:
-            region = (self.region(unit, row, tile), unit)
-            return Item(KEYS, self.steps_of(unit, row, tile), unit=unit, region=region)
+            region = (self.region(slice, row, tile), slice)
+            return Item(KEYS, self.steps_of(slice, row, tile), slice=slice, region=region)
         head = row // plan.group
         visits = [
-            (self.region(unit, head, t), unit) for t in range(plan.tiles) if self.steps_of(unit, head, t) > 0
+            (self.region(slice, head, t), slice) for t in range(plan.tiles) if self.steps_of(slice, head, t) > 0
         ]  # fmt: skip
         visits = visits[: plan.visited]
-        return Item(QUERIES, len(visits), half=(unit + row) % 2 == 1, unit=unit, visits=tuple(visits))
+        return Item(QUERIES, len(visits), half=(slice + row) % 2 == 1, slice=slice, visits=tuple(visits))
 
-    def steps_of(self, unit: int, row: int, tile: int) -> int:
-        place = (unit * self.plan.heads + row) * self.plan.tiles + tile
+    def steps_of(self, slice: int, row: int, tile: int) -> int:
+        place = (slice * self.plan.heads + row) * self.plan.tiles + tile
         return self.plan.steps[place % len(self.plan.steps)]
 
-    def region(self, unit: int, row: int, tile: int) -> Memory:
-        """`BackwardLoader::SlotBase` in bwd_producer.cuh: the part of dS of a unit's slot."""
-        place = (unit % self.plan.slots, row, tile)
-        return self.scores.setdefault(place, Memory(f"dS {place}", 1, "units"))
+    def region(self, slice: int, row: int, tile: int) -> Memory:
+        """`BackwardLoader::BufferBase` in bwd_producer.cuh: the part of dS of a slice's buffer."""
+        place = (slice % self.plan.buffers, row, tile)
+        return self.scores.setdefault(place, Memory(f"dS {place}", 1, "slices"))
 
     def wait_for_others(self, scheduler: Agent, item: Item):
         """`BackwardScheduler::WaitForOthers` and `Items` in bwd_producer.cuh."""
         plan = self.plan
         if item.kind == KEYS:
-            before = item.unit - plan.slots
-            if before >= 0 and self.mistake != "items of keys do not wait for their slot":
+            before = item.slice - plan.buffers
+            if before >= 0 and self.mistake != "items of keys do not wait for their buffer":
                 scheduler.wait_until((QUERIES, before), self.heads_of(before) * plan.group * plan.blocks)
         elif self.mistake != "items of queries do not wait for dS":
-            scheduler.wait_until((KEYS, item.unit), self.heads_of(item.unit) * plan.tiles)
+            scheduler.wait_until((KEYS, item.slice), self.heads_of(item.slice) * plan.tiles)
 
-    def heads_of(self, unit: int) -> int:
+    def heads_of(self, slice: int) -> int:
         plan = self.plan
-        return min(plan.heads, plan.units * plan.heads - plan.missing - unit * plan.heads)
+        return min(plan.heads, plan.slices * plan.heads - plan.missing - slice * plan.heads)
 
     @staticmethod
     def add(agent: Agent, item: Item):
         """The ends of `StoreScores` in bwd_producer.cuh and of `BackwardConsumer::Queries` in bwd_consumer.cuh."""
-        agent.add((item.kind, item.unit))
+        agent.add((item.kind, item.slice))

@@ -3,7 +3,7 @@
 An item is a `Tile` of queries as one CTA meets them, whoever handed them out: the counter of persistent CTAs, or the
 launch, of one tile a CTA. The end marker follows the last.
 
-Not modelled: what is computed; the barrier `open`, which is never waited for in earnest; `suspect_noted`, which only
+Not modelled: what is computed; the barrier `open`, which is never waited for in earnest; `inexact_noted`, which only
 consumers touch, between a header's arrival and its release; initialisation, which a __syncthreads() divides from all
 else.
 """
@@ -89,7 +89,7 @@ class Forward(Model):
         if mistake == "steps have as many entries as there are buffers of keys":
             entries //= 2
         self.steps = Memory("steps", entries, "steps")  # and the gates
-        self.suspects = Memory("suspects", 1, "none")
+        self.inexact_tiles = Memory("inexact_tiles", 1, "none")
 
     def agents(self, items: Sequence, ended: bool) -> list[Agent]:
         agents: list[_ForwardAgent] = [_Scheduler(self, items, ended), _Loader(self, items, ended)]
@@ -240,7 +240,7 @@ class _Consumer(_ForwardAgent):
                 break
         self.arrive(self.model.meeting, 0, THREADS)
         self.wait(self.model.meeting, 0)
-        self.read(self.model.suspects, 0)
+        self.read(self.model.inexact_tiles, 0)
 
     # ---- Stages of a tile
 
@@ -400,12 +400,12 @@ class _Consumer(_ForwardAgent):
             self.release(self.model.empty_value, self.step - 1)
 
     def store_tile(self, tile: int):
-        """`ForwardConsumer::StoreTile` and `NoteSuspect` in fwd_consumer.cuh."""
+        """`ForwardConsumer::StoreTile` and `NoteInexact` in fwd_consumer.cuh."""
         model = self.model
         if model.mistake == "headers are released before the tile is stored":
             self.release(model.empty_header, tile)
         self.read(model.headers, tile)
-        self.write(model.suspects, 0)
+        self.write(model.inexact_tiles, 0)
         if model.mistake != "headers are released before the tile is stored":
             self.release(model.empty_header, tile)
         self.context = ()

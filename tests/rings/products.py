@@ -37,7 +37,7 @@ MISTAKES = (
     "stages are released to the own CTA alone",
     "stages are released to the own CTA alone, and counted so",
     "the arrivals of a release are divided",
-    "tickets are taken without waiting",
+    "work indices are taken without waiting",
     "stages of no use are not released",
     "stages are released when the next product has been issued",
     "no CTA waits for the other in the end",
@@ -69,7 +69,7 @@ class Products(Model):
         constants = Constants(PRODUCTS)
         self.cluster = 1 if self.sampled else constants["kProductCluster"]
         constants.values["cluster"] = self.cluster
-        self.lead, self.flush_at = constants["kTicketLead"], constants["kFlushAt"]
+        self.lead, self.flush_at = constants["kWorkLead"], constants["kFlushAt"]
         assert constants["kConsumers"] == 2
         self.stages = stages = constants.size("full")
         assert stages == constants["kStages"]
@@ -83,7 +83,7 @@ class Products(Model):
         self.empty = [Barriers("empty", releases, stages, "stages", cta, stand_in) for cta in ctas]
         self.full_task = [Barriers("full_task", constants.count("full_task"), 1, "tasks", cta) for cta in ctas]
         self.empty_task = Barriers("empty_task", constants.count("empty_task"), 1, "tasks")
-        self.outlet = [[Barriers(f"outlet {w}", 128, 1, "syncs", cta) for w in range(2)] for cta in ctas]
+        self.epilogue = [[Barriers(f"epilogue {w}", 128, 1, "syncs", cta) for w in range(2)] for cta in ctas]
         agents = (1 + 2 * MODELLED_WARPS) * self.cluster + (self.cluster > 1)
         self.exit = Barriers("cluster", agents, 1, "none")
         self.messages = [Memory("messages", stages, "stages", cta) for cta in ctas]
@@ -132,8 +132,8 @@ class _ProductAgent(ItemAgent):
             self.sync_cluster()
 
     def sync_cluster(self):
-        """`SyncCluster` in ptx/cluster.cuh, at the end of `ProductKernel` in product.cuh: a release, so that arrivals in
-        the other CTA have landed."""
+        """`SyncCluster` in ptx/cluster.cuh, at the end of `ProductKernel` in product.cuh: a release, so that arrivals
+        in the other CTA have landed."""
         self.fence()
         self.arrive(self.model.exit, 0)
         self.wait(self.model.exit, 0)
@@ -147,7 +147,7 @@ class _Scheduler(_ProductAgent):
         """`ScheduleProduct` in product.cuh, and `SendWord` in ptx/cluster.cuh."""
         model, number = self.model, 0
         while True:
-            if model.mistake != "tickets are taken without waiting":
+            if model.mistake != "work indices are taken without waiting":
                 self.wait(model.empty_task, number - 1)
             tile = self.item(number)
             for cta in range(model.cluster):
@@ -235,7 +235,7 @@ class _SampledProducer(_Producer):
 
 
 class _Consumer(_ProductAgent):
-    """A warp of a consumer warpgroup, `Consumer` in matmul/sm90/consumer.cuh, with its `Outlet` in outlet.cuh."""
+    """A warp of a consumer warpgroup, `Consumer` in matmul/sm90/consumer.cuh, with its `Epilogue` in epilogue.cuh."""
 
     def __init__(self, model: Products, items: Sequence, ended: bool, cta: int, warpgroup: int, warp: int):
         super().__init__(model, items, ended, cta, f"consumer {warpgroup}.{warp}")
@@ -332,28 +332,28 @@ class _Consumer(_ProductAgent):
         else:
             self.send([(own, stage), *((other, stage) for other in others)], WARPS)
 
-    # ---- The outlet
+    # ---- The epilogue
 
     def take(self):
-        """`Outlet::Take` in outlet.cuh."""
+        """`Epilogue::Take` in epilogue.cuh."""
         self.flush()
         self.send_half()
         self.keeps = self.model.halves == 2
 
     def flush(self):
-        """`Outlet::Flush` in outlet.cuh."""
+        """`Epilogue::Flush` in epilogue.cuh."""
         if self.keeps:
             self.send_half()
         self.keeps = False
 
     def finish(self):
-        """`Outlet::Finish` in outlet.cuh."""
+        """`Epilogue::Finish` in epilogue.cuh."""
         self.flush()
         if self.warp == 0 and self.sends > 0 and self.model.mistake != "results are not waited for":
             self.end_read(self.model.staging[self.cta][self.warpgroup], self.sends - 1)
 
     def send_half(self):
-        """`Outlet::Send` in outlet.cuh: thread 0 has the copy engine read what all have written."""
+        """`Epilogue::Send` in epilogue.cuh: thread 0 has the copy engine read what all have written."""
         staging = self.model.staging[self.cta][self.warpgroup]
         waits = self.model.mistake != "staging is written before it has left"
         if self.warp == 0 and self.sends > 0 and waits:
@@ -369,7 +369,7 @@ class _Consumer(_ProductAgent):
 
     def sync(self):
         """`SyncNamed` in ptx/barrier.cuh."""
-        barrier = self.model.outlet[self.cta][self.warpgroup]
+        barrier = self.model.epilogue[self.cta][self.warpgroup]
         self.arrive(barrier, self.syncs, THREADS)
         self.wait(barrier, self.syncs)
         self.syncs += 1

@@ -61,9 +61,9 @@ class GroupWalker {
 };
 
 // The first of four words, one a warp, for 64 x 64 pairs of a visited block: see attention/gates.h.
-__device__ __forceinline__ int64_t GateSumPlace(const Shape& shape, int gate, int kv_start, int q_offset) {
-  const int q_pieces = static_cast<int>(shape.block_q) / 64, kv_pieces = static_cast<int>(shape.block_kv) / 64;
-  return 4 * ((int64_t{gate} * kv_pieces + kv_start / 64 % kv_pieces) * q_pieces + q_offset / 64);
+__device__ __forceinline__ int64_t GateSumIndex(const Shape& shape, int gate, int kv_start, int q_offset) {
+  const int q_subtiles = static_cast<int>(shape.block_q) / 64, kv_subtiles = static_cast<int>(shape.block_kv) / 64;
+  return 4 * ((int64_t{gate} * kv_subtiles + kv_start / 64 % kv_subtiles) * q_subtiles + q_offset / 64);
 }
 
 // NaN for the gates of every block that visits these keys, as their dK and dV are: the steps ended before their time.
@@ -76,7 +76,7 @@ __device__ __forceinline__ void SpoilGateSums(const BackwardParams& params, floa
     const lists::ListRow row = lists::FindRow(params.cols, batch, head, kv_start / static_cast<int>(shape.block_kv));
     for (int entry = thread; entry < row.length; entry += kThreads) {
       const int gate = lists::GateIndex(params.cols, shape.heads, batch, head, row.begin + entry);
-      gate_sums[GateSumPlace(shape, gate, kv_start, 0)] = device::QuietNan();
+      gate_sums[GateSumIndex(shape, gate, kv_start, 0)] = device::QuietNan();
     }
   }
 }
@@ -261,7 +261,7 @@ __device__ __forceinline__ void AddToGateSum(KeyShared<Config>& shared, const Ke
   if (own.makes_dkey && (!more || next.start != now.start + Config::kKeyTileQ || next.start % 64 == 0)) {
     sum = device::WarpSum(sum);
     if (own.thread % 32 == 0) {
-      gate_sums[GateSumPlace(tile.params.shape, shared.gate, tile.kv_start, now.offset) + own.warp] = sum;
+      gate_sums[GateSumIndex(tile.params.shape, shared.gate, tile.kv_start, now.offset) + own.warp] = sum;
     }
     sum = 0.f;
   }

@@ -151,7 +151,7 @@ class BackwardConsumer {
 #pragma unroll 1
       while (true) {
         const int place = QueryPlace(query_step_);
-        const uint32_t scores = device::sm90::TileDescriptor(shared_.Second(place) + group_ * kPieceElements);
+        const uint32_t scores = device::sm90::TileDescriptor(shared_.Second(place) + group_ * kSubtileElements);
         const uint32_t key = device::sm90::TileDescriptor(shared_.First(place), 64 * 128);
         device::sm90::FenceProducts();
 #pragma unroll
@@ -172,11 +172,11 @@ class BackwardConsumer {
     }
     ReleasePlace(QueryPlace(query_step_++));
     // All of the item's dS has arrived.
-    if (group_ == 0 && Thread() == 0) device::sm90::AddRelease(plan_.done_queries + item.unit, 1);
+    if (group_ == 0 && Thread() == 0) device::sm90::AddRelease(plan_.done_queries + item.slice, 1);
     if (!active) return;
 
     StoreTile(dquery, params_.scale, item, item.start + 64 * group_, item.query_limit, shape.q_len, shape.heads,
-              params_.dquery, static_cast<int>(shape.head_dim), plan_.suspect_queries);
+              params_.dquery, static_cast<int>(shape.head_dim), plan_.inexact_queries);
   }
 
   // ---- Steps of keys: 64 keys of this warpgroup, 64 queries. The gradients of the step before are still in flight.
@@ -259,12 +259,12 @@ class BackwardConsumer {
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
     const Ring<kProbStages> place{prob_step_++};
     device::sm90::Wait(shared_.empty_probs[place.Stage()], place.Empty());
-    auto* slots = reinterpret_cast<float4*>(shared_.probs[place.Stage()]) + Thread();
+    auto* words = reinterpret_cast<float4*>(shared_.probs[place.Stage()]) + Thread();
     if constexpr (!Config::kPlain) {
       MapLogits(scores);
       ForQuads(scores, [&](int i, const float4& x) {  // the slopes wait here for want of registers
         const auto& map = plan_.logits;
-        slots[i * kWarpgroup] = make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));
+        words[i * kWarpgroup] = make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));
       });
     }
     float rows[kPacked];
@@ -284,10 +284,10 @@ class BackwardConsumer {
     device::sm90::CommitProducts();
     ForQuads(scores, [&](int i, float4 four) {
       if constexpr (!Config::kPlain) {
-        const float4 slope = slots[i * kWarpgroup];
+        const float4 slope = words[i * kWarpgroup];
         four = make_float4(four.x * slope.x, four.y * slope.y, four.z * slope.z, four.w * slope.w);
       }
-      slots[i * kWarpgroup] = four;
+      words[i * kWarpgroup] = four;
     });
     device::sm90::Arrive(shared_.full_probs[place.Stage()]);
   }
@@ -303,11 +303,11 @@ class BackwardConsumer {
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(dscores);
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
-    const auto* slots = reinterpret_cast<const float4*>(shared_.probs[place.Stage()]) + Thread();
+    const auto* words = reinterpret_cast<const float4*>(shared_.probs[place.Stage()]) + Thread();
     if constexpr (Config::kGated) {
       float sum = 0.f;
       ForQuads(dscores, [&](int i, const float4& x) {
-        const float4 probs = slots[i * kWarpgroup];
+        const float4 probs = words[i * kWarpgroup];
         sum = AddPair(probs.x, x.x, AddPair(probs.y, x.y, AddPair(probs.z, x.z, AddPair(probs.w, x.w, sum))));
       });
       StoreGateSum(stage, sum);
@@ -318,7 +318,7 @@ class BackwardConsumer {
     SubtractDelta(dscores, rows);
 #pragma unroll
     for (int i = 0; i < kScores / 4; ++i) {
-      const float4 probs = slots[i * kWarpgroup];
+      const float4 probs = words[i * kWarpgroup];
       dscores[4 * i] *= probs.x, dscores[4 * i + 1] *= probs.y;
       dscores[4 * i + 2] *= probs.z, dscores[4 * i + 3] *= probs.w;
     }
@@ -440,7 +440,7 @@ class BackwardConsumer {
     for (int i = 0; i < kPacked; ++i) packed[i] = device::PackPair<Element>(factor * x[2 * i], factor * x[2 * i + 1]);
   }
 
-  // 0 for pairs that do not attend: dP of such a pair then gives 0 or, not being finite, a suspect.
+  // 0 for pairs that do not attend: dP of such a pair then gives 0 or, not being finite, the row is inexact.
   __device__ __forceinline__ void ApplyMask(const BackwardItem& item, float (&probs)[kScores], int stage) {
     const int thread = Thread(), row = RowOf(thread);
     const int block_kv = static_cast<int>(params_.shape.block_kv);
@@ -495,26 +495,26 @@ class BackwardConsumer {
                                                void* result, int dim) {
     const Shape& shape = params_.shape;
     StoreTile(sums, scale, item, item.start + kOwnRows * group_, item.key_limit, shape.kv_len, shape.kv_heads, result,
-              dim, plan_.suspect_keys);
+              dim, plan_.inexact_keys);
   }
 
-  // 64 rows from `start` on of [batch, length, heads, dim]; not finite, or poisoned: a suspect.
+  // 64 rows from `start` on of [batch, length, heads, dim]; not finite, or poisoned: they are marked as inexact.
   __device__ __forceinline__ void StoreTile(const float (&sums)[kGradient], float scale, const BackwardItem& item,
                                             int start, int limit, int64_t length, int64_t heads, void* result, int dim,
-                                            int32_t* suspects) {
+                                            int32_t* marks) {
     const int stored = static_cast<int>(length) - start;
     const int64_t row = (item.batch * length + start) * heads + item.head;
     device::RowFinish finish[2];
-    bool suspect = flags_ & StepFlag::kSuspect;
+    bool inexact = flags_ & StepFlag::kInexact;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       finish[half] = {RowOf(Thread()) + 8 * half < limit - start, scale, 0.f};
-      suspect |= finish[half].keep && !RowIsFinite(sums, half);
+      inexact |= finish[half].keep && !RowIsFinite(sums, half);
     }
     StoreRows(sums, finish, stored, static_cast<Element*>(result) + row * dim, heads * dim, dim, Thread());
-    if (__any_sync(0xFFFFFFFFu, suspect) && stored > 0 && device::sm90::ElectLane()) {
+    if (__any_sync(0xFFFFFFFFu, inexact) && stored > 0 && device::sm90::ElectLane()) {
       const int tiles = (static_cast<int>(length) + 63) / 64;
-      suspects[(item.batch * heads + item.head) * tiles + start / 64] = 1;
+      marks[(item.batch * heads + item.head) * tiles + start / 64] = 1;
     }
   }
 

@@ -10,7 +10,8 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-// The scheduler: hands out the tickets' items, each as soon as what it reads is there and what it overwrites is read.
+// The scheduler: hands out the items of a launch, each as soon as what it reads is there and what it overwrites is
+// read.
 template <typename Config>
 class BackwardScheduler {
  public:
@@ -20,15 +21,15 @@ class BackwardScheduler {
       : shared_(shared), params_(params), plan_(plan) {}
 
   __device__ __forceinline__ void Run() {
-    int ticket = Share(Ticket());
-    while (ticket < plan_.tickets) {
-      const int next = Ticket();  // asked for now, used when this item is out
+    int work = Share(TakeWork());
+    while (work < plan_.work_count) {
+      const int next = TakeWork();  // asked for now, used when this item is out
       BackwardItem item;
-      if (Find(ticket, item)) {
+      if (Find(work, item)) {
         WaitForOthers(item);
         Announce(item);
       }
-      ticket = Share(next);
+      work = Share(next);
     }
     BackwardItem end{};
     end.kind = BackwardItem::kEnd;
@@ -37,34 +38,36 @@ class BackwardScheduler {
 
  private:
   // For lane 0.
-  __device__ __forceinline__ int Ticket() { return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.ticket, 1) : 0; }
+  __device__ __forceinline__ int TakeWork() {
+    return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.work_counter, 1) : 0;
+  }
   __device__ __forceinline__ static int Share(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
-  // See bwd_plan.h. False for the places that the last unit leaves empty.
-  __device__ __forceinline__ bool Find(int ticket, BackwardItem& item) {
+  // See bwd_plan.h. False for the places that the last slice leaves empty.
+  __device__ __forceinline__ bool Find(int work, BackwardItem& item) {
     item.kind = BackwardItem::kKeys;
-    item.unit = 0;
-    int place = ticket;
-    if (ticket >= plan_.key_items) {
-      const int after = ticket - plan_.key_items, phase = plan_.unit_items.Quotient(after);
-      const bool keys_left = phase + 1 < plan_.units;  // the last phase has queries only
-      place = plan_.unit_items.Remainder(after, phase);
-      item.unit = phase + 1;
+    item.slice = 0;
+    int place = work;
+    if (work >= plan_.key_items) {
+      const int after = work - plan_.key_items, phase = plan_.slice_items.Quotient(after);
+      const bool keys_left = phase + 1 < plan_.slices;  // the last phase has queries only
+      place = plan_.slice_items.Remainder(after, phase);
+      item.slice = phase + 1;
       if (!keys_left || place >= plan_.key_items) {
         if (keys_left) place -= plan_.key_items;
         item.kind = BackwardItem::kQueries;
-        item.unit = phase;
+        item.slice = phase;
       }
     }
     const bool keys = item.kind == BackwardItem::kKeys;
-    if (keys) place = __ldg(plan_.order + int64_t{item.unit} * plan_.key_items + place);
+    if (keys) place = __ldg(plan_.order + int64_t{item.slice} * plan_.key_items + place);
     const Divider& tiles = keys ? plan_.key_tiles : plan_.query_blocks;
     const Divider& heads = keys ? plan_.kv_heads : plan_.heads;
-    const int row_in_unit = tiles.Quotient(place), tile = tiles.Remainder(place, row_in_unit);
+    const int row_in_slice = tiles.Quotient(place), tile = tiles.Remainder(place, row_in_slice);
     const int group = keys ? 1 : plan_.group;
-    const int row = item.unit * plan_.unit_heads * group + row_in_unit;
+    const int row = item.slice * plan_.slice_heads * group + row_in_slice;
     if (row >= plan_.kv_rows * group) return false;
-    item.table_row = keys ? row_in_unit * plan_.group : row_in_unit;
+    item.table_row = keys ? row_in_slice * plan_.group : row_in_slice;
     item.batch = heads.Quotient(row);
     item.head = heads.Remainder(row, item.batch);
     // Under a causal mask the first keys and the last queries have the most to do: they come first.
@@ -77,17 +80,17 @@ class BackwardScheduler {
     return true;
   }
 
-  // Nobody waits for a later ticket, so whoever is waited for is at work or done.
+  // Nobody waits for a later item, so whoever is waited for is at work or done.
   __device__ __forceinline__ void WaitForOthers(const BackwardItem& item) {
     if (item.kind == BackwardItem::kKeys) {
-      const int before = item.unit - plan_.slots;
+      const int before = item.slice - plan_.buffers;
       if (before >= 0) WaitFor(plan_.done_queries + before, Items(before, plan_.group * plan_.query_blocks.divisor));
     } else {
-      WaitFor(plan_.done_keys + item.unit, Items(item.unit, plan_.key_tiles.divisor));
+      WaitFor(plan_.done_keys + item.slice, Items(item.slice, plan_.key_tiles.divisor));
     }
   }
-  __device__ __forceinline__ int Items(int unit, int row_items) const {
-    return min(plan_.unit_heads, plan_.kv_rows - unit * plan_.unit_heads) * row_items;
+  __device__ __forceinline__ int Items(int slice, int row_items) const {
+    return min(plan_.slice_heads, plan_.kv_rows - slice * plan_.slice_heads) * row_items;
   }
   __device__ __forceinline__ void WaitFor(const int32_t* counter, int count) {
     if (device::ThreadHere() % 32 == 0) {
@@ -179,7 +182,7 @@ class BackwardLoader {
       __syncwarp();
       if (device::sm90::ElectLane()) device::sm90::Arrive(shared_.open_item[items.Stage()]);
       const bool sound = Walk(item);
-      Emit(item, sound ? StepFlag::kLast : StepFlag::kLast | StepFlag::kSuspect);
+      Emit(item, sound ? StepFlag::kLast : StepFlag::kLast | StepFlag::kInexact);
     });
   }
 
@@ -228,19 +231,20 @@ class BackwardLoader {
     const int block = static_cast<int>(keys ? params_.shape.block_q : params_.shape.block_kv);  // that is visited
     const lists::ListRow row = lists::FindRow(list, item.batch, head, BlockOf(list, item));
     if (row.length < 0) return false;
-    // Pieces of the item's tile within those of a block, and of the row's first entry, which for keys is its own
+    // Subtiles of the item's tile within those of a block, and of the row's first entry, which for keys is its own
     // place and for queries its match's.
-    int slot = SlotBase(item, head_in_item);
+    int subtile = BufferBase(item, head_in_item);
     int sums = 0;  // of the first entry's gate
     if (Config::kGated && keys) {
       const int gate = lists::GateIndex(list, params_.shape.heads, item.batch, head, row.begin);
-      sums = 4 * (gate * plan_.entry_pieces + (item.start / 64 & (static_cast<int>(params_.shape.block_kv) / 64 - 1)) *
-                                                  static_cast<int>(params_.shape.block_q / 64));
+      sums =
+          4 * (gate * plan_.entry_subtiles + (item.start / 64 & (static_cast<int>(params_.shape.block_kv) / 64 - 1)) *
+                                                 static_cast<int>(params_.shape.block_q / 64));
     }
     if (keys) {
       const int64_t table = lists::TableIndex(list.batch, list.heads, item.batch, head);
-      slot += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_pieces +
-              (item.start / 64 & (params_.shape.block_kv / 64 - 1)) * static_cast<int>(params_.shape.block_q / 64);
+      subtile += static_cast<int>(row.begin - table * list.capacity) * plan_.entry_subtiles +
+                 (item.start / 64 & (params_.shape.block_kv / 64 - 1)) * static_cast<int>(params_.shape.block_q / 64);
     }
     int ids = 0, seconds = 0;  // of this lane's entry
 #pragma unroll 1
@@ -272,8 +276,8 @@ class BackwardLoader {
         head_ = head;
         tile_ = other;
         const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
-        pieces_ = slot + (keys ? entry : other) * plan_.entry_pieces + offset / 64 * stride;
-        gate_sums_ = sums + 4 * (entry * plan_.entry_pieces + offset / 64);
+        subtiles_ = subtile + (keys ? entry : other) * plan_.entry_subtiles + offset / 64 * stride;
+        gate_sums_ = sums + 4 * (entry * plan_.entry_subtiles + offset / 64);
       }
     }
     return true;
@@ -285,10 +289,10 @@ class BackwardLoader {
     return item.start >> (block == 128 ? 7 : 6);
   }
 
-  // First piece of a query head of the item's unit.
-  __device__ __forceinline__ int SlotBase(const BackwardItem& item, int head) const {
-    return item.unit % plan_.slots * plan_.slot_pieces +
-           (item.table_row + head) * static_cast<int>(params_.cols.capacity) * plan_.entry_pieces;
+  // First subtile of a query head of the item's slice.
+  __device__ __forceinline__ int BufferBase(const BackwardItem& item, int head) const {
+    return item.slice % plan_.buffers * plan_.buffer_subtiles +
+           (item.table_row + head) * static_cast<int>(params_.cols.capacity) * plan_.entry_subtiles;
   }
 
   // The pending step, if any; a void one instead when it is to be the only one.
@@ -309,7 +313,7 @@ class BackwardLoader {
     if (device::sm90::ElectLane()) {
       if (pending_) Load(item, place);
       shared_.flags[place] = flags;
-      if (keys) shared_.orders[key_step_ % Shared::kOrders] = {flags, pieces_};
+      if (keys) shared_.orders[key_step_ % Shared::kOrders] = {flags, subtiles_};
       device::sm90::Arrive(shared_.full[place]);
     }
     __syncwarp();
@@ -326,10 +330,10 @@ class BackwardLoader {
     Barrier& full = shared_.full[place];
     const int block_q = static_cast<int>(params_.shape.block_q);
     if (Config::kGated && keys) {
-      shared_.gates[place] = {lists::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_pieces)), gate_sums_};
+      shared_.gates[place] = {lists::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_subtiles)), gate_sums_};
     }
-    const int pieces_bytes = block_q / 64 * kPieceElements * 2;
-    device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : pieces_bytes));
+    const int subtiles_bytes = block_q / 64 * kSubtileElements * 2;
+    device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : subtiles_bytes));
     const int head = keys ? head_ : head_ / plan_.group;
 #pragma unroll 1
     for (int chunk = 0; chunk < Config::kChunks; ++chunk) {
@@ -347,8 +351,8 @@ class BackwardLoader {
       device::sm90::LoadBytes(shared_.statistics[place], statistics, full, kStatisticsBytes);
     }
     if (!keys) {
-      const auto* source = static_cast<const Element*>(plan_.pieces) + int64_t{pieces_} * kPieceElements;
-      device::sm90::LoadBytes(shared_.Second(place), source, full, pieces_bytes);
+      const auto* source = static_cast<const Element*>(plan_.subtiles) + int64_t{subtiles_} * kSubtileElements;
+      device::sm90::LoadBytes(shared_.Second(place), source, full, subtiles_bytes);
     } else if (tile_ >= 0) {
       const int block_kv = static_cast<int>(params_.shape.block_kv);
       const uint32_t* words =
@@ -367,11 +371,11 @@ class BackwardLoader {
 
   // The pending step.
   bool pending_ = false;
-  int start_ = 0, tile_ = -1, pieces_ = 0, gate_sums_ = 0;
+  int start_ = 0, tile_ = -1, subtiles_ = 0, gate_sums_ = 0;
   int head_ = 0;  // query head
 };
 
-// The storer of dS: one thread that hands the consumers' pieces to the copy engine.
+// The storer of dS: one thread that hands the consumers' subtiles to the copy engine.
 template <typename Config>
 __device__ __forceinline__ void StoreScores(BackwardShared<Config>& shared, const BackwardParams& params,
                                             const BackwardPlan& plan) {
@@ -389,13 +393,13 @@ __device__ __forceinline__ void StoreScores(BackwardShared<Config>& shared, cons
       for (int group = 0; group < Config::kKeyGroups; ++group) {
         device::sm90::Wait(shared.full_scores[stage][group], place.Full());
         const StoreOrder& order = shared.orders[step % Shared::kOrders];
-        const int flags = ReadShared(order.flags), pieces = ReadShared(order.pieces);
+        const int flags = ReadShared(order.flags), subtiles = ReadShared(order.subtiles);
         last = flags & StepFlag::kLast;
         if (device::sm90::ElectLane()) {
           if (!(flags & StepFlag::kVoid)) {
-            const int64_t piece = pieces + group * (static_cast<int>(params.shape.block_q) / 64);
-            device::sm90::StoreBytes(static_cast<Element*>(plan.pieces) + piece * kPieceElements,
-                                     shared.scores[stage][group], kPieceElements * 2);
+            const int64_t subtile = subtiles + group * (static_cast<int>(params.shape.block_q) / 64);
+            device::sm90::StoreBytes(static_cast<Element*>(plan.subtiles) + subtile * kSubtileElements,
+                                     shared.scores[stage][group], kSubtileElements * 2);
           }
           device::sm90::CommitStores();
           if (Config::kScoreStages > 1) {
@@ -415,7 +419,7 @@ __device__ __forceinline__ void StoreScores(BackwardShared<Config>& shared, cons
       device::sm90::WaitForStores();
       if (Config::kScoreStages > 1) device::sm90::Arrive(*reading);
       device::sm90::FenceAsyncProxyGlobal();
-      device::sm90::AddRelease(plan.done_keys + item.unit, 1);
+      device::sm90::AddRelease(plan.done_keys + item.slice, 1);
     }
     __syncwarp();
   });

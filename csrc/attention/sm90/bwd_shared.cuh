@@ -24,29 +24,29 @@ using device::sm90::Ring;
 struct BackwardPlan {
   CUtensorMap query, dout, key, value;  // boxes of 64 positions
   LogitMap logits;
-  int tickets;
-  int units, slots;
-  int unit_heads;        // key/value heads of a unit
+  int work_count;
+  int slices, buffers;
+  int slice_heads;       // key/value heads of a slice
   int kv_rows;           // batch * kv_heads
   int group;             // query heads a key/value head
-  int entry_pieces;      // of dS, a block
-  int slot_pieces;       // a unit
-  int key_items;         // of a whole unit
-  Divider unit_items;    // of both kinds, of a whole unit
+  int entry_subtiles;    // of dS, a block
+  int buffer_subtiles;   // a slice
+  int key_items;         // of a whole slice
+  Divider slice_items;   // of both kinds, of a whole slice
   Divider key_tiles;     // of one head
   Divider query_blocks;  // of one head
   Divider heads, kv_heads;
-  int query_tiles;  // of 64, of one head
-  int32_t* ticket;
-  int32_t* done_keys;  // [units]: items of each kind that are done
+  int query_tiles;        // of 64, of one head
+  int32_t* work_counter;  // the next work index
+  int32_t* done_keys;     // [slices]: items of each kind that are done
   int32_t* done_queries;
-  int32_t* suspect_keys;     // [batch, kv_heads, 64 keys]: what the exact kernel has to do once more
-  int32_t* suspect_queries;  // [batch, heads, 64 queries]
+  int32_t* inexact_keys;     // [batch, kv_heads, 64 keys]: what the exact kernel has to do once more
+  int32_t* inexact_queries;  // [batch, heads, 64 queries]
   const int2* matches;       // see Preparation
   const int32_t* order;      // likewise
   const float* statistics;
   float* gate_sums;  // see gates.h
-  void* pieces;      // [slots, unit_heads * group, capacity, entry_pieces, 64, 64]
+  void* subtiles;    // [buffers, slice_heads * group, capacity, entry_subtiles, 64, 64]
 };
 
 // What a CTA works on next, from the scheduler to everyone else.
@@ -58,14 +58,14 @@ struct BackwardItem {
   int batch;
   int query_limit;  // the example's lengths
   int key_limit;
-  int unit;
-  int table_row;  // its first query head, counted from the first of the unit
+  int slice;
+  int table_row;  // its first query head, counted from the first of the slice
 };
 
 // One step: 64 queries for a tile of keys, or 64 keys for a block of queries. kVoid: there is nothing to do, and this
-// is the only step; kSuspect, with kLast: the list cannot be followed, the exact kernel decides.
+// is the only step; kInexact, with kLast: the list cannot be followed, the exact kernel decides.
 struct StepFlag {
-  static constexpr int kLast = 1, kVoid = 2, kMasked = 4, kBits = 8, kSuspect = 16;
+  static constexpr int kLast = 1, kVoid = 2, kMasked = 4, kBits = 8, kInexact = 16;
 };
 
 // Of a step of keys with a gate.
@@ -77,7 +77,7 @@ struct GateStep {
 // What the storer is told of a step of keys.
 struct StoreOrder {
   int flags;
-  int pieces;  // of dS, 64 x 64 each: where the first of the step goes
+  int subtiles;  // of dS, 64 x 64 each: where the first of the step goes
 };
 
 template <typename Config>
@@ -97,7 +97,7 @@ struct BackwardShared {
   alignas(1024) Element value[kKeyElements];
   alignas(1024) Element first[kStages][Config::kFirstBytes / 2];
   alignas(1024) Element second[kStages][Config::kSecondBytes / 2];
-  alignas(1024) Element scores[kScoreStages][Config::kKeyGroups][kPieceElements];  // dS, [key][query]
+  alignas(1024) Element scores[kScoreStages][Config::kKeyGroups][kSubtileElements];  // dS, [key][query]
   alignas(16) float probs[Config::kSplit ? Config::kProbStages : 1][Config::kSplit ? 8 * kWarpgroup * 4 : 4];
   alignas(16) uint8_t bits[kStages][64 * 16];    // bit tile of a step: [query][keys of the block / 8]
   alignas(16) float statistics[kStages][3][64];  // of the queries: lse, delta, rest, as RowStatistics has them

@@ -49,7 +49,7 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   const void* key = shape.kv_len > 0 ? params.key : params.query;
   const void* value = shape.kv_len > 0 ? params.value : params.query;
   ForwardPlan plan{};
-  plan.suspects = workspace + 1;
+  plan.inexact_tiles = workspace + 1;
   plan.logits = LogitMap(params.scale, params.soft_cap);
   const bool encoded =
       MakeTensorMap(params.dtype, params.query, shape.batch, shape.q_len, shape.heads, shape.head_dim, Config::kTileQ,

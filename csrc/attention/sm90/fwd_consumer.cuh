@@ -63,8 +63,8 @@ class ForwardConsumer {
     } while (FinishTile());
 
     device::sm90::SyncNamed(kMeeting, Config::kConsumerThreads);
-    for (int suspect = shared_.last_suspect; suspect >= 0; suspect = plan_.suspects[suspect]) {
-      FixRows<Config>(params_, plan_, suspect, group_ * kWarpgroupRows + Thread() / 32 * 16);
+    for (int inexact = shared_.last_inexact; inexact >= 0; inexact = plan_.inexact_tiles[inexact]) {
+      FixRows<Config>(params_, plan_, inexact, group_ * kWarpgroupRows + Thread() / 32 * 16);
     }
   }
 
@@ -437,7 +437,7 @@ class ForwardConsumer {
     const float sink = device::kLog2E * sink_logit;
     device::RowFinish finish[2];
     float* lse = LogSumExp(tile);
-    bool suspect = false;
+    bool inexact = false;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
@@ -456,9 +456,9 @@ class ForwardConsumer {
                                               : log_sum.value);
         LogSumExpRest(tile)[row] = valid && !poisoned && key_sum != 0.f ? log_sum.rest : 0.f;
       }
-      suspect |= finish[half].keep && !RowIsFinite(out_, half) && sum - sum == 0.f;
+      inexact |= finish[half].keep && !RowIsFinite(out_, half) && sum - sum == 0.f;
     }
-    if (__any_sync(0xFFFFFFFFu, suspect)) NoteSuspect(place);
+    if (__any_sync(0xFFFFFFFFu, inexact)) NoteInexact(place);
 
     const Shape& shape = params_.shape;
     const int first = group_ * kWarpgroupRows;
@@ -469,11 +469,11 @@ class ForwardConsumer {
 
   // Enters the tile into the CTA's list of those to be put right in the end (fwd_exact_rows.cuh), once: the number of
   // the last is in shared memory, and that of the one before each, in global memory.
-  __device__ __forceinline__ void NoteSuspect(Headers place) {
+  __device__ __forceinline__ void NoteInexact(Headers place) {
     if (!device::sm90::ElectLane()) return;
     const int tile = shared_.headers[place.Stage()].tile;
-    if (atomicExch(&shared_.suspect_noted[place.Stage()], tile) == tile) return;
-    plan_.suspects[tile] = atomicExch(&shared_.last_suspect, tile);
+    if (atomicExch(&shared_.inexact_noted[place.Stage()], tile) == tile) return;
+    plan_.inexact_tiles[tile] = atomicExch(&shared_.last_inexact, tile);
   }
 
   // Rows with nothing to attend to: 0 and the sink; NaN where the list cannot be read or the sink is NaN.

@@ -97,7 +97,7 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
                                         int first_row) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
-  TileHeader tile = PlaceOf<Config>(tile_number, plan);
+  TileHeader tile = PositionOf<Config>(tile_number, plan);
   const auto limit =
       lists::ReadLengths(params.lengths, tile.batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
   SetLimits<Config>(tile, shape, limit.query, limit.key);

@@ -30,9 +30,9 @@ class ForwardScheduler {
   // Whatever tiles the counter hands out; just tile blockIdx.x without one.
   __device__ __forceinline__ void Run() {
     const int tiles = plan_.tiles;
-    int tile = plan_.tile_counter == nullptr ? blockIdx.x : Share(Ticket());
+    int tile = plan_.tile_counter == nullptr ? blockIdx.x : Share(TakeTile());
     while (tile < tiles) {
-      const int next = plan_.tile_counter == nullptr ? tiles : Ticket();  // asked for now, used when this tile is out
+      const int next = plan_.tile_counter == nullptr ? tiles : TakeTile();  // asked for now, used when this tile is out
       const TileHeader header = Look(tile);
       Announce(header);
       if (header.kind == TileHeader::kLive) LoadQueries(header);
@@ -45,13 +45,13 @@ class ForwardScheduler {
 
  private:
   // For lane 0.
-  __device__ __forceinline__ int Ticket() {
+  __device__ __forceinline__ int TakeTile() {
     return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.tile_counter, 1) : 0;
   }
   __device__ __forceinline__ static int Share(int x, int lane = 0) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 
   __device__ __forceinline__ TileHeader Look(int tile) {
-    TileHeader header = PlaceOf<Config>(tile, plan_);
+    TileHeader header = PositionOf<Config>(tile, plan_);
     const bool large = params_.shape.block_q == 128;
     const int block_kv = static_cast<int>(params_.shape.block_kv), row = header.q_start >> (large ? 7 : 6);
 

@@ -64,8 +64,8 @@ struct ForwardShared {
   StepInfo steps[2 * kKeyStages];
   float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];  // of each 64 keys of a step, likewise
   TileHeader headers[kHeaders];
-  int last_suspect;             // see ForwardConsumer::NoteSuspect
-  int suspect_noted[kHeaders];  // number of the tile that a header's place last noted
+  int last_inexact;             // see ForwardConsumer::NoteInexact
+  int inexact_noted[kHeaders];  // number of the tile that a header's place last noted
   Barrier full_query, empty_query;
   Barrier full_key[kKeyStages], empty_key[kKeyStages], full_value[kValueStages], empty_value[kValueStages];
   Barrier full_header[kHeaders], empty_header[kHeaders];
@@ -95,8 +95,8 @@ struct ForwardShared {
     }
     InitBarrier(tail_value, 1);
     InitBarrier(open, 1);
-    last_suspect = -1;
-    for (int i = 0; i < kHeaders; ++i) suspect_noted[i] = -1;
+    last_inexact = -1;
+    for (int i = 0; i < kHeaders; ++i) inexact_noted[i] = -1;
     device::sm90::FenceBarrierInit();
   }
 };
@@ -105,14 +105,14 @@ struct ForwardShared {
 struct ForwardPlan {
   CUtensorMap query, key, value;
   LogitMap logits;
-  int tiles;              // of queries, over all heads and examples
-  int past_end;           // first key position past every block
-  int bit_bytes;          // of a bit tile's rows that belong to one CTA's tile
-  int64_t bit_words;      // of a bit tile
-  Divider q_tiles;        // of one head
-  Divider heads, group;   // query heads; query heads a key/value head
-  int32_t* tile_counter;  // null: one tile a CTA
-  int32_t* suspects;      // [tiles]: see ForwardConsumer::NoteSuspect
+  int tiles;               // of queries, over all heads and examples
+  int past_end;            // first key position past every block
+  int bit_bytes;           // of a bit tile's rows that belong to one CTA's tile
+  int64_t bit_words;       // of a bit tile
+  Divider q_tiles;         // of one head
+  Divider heads, group;    // query heads; query heads a key/value head
+  int32_t* tile_counter;   // null: one tile a CTA
+  int32_t* inexact_tiles;  // [tiles]: see ForwardConsumer::NoteInexact
 };
 
 // The bits of 64 keys of a step: for row r of the CTA's tile at BitRow(...) + r * (block_kv / 8). With blocks of 128
@@ -127,7 +127,7 @@ __device__ __forceinline__ int BitRowOffset(int block_kv, int start, int piece) 
 // L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because under a causal mask it
 // has the most to do.
 template <typename Config>
-__device__ __forceinline__ TileHeader PlaceOf(int tile, const ForwardPlan& plan) {
+__device__ __forceinline__ TileHeader PositionOf(int tile, const ForwardPlan& plan) {
   const int row = plan.q_tiles.Quotient(tile);  // batch * heads + head
   TileHeader header;
   header.tile = tile;

@@ -46,13 +46,13 @@ struct ProductPlan {
   int rows;               // a batch: ceil(out_blocks / blocks_per_row)
   int blocks_per_row;     // 1 or 2
   int steps;              // of 64 in a block: in_block / 64
-  int tickets;            // batch * rows * parts of all panels
+  int work_count;         // batch * rows * parts of all panels
   int last_panel;         // the number of the last one
-  // By the tickets of a batch and of a panel; by the parts of a panel, of a cluster's columns each, and of the last
-  // one.
+  // By the work indices of a batch and of a panel; by the parts of a panel, of a cluster's columns each, and of the
+  // last one.
   device::sm90::Divider batch_divider, panel_divider, part_divider, last_part_divider;
-  int32_t* ticket;       // the next row to be taken
-  const int32_t* order;  // [matrix_batch, rows]: rows, longest first
+  int32_t* work_counter;  // the next row to be taken
+  const int32_t* order;   // [matrix_batch, rows]: rows, longest first
 };
 
 // The same for the sampled product. An item is some entries of one row of blocks.

@@ -8,7 +8,7 @@
 #include "device/ptx/registers.cuh"
 #include "device/ptx/thread.cuh"
 #include "matmul/sm90/consumer.cuh"
-#include "matmul/sm90/outlet.cuh"
+#include "matmul/sm90/epilogue.cuh"
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
@@ -17,7 +17,7 @@ namespace jax_bsk::matmul::cuda::sm90 {
 //
 //   scheduler (one thread of CTA 0)   producer (one thread per CTA)    consumers (two warpgroups per CTA)
 //   task ========================> both CTAs: the next tile
-//        <-- task --------------- asked for kTicketLead stages before the tile ends
+//        <-- task --------------- asked for kWorkLead stages before the tile ends
 //                                  stage n ========================> left: 64 rows of blocks for each warpgroup
 //                                    left of warpgroup 0 by CTA 0,     right: 256 columns of the CTA's own
 //                                    of warpgroup 1 by CTA 1, to     wgmma n is issued, wgmma n-1 is waited for
@@ -27,9 +27,9 @@ namespace jax_bsk::matmul::cuda::sm90 {
 //
 // Where a stage may be of use to one warpgroup alone (two blocks of 64 rows), no product is in flight between stages.
 // After a tile's last stage its sums become 16-bit words, leave by the copy engine, and the first three stages of the
-// next tile hide the second half (outlet.cuh).
+// next tile hide the second half (epilogue.cuh).
 
-// The tile a ticket stands for. All rows of a panel of columns come before the next panel, so that the panel's part of
+// The tile of a work index. All rows of a panel of columns come before the next panel, so that the panel's part of
 // the dense operand stays in L2 (rows first: 511 to 540 instead of 610 TFLOP/s). In a panel all columns of a row lie
 // side by side, so that a row's blocks are read from memory once a panel. Every other panel is gone through backwards,
 // so that it begins with the blocks that the one before it ended with (424 instead of 523 MB of device memory are read
@@ -40,9 +40,9 @@ struct ProductTile {
   int column;  // of the cluster's
   int row;
 
-  __device__ __forceinline__ ProductTile(const ProductParams& params, const ProductPlan& plan, int ticket) {
-    batch = plan.batch_divider.Quotient(ticket);
-    const int in_batch = plan.batch_divider.Remainder(ticket, batch);
+  __device__ __forceinline__ ProductTile(const ProductParams& params, const ProductPlan& plan, int work) {
+    batch = plan.batch_divider.Quotient(work);
+    const int in_batch = plan.batch_divider.Remainder(work, batch);
     const int panel = plan.panel_divider.Quotient(in_batch), in_panel = plan.panel_divider.Remainder(in_batch, panel);
     const auto& divider = panel == plan.last_panel ? plan.last_part_divider : plan.part_divider;
     const int place = divider.Quotient(in_panel), part = divider.Remainder(in_panel, place);
@@ -115,21 +115,21 @@ class Entries {
   bool poisoned_ = false;
 };
 
-// ---- The scheduler: one thread of a cluster hands tickets to the producers of its CTAs, each when both have asked for
-// it. Tickets taken early are tiles that no cluster can take that is done before: with two in stock the last one ended
-// 4.5 % later than the mean at 8192^3 and 22 % (0.9 % now), and 23 % later at 4096^3 (3 %).
+// ---- The scheduler: one thread of a cluster hands work indices to the producers of its CTAs, each when both have
+// asked for it. A tile taken early can no longer be taken by a cluster that is done before: with two in stock the last
+// one ended 4.5 % later than the mean at 8192^3 and 22 % (0.9 % now), and 23 % later at 4096^3 (3 %).
 template <typename Element>
 __device__ __forceinline__ void ScheduleProduct(Shared<Element>& shared, const ProductPlan& plan) {
   Ring<1> place;
-  int ticket;
+  int work;
   do {
     device::sm90::Wait(shared.empty_task, place.Empty());
-    ticket = min(atomicAdd(plan.ticket, 1), plan.tickets);
+    work = min(atomicAdd(plan.work_counter, 1), plan.work_count);
     for (int rank = 0; rank < kProductCluster; ++rank) {
-      device::sm90::SendWord(shared.task, shared.full_task, rank, ticket);
+      device::sm90::SendWord(shared.task, shared.full_task, rank, work);
     }
     place.Advance();
-  } while (ticket < plan.tickets);
+  } while (work < plan.work_count);
 }
 
 // ---- The producer: one thread a CTA walks the lists and fetches blocks and the dense operand. Both CTAs of a cluster
@@ -142,18 +142,18 @@ class ProductProducer {
 
   __device__ __forceinline__ void Run() {
     for (Ring<1> task;; task.Advance()) {
-      const int ticket = device::sm90::WaitForWord(shared_.task, shared_.full_task, task.Full());
-      if (ticket >= plan_.tickets) break;  // (so the word has been read before the next is asked for)
-      Load(ProductTile(params_, plan_, ticket));
+      const int work = device::sm90::WaitForWord(shared_.task, shared_.full_task, task.Full());
+      if (work >= plan_.work_count) break;  // (so the word has been read before the next is asked for)
+      Load(ProductTile(params_, plan_, work));
     }
     shared_.Announce(ring_, StepInfo{StepInfo::kEnd, 0, 0, 0}, 0);
   }
 
  private:
-  // The next ticket is asked for when fewer stages than this come after the next block's. It is there in the time of
-  // two or three, and the stages in flight last for what must be read then, before the first of its tile's can be
+  // The next work index is asked for when fewer stages than this come after the next block's. It is there in the time
+  // of two or three, and the stages in flight last for what must be read then, before the first of its tile's can be
   // fetched.
-  static constexpr int kTicketLead = 2;
+  static constexpr int kWorkLead = 2;
 
   __device__ __forceinline__ void Load(const ProductTile& tile) {
     const int matrix = params_.matrix_batch == 1 ? 0 : tile.batch, dense = params_.dense_batch == 1 ? 0 : tile.batch;
@@ -166,7 +166,7 @@ class ProductProducer {
     // One list for both warpgroups, or one for each, merged: what both want at the same place is fetched once.
     Entries upper(params_, matrix, tile.row * plan_.blocks_per_row);
     Entries lower(params_, matrix, two ? tile.row * 2 + 1 : static_cast<int>(params_.out_blocks));
-    bool asked = false;  // for the next ticket
+    bool asked = false;  // for the next work index
     do {
       const int id = min(upper.id(), lower.id());
       const bool use_upper = !upper.AtEnd() && upper.id() == id, use_lower = two && !lower.AtEnd() && lower.id() == id;
@@ -175,7 +175,7 @@ class ProductProducer {
       if (use_lower) lower.Next(params_);
       const bool first = use_upper, second = two ? use_lower : use_upper;  // of the warpgroups
       const bool last = upper.AtEnd() && lower.AtEnd(), any = first || second;
-      if (!asked && (last || max(upper.left(), lower.left()) * plan_.steps < kTicketLead)) {
+      if (!asked && (last || max(upper.left(), lower.left()) * plan_.steps < kWorkLead)) {
         device::sm90::ArriveAt(shared_.empty_task, 0);
         asked = true;
       }
@@ -241,14 +241,14 @@ template <typename Element, bool kTransposeRight>
 class ProductStore {
  public:
   __device__ ProductStore(Shared<Element>& shared, const ProductParams& params, const ProductPlan& plan, int warpgroup)
-      : params_(params), outlet_(shared, plan.out, warpgroup), first_row_(warpgroup * kPiece) {}
+      : params_(params), epilogue_(shared, plan.out, warpgroup), first_row_(warpgroup * kPiece) {}
 
   __device__ __forceinline__ void Take(const float (&sums)[kTileColumns / 2], const StepInfo& info) {
     if (params_.out_dtype == DType::kF32) return StoreFloat(sums, info);
-    outlet_.Take(sums, info, *this);
+    epilogue_.Take(sums, info, *this);
   }
-  __device__ __forceinline__ void Flush() { outlet_.Flush(*this); }
-  __device__ __forceinline__ void Finish() { outlet_.Finish(*this); }
+  __device__ __forceinline__ void Flush() { epilogue_.Flush(*this); }
+  __device__ __forceinline__ void Finish() { epilogue_.Finish(*this); }
 
   __device__ __forceinline__ Box operator()(const StepInfo& info, int chunk) const {
     const int row = info.row + first_row_, column = info.column + chunk * kPiece;
@@ -280,7 +280,7 @@ class ProductStore {
   }
 
   const ProductParams& params_;
-  Outlet<Element, kTileColumns, !kTransposeRight> outlet_;
+  Epilogue<Element, kTileColumns, !kTransposeRight> epilogue_;
   const int first_row_;  // of the tile's
 };
 

@@ -8,7 +8,7 @@
 #include "device/ptx/registers.cuh"
 #include "device/ptx/thread.cuh"
 #include "matmul/sm90/consumer.cuh"
-#include "matmul/sm90/outlet.cuh"
+#include "matmul/sm90/epilogue.cuh"
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
@@ -21,7 +21,7 @@ namespace jax_bsk::matmul::cuda::sm90 {
 //     right: columns of each entry                     wgmma n is issued, wgmma n-1 is waited for
 //            <-- stage n-1 --------------------------- by every warp
 //
-// After an item's last stage its sums leave as the product's do (outlet.cuh).
+// After an item's last stage its sums leave as the product's do (epilogue.cuh).
 
 // ---- The producer: one thread takes every gridDim.x-th item and fetches its operands along the contracted length.
 template <typename Element, bool kTransposeLeft, bool kTransposeRight>
@@ -111,18 +111,18 @@ template <typename Element, int kColumns>
 class SampledStore {
  public:
   __device__ SampledStore(Shared<Element>& shared, const SampledParams& params, const SampledPlan& plan, int warpgroup)
-      : params_(params), outlet_(shared, plan.out, warpgroup), warpgroup_(warpgroup) {}
+      : params_(params), epilogue_(shared, plan.out, warpgroup), warpgroup_(warpgroup) {}
 
   __device__ __forceinline__ void Take(float (&sums)[kColumns / 2], const StepInfo& info) {
     CutChunks(sums, info, std::make_integer_sequence<int, kChunks>());
     if (params_.out_dtype == DType::kF32) {
       StoreChunks(sums, info, std::make_integer_sequence<int, kChunks>());
     } else {
-      outlet_.Take(sums, info, *this);
+      epilogue_.Take(sums, info, *this);
     }
   }
-  __device__ __forceinline__ void Flush() { outlet_.Flush(*this); }
-  __device__ __forceinline__ void Finish() { outlet_.Finish(*this); }
+  __device__ __forceinline__ void Flush() { epilogue_.Flush(*this); }
+  __device__ __forceinline__ void Finish() { epilogue_.Finish(*this); }
 
   __device__ __forceinline__ Box operator()(const StepInfo& info, int chunk) const {
     const Place place(*this, info, chunk);
@@ -210,7 +210,7 @@ class SampledStore {
   }
 
   const SampledParams& params_;
-  Outlet<Element, kColumns, false> outlet_;
+  Epilogue<Element, kColumns, false> epilogue_;
   const int warpgroup_;
 };
 

@@ -24,9 +24,9 @@ struct Box {
 // kColumns: of the sums, 256 or 128. kTransposed: the result's rows are the columns of the sums. Box of(info, chunk) is
 // called with the numbers of the chunks of 64 columns.
 template <typename Element, int kColumns, bool kTransposed>
-class Outlet {
+class Epilogue {
  public:
-  __device__ Outlet(Shared<Element>& shared, const CUtensorMap& map, int warpgroup)
+  __device__ Epilogue(Shared<Element>& shared, const CUtensorMap& map, int warpgroup)
       : staging_(shared.staging[warpgroup]), map_(map), barrier_(1 + warpgroup) {}
 
   // Sends the first half of a tile, and keeps the other.
