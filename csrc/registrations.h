@@ -1,4 +1,4 @@
-// What a native library offers to Python: filled by the handlers of its operations, put together by registrations.cc,
+// A native library's offer to Python: it is filled by the handlers of its operations, put together by registrations.cc,
 // read by bindings.cc.
 #pragma once
 

@@ -1,5 +1,5 @@
-// What an attention kernel is told, as plain data. No XLA, Python or CUDA header: the handlers fill these structs after
-// checking every shape, and the CPU and CUDA kernels read nothing else.
+// The parameters of attention kernels, as plain data. No XLA, Python or CUDA header: the handlers fill these structs
+// after checking every shape, and the CPU and CUDA kernels read nothing else.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// What the Hopper backward wants to find before it begins.
+// Preparation of the Hopper backward: everything that its kernel reads and one pass over the lists can compute.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -1,4 +1,4 @@
-// What launchers ask of a device, on the host.
+// Questions of launchers to a device, on the host.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -37,7 +37,7 @@ class DeviceScope {
 
 inline int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What the choice of a kernel and the refusals need of a device.
+// Facts of a device that the choice of a kernel and the refusals need.
 struct DeviceFacts {
   int capability = 0;       // major * 10 + minor
   int multiprocessors = 0;  // or as many as a test allows

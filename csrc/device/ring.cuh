@@ -1,5 +1,5 @@
-// Small things that the Hopper kernels share: places in rings of buffers, words read for a warp, divisions by numbers
-// the host knows.
+// Small things that the Hopper kernels share: positions in rings of buffers, words read for a warp, divisions by
+// numbers the host knows.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace jax_bsk::device::sm90 {
 
-// A place in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count
+// A position in a ring of kSize buffers, as the number of buffers used before: one register. Both sides of a ring count
 // the same way; Full() is the parity of the phase a reader waits for, Empty() that of the phase a writer waits for.
 template <int kSize>
 struct Ring {

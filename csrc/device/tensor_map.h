@@ -1,4 +1,4 @@
-// Tensor maps: what Hopper's copy engine knows of an array. Made for each launch and passed by value: the arrays'
+// Tensor maps tell Hopper's copy engine about an array. They are made for each launch and passed by value: the arrays'
 // addresses may differ from call to call.
 #pragma once
 

@@ -107,7 +107,7 @@ __device__ __forceinline__ uint32_t PackPair(float low, float high) {
   }
 }
 
-// What becomes of one accumulator row in the result: scaled, or replaced.
+// The end of one accumulator row: it is scaled, or replaced.
 struct RowFinish {
   bool keep;
   float scale;  // when kept

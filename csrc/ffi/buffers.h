@@ -13,7 +13,7 @@
 
 namespace jax_bsk {
 
-// What a buffer is to its call. The optional ones have a last dimension of 0 where there is nothing to pass.
+// The role of a buffer in its call. The optional ones have a last dimension of 0 where there is nothing to pass.
 enum class BufferKind { kOperand, kOptionalOperand, kResult, kOptionalResult };
 
 struct BufferEntry {
@@ -22,7 +22,7 @@ struct BufferEntry {
   constexpr bool is_result() const { return kind == BufferKind::kResult || kind == BufferKind::kOptionalResult; }
 };
 
-// Whether an optional buffer has anything in it.
+// True if an optional buffer has anything in it.
 inline bool IsGiven(const Operand& buffer) { return buffer.dimensions().back() != 0; }
 
 // Defines struct Name from a call's table of buffers: a macro that calls its argument with (kind, name) for each of

@@ -33,7 +33,7 @@ struct Extent {
   bool or_one = false;
 };
 
-// What a handler has to say against a call.
+// The error for a call that is refused, for a reason; success without one.
 inline ffi::Error Refusal(const std::string& reason) {
   return reason.empty() ? ffi::Error::Success() : ffi::Error::InvalidArgument("jax_bsk: " + reason);
 }

@@ -1,4 +1,4 @@
-// What the CUDA handlers share: how their calls are bound, and what they say when a launch fails.
+// Parts that the CUDA handlers share: how their calls are bound, and what they say when a launch fails.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -50,7 +50,7 @@ struct Step {
   int tile;    // bit tile of the list block, -1 = every pair attends
 };
 
-// Where a row's entries lie.
+// The range of a row's entries.
 struct ListRow {
   int64_t begin;
   int length;  // -1: the offsets cannot be true
@@ -70,7 +70,7 @@ __device__ __forceinline__ ListRow FindRow(const BlockList& list, int batch, int
   return FindRow(list, TableIndex(list.batch, list.heads, batch, head), row);
 }
 
-// Whether the rows of a table have no entry in common: none of its offsets is less than the one before it. Each of the
+// True if the rows of a table have no entry in common: none of its offsets is less than the one before it. Each of the
 // CTA's threads answers for a part of them.
 template <int kThreads>
 __device__ __forceinline__ bool InOrder(const BlockList& list, int64_t table) {
@@ -82,8 +82,8 @@ __device__ __forceinline__ bool InOrder(const BlockList& list, int64_t table) {
   return in_order;
 }
 
-// Where the gate of the entry at `position` of the list's arrays lies: gates are [batch, heads, capacity] whatever the
-// lists share.
+// The index of the gate that belongs to the entry at `position` of the list's arrays: gates are [batch, heads,
+// capacity] whatever the lists share.
 __device__ __forceinline__ int GateIndex(const BlockList& list, int64_t head_count, int batch, int head,
                                          int64_t position) {
   const int64_t skipped = batch * head_count + head - TableIndex(list.batch, list.heads, batch, head);
@@ -151,7 +151,7 @@ class BlockWalker {
 
   __device__ bool poisoned() const { return left_ < 0; }
 
-  // Of the last step's entry in the list's arrays.
+  // The position of the last step's entry in the list's arrays.
   __device__ __forceinline__ int64_t position() const { return left_ > 0 ? position_ - 2 : position_ - 1; }
 
  private:

@@ -5,9 +5,9 @@
 
 namespace jax_bsk::lists {
 
-// Which blocks each row of blocks visits. Query-major for the forward and dQ (rows are query blocks, ids are key/value
-// blocks), key-major for dK and dV (rows are key/value blocks, ids are query blocks). `batch` is 1 or B, `heads` 1 or
-// N.
+// A block list says which blocks each row of blocks visits; an entry is one visited block. Lists are query-major for
+// the forward and dQ (rows are query blocks, ids are key/value blocks) and key-major for dK and dV (rows are key/value
+// blocks, ids are query blocks). `batch` is 1 or B, `heads` 1 or N.
 //
 // The contents come from the user's device memory and are not trusted: a row whose offsets are negative, decreasing or
 // beyond `capacity`, or that lists an id outside [0, ids) or a tile outside [-1, BitTiles::count), yields NaN for the

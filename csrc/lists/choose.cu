@@ -14,7 +14,7 @@ namespace {
 constexpr unsigned kAll = 0xFFFFFFFFu;
 
 __device__ int Lane() { return static_cast<int>(threadIdx.x) % 32; }
-// Of a ballot, what lower lanes voted.
+// The part of a ballot that lower lanes voted.
 __device__ unsigned Below(unsigned ballot) { return ballot & ((1u << Lane()) - 1); }
 
 __device__ int InclusiveSum(int x) {
@@ -48,7 +48,7 @@ struct Workspace {
 
 constexpr int kChooseWarps = 4;
 
-// What a row chooses from.
+// The units that a row chooses from.
 struct Row {
   int units;
   const float* scores;

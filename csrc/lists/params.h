@@ -1,4 +1,4 @@
-// What the kernels of block lists are told, as plain data: no XLA, Python or CUDA header.
+// The parameters of the kernels of block lists, as plain data: no XLA, Python or CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -27,7 +27,8 @@ struct TransposeParams {
   int32_t* places;         // [tables, capacity]: the inverse, where each entry stands
 };
 
-// Of a unit, the key blocks that are chosen together; jax_bsk/_lists_op.py has them too. Any other number is kClosed.
+// States of a unit, which is some key blocks that are chosen together; jax_bsk/_lists_op.py has them too. Any other
+// number is kClosed.
 enum UnitState : int8_t { kClosed = 0, kOpen = 1, kRequired = 2 };
 
 // From scores to query-major lists, a table at a time. A row takes its required units, whatever their score, and the

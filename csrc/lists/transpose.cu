@@ -28,7 +28,7 @@ struct Table {
         entries(p.entries + table * p.capacity),
         places(p.places + table * p.capacity) {}
 
-  // Of an entry, when those of rows are [begin, end).
+  // The sort key of an entry: its column and class, when entries of rows are [begin, end). Others come last.
   __device__ int Key(int entry, int begin, int end, int& tile) const {
     const int id = __ldg(ids + entry);
     tile = __ldg(tiles + entry);
@@ -71,7 +71,7 @@ __device__ void Scan(const Table& table, int* totals) {
   }
 }
 
-// What is known of an entry; key -1 past the part's end.
+// The words of an entry; key -1 past the part's end.
 struct Entry {
   int key, tile, row;
 };

@@ -26,7 +26,7 @@ int64_t Threads() {
 
 int64_t Ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What `part` of `parts` even ones begins with.
+// The first of the numbers below `count` that fall to `part`, of `parts` even ones.
 int64_t Begin(int64_t count, int64_t part, int64_t parts) { return count * part / parts; }
 
 int64_t ComputedBytes(DType dtype) { return dtype == DType::kF64 ? 8 : 4; }

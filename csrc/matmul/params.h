@@ -1,4 +1,4 @@
-// What a kernel of a block-sparse product is told, as plain data. No XLA, Python or CUDA header: the handlers fill
+// The parameters of block-sparse products, as plain data. No XLA, Python or CUDA header: the handlers fill
 // these structs after checking every shape, and the CPU and CUDA kernels read nothing else.
 //
 // Letters: the sparse matrix is [M, K] in blocks of bm x bk; "out" and "in" are its two sides as a product sees them, K

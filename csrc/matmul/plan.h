@@ -1,4 +1,4 @@
-// What a product's kernels need to know of the lists before they start, worked out on the device.
+// Plans of the products' kernels that depend on the lists, made on the device before they start.
 #pragma once
 
 #include <cuda_runtime_api.h>

@@ -22,7 +22,7 @@ JAX_BSK_INLINE int64_t KeyLength(const Lengths& lengths, const Shape& shape, int
   return Clamp(lengths.pairs[2 * (lengths.batch == 1 ? 0 : b) + 1], shape.kv_len);
 }
 
-// Of all rows of (b, h), [rows + 1].
+// The offsets of all rows of (b, h), [rows + 1].
 JAX_BSK_INLINE const int32_t* RowOffsets(const BlockList& list, int64_t b, int64_t h) {
   return list.offsets + LeadingIndex(list.batch, list.heads, b, h) * (list.rows + 1);
 }
@@ -49,7 +49,7 @@ inline BlockRow ReadRow(const BlockList& list, int64_t tile_count, int64_t b, in
   return result;
 }
 
-// What belongs to the entries of a row, [count], in an array [B, N, capacity] of the compute type; null stays null.
+// The part of a row's entries, [count], in an array [B, N, capacity] of the compute type; null stays null.
 template <class C, class Pointer>
 JAX_BSK_INLINE C* RowGates(Pointer* gates, const BlockList& list, const Shape& shape, int64_t b, int64_t h,
                            const BlockRow& row) {

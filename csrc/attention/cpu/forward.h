@@ -246,7 +246,7 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     const double sum = x.sum[r];
     double total = sum;
     double shift = maximum;
-    // What rounding took from `maximum`.
+    // This is what rounding took from `maximum`.
     double lost = __builtin_fma(double(x.maximum[r]), kLn2, -maximum) + x.maximum[r] * kLn2Rest;
     if (sink != -kInfinity<C>) {
       if (sink > maximum) shift = sink, lost = 0;

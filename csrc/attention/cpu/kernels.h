@@ -1,5 +1,5 @@
-// What one instruction set's translation unit (isa_*.cc) offers to ../cpu.cc. Plain function pointers: code built with
-// wider instructions must stay behind this table, or a machine without them could execute it.
+// The table that an instruction set's translation unit (isa_*.cc) gives to ../cpu.cc. Plain function pointers: code
+// built with wider instructions must stay behind this table, or a machine without them could execute it.
 #pragma once
 
 #include <cstddef>

@@ -109,7 +109,7 @@ struct KeyTile {
     query_stride = heads * static_cast<int>(shape.head_dim), dout_stride = heads * static_cast<int>(shape.value_dim);
   }
 
-  // What the prologue and the epilogue need is computed in both: kept in between, it spills at 256 dimensions.
+  // Prologue and epilogue both compute these: kept in between, they would spill at 256 dimensions.
   __device__ __forceinline__ int KeyStride() const {
     return static_cast<int>(params.shape.kv_heads) * static_cast<int>(params.shape.head_dim);
   }
@@ -192,7 +192,7 @@ struct KeyThread {
         makes_dvalue(!Config::kSplit || thread < 128),
         makes_dkey(!Config::kSplit || thread >= 128) {}
   __device__ __forceinline__ int Column(int n, int e) const { return 8 * n + 2 * t + e % 2; }
-  // Whether a key attends to the query of a column.
+  // True if a key is attended to by the query of a column.
   __device__ __forceinline__ bool Attends(const KeyShared<Config>& shared, int column, int e) const {
     const int bit = (warp_row + 8 * (e / 2) + g) % 32;
     return shared.attended[column][warp_row / 32] >> bit & 1;

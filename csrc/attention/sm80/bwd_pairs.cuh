@@ -1,4 +1,4 @@
-// What dQ and the key-major gradients compute alike: statistics of query rows, P and dS of a pair, ends of rows.
+// Parts that dQ and the key-major gradients have in common: statistics of query rows, P and dS of a pair, ends of rows.
 #pragma once
 
 #include <cstdint>
@@ -30,7 +30,7 @@ __device__ __forceinline__ void PairGradient(float& product, float& dprob, const
   dprob = product * fmaf(gate, dprob, -row.delta) * slope;
 }
 
-// What becomes of a thread's two accumulated rows, the first of which is `row`, of a tile of which `rows` are within
+// The ends of a thread's two accumulated rows, the first of which is `row`, in a tile of which `rows` are within
 // the lengths.
 struct TwoRows {
   device::RowFinish finish[2];

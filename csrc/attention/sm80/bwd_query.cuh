@@ -45,7 +45,7 @@ __device__ __forceinline__ void MakeScoreGradients(float (&scores)[1][kN8][4], f
     }
 }
 
-// What a thread of dQ has: its warp's 16 rows, of which rows `row` and row + 8 are its own.
+// A thread's share of dQ: it has its warp's 16 rows, of which rows `row` and row + 8 are its own.
 struct QueryThread {
   int thread, t, warp_row, row;
   RowStatistics statistics[2];

@@ -23,7 +23,7 @@ struct ForwardShared {
   uint32_t bad_values[2];  // see device::CleanRows
 };
 
-// What a thread has of its warp's rows: of each 16, rows g and g + 8, and of every eight columns 2t and 2t + 1
+// A thread's share of its warp's rows: it has, of each 16, rows g and g + 8, and of every eight columns 2t and 2t + 1
 // (device/mma.cuh).
 template <typename Config>
 struct ForwardThread {

@@ -104,7 +104,7 @@ class BackwardConsumer {
     }
   }
 
-  // Whether the item has nothing to do.
+  // True if the item has nothing to do; its buffers are released then.
   __device__ __forceinline__ bool SkipVoid() {
     if (!(WaitForStep() & StepFlag::kVoid)) return false;
     Release(shared_.empty_key[group_]);
@@ -415,7 +415,7 @@ class BackwardConsumer {
     for (int i = 0; i < kScores; ++i) sum[i % 2] = AddPair(probs[i], dprobs[i], sum[i % 2]);
     return sum[0] + sum[1];
   }
-  // Of this warp's pairs of P o dP.
+  // Stores the sum of P o dP over this warp's pairs.
   __device__ __forceinline__ void StoreGateSum(int stage, float sum) {
     sum = device::WarpSum(sum);
     const int sums = ReadShared(shared_.gates[stage].sums);

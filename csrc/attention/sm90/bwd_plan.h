@@ -64,7 +64,7 @@ struct BackwardLayout {
     statistics_offset = ceil_div(matches_offset + 2 * rows.batch * rows.heads * rows.capacity, 32) * 32;
     gate_sums_offset = statistics_offset + query_rows * ceil_div(shape.q_len, 64) * kStatisticsWords;
     order_offset = gate_sums_offset + gate_sums;
-    // Of whole slices: fewer than twice the heads there are.
+    // The order is of whole slices, which have fewer than twice the heads there are.
     subtiles_offset = ceil_div(4 * (order_offset + 2 * kv_rows * key_tiles), 1024) * 1024;
 
     const int64_t group = shape.heads / std::max<int64_t>(shape.kv_heads, 1);

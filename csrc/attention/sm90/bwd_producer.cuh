@@ -225,7 +225,7 @@ class BackwardLoader {
     return sound;
   }
 
-  // Of one query head, the given one of the item. Entries are fetched 32 at a time, one a lane.
+  // Walks the list of one query head, the given one of the item. Entries are fetched 32 at a time, one a lane.
   __device__ __forceinline__ bool WalkList(const BackwardItem& item, bool keys, int head_in_item, int head) {
     const BlockList& list = keys ? params_.cols : params_.rows;
     const int block = static_cast<int>(keys ? params_.shape.block_q : params_.shape.block_kv);  // that is visited
@@ -256,7 +256,7 @@ class BackwardLoader {
           if (keys) {
             seconds = __ldg(list.tiles + row.begin + entry + lane);
           } else {
-            // Of lists whose rows overlap, another row may have written its match here.
+            // If rows of the list overlap, another row may have written its match here.
             const int2 match = __ldg(plan_.matches + row.begin + entry + lane);
             seconds = match.y == BlockOf(list, item) ? match.x : -1;
           }

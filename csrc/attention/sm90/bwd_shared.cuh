@@ -1,4 +1,5 @@
-// What the warps of the Hopper backward share: shared memory, the messages that travel with the pipeline, and the plan.
+// Everything that the warps of the Hopper backward share: shared memory, the messages that travel with the pipeline,
+// and the plan.
 #pragma once
 
 #include <cuda.h>
@@ -20,7 +21,7 @@ using device::sm90::kReleasesPerWarp;
 using device::sm90::ReadShared;
 using device::sm90::Ring;
 
-// What the host computes for a launch, beside the parameters.
+// Numbers that the host computes for a launch, beside the parameters.
 struct BackwardPlan {
   CUtensorMap query, dout, key, value;  // boxes of 64 positions
   LogitMap logits;
@@ -49,7 +50,7 @@ struct BackwardPlan {
   void* subtiles;    // [buffers, slice_heads * group, capacity, entry_subtiles, 64, 64]
 };
 
-// What a CTA works on next, from the scheduler to everyone else.
+// The message of the scheduler to everyone else: the CTA's next item.
 struct BackwardItem {
   enum Kind : int { kKeys, kQueries, kEnd };  // makes dK and dV; makes dQ
   int kind;
@@ -68,13 +69,13 @@ struct StepFlag {
   static constexpr int kLast = 1, kVoid = 2, kMasked = 4, kBits = 8, kInexact = 16;
 };
 
-// Of a step of keys with a gate.
+// The gate of a step of keys.
 struct GateStep {
   float gate;
   int sums;  // in gates.h's: those of the CTA's first 64 keys
 };
 
-// What the storer is told of a step of keys.
+// The message to the storer about a step of keys.
 struct StoreOrder {
   int flags;
   int subtiles;  // of dS, 64 x 64 each: where the first of the step goes

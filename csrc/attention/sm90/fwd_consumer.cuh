@@ -72,7 +72,7 @@ class ForwardConsumer {
   // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
-  // Whether references may lag (fwd_softmax.cuh).
+  // True if references may lag (fwd_softmax.cuh).
   static constexpr bool kLazy = Config::kPlain;
 
   using Headers = Ring<Shared::kHeaders>;
@@ -193,7 +193,7 @@ class ForwardConsumer {
 
   // ---- Parts of them
 
-  // Where this step's keys are, and the values of the step before.
+  // The ring positions of this step's keys, and of the values of the step before.
   __device__ __forceinline__ Ring<Config::kKeyStages> Keys() const { return {step_}; }
   __device__ __forceinline__ Ring<Config::kValueStages> Values() const { return {step_ - 1}; }
 
@@ -259,7 +259,7 @@ class ForwardConsumer {
     Release(shared_.empty_query);
   }
 
-  // Of 16 bytes in a [chunk][kTileQ][64] tile.
+  // The byte offset of 16 bytes in a [chunk][kTileQ][64] tile.
   __device__ __forceinline__ static uint32_t SwizzledOffset(int row, int vector) {
     return vector / 8 * kTileQ * 128 + row * 128 + (vector % 8 ^ row % 8) * 16;
   }
@@ -526,7 +526,7 @@ class ForwardConsumer {
   // A value that all lanes have, as one the compiler knows to be the same: products are not issued under divergence.
   __device__ __forceinline__ static int Uniform(int x) { return __shfl_sync(0xFFFFFFFFu, x, 0); }
 
-  // Of the warpgroup.
+  // The number of the thread in its warpgroup.
   __device__ __forceinline__ static int Thread() { return device::ThreadHere() % kWarpgroup; }
 
   Shared& shared_;

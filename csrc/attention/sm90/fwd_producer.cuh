@@ -27,7 +27,7 @@ class ForwardScheduler {
   __device__ ForwardScheduler(Shared& shared, const ForwardParams& params, const ForwardPlan& plan)
       : shared_(shared), params_(params), plan_(plan) {}
 
-  // Whatever tiles the counter hands out; just tile blockIdx.x without one.
+  // Announces the tiles that the counter hands out; without a counter, tile blockIdx.x alone.
   __device__ __forceinline__ void Run() {
     const int tiles = plan_.tiles;
     int tile = plan_.tile_counter == nullptr ? blockIdx.x : Share(TakeTile());
@@ -55,7 +55,7 @@ class ForwardScheduler {
     const bool large = params_.shape.block_q == 128;
     const int block_kv = static_cast<int>(params_.shape.block_kv), row = header.q_start >> (large ? 7 : 6);
 
-    // What must be read for the tile, a word a lane: one round trip to memory and not one after the other.
+    // Each lane reads one word of what the tile needs: one round trip to memory and not one after the other.
     const int64_t table = lists::TableIndex(params_.rows.batch, params_.rows.heads, header.batch, header.head);
     const int lane = device::ThreadHere() % 32;
     const int32_t* source = params_.rows.offsets + table * (params_.rows.rows + 1) + row + (lane & 1);
@@ -134,7 +134,7 @@ class ForwardLoader {
   }
 
  private:
-  // Where a step's keys begin, and their bit tiles or -1: of one block, or of two of 64.
+  // A step's keys are of one block, or of two of 64: where each begins, and its bit tile or -1.
   struct Blocks {
     int start[kMaxPieces];
     int tile[kMaxPieces];
@@ -184,12 +184,12 @@ class ForwardLoader {
                            lists::GateIndex(params_.rows, params_.shape.heads, header.batch, header.head, position));
   }
 
-  // Whether a tile's keys come from two blocks.
+  // True if a tile's keys come from two blocks.
   __device__ __forceinline__ bool TwoPieces() const {
     return Config::kTileKv == 128 && params_.shape.block_kv < Config::kTileKv;
   }
 
-  // Whether a tile reaches past a length.
+  // True if a tile reaches past a length.
   __device__ __forceinline__ static bool ReachesPast(const int (&start)[kMaxPieces], int limit) {
     return start[0] + 64 > limit || (Config::kTileKv == 128 && start[1] + 64 > limit);
   }

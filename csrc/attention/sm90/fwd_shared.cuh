@@ -1,5 +1,5 @@
-// What the producer and the consumers of the Hopper forward share: the layout of shared memory, and the messages that
-// travel with the pipeline's stages.
+// Everything that producer and consumers of the Hopper forward share: the layout of shared memory, and the messages
+// that travel with the pipeline's stages.
 #pragma once
 
 #include <cuda.h>
@@ -20,7 +20,7 @@ using device::sm90::kReleasesPerWarp;
 using device::sm90::ReadShared;
 using device::sm90::Ring;
 
-// What a CTA works on next, from the scheduler to the loader and the consumers.
+// The message of the scheduler to the loader and the consumers: the CTA's next tile.
 struct TileHeader {
   enum Kind : int { kLive, kEmpty, kPoisoned, kEnd };  // kEmpty, kPoisoned: no step follows
   int kind;
@@ -72,7 +72,7 @@ struct ForwardShared {
   Barrier tail_value;  // values of a step that the key/value length cuts, before they are clean
   Barrier open;        // never completes a phase: see ForwardConsumer::Step
 
-  // Of the step'th step of the CTA.
+  // The message of the CTA's step number `step`.
   __device__ __forceinline__ StepInfo& Step(uint32_t step) { return steps[step % (2 * kKeyStages)]; }
 
   __device__ __forceinline__ void Init() {
@@ -101,7 +101,7 @@ struct ForwardShared {
   }
 };
 
-// What the host computes for a launch, beside the parameters.
+// Numbers that the host computes for a launch, beside the parameters.
 struct ForwardPlan {
   CUtensorMap query, key, value;
   LogitMap logits;
@@ -123,9 +123,9 @@ __device__ __forceinline__ int BitRowOffset(int block_kv, int start, int piece) 
   return piece * Config::kTileQ * 8;
 }
 
-// Where a tile lies. Tiles of one head are neighbours, so that CTAs at work at the same time share keys and values in
-// L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because under a causal mask it
-// has the most to do.
+// The position of a tile. Tiles of one head are neighbours, so that CTAs at work at the same time share keys and values
+// in L2 (longest first over all heads lost 11 %, H200); within a head the last comes first, because under a causal mask
+// it has the most to do.
 template <typename Config>
 __device__ __forceinline__ TileHeader PositionOf(int tile, const ForwardPlan& plan) {
   const int row = plan.q_tiles.Quotient(tile);  // batch * heads + head
@@ -138,7 +138,7 @@ __device__ __forceinline__ TileHeader PositionOf(int tile, const ForwardPlan& pl
   return header;
 }
 
-// What the example's lengths, as they came, make of a tile.
+// Sets a tile's limits from the example's lengths, as they came.
 template <typename Config>
 __device__ __forceinline__ void SetLimits(TileHeader& header, const Shape& shape, int q_length, int kv_length) {
   const int q_end = min(max(q_length, 0), static_cast<int>(shape.q_len));

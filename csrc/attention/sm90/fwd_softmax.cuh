@@ -50,7 +50,7 @@ struct RowSoftmax {
     }
   }
 
-  // Whether any of the warp's references is -inf.
+  // True if any of the warp's references is -inf.
   __device__ __forceinline__ bool Fresh() const {
     return __any_sync(0xFFFFFFFFu, fminf(reference[0], reference[1]) == -device::Infinity());
   }
@@ -69,7 +69,7 @@ struct RowSoftmax {
     total[1] = part[2] + part[3];
   }
 
-  // Whether a reference of the warp lags too far.
+  // True if a reference of the warp lags too far.
   __device__ __forceinline__ static bool Lags(const float (&total)[2]) {
     return __any_sync(0xFFFFFFFFu, fmaxf(total[0], total[1]) > kSlack);
   }

@@ -8,7 +8,7 @@ namespace jax_bsk::attention::cuda::sm90 {
 // The first of a thread's two rows among the 64 of its warpgroup's accumulators; the second is eight further.
 __device__ __forceinline__ int RowOf(int thread) { return thread / 32 * 16 + thread % 32 / 4; }
 
-// Whether this thread's part of one of its rows is finite.
+// True if this thread's part of one of its rows is finite.
 template <int kCount>
 __device__ __forceinline__ bool RowIsFinite(const float (&sums)[kCount], int half) {
   float probe = 0.f;  // NaN if anything is not

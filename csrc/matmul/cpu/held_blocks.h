@@ -23,7 +23,7 @@ class HeldBlocks {
 
   bool Holds(int64_t number) const { return numbers_[number % places_] == number; }
 
-  // Where the block lies; pack(to) writes it unless it is there already.
+  // The address of the block; pack(to) writes it unless it is there already.
   template <class Pack>
   JAX_BSK_INLINE const C* Get(int64_t number, const Pack& pack) {
     C* const block = blocks_ + number % places_ * size_;

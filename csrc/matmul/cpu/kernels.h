@@ -1,5 +1,5 @@
-// What one instruction set's translation unit (isa_*.cc) offers to ../cpu.cc. Plain function pointers: code built with
-// wider instructions must stay behind this table, or a machine without them could execute it.
+// The table that an instruction set's translation unit (isa_*.cc) gives to ../cpu.cc. Plain function pointers: code
+// built with wider instructions must stay behind this table, or a machine without them could execute it.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,8 @@ namespace jax_bsk::matmul::cpu {
 // were no faster.
 constexpr int64_t kPanelBytes = 256;
 
-// Of one member of the batch: out blocks [first_block, end_block) of the panel that begins at `column` of the width.
+// A part of a product: for one member of the batch, out blocks [first_block, end_block) of the panel that begins at
+// `column` of the width.
 struct ProductPart {
   int64_t b;
   int64_t column;
@@ -22,7 +23,7 @@ struct ProductPart {
   int64_t end_block;
 };
 
-// Of one member of the batch: entries [first, end).
+// A part of a sampled product: for one member of the batch, entries [first, end).
 struct SampledPart {
   int64_t b;
   int64_t first;

@@ -37,8 +37,8 @@ constexpr int kClusterColumns = kProductCluster * kTileColumns;
 // 614 MB of device memory; 16 is 2 % faster than 8.
 constexpr int64_t kPanelBytes = 16 << 20;
 
-// What the host computes for a launch of the product, beside the parameters. A row here is what a CTA works on: one out
-// block, or two of 64.
+// Numbers that the host computes for a launch of the product, beside the parameters. A row here is a CTA's work: one
+// out block, or two of 64.
 struct ProductPlan {
   CUtensorMap data, out;  // (column, row, entry or batch)
   CUtensorMap dense;      // the same; a whole N-major one (column of 64, row, 64 columns, batch)

@@ -1,4 +1,5 @@
-// The way of a warpgroup's finished sums to memory: to 16-bit words, through shared memory, out by the copy engine.
+// The epilogue takes a warpgroup's finished sums to memory: to 16-bit words, through shared memory, out by the copy
+// engine.
 //
 // A tile's 64 KB take some 2,000 cycles to leave, 32 bytes a cycle, and shared memory has room for half of them. So the
 // other half waits in registers, as words, until products of the next tile are under way: 1,000 cycles between tiles.
@@ -15,7 +16,7 @@
 
 namespace jax_bsk::matmul::cuda::sm90 {
 
-// Where 64 columns of a warpgroup's sums go: a box of the result's tensor map, or nowhere.
+// The target of 64 columns of a warpgroup's sums: a box of the result's tensor map, or nowhere.
 struct Box {
   int c0, c1, c2;
   bool stored = true;

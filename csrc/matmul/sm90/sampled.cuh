@@ -134,7 +134,7 @@ class SampledStore {
   static constexpr int kChunks = kColumns / kPiece;
   static constexpr int kSums = kColumns / 2;
 
-  // Where a chunk lies.
+  // The position of a chunk.
   struct Place {
     int i;            // which of the item's entries
     int row, column;  // in its block
@@ -164,7 +164,7 @@ class SampledStore {
     (StoreFloat<kChunk>(sums, info), ...);
   }
 
-  // What is not in the matrix is 0, whatever the products were.
+  // Elements beyond the matrix are 0, whatever the products were.
   template <int kChunk>
   __device__ __forceinline__ void CutChunk(float (&sums)[kSums], const StepInfo& info) const {
     const Place place(*this, info, kChunk);

@@ -1,4 +1,5 @@
-// What the warps of a product share: the layout of shared memory, and the messages that travel with the stages.
+// Everything that the warps of a product share: the layout of shared memory, and the messages that travel with the
+// stages.
 #pragma once
 
 #include <cstdint>
@@ -21,7 +22,7 @@ struct alignas(16) StepInfo {
   static constexpr int kValid = 6;     // shift: which entries of a sampled item are to be stored, the others are 0
   static constexpr int kEntries = 10;  // shift: how many there are, less one
   int flags;
-  // Where the tile lies: rows (entries of a sampled product: the rows of the matrix), columns (entry), batch.
+  // The position of the tile: rows (entries of a sampled product: the rows of the matrix), columns (entry), batch.
   int row;
   int column;
   int batch;
