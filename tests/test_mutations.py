@@ -16,6 +16,7 @@ from pathlib import Path
 import jax
 import pytest
 
+from csrc import variants
 from tests.csrc import mutations
 from tests.csrc.mutations import CPU_KERNELS, CSRC, MUTATIONS, PORTABLE, Mutation
 from tests.test_cuda_check import NAMES
@@ -64,8 +65,9 @@ class TestTable:
 
     def test_sources_exist(self, mutation):
         assert mutation.instances
+        written = {variant.path for variant in variants.variants(split=True)}
         for source in mutation.instances:
-            assert (CSRC / source).is_file()
+            assert source in written or (CSRC / source).is_file()
 
     def test_cases_exist(self, mutation):
         assert len(set(mutation.cases)) == len(mutation.cases) >= 1

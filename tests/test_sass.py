@@ -11,7 +11,7 @@ from jax_bsk.qa.support import cuda_tools
 from tools import check_sass
 
 # What cuobjdump 13.5 says of a cubin with two small kernels, their code cut to a few lines.
-MINE = "_ZN7jax_bsk9attention4cuda4sm9013ForwardKernelINS2_6ConfigI13__nv_bfloat16Li128EEEEEv14CUtensorMap_stPf"
+MINE = "_ZN7jax_bsk9attention4cuda4sm9013ForwardKernelINS2_6ConfigINS_6device8BFloat16ELi128EEEEEv14CUtensorMap_stPf"
 OTHER = "_ZN7jax_bsk9attention4cuda4sm8011PlainKernelIfEEvPT_"
 TEXT = f"""
 Resource usage:
@@ -74,8 +74,8 @@ def test_what_is_read():
         (r"(?<=code for )sm_90a", "sm_90", ["no kernel in a namespace sm90 for sm_90a (it has kernels for sm_90)."]),
         (r"4sm90", "5later", ["no kernel in a namespace sm90 for sm_90a"]),
         (r"HGMMA\S+|UTMALDG\S+", "NOP", ["no HGMMA", "no UTMALDG"]),
-        (r"PlainKernelIf", "PlainKernelI6__half", ["16-bit type and has no HMMA"]),
-        (r"PlainKernelIf", "PlainKernelI13__nv_bfloat16", ["16-bit type and has no HMMA"]),
+        (r"PlainKernelIf", "PlainKernelIN7jax_bsk6device7Float16E", ["16-bit type and has no HMMA"]),
+        (r"PlainKernelIf", "PlainKernelIN7jax_bsk6device8BFloat16E", ["16-bit type and has no HMMA"]),
     ],
 )
 def test_every_rule_has_its_sentence(before, after, faults):
@@ -106,7 +106,9 @@ def test_a_fence_stands_between_a_load_and_the_release(code, places):
 
 
 def test_a_16_bit_kernel_with_its_instruction_has_no_fault():
-    text = TEXT.replace("PlainKernelIf", "PlainKernelI6__half").replace("LDG.E R5", "HMMA.16816.F32 R5")
+    text = TEXT.replace("PlainKernelIf", "PlainKernelIN7jax_bsk6device7Float16E").replace(
+        "LDG.E R5", "HMMA.16816.F32 R5"
+    )
     kernels = check_sass.parse(text)
     assert kernels[0].opcodes["HMMA"] == 1
     assert not check_sass.violations(kernels)

@@ -35,7 +35,7 @@ from jax_bsk.qa.support.cuda_tools import RESOURCES, find_tool, short_names
 
 # Namespaces and types as they stand in a mangled name, which needs no demangler: length, then identifier.
 SM80, SM90 = "4sm80", "4sm90"
-SIXTEEN_BIT = ("6__half", "13__nv_bfloat16")
+SIXTEEN_BIT = ("7Float16", "8BFloat16")
 
 FUNCTION = re.compile(r"^\t\tFunction : (\S+)\n", re.MULTILINE)
 # "  /*00f0*/   @!UP0 UTMALDG.2D [UR4], [UR10] ;   /* encoding */": address, predicate, opcode up to its first modifier.

@@ -65,4 +65,11 @@ cudaError_t LaunchSumGates(const BackwardParams& params, const float* sums, cuda
   return cudaGetLastError();
 }
 
+bool HoldsCodeForDevice() {
+  cudaFuncAttributes attributes;
+  if (cudaFuncGetAttributes(&attributes, SumGatesKernel) == cudaSuccess) return true;
+  cudaGetLastError();  // not an error of the caller's
+  return false;
+}
+
 }  // namespace jax_bsk::attention::cuda

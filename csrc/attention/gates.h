@@ -23,4 +23,7 @@ inline int64_t GateSumCount(const BackwardParams& params) {
 cudaError_t ClearGateSums(const BackwardParams& params, float* sums, cudaStream_t stream);
 cudaError_t LaunchSumGates(const BackwardParams& params, const float* sums, cudaStream_t stream);
 
+// Whether this build holds code for the current device. (Its kernel here tells, which is compiled for every target.)
+bool HoldsCodeForDevice();
+
 }  // namespace jax_bsk::attention::cuda

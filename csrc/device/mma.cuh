@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "device/ptx/convert.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/thread.cuh"
 #include "device/tile.cuh"

@@ -1,12 +1,11 @@
 // Tiles of rows in shared memory: padded layout, asynchronous loading, cleaning of non-finite values, storing.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
 
+#include "device/element.h"
+#include "device/ptx/convert.cuh"
 #include "device/ptx/copy_async.cuh"
 #include "device/ptx/thread.cuh"
 
@@ -64,7 +63,7 @@ __device__ __forceinline__ bool HasNonFinite(const uint4& chunk) {
     if constexpr (sizeof(Element) == 4) {
       found |= (word & 0x7F800000u) == 0x7F800000u;
     } else {
-      constexpr uint32_t kExponent = std::is_same_v<Element, __half> ? 0x7C00u : 0x7F80u;
+      constexpr uint32_t kExponent = std::is_same_v<Element, Float16> ? 0x7C00u : 0x7F80u;
       found |= (word & kExponent) == kExponent || (word & (kExponent << 16)) == (kExponent << 16);
     }
   }
@@ -94,17 +93,6 @@ __device__ __forceinline__ uint64_t CleanRows(T& tile, uint32_t (&flags)[2], int
   __syncthreads();
   if (thread < 2) flags[thread] = 0;
   return rows;
-}
-
-template <typename Element>
-__device__ __forceinline__ uint32_t PackPair(float low, float high) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
-    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  } else {
-    const __half2 pair = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&pair);
-  }
 }
 
 // The end of one accumulator row: it is scaled, or replaced.

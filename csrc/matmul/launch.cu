@@ -1,6 +1,7 @@
-// From params to a kernel: refusals, tensor maps, and the only switch over dtype and layout.
+// From params to a kernel: refusals, tensor maps, and the table of the kernels.
 #include <algorithm>
 #include <initializer_list>
+#include <iterator>
 
 #include "device/host.h"
 #include "device/tensor_map.h"
@@ -81,18 +82,45 @@ bool MakeMap(DType dtype, const void* data, const void* other, int64_t batch, in
                                      box_rows, 1, map);
 }
 
-// Calls visit(zero of the type, left, right) with the layouts as integral constants.
-template <typename Visit>
-cudaError_t VisitLayouts(DType dtype, bool transpose_left, bool transpose_right, Visit visit) {
-  const auto with_type = [&](auto zero) {
-    using std::false_type;
-    using std::true_type;
-    if (transpose_left) {
-      return transpose_right ? visit(zero, true_type{}, true_type{}) : visit(zero, true_type{}, false_type{});
-    }
-    return transpose_right ? visit(zero, false_type{}, true_type{}) : visit(zero, false_type{}, false_type{});
-  };
-  return dtype == DType::kBF16 ? with_type(__nv_bfloat16{}) : with_type(__half{});
+// ---- The kernels: all that csrc/variants.py lists
+
+using sm90::Layout;
+
+template <typename Launch>
+struct Variant {
+  DType dtype;
+  Layout left, right;
+  Launch* launch;
+};
+using ProductLaunch = cudaError_t(const ProductParams&, const sm90::ProductPlan&, int, cudaStream_t);
+using SampledLaunch = cudaError_t(const SampledParams&, const sm90::SampledPlan&, int, cudaStream_t);
+
+#define JAX_BSK_PRODUCT(Element, left, right) \
+  {device::kDType<Element>, left, right, sm90::LaunchProduct<Element, left, right>},
+#define JAX_BSK_SAMPLED(Element, left, right)
+constexpr Variant<ProductLaunch> kProducts[] = {
+#include "matmul/variants.inc"
+};
+#undef JAX_BSK_PRODUCT
+#undef JAX_BSK_SAMPLED
+#define JAX_BSK_PRODUCT(Element, left, right)
+#define JAX_BSK_SAMPLED(Element, left, right) \
+  {device::kDType<Element>, left, right, sm90::LaunchSampled<Element, left, right>},
+constexpr Variant<SampledLaunch> kSampled[] = {
+#include "matmul/variants.inc"
+};
+#undef JAX_BSK_PRODUCT
+#undef JAX_BSK_SAMPLED
+
+// The launcher for a type and the layouts of both operands; null where there is none.
+template <typename Table>
+auto Find(const Table& table, DType dtype, bool mn_major_left, bool mn_major_right) {
+  const Layout left = mn_major_left ? Layout::kMnMajor : Layout::kKMajor;
+  const Layout right = mn_major_right ? Layout::kMnMajor : Layout::kKMajor;
+  const auto found = std::find_if(std::begin(table), std::end(table), [&](const auto& variant) {
+    return variant.dtype == dtype && variant.left == left && variant.right == right;
+  });
+  return found == std::end(table) ? nullptr : found->launch;
 }
 
 }  // namespace
@@ -166,9 +194,8 @@ cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int d
   const int clusters = std::max(1, facts.multiprocessors / sm90::kProductCluster);
   const int grid = sm90::kProductCluster * std::min(plan.work_count, clusters);
   // The dense operand is the right one here: N-major as it lies on the right of the matrix, K-major on the left.
-  return VisitLayouts(params.dtype, transposed, !left, [&](auto zero, auto transpose_left, auto transpose_right) {
-    return sm90::LaunchProduct<decltype(zero), transpose_left.value, transpose_right.value>(params, plan, grid, stream);
-  });
+  const auto launch = Find(kProducts, params.dtype, transposed, !left);
+  return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, grid, stream);
 }
 
 cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int device, cudaStream_t stream) {
@@ -200,11 +227,8 @@ cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int d
     return error;
   }
   const int grid = static_cast<int>(std::min<int64_t>(params.batch * params.capacity, facts.multiprocessors));
-  return VisitLayouts(params.dtype, params.left_transposed, !params.right_transposed,
-                      [&](auto zero, auto transpose_left, auto transpose_right) {
-                        return sm90::LaunchSampled<decltype(zero), transpose_left.value, transpose_right.value>(
-                            params, plan, grid, stream);
-                      });
+  const auto launch = Find(kSampled, params.dtype, params.left_transposed, !params.right_transposed);
+  return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, grid, stream);
 }
 
 }  // namespace jax_bsk::matmul::cuda

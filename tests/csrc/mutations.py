@@ -33,25 +33,26 @@ CASE_SECONDS = 30  # that a case of cuda_check may take
 
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 
-FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64.cu",)
-FORWARD_128 = ("attention/instances/sm90/fwd_bf16_128.cu",)
-FORWARD_256 = ("attention/instances/sm90/fwd_bf16_256.cu",)
-BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64.cu",)
-BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128.cu",)
-GATED_FORWARD_64 = ("attention/instances/sm90/fwd_bf16_64_gated.cu",)
-GATED_BACKWARD_64 = ("attention/instances/sm90/bwd_bf16_64_gated.cu",)
-GATED_BACKWARD_128 = ("attention/instances/sm90/bwd_bf16_128_gated.cu",)
-GATED_PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64_gated.cu",)
+# Files that csrc/variants.py writes with --split; of Hopper's forward and backward those without gates.
+FORWARD_64 = ("attention/sm90/fwd_bf16_64_plain.cu", "attention/sm90/fwd_bf16_64_softcap.cu")
+FORWARD_128 = ("attention/sm90/fwd_bf16_128_plain.cu", "attention/sm90/fwd_bf16_128_softcap.cu")
+FORWARD_256 = ("attention/sm90/fwd_bf16_256_plain.cu", "attention/sm90/fwd_bf16_256_softcap.cu")
+BACKWARD_64 = ("attention/sm90/bwd_bf16_64_plain.cu", "attention/sm90/bwd_bf16_64_softcap.cu")
+BACKWARD_128 = ("attention/sm90/bwd_bf16_128_plain.cu", "attention/sm90/bwd_bf16_128_softcap.cu")
+GATED_FORWARD_64 = ("attention/sm90/fwd_bf16_64_plaingated.cu",)
+GATED_BACKWARD_64 = ("attention/sm90/bwd_bf16_64_plaingated.cu",)
+GATED_BACKWARD_128 = ("attention/sm90/bwd_bf16_128_plaingated.cu",)
+PRODUCT = ("matmul/sm90/product_bf16.cu",)
+SAMPLED = ("matmul/sm90/sampled_bf16.cu",)
+PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
+PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
+GATED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_gated.cu",)
 PREPARE = ("attention/prepare.cu",)
 CHOOSE = ("lists/choose.cu",)
 LISTS = ("lists/transpose.cu",)
 CPU_CHOOSE = ("lists/cpu_choose.cc",)
 CPU_LISTS = ("lists/cpu.cc",)
-PRODUCT = ("matmul/instances/product_bf16.cu",)
-SAMPLED = ("matmul/instances/sampled_bf16.cu",)
 MATMUL_PLAN = ("matmul/plan.cu",)
-PORTABLE_FORWARD = ("attention/instances/sm80/fwd_f32_64.cu",)
-PORTABLE_BACKWARD = ("attention/instances/sm80/bwd_bf16_64.cu",)
 CPU = ("attention/cpu/isa_baseline.cc",)
 CPU_MATMUL = ("matmul/cpu/isa_baseline.cc",)
 
@@ -63,7 +64,8 @@ class Mutation:
     file: str  # that has it, relative to csrc
     before: str  # occurs once there
     after: str
-    instances: tuple[str, ...]  # sources that it is compiled into, relative to csrc; as few as show it
+    # Sources that it is compiled into, relative to csrc or written by csrc/variants.py; as few as show it.
+    instances: tuple[str, ...]
     cases: tuple[str, ...]  # that show it, the likeliest first
     program: str = "cuda_check"
 

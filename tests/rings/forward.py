@@ -224,6 +224,7 @@ class _Consumer(_ForwardAgent):
         self.left = 0  # steps of it that have not begun
         self.live = -1  # its number among the live ones
         self.late = False  # for a mistake
+        self.following: int | None = 0  # the next tile, once this one is finished
 
     def run(self):
         """`ForwardConsumer::Run` in fwd_consumer.cuh."""
@@ -232,12 +233,14 @@ class _Consumer(_ForwardAgent):
         tile = self.skip_empty_tiles(0)
         if tile is END:
             return
-        self.first_step(tile)
-        while True:
-            while self.left > 0:
-                self.middle_step()
-            if not self.finish_tile():
-                break
+        while tile is not END:
+            self.first_step(tile)
+            more = True
+            while more:
+                while self.left > 0:
+                    self.middle_step()
+                more = self.finish_tile()
+            tile = END if self.following is END else self.skip_empty_tiles(self.following)
         self.arrive(self.model.meeting, 0, THREADS)
         self.wait(self.model.meeting, 0)
         self.read(self.model.inexact_tiles, 0)
@@ -275,7 +278,7 @@ class _Consumer(_ForwardAgent):
     def finish_tile(self) -> bool:
         """`ForwardConsumer::FinishTile` in fwd_consumer.cuh."""
         model, tile = self.model, self.tile
-        following: int | None = tile + 1
+        self.following = tile + 1
         if model.mistake == "empty tiles are skipped before the tile is stored":
             following = self.skip_empty_tiles(tile + 1)
             if model.overlap and following is not END:
@@ -285,9 +288,8 @@ class _Consumer(_ForwardAgent):
                 self.release(model.empty_query, self.live)
             self.last_product()
             self.store_tile(tile)
-            if following is not END:
-                self.first_step(following)
-            return following is not END
+            self.following = following
+            return False
 
         # One header beyond the current tile's, at most.
         if not model.overlap or not self.is_live(self.wait_for_header(tile + 1)):
@@ -295,10 +297,7 @@ class _Consumer(_ForwardAgent):
                 self.release(model.empty_query, self.live)  # its products are done
             self.last_product()
             self.store_tile(tile)  # releases the tile's header
-            following = self.skip_empty_tiles(tile + 1)
-            if following is not END:
-                self.first_step(following)
-            return following is not END
+            return False
         self.finish_under_next(tile, tile + 1)
         return True
 

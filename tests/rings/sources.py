@@ -66,7 +66,7 @@ class Constants:
         source = "".join(text(path) for path in paths)
         if struct:  # of the other structs of config.h nothing is wanted
             config = text(paths[0])
-            body = re.search(rf"struct {struct} {{.*?\n}};", config, re.S)
+            body = re.search(rf"struct {struct}\b[^;{{]*{{.*?\n}};", config, re.S)
             assert body, struct
             source = config[: config.index("template")] + body[0] + "".join(text(path) for path in paths[1:])
         self.values: dict[str, object] = dict(arguments)

@@ -4,6 +4,7 @@
 
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/config.h"
+#include "attention/sm80/gated.cuh"
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/copy_async.cuh"
@@ -25,7 +26,7 @@ struct KeyShared {
   // For want of registers: the place of the current step's gate; each thread's P o dP, of the 64 x 64 pairs that the
   // step is part of.
   int gate;
-  float gate_sums[Config::kGated ? Config::kKeyThreads : 1];
+  float gate_sums[Config::kMayBeGated ? Config::kKeyThreads : 1];
   int next_tile;  // see ForSelected
 };
 
@@ -159,7 +160,8 @@ struct KeyTile {
   // The word that this thread has to fetch for KeyShared::attended.
   __device__ __forceinline__ uint32_t AttendedWord(const lists::Step& step, int head, int thread) const {
     const int block_q = static_cast<int>(params.shape.block_q), block_kv = static_cast<int>(params.shape.block_kv);
-    uint32_t word = Config::kGated ? ~0u : 0;
+    const bool gated = HasGates<Config>(params.dgates);
+    uint32_t word = gated ? ~0u : 0;
     if (step.tile >= 0 && thread < 2 * Config::kKeyTileQ) {
       word =
           __ldg(lists::BitTileRow(params.tiles, batch, head, step.tile, step.offset + thread / 2, block_q, block_kv) +
@@ -168,7 +170,7 @@ struct KeyTile {
     // Queries past the length may have any logits; keys past it have rows of their own in the products, but not in the
     // gate's sum.
     if (step.start + thread / 2 >= limit.query) word = 0;
-    if (Config::kGated) word &= static_cast<uint32_t>(device::FirstBits(kv_rows - 32 * (thread % 2)));
+    if (gated) word &= static_cast<uint32_t>(device::FirstBits(kv_rows - 32 * (thread % 2)));
     return word;
   }
 };
@@ -301,7 +303,7 @@ __device__ __forceinline__ void KeyGradientStep(KeyShared<Config>& shared, const
   typename KeyThread<Config>::Scores scores;
   device::Clear(scores);
   device::MultiplyRows(scores, shared.key, own.warp_row, shared.query);
-  if constexpr (Config::kGated) {
+  if (HasGates<Config>(tile.params.dgates)) {
     const float gate = lists::ReadGate(tile.params.col_gates, shared.gate);  // not earlier, for want of registers
     const float sum = MakeGatedGradients(shared, own, map, gate, bad, scores, dscores);
     AddToGateSum(shared, tile, own, sum, gate_sums, now, more, next);
@@ -334,7 +336,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   lists::Step step;
   int head = 0;
   bool more = walker.Next(step, head) && tile.kv_rows > 0;
-  if constexpr (Config::kGated) shared.gate_sums[thread] = 0.f;
+  if constexpr (Config::kMayBeGated) shared.gate_sums[thread] = 0.f;
   if (thread < 2) shared.bad_queries[thread] = shared.bad_douts[thread] = 0;
   if (more) {
     tile.LoadKeysAndValues(shared, thread);
@@ -352,7 +354,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   while (more) {
     const lists::Step now = step;
     const int now_head = head;
-    if (Config::kGated && thread == 0) {
+    if (HasGates<Config>(params.dgates) && thread == 0) {
       shared.gate = lists::GateIndex(params.cols, params.shape.heads, tile.batch, head, walker.position());
     }
     more = walker.Next(step, head);
@@ -362,7 +364,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   // ---- Epilogue. Keys at and past the length get 0.
   device::WaitForCopies();
   __syncthreads();
-  if constexpr (Config::kGated) {
+  if (HasGates<Config>(params.dgates)) {
     if (walker.poisoned() && tile.kv_rows > 0) {
       SpoilGateSums<Config::kKeyThreads>(params, gate_sums, tile.batch, tile.kv_head, tile.kv_start, thread);
     }

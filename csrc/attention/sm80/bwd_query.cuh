@@ -3,6 +3,7 @@
 
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/config.h"
+#include "attention/sm80/gated.cuh"
 #include "attention/sm80/query_tile.cuh"
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
@@ -122,11 +123,12 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
                                                   static_cast<int>(params.shape.block_kv), tile.limit.key);
   lists::Step step;
   bool more = walker.Next(step) && tile.q_rows > 0;
+  const bool gated = HasGates<Config>(params.row_gates);
   const auto read_gate = [&] {
     return lists::ReadGate(params.row_gates,
                            lists::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
   };
-  float next_gate = Config::kGated && more ? read_gate() : 1.f;
+  float next_gate = gated && more ? read_gate() : 1.f;
   if (thread < 2) shared.bad_keys[thread] = 0;
   if (more) {
     const auto* dout =
@@ -145,7 +147,7 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
     const lists::Step now = step;
     const float gate = next_gate;
     more = walker.Next(step);
-    if (Config::kGated && more) next_gate = read_gate();
+    if (gated && more) next_gate = read_gate();
     QueryGradientStep<Config>(shared, params, tile, load, own, map, gate, now, more, step, dquery);
   }
 

@@ -1,14 +1,14 @@
-// Tile shapes of the portable kernels (mma.sync + cp.async, sm_80 and newer), and the launchers that instances/*.cu
-// define. No kernel code here, so that launch.cu compiles in a moment.
+// Tile shapes of the portable kernels (mma.sync + cp.async, sm_80 and newer), and their launchers. No kernel code here:
+// the host's compiler reads it, too.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 
 #include "attention/params.h"
+#include "attention/variant.h"
+#include "device/element.h"
 
 namespace jax_bsk::attention::cuda::sm80 {
 
@@ -16,16 +16,24 @@ namespace jax_bsk::attention::cuda::sm80 {
 // divides every supported block.
 constexpr int kTile = 64;
 
-// kGated: with gates, which take registers that the others would miss.
-//
+// Gates are a branch at run time (kAny) where that costs nothing measurable: for float32, except in the forward of 256
+// dimensions (2.5 %) and the backward of 128. The 16-bit kernels have gates compiled in. There the branch took 2.3 to
+// 2.7 % of a backward without gates and 2 to 8 % of a forward with gates (H200), and the forward of 128 queries and 128
+// dimensions spilled 384 bytes on sm_80.
+template <Features kFeatures>
+struct GatesConfig {
+  static_assert(kFeatures == Features::kAny || kFeatures == Features::kUngated || kFeatures == Features::kGated);
+  static constexpr bool kMayBeGated = kFeatures != Features::kUngated;
+  static constexpr bool kAlwaysGated = kFeatures == Features::kGated;
+};
+
 // Four warps, each with 16 * kRowTiles query rows. Two row tiles a warp halve the shared memory traffic of keys and
 // values per product, where the accumulators leave room (up to 128 dimensions) and blocks are 128 queries.
-template <typename Element_, int kDim_, int kRowTiles_, bool kGated_ = false>
-struct ForwardConfig {
+template <typename Element_, int kDim_, Tile kTile_, Features kFeatures>
+struct ForwardConfig : GatesConfig<kFeatures> {
   using Element = Element_;
-  static constexpr bool kGated = kGated_;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
-  static constexpr int kRowTiles = kRowTiles_;
+  static constexpr int kRowTiles = kTile_ == Tile::k128 ? 2 : 1;
   static constexpr int kThreads = 128;
   static constexpr int kTileQ = kTile * kRowTiles;
   static constexpr int kTileKv = kDim > 128 ? 32 : 64;  // 64 would spill beside the output accumulator
@@ -34,19 +42,20 @@ struct ForwardConfig {
 
 // dQ: four warps over 64 queries. dK and dV: four warps over 64 keys, each with both accumulators (kDim registers). At
 // 128 dimensions this leaves registers for 32 queries at a time; at 256 it is all there is, so eight warps share the
-// work: four make dV and four dK, from the same tiles.
-template <typename Element_, int kDim_, bool kGated_ = false>
-struct BackwardConfig {
+// work: four make dV and four dK, from the same tiles. Rows of 512 bytes leave no registers for 32 queries and gates
+// (60 bytes spill at 256 dimensions), so that kGated has 16 queries there, and kUngated 32.
+template <typename Element_, int kDim_, Tile kTile_, Features kFeatures>
+struct BackwardConfig : GatesConfig<kFeatures> {
   using Element = Element_;
+  static_assert(kTile_ == Tile::k64);
   static constexpr int kDim = kDim_;
-  static constexpr bool kGated = kGated_;
   static constexpr bool kSplit = kDim > 128;
   static constexpr int kQueryTileKv = kDim > 128 ? 32 : 64;  // keys at a time for dQ
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Element));
   static constexpr int kKeyTileQ =  // queries at a time for dK and dV
-      kDim <= 64                                         ? 64
-      : kRowBytes < 512 || (kRowBytes == 512 && !kGated) ? 32
-                                                         : 16;
+      kDim <= 64                                                                 ? 64
+      : kRowBytes < 512 || (kRowBytes == 512 && kFeatures == Features::kUngated) ? 32
+                                                                                 : 16;
   static constexpr int kQueryThreads = 128;
   static constexpr int kKeyThreads = kSplit ? 256 : 128;
 };
@@ -65,7 +74,7 @@ constexpr int BackwardSharedBytes() {
          2048;
 }
 
-// On the current device. Defined in fwd.cuh and bwd.cuh, instantiated in instances/*.cu.
+// On the current device. Defined in fwd.cuh and bwd.cuh.
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, cudaStream_t stream);
 

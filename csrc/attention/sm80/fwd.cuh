@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention/sm80/config.h"
+#include "attention/sm80/gated.cuh"
 #include "attention/sm80/query_tile.cuh"
 #include "attention/softmax.cuh"
 #include "device/mma.cuh"
@@ -72,7 +73,8 @@ __device__ __forceinline__ void Replace(typename ForwardThread<Config>::Logits& 
 template <typename Config>
 __device__ __forceinline__ void Softmax(typename ForwardThread<Config>::Logits& probs,
                                         typename ForwardThread<Config>::Out& out,
-                                        OnlineSoftmax (&softmax)[Config::kRowTiles], float multiplier, float gate) {
+                                        OnlineSoftmax (&softmax)[Config::kRowTiles], float multiplier, bool gated,
+                                        float gate) {
 #pragma unroll
   for (int m = 0; m < Config::kRowTiles; ++m) {
     float rescale[2];
@@ -81,7 +83,7 @@ __device__ __forceinline__ void Softmax(typename ForwardThread<Config>::Logits& 
     for (int n = 0; n < Config::kDim / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[m][n][e] *= rescale[e / 2];
-    if constexpr (Config::kGated) {
+    if (gated) {
 #pragma unroll
       for (int n = 0; n < Config::kTileKv / 8; ++n)
 #pragma unroll
@@ -175,7 +177,7 @@ __device__ __forceinline__ void ForwardStep(ForwardShared<Config>& shared, const
   if (now.tile >= 0 || now.start + kTileKv > tile.limit.key) {
     Replace<Config>(probs, own, -device::Infinity(), [&](int m, int half) { return ~attended(m, half); });
   }
-  Softmax<Config>(probs, out, softmax, map.multiplier, gate);
+  Softmax<Config>(probs, out, softmax, map.multiplier, HasGates<Config>(params.gates), gate);
 
   // Values are here, and nobody reads these keys any more: fetch the next keys during P V.
   device::WaitForCopies();
@@ -209,11 +211,12 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
                                              block_kv, tile.limit.key);
   lists::Step step;
   bool more = walker.Next(step) && tile.q_rows > 0;
+  const bool gated = HasGates<Config>(params.gates);
   const auto read_gate = [&] {
     return lists::ReadGate(params.gates,
                            lists::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
   };
-  float next_gate = Config::kGated && more ? read_gate() : 1.f;
+  float next_gate = gated && more ? read_gate() : 1.f;
   if (thread < 2) shared.bad_values[thread] = 0;
   if (more) {
     load.Queries(shared.query, tile);
@@ -229,7 +232,7 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
     const lists::Step now = step;
     const float gate = next_gate;
     more = walker.Next(step);
-    if (Config::kGated && more) next_gate = read_gate();
+    if (gated && more) next_gate = read_gate();
     ForwardStep<Config>(shared, params, tile, load, own, map, gate, now, more, step, softmax, out);
   }
 

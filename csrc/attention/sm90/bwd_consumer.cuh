@@ -9,6 +9,7 @@
 #include "attention/sm90/store_rows.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/barrier.cuh"
+#include "device/ptx/convert.cuh"
 #include "device/ptx/fence.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/registers.cuh"

@@ -1,13 +1,13 @@
-// Tile shapes of the Hopper kernels (TMA + wgmma, sm_90a), and the launchers that instances/sm90/*.cu define. No kernel
-// code here, so that launch.cu compiles in a moment.
+// Tile shapes of the Hopper kernels (TMA + wgmma, sm_90a), and their launchers. No kernel code here: the host's
+// compiler reads it, too.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
 #include "attention/params.h"
 #include "attention/sm90/bwd_plan.h"
+#include "attention/variant.h"
+#include "device/element.h"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -16,20 +16,25 @@ constexpr int kWarpgroupRows = 64;  // queries of a consumer warpgroup: m of wgm
 constexpr int kChunk = 64;          // columns that share a 128-byte swizzled row of shared memory
 constexpr int kMaxPieces = 2;       // pieces of a key/value tile that come from different blocks
 
+// Features are compiled in. kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product. kGated:
+// with gates. A soft cap and gates together have no variant: there are no registers for both.
+template <Features kFeatures>
+struct FeaturesConfig {
+  static_assert(kFeatures == Features::kPlain || kFeatures == Features::kSoftCap || kFeatures == Features::kPlainGated);
+  static constexpr bool kPlain = kFeatures != Features::kSoftCap;
+  static constexpr bool kGated = kFeatures == Features::kPlainGated;
+};
+
 // kDim: columns of the products (64, 96, 128 or 256); head_dim and value_dim are padded to it with zeros by the copy
 // engine. kConsumers: warpgroups that share a tile of 64 * kConsumers queries, keys and values:
 //   2  one persistent CTA a multiprocessor; the warpgroups take turns at the tensor cores. For blocks of 128 queries.
 //   1  two CTAs a multiprocessor, one tile each: for blocks of 64 queries, and where 128-query tiles are too few to
-//   fill
-//      the chip.
-// kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product.
-// kGated: with gates, which take registers that the others would miss; only where kPlain.
-template <typename Element_, int kDim_, int kConsumers_, bool kPlain_, bool kGated_ = false>
-struct ForwardConfig {
+//      fill the chip.
+template <typename Element_, int kDim_, Tile kTile, Features kFeatures>
+struct ForwardConfig : FeaturesConfig<kFeatures> {
   using Element = Element_;
   static constexpr int kDim = kDim_;
-  static constexpr int kConsumers = kConsumers_;
-  static constexpr bool kPlain = kPlain_, kGated = kGated_;
+  static constexpr int kConsumers = kTile == Tile::k128 ? 2 : 1;
 
   static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
   static constexpr int kTileQ = kWarpgroupRows * kConsumers;
@@ -68,13 +73,11 @@ constexpr int ForwardSharedBytes() {
 //   kSplit false  each consumer warpgroup has 64 of 128 keys and makes both gradients.
 //          true   both have the same 64 keys: one makes P and dV, the other dP, dS and dK. For blocks of 64 keys, few
 //                 tiles, and 256 dimensions, whose two gradients do not fit in one warpgroup's registers.
-// kPlain and kGated as above.
-template <typename Element_, int kDim_, bool kSplit_, bool kPlain_, bool kGated_ = false>
-struct BackwardConfig {
+template <typename Element_, int kDim_, Tile kTile, Features kFeatures>
+struct BackwardConfig : FeaturesConfig<kFeatures> {
   using Element = Element_;
   static constexpr int kDim = kDim_;
-  static constexpr bool kSplit = kSplit_;
-  static constexpr bool kPlain = kPlain_, kGated = kGated_;
+  static constexpr bool kSplit = kTile == Tile::k64;
 
   static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
   static constexpr int kConsumers = 2;
@@ -114,12 +117,12 @@ constexpr int BackwardSharedBytes() {
 }
 
 // On the current device, which has `multiprocessors`. `tile_counter` is one word of device memory that the launch may
-// overwrite. Defined in fwd.cuh, instantiated in instances/sm90/*.cu.
+// overwrite. Defined in fwd.cuh.
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors, cudaStream_t stream);
 
 // The same for the backward, in bwd.cuh: what prepare.h and gates.h put into the workspace must be there, and what the
-// suspects and the sums of gates that it leaves call for comes after it.
+// inexact tiles and the sums of gates that it leaves call for comes after it.
 template <typename Config>
 cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& layout, void* workspace,
                            int multiprocessors, cudaStream_t stream);

@@ -7,6 +7,7 @@
 #include "attention/sm90/store_rows.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/barrier.cuh"
+#include "device/ptx/convert.cuh"
 #include "device/ptx/fence.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/registers.cuh"
@@ -57,10 +58,12 @@ class ForwardConsumer {
     if (kTakeTurns && group_ == 1) device::sm90::ArriveNamed(kTurn, 2 * kWarpgroup);  // group 0 goes first
     Headers tile;
     if (!SkipEmptyTiles(tile)) return;
-    FirstStep(tile);
     do {
-      while (!(flags_ & StepInfo::kLast)) Step();
-    } while (FinishTile());
+      FirstStep(tile);
+      do {
+        while (!(flags_ & StepInfo::kLast)) Step();
+      } while (FinishTile(tile));
+    } while (SkipEmptyTiles(tile));
 
     device::sm90::SyncNamed(kMeeting, Config::kConsumerThreads);
     for (int inexact = shared_.last_inexact; inexact >= 0; inexact = plan_.inexact_tiles[inexact]) {
@@ -137,22 +140,20 @@ class ForwardConsumer {
     ++step_;
   }
 
-  // The last P V of a tile, its output, and the beginning of the next tile. If the next header is a live tile's, its
-  // first product runs during this tile's output. One header beyond this tile's is all that is waited for before this
-  // tile's is released: the ring is bounded, and waiting for more (an earlier version skipped all tiles without work
-  // here) never ends once the ring's next place is this tile's. False when there is no next tile.
-  __device__ __forceinline__ bool FinishTile() {
+  // The last P V of a tile, and its output. If the next header is a live tile's, its first product runs during this
+  // tile's output; otherwise false is returned, and that tile is still to be begun. One header beyond this tile's is
+  // all that is waited for before this tile's is released: the ring is bounded, and waiting for more (an earlier
+  // version skipped all tiles without work here) never ends once the ring's next place is this tile's.
+  __device__ __forceinline__ bool FinishTile(Headers& next) {
     const Headers tile = TileOfStep();
     const bool poisoned = flags_ & StepInfo::kRowPoisoned;
-    Headers next = tile;
+    next = tile;
     next.Advance();
     if (!Config::kOverlapTiles || WaitForHeader(next) != TileHeader::kLive) {
       if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);  // its products are done
       LastProduct();
       StoreTile(tile, poisoned);
-      const bool more = SkipEmptyTiles(next);
-      if (more) FirstStep(next);
-      return more;
+      return false;
     }
     WaitForFirstOperands(next);
     device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());

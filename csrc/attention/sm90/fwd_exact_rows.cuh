@@ -7,6 +7,7 @@
 #include "attention/params.h"
 #include "attention/sm90/fwd_shared.cuh"
 #include "attention/softmax.cuh"
+#include "device/ptx/convert.cuh"
 #include "device/ptx/thread.cuh"
 #include "device/tile.cuh"
 #include "lists/block_list.cuh"
@@ -22,7 +23,7 @@ __device__ __forceinline__ float DotRows(const Element* a, const Element* b, int
     const uint4 x = __ldg(reinterpret_cast<const uint4*>(a + i)), y = __ldg(reinterpret_cast<const uint4*>(b + i));
     const auto *p = reinterpret_cast<const Element*>(&x), *q = reinterpret_cast<const Element*>(&y);
 #pragma unroll
-    for (int e = 0; e < 8; ++e) sum = fmaf(static_cast<float>(p[e]), static_cast<float>(q[e]), sum);
+    for (int e = 0; e < 8; ++e) sum = fmaf(device::ToFloat(p[e]), device::ToFloat(q[e]), sum);
   }
   return sum;
 }
@@ -82,8 +83,8 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
       for (int c = 0; c < Config::kChunks; ++c) {
         const int column = c * kChunk + 2 * lane;
         if (column >= value_dim) continue;
-        out[c][0] = fmaf(p, static_cast<float>(value[column]), out[c][0]);
-        out[c][1] = fmaf(p, static_cast<float>(value[column + 1]), out[c][1]);
+        out[c][0] = fmaf(p, device::ToFloat(value[column]), out[c][0]);
+        out[c][1] = fmaf(p, device::ToFloat(value[column + 1]), out[c][1]);
         finite |= out[c][0] - out[c][0] == 0.f || out[c][1] - out[c][1] == 0.f;
       }
       if (!__any_sync(0xFFFFFFFFu, finite)) return;  // nothing can change any more
@@ -110,7 +111,7 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
     const float lse = static_cast<const float*>(params.lse)[at];
     bool finite = true;
     for (int column = lane; column < value_dim; column += 32) {
-      const float x = static_cast<float>(out[column]);
+      const float x = device::ToFloat(out[column]);
       finite &= x - x == 0.f;
     }
     // Where lse is NaN so is every output.

@@ -1,6 +1,7 @@
 // Accumulators of a warpgroup product to rows of a result.
 #pragma once
 
+#include "device/ptx/convert.cuh"
 #include "device/tile.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {

@@ -2,11 +2,10 @@
 // Storing needs sm_90.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 #include <type_traits>
+
+#include "device/element.h"
 
 namespace jax_bsk::device {
 
@@ -33,13 +32,13 @@ __device__ __forceinline__ void LoadMatricesTransposed(uint32_t (&words)[4], uin
 //   c0..c3: (row g, column 2t), (row g, 2t+1), (row g+8, 2t), (row g+8, 2t+1)
 template <typename Element>
 __device__ __forceinline__ void MultiplyAccumulate(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  if constexpr (std::is_same_v<Element, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<Element, BFloat16>) {
     asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   } else {
-    static_assert(std::is_same_v<Element, __half>);
+    static_assert(std::is_same_v<Element, Float16>);
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

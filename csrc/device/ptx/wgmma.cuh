@@ -1,11 +1,9 @@
 // Warpgroup matrix products (wgmma, sm_90a): asynchronous, in order, in groups.
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <cstdint>
 
+#include "device/element.h"
 #include "device/ptx/thread.cuh"
 
 namespace jax_bsk::device::sm90 {
@@ -110,11 +108,11 @@ struct Multiply;
   }
 #define JAX_BSK_MULTIPLY(N, D, R, ...)               \
   template <>                                        \
-  struct Multiply<__nv_bfloat16, N> {                \
+  struct Multiply<BFloat16, N> {                     \
     JAX_BSK_WGMMA(N, "bf16.bf16", D, R, __VA_ARGS__) \
   };                                                 \
   template <>                                        \
-  struct Multiply<__half, N> {                       \
+  struct Multiply<Float16, N> {                      \
     JAX_BSK_WGMMA(N, "f16.f16", D, R, __VA_ARGS__)   \
   };
 JAX_BSK_MULTIPLY(64, JAX_BSK_D32, JAX_BSK_R32, 32, 33, 34, 35, 36)

@@ -1,12 +1,11 @@
-// Tile shapes of the Hopper products (TMA + wgmma, sm_90a), what the host plans for a launch, and the launchers that
-// instances/*.cu define. No kernel code here, so that launch.cu compiles in a moment.
+// Tile shapes of the Hopper products (TMA + wgmma, sm_90a), what the host plans for a launch, and the launchers. No
+// kernel code here, so that launch.cu compiles in a moment.
 #pragma once
 
 #include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime_api.h>
 
+#include "device/element.h"
 #include "device/ring.cuh"
 #include "matmul/params.h"
 
@@ -65,11 +64,13 @@ struct SampledPlan {
 };
 constexpr int kItemShift = 28;
 
-// kTransposeLeft: the left operand lies with its rows next to each other (M-major); kTransposeRight: the right one with
-// its columns next to each other (N-major).
-template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+// Which index of an operand runs through neighbouring elements: the contracted one, or the one that it shares with the
+// result (M of the left operand, N of the right one).
+enum class Layout { kKMajor, kMnMajor };
+
+template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchProduct(const ProductParams& params, const ProductPlan& plan, int grid, cudaStream_t stream);
-template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream);
 
 }  // namespace jax_bsk::matmul::cuda::sm90

@@ -7,6 +7,7 @@
 
 #include "device/ptx/barrier.cuh"
 #include "device/ptx/bulk_copy.cuh"
+#include "device/ptx/convert.cuh"
 #include "device/ptx/fence.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/registers.cuh"

@@ -315,8 +315,9 @@ __global__ void __cluster_dims__(kProductCluster, 1, 1) __launch_bounds__(kThrea
   device::sm90::SyncCluster();  // no CTA leaves while another may still signal it
 }
 
-template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchProduct(const ProductParams& params, const ProductPlan& plan, int grid, cudaStream_t stream) {
+  constexpr bool kTransposeLeft = kLeft == Layout::kMnMajor, kTransposeRight = kRight == Layout::kMnMajor;
   const auto kernel = plan.blocks_per_row == 2 ? ProductKernel<Element, kTransposeLeft, kTransposeRight, true>
                                                : ProductKernel<Element, kTransposeLeft, kTransposeRight, false>;
   constexpr int kBytes = sizeof(Shared<Element>);

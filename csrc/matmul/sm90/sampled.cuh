@@ -236,8 +236,9 @@ __global__ void __launch_bounds__(kThreads, 1)
   }
 }
 
-template <typename Element, bool kTransposeLeft, bool kTransposeRight>
+template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream) {
+  constexpr bool kTransposeLeft = kLeft == Layout::kMnMajor, kTransposeRight = kRight == Layout::kMnMajor;
   const auto kernel = params.block_rows == 128 ? SampledKernel<Element, kTransposeLeft, kTransposeRight, 256>
                                                : SampledKernel<Element, kTransposeLeft, kTransposeRight, 128>;
   constexpr int kBytes = sizeof(Shared<Element>);

@@ -1,8 +1,0 @@
-#include "attention/sm80/fwd.cuh"
-
-namespace jax_bsk::attention::cuda::sm80 {
-
-template cudaError_t LaunchForward<ForwardConfig<__half, 64, 1>>(const ForwardParams&, cudaStream_t);
-template cudaError_t LaunchForward<ForwardConfig<__half, 64, 2>>(const ForwardParams&, cudaStream_t);
-
-}  // namespace jax_bsk::attention::cuda::sm80

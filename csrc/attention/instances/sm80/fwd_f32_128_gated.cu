@@ -1,7 +1,0 @@
-#include "attention/sm80/fwd.cuh"
-
-namespace jax_bsk::attention::cuda::sm80 {
-
-template cudaError_t LaunchForward<ForwardConfig<float, 128, 1, true>>(const ForwardParams&, cudaStream_t);
-
-}  // namespace jax_bsk::attention::cuda::sm80
