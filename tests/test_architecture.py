@@ -28,7 +28,8 @@ ROOMS = {
     "__main__": {"core", "cli"},
 }
 
-# Layers within rooms, top to bottom: a module imports only from the layers below its own.
+# Layers within rooms, top to bottom: a module imports only from the layers below its own. Modules of subpackages are
+# named by their path within the room; the subpackages themselves hold a docstring.
 LAYERS = {
     "core": [
         ["bilinear", "forward_mode"],
@@ -37,6 +38,17 @@ LAYERS = {
         ["compat", "errors", "version", "arrays", "dtypes"],
     ],
     "lists": [["native"], ["ffi"]],
+    "masks": [
+        ["convert"],
+        ["block_mask"],
+        ["builders._combine"],
+        ["builders._host", "builders._traced", "builders._topk", "algebra.patterns", "algebra.function_mask"],
+        ["builders._descent", "algebra._offsets", "algebra.data_masks", "views._checks"],
+        ["run_lists", "algebra.mask", "builders.indices", "orders.entry_order", "views._reading", "views._plot"],
+        ["block_lists"],
+        ["orders._transpose", "algebra._node", "_tiles"],
+        ["grid", "_runs", "_text", "_export"],
+    ],
     "attention": [
         ["api"],
         ["derivatives"],
@@ -52,8 +64,9 @@ LAYERS = {
     ],
     "selection": [
         ["_moba", "_nsa", "_sparsek", "_topk", "_xattention"],
-        ["choice", "inputs", "_prefixes", "soft_topk_causal"],
-        ["outline", "soft_topk"],
+        ["choice"],
+        ["candidates", "soft_topk_causal"],
+        ["inputs", "_prefixes", "soft_topk"],
     ],
 }
 
@@ -88,10 +101,10 @@ def room_of(module: str) -> str:
 
 def layer_of(module: str) -> int | None:
     """Depth of a module within its room, counted from the top; None where the room has no layers."""
-    room = room_of(module)
-    if room not in LAYERS or module.count(".") < 2:
+    room, name = room_of(module), ".".join(module.split(".")[2:])
+    if room not in LAYERS or not name or (PACKAGE / room / name.replace(".", "/")).is_dir():
         return None
-    (depth,) = [i for i, names in enumerate(LAYERS[room]) if module.split(".")[2] in names] or [-1]
+    (depth,) = [i for i, names in enumerate(LAYERS[room]) if name in names] or [-1]
     assert depth >= 0, f"{module} has no layer: give it one in LAYERS"
     return depth
 
@@ -107,6 +120,8 @@ def problems(module: str, imported: set[str]) -> list[str]:
             if any(part.startswith("_") for part in other.split(".")):
                 found.append(f"{module} imports {other}, which is private to another room")
             continue
+        if room in LAYERS and module.startswith(f"{other}."):
+            found.append(f"{module} imports {other}, the package that it is part of")
         mine, theirs = layer_of(module), layer_of(other)
         if mine is not None and theirs is not None and theirs <= mine:
             found.append(f"{module} imports {other}, which is not in a layer below its own")
@@ -124,6 +139,8 @@ def test_imports_go_strictly_downwards(module):
         ("jax_bsk.core.library", "from jax_bsk.masks import BlockMask", "not below"),
         ("jax_bsk.matmul.api", "def f():\n    from jax_bsk.attention import api", "not below"),
         ("jax_bsk.attention.sharding", "import jax_bsk.attention.native", "not in a layer below"),
+        ("jax_bsk.masks.algebra.mask", "from jax_bsk.masks.block_mask import BlockMask", "not in a layer below"),
+        ("jax_bsk.masks.algebra.mask", "from jax_bsk.masks import BlockMask", "part of"),
         ("jax_bsk.flax.nnx", "from jax_bsk.selection import _moba", "private"),
         ("jax_bsk.attention.api", "from jax_bsk.core import checks", None),
     ],
@@ -140,6 +157,13 @@ def test_no_private_name_crosses_rooms():
             if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("jax_bsk."):
                 private = [a.name for a in node.names if a.name.startswith("_") and not a.name.startswith("__")]
                 assert room_of(node.module) == room_of(module) or not private, f"{module} imports {private}"
+
+
+def test_subpackages_of_layered_rooms_hold_a_docstring():
+    for module, path in modules().items():
+        if path.name == "__init__.py" and module.count(".") > 1 and room_of(module) in LAYERS:
+            (statement,) = ast.parse(path.read_text()).body
+            assert isinstance(statement, ast.Expr), f"{module}: what it imports would have no layer"
 
 
 def test_homes_of_what_has_one_home():

@@ -19,7 +19,7 @@ from jax_bsk.masks import CausalMask, LocalMask
 from jax_bsk.qa.testing.faults.boundary import check_refused
 from jax_bsk.qa.testing.faults.direct import DirectCall, shape
 from jax_bsk.selection import choice, from_topk, moba, nsa
-from jax_bsk.selection.outline import EMPTY, FULL, Outline
+from jax_bsk.selection.candidates import EMPTY, FULL, Candidates
 from tests.util import assert_close, collectives
 
 CALL = "custom_call @jax_bsk_lists_choose("
@@ -33,7 +33,7 @@ class Case:
     scores: np.ndarray
     k: int
     required: np.ndarray | None
-    outline: Outline
+    candidates: Candidates
 
 
 def make(seed: int, tables: tuple[int, ...] = (2, 3)) -> Case:
@@ -44,8 +44,8 @@ def make(seed: int, tables: tuple[int, ...] = (2, 3)) -> Case:
     tiles = rng.choice([EMPTY, FULL, 0, 2], (nq, nk), p=[0.2, 0.6, 0.1, 0.1]).astype(np.int32)
     if seed % 3:
         tiles = np.where(np.arange(nk) * nq > np.arange(nq)[:, None] * nk, EMPTY, tiles)  # causal
-    outline = Outline(tiles, np.zeros((1, 1, 3, 32, 1), np.uint32), nq * 32, nk * 32, 32, 32, unit)
-    units = outline.open_units.shape[1]
+    candidates = Candidates(tiles, np.zeros((1, 1, 3, 32, 1), np.uint32), nq * 32, nk * 32, 32, 32, unit)
+    units = candidates.open_groups.shape[1]
     scores = rng.normal(size=(*tables, nq, units)).astype(np.float32)
     kinds = rng.integers(0, 4, (*tables, nq, 1))
     scores = np.where(kinds == 1, np.round(scores * 2), scores)  # ties
@@ -53,7 +53,7 @@ def make(seed: int, tables: tuple[int, ...] = (2, 3)) -> Case:
     scores = np.where((kinds == 2) & (rng.random(scores.shape) < 0.5), special, scores)
     scores = np.where((kinds == 3) & (rng.random(scores.shape) < 0.9), -np.inf, scores).astype(np.float32)
     required = None if seed % 4 == 0 else rng.random((nq, units)) < 0.1
-    return Case(scores, int(rng.integers(1, 12)), required, outline)
+    return Case(scores, int(rng.integers(1, 12)), required, candidates)
 
 
 def fields(mask):
@@ -62,7 +62,7 @@ def fields(mask):
 
 def choose(case: Case, scores=None):
     scores = jnp.asarray(case.scores) if scores is None else scores
-    return fields(choice.choose_top_k(scores, case.k, case.required, case.outline))
+    return fields(choice.choose_top_k(scores, case.k, case.required, case.candidates))
 
 
 def in_jax(case: Case, monkeypatch):
@@ -75,8 +75,8 @@ def in_jax(case: Case, monkeypatch):
 def plainest(case: Case):
     """A row at a time. XLA takes subnormal numbers as 0 on the CPU."""
     tiny = np.finfo(np.float32).tiny if compat.default_platform() == "cpu" else 0
-    tables, (nq, nk), unit = case.scores.shape[:2], case.outline.tiles.shape, case.outline.unit
-    open_units = case.outline.open_units
+    tables, (nq, nk), unit = case.scores.shape[:2], case.candidates.tiles.shape, case.candidates.group
+    open_units = case.candidates.open_groups
     lists = []
     for at in np.ndindex(tables):
         offsets, entries = [0], []
@@ -87,7 +87,7 @@ def plainest(case: Case):
             may = [j for j in np.argsort(-row, kind="stable") if open_units[i, j] and not must[j] and row[j] > -np.inf]
             chosen = [*np.flatnonzero(must), *may[: max(0, case.k - must.sum())]]
             blocks = [b for j in chosen for b in range(j * unit, min(j * unit + unit, nk))]
-            row_tiles = case.outline.tiles[i]
+            row_tiles = case.candidates.tiles[i]
             ordered = sorted((row_tiles[b] == FULL, b) for b in blocks if row_tiles[b] != EMPTY)
             entries += [(b, row_tiles[b]) for _, b in ordered]
             offsets.append(len(entries))
@@ -126,8 +126,8 @@ def test_cuda_is_plain_jax(seed, monkeypatch):
 )
 def test_nothing_to_choose_from(tables, nq, nk, k, monkeypatch):
     tiles = np.full((nq, nk), FULL, np.int32)
-    outline = Outline(tiles, np.zeros((1, 1, 0, 32, 1), np.uint32), nq * 32, nk * 32, 32, 32, 1)
-    case = Case(np.zeros((*tables, nq, nk), np.float32), k, None, outline)
+    candidates = Candidates(tiles, np.zeros((1, 1, 0, 32, 1), np.uint32), nq * 32, nk * 32, 32, 32, 1)
+    case = Case(np.zeros((*tables, nq, nk), np.float32), k, None, candidates)
     jax.tree.map(np.testing.assert_array_equal, choose(case), in_jax(case, monkeypatch))
 
 
@@ -181,7 +181,7 @@ def test_rows_that_are_sharded_are_gathered():
         case,
         scores=scores,
         required=np.concatenate([case.required] * 2),
-        outline=dataclasses.replace(case.outline, tiles=np.concatenate([case.outline.tiles] * 2)),
+        candidates=dataclasses.replace(case.candidates, tiles=np.concatenate([case.candidates.tiles] * 2)),
     )
     placed = jax.device_put(scores, NamedSharding(mesh, PartitionSpec(None, None, "data")))
     jax.tree.map(np.testing.assert_array_equal, jax.jit(functools.partial(choose, case))(placed), choose(case))

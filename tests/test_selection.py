@@ -345,7 +345,7 @@ def test_token_scores_in_pieces(monkeypatch):
     """What bounds the memory changes nothing."""
     query, key = inputs(25, batch=1)
     whole = {name: jax.jit(SELECTIONS[name])(query, key) for name in ("nsa", "xattention")}
-    monkeypatch.setattr("jax_bsk.selection._inputs.CHUNK_ELEMENTS", 10_000)
+    monkeypatch.setattr("jax_bsk.selection.inputs.CHUNK_ELEMENTS", 10_000)
     for name, expected in whole.items():
         pieces = jax.jit(lambda q, k, name=name: SELECTIONS[name](q, k))(query, key)
         jax.tree.map(np.testing.assert_array_equal, pieces, expected)
@@ -357,7 +357,7 @@ def test_token_scores_in_pieces(monkeypatch):
         (lambda q, k: moba(q, k, top_k=0), ValueError, "top_k is at least 1"),
         (lambda q, k: moba(q, k, top_k=1.5), TypeError, "top_k is an int"),
         (lambda q, k: moba(q, k, moba_block=100, block_size=64), ValueError, "multiple of the key block 64"),
-        (lambda q, k: moba(q[..., :3], k), ValueError, "same batch and head size"),
+        (lambda q, k: moba(q[..., :3], k), ValueError, "key has query's head size 3, got"),
         (lambda q, k: moba(q[:, :, :3], k), ValueError, "grouped-query"),
         (lambda q, k: moba(q.astype(int), k), TypeError, "query is a floating-point array"),
         (lambda q, k: nsa(q, k, compression_stride=12), ValueError, "compression_stride divides"),

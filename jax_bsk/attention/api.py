@@ -20,11 +20,11 @@ from jax_bsk.attention import derivatives, refusals
 from jax_bsk.attention.ffi import AttentionAttributes
 from jax_bsk.attention.native import AttentionCall
 from jax_bsk.attention.xla import sparse_attention_xla
-from jax_bsk.core import arrays, checks, dispatch, scalars
+from jax_bsk.core import arrays, checks, dispatch, inputs, scalars
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dtypes import statistics_dtype
-from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
-from jax_bsk.masks.convert import check_kind
+from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
+from jax_bsk.masks.convert import array_mask, check_kind
 
 
 @checks.refuses_flax(
@@ -110,11 +110,11 @@ def sparse_attention(
       ValueError, TypeError: An argument does not fit; the message names it and the remedy.
       UnsupportedError: The named implementation cannot take the call.
     """
-    query, key, value = (_floating(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
+    query, key, value = (inputs.floating(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     unbatched = query.ndim == 3
     if unbatched and key.ndim == 3 and value.ndim == 3:
         query, key, value = query[None], key[None], value[None]
-    _check_inputs(query, key, value)
+    inputs.check_query_key(query, key, value)
     checks.check_devices(
         query,
         [
@@ -179,13 +179,6 @@ def sparse_attention(
     return out, lse[0] if unbatched else lse
 
 
-def _floating(x: ArrayLike, name: str) -> jax.Array:
-    array = jnp.asarray(x)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} is a floating-point array, got {array.dtype}; cast it, e.g. {name}.astype('float32')")
-    return array
-
-
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
     """A traced factor of the logits, or None; and the one that is known."""
     if not isinstance(scale, Tracer):
@@ -195,38 +188,6 @@ def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
             f"scale is one number, got a traced {scale.dtype} array of shape {scale.shape}; multiply the query by it"
         )
     return scale.astype(jnp.result_type(float)) if jnp.issubdtype(scale.dtype, jnp.integer) else scale, 1.0
-
-
-def _check_inputs(query: jax.Array, key: jax.Array, value: jax.Array) -> None:
-    shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
-    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
-        raise ValueError(
-            f"query is BTNH and key and value BSKH, or TNH and SKH all three, got {shapes}; add the batch, e.g. "
-            "query[None]"
-        )
-    for array, name in ((key, "key"), (value, "value")):
-        if array.dtype != query.dtype:
-            raise TypeError(f"{name} is of query's type {query.dtype}, got {array.dtype}; cast one of them")
-        if array.shape[0] != query.shape[0]:
-            raise ValueError(
-                f"{name} has query's batch size {query.shape[0]}, got {array.shape[0]} ({shapes}); repeat it with "
-                "jnp.broadcast_to"
-            )
-    if key.shape[1:3] != value.shape[1:3]:
-        raise ValueError(f"key and value have the same length and heads, got {shapes}; pad or cut one of them")
-    if key.shape[3] != query.shape[3]:
-        raise ValueError(
-            f"key has query's head size {query.shape[3]}, got {key.shape[3]} ({shapes}); project both to one size"
-        )
-    for array, name in ((query, "query"), (value, "value")):
-        if array.shape[3] == 0:
-            raise ValueError(f"{name}'s head size is at least 1, got 0 ({shapes}); give it a last dimension")
-    heads, kv_heads = query.shape[2], key.shape[2]
-    if heads and (kv_heads == 0 or heads % kv_heads):
-        raise ValueError(
-            f"query's heads are a multiple of key's (grouped-query attention), got {heads} and {kv_heads} ({shapes}); "
-            "repeat key and value"
-        )
 
 
 def bind_mask(
@@ -251,7 +212,7 @@ def bind_mask(
         )
     if mask is not None and not isinstance(mask, Mask | BlockMask):
         check_kind(mask)
-        mask = ArrayMask(_mask_array(mask, sizes, unbatched))
+        mask = array_mask(_mask_array(mask, sizes, unbatched), q_len, kv_len)
     if not isinstance(mask, BlockMask):
         parts = [*extra] if mask is None else [mask, *extra]
         mask = functools.reduce(operator.and_, parts) if parts else FullMask()
@@ -259,7 +220,7 @@ def bind_mask(
 
 
 def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bool) -> Any:
-    """A boolean array of any broadcastable shape, with its last two dimensions at full size."""
+    """A boolean array of any broadcastable shape, with two dimensions at least."""
     array = mask if isinstance(mask, np.ndarray | jax.Array) else np.asarray(mask)
     if array.dtype != np.bool_:
         raise TypeError(
@@ -267,9 +228,7 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
             "it, e.g. mask > 0, or pass numbers to be added to the logits as bias"
         )
     _check_broadcasts(array.shape, sizes, unbatched, "mask")
-    broadcast = np.broadcast_to if isinstance(array, np.ndarray) else jnp.broadcast_to
-    array = of_rank(array, max(array.ndim, 2))
-    return broadcast(array, (*array.shape[:-2], *sizes[2:]))
+    return of_rank(array, max(array.ndim, 2))
 
 
 def _check_broadcasts(shape: tuple[int, ...], full: tuple[int, int, int, int], unbatched: bool, name: str) -> None:
@@ -297,7 +256,7 @@ def _bias(bias: ArrayLike | None, sizes: tuple[int, int, int, int], unbatched: b
         raise TypeError("bias holds numbers, got an array of bool; pass it as mask (True attends)")
     if jnp.issubdtype(array.dtype, jnp.integer):
         array = array.astype(jnp.float32)
-    array = _floating(array, "bias")
+    array = inputs.floating(array, "bias")
     _check_broadcasts(array.shape, sizes, unbatched, "bias")
     array = of_rank(array, 4)
     return jnp.broadcast_to(array, (*array.shape[:2], *sizes[2:]))
@@ -339,7 +298,7 @@ def _lengths(queries: ArrayLike | None, keys: ArrayLike | None, sizes: tuple[int
 def _sinks(sinks: ArrayLike | None, heads: int) -> jax.Array | None:
     if sinks is None:
         return None
-    array = _floating(sinks, "sinks")
+    array = inputs.floating(sinks, "sinks")
     if array.shape != (heads,):
         raise ValueError(
             f"sinks has one logit per query head, shape ({heads},), got {array.shape}; give each head its own"
@@ -356,7 +315,7 @@ def _gates(gates: ArrayLike | None, mask: Any, sizes: tuple[int, int], unbatched
             f"gates has one number for each entry of a BlockMask's lists, but the call has {given}; pass a BlockMask, "
             "e.g. mask=CausalMask().bind(q_len, kv_len), and gates of shape [B|1, N|1, mask.kv_blocks.shape[-1]]"
         )
-    array = _floating(gates, "gates")
+    array = inputs.floating(gates, "gates")
     if array.ndim == 2 and unbatched:
         array = array[None]
     full = (*sizes, mask.capacity)

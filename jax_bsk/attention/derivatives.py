@@ -29,8 +29,7 @@ from jax_bsk.core import compat, forward_mode
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import like
 from jax_bsk.masks import BlockMask
-from jax_bsk.masks.entry_order import to_columns, to_rows, with_entry_order
-from jax_bsk.masks.run_mask import RunBlockMask
+from jax_bsk.masks.orders.entry_order import to_columns, to_rows, with_entry_order
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
 RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse", "jax_bsk_lse_rest")
@@ -83,7 +82,7 @@ def attend(
     if not mask.is_traced:
         if gates is None:
             mask = mask.transpose()
-        elif not isinstance(mask, RunBlockMask):
+        elif not mask.holds_runs:
             mask, order = with_entry_order(mask)
     leaves, tree = jax.tree.flatten((query, key, value, sinks, gates))
     query, key, value, sinks, gates = tree.unflatten(compat.match_varying(*map(jnp.asarray, leaves)))
@@ -210,7 +209,7 @@ def _call_forward(
     stats = statistics_dtype(query.dtype)
     sinks = np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks
     gates = np.zeros(ffi.NO_GATES, stats) if gates is None else gates
-    out, lse, lse_rest = FORWARD(call, query, key, value, *mask._kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
+    out, lse, lse_rest = FORWARD(call, query, key, value, *mask.kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
     return out, lse, lse_rest
 
 
@@ -227,7 +226,7 @@ def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents:
         if order is None:
             mask, order = with_entry_order(mask)
         row_gates, col_gates = gates, to_columns(gates, order)
-    lists = (*mask._kernel_rows(), *mask._kernel_columns(), mask.bit_tiles, lengths)
+    lists = (*mask.kernel_rows(), *mask.kernel_columns(), mask.bit_tiles, lengths)
     operands = (dout, query, key, value, lse, lse_rest, delta, *lists, row_gates, col_gates)
     dquery, dkey, dvalue, dgates = BACKWARD(call, *operands)
     dgates = None if order is None else to_rows(dgates, order)

@@ -40,7 +40,6 @@ from jax_bsk.attention.schedule import (
 )
 from jax_bsk.core import compat, explicit_mesh
 from jax_bsk.core.arrays import of_rank
-from jax_bsk.masks.run_mask import RunBlockMask
 
 if TYPE_CHECKING:
     from jax_bsk.masks import BlockMask
@@ -91,10 +90,10 @@ def sparse_attention_xla(
         key, value = jnp.pad(key, pad), jnp.pad(value, pad)
         bias = gates = None
     lists: Any = None
-    if not isinstance(mask, RunBlockMask):  # steps on the host would be as many as the blocks that it has no lists of
+    if not mask.holds_runs:  # steps on the host would be as many as the blocks that it has no lists of
         lists = known_schedule(mask, (kv_heads, heads // kv_heads), max(kv_len, 1))
     if lists is None:
-        lists = Lists(*mask._kernel_rows())
+        lists = Lists(*mask.kernel_rows())
     attend = functools.partial(
         _attention, block_q=mask.block_q, block_kv=mask.block_kv, kv_len=kv_len, with_lse=with_lse
     )

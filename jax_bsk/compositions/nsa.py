@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import LocalMask, Mask
-from jax_bsk.masks.algebra import OWN, Grid
+from jax_bsk.masks.grid import OWN, Grid
 from jax_bsk.selection import nsa
-from jax_bsk.selection.inputs import compress, statistics_dtype
-from jax_bsk.selection.outline import positive
+from jax_bsk.selection.inputs import compress, positive
 
 
 def nsa_attention(
@@ -109,7 +109,7 @@ def nsa_attention(
     ended = CompressedMask(length, stride)
     compressed = sparse_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=ended, **options)
 
-    inside = statistics_dtype(q)
+    inside = statistics_dtype(q.dtype)
     branches = (compressed, selected, windowed)
     out = sum(
         (g[..., n, None].astype(inside) * branch.astype(inside) for n, branch in enumerate(branches)),

@@ -13,9 +13,10 @@ from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.selection import sparsek
 from jax_bsk.selection.choice import for_query_heads, repeat_heads
-from jax_bsk.selection.inputs import query_and_key, statistics_dtype
+from jax_bsk.selection.inputs import query_and_key
 
 # Positions are counted in so many tokens: slopes are numbers near 1, and an optimizer's steps fit them.
 SLOPE_TOKENS = 1024
@@ -98,7 +99,7 @@ def sparsek_attention(
         k,
         v,
         mask=for_query_heads(mask, heads),
-        gates=gates.astype(statistics_dtype(q)),
+        gates=gates.astype(statistics_dtype(q.dtype)),
         scale=scale,
         implementation=implementation,
     )
@@ -109,7 +110,7 @@ def _with_slope(scores: jax.Array, slope: ArrayLike | None) -> jax.Array:
     """[B, S, G] scores, in float32 (float64 for float64)."""
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(f"scores is a floating-point array, got {scores.dtype}; cast it, e.g. scores.astype('float32')")
-    scores = scores.astype(statistics_dtype(scores))
+    scores = scores.astype(statistics_dtype(scores.dtype))
     if slope is None:
         return scores
     array = jnp.asarray(slope)

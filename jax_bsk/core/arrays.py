@@ -9,6 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+# A host array, or one of JAX, which may be traced.
+Array = np.ndarray | jax.Array
+
 
 def of_rank(x: Any, rank: int) -> Any:
     """A host or JAX array with dimensions of 1 before its own, `rank` in all.

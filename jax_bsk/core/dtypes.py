@@ -1,4 +1,4 @@
-"""The type in which numbers are summed that must not lose what a 16-bit type has no room for."""
+"""Types that arrays are computed in, by the type of what is given."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 import numpy as np
 
 
-def statistics_dtype(dtype: Any) -> np.dtype:
-    """The statistics type of inputs of a type: float64 for float64, float32 for every other.
+def statistics_dtype(*dtypes: Any) -> np.dtype:
+    """The statistics type: that of log-sum-exps, sums, scores and gates.
 
-    The log-sum-exp, sinks, gates, means and sums have it.
+    Args:
+      dtypes: types of the inputs, of which there is at least one.
+
+    Returns:
+      float64 where one of them is float64, else float32.
     """
-    return np.dtype(np.float64 if np.dtype(dtype) == np.float64 else np.float32)
+    return np.dtype(np.float64 if np.dtype(np.float64) in map(np.dtype, dtypes) else np.float32)

@@ -20,6 +20,7 @@ from jax.typing import ArrayLike
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core import checks
 from jax_bsk.masks import ArrayMask, BlockMask, FullMask, Mask, SegmentMask
+from jax_bsk.masks.convert import array_mask
 
 Implementation = Literal["cpu", "cuda", "xla"]
 
@@ -253,7 +254,7 @@ def _array_as_mask(array: Any, q_len: int, kv_len: int) -> Mask:
         # Only which keys are valid: queries are segment 0, valid keys too. Linear in the length, not quadratic.
         valid = jnp.broadcast_to(array[:, 0, 0], (array.shape[0], kv_len))
         return SegmentMask(jnp.zeros(q_len, jnp.int32), jnp.where(valid, 0, 1).astype(jnp.int32))
-    return ArrayMask(jnp.broadcast_to(array, (*array.shape[:2], q_len, kv_len)))
+    return array_mask(jnp.asarray(array), q_len, kv_len)
 
 
 def default_head_dim(head_dim: int | None, features: int, num_heads: int) -> int:

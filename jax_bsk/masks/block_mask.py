@@ -1,26 +1,26 @@
 """`BlockMask`: a mask as data. Which key blocks each query block visits, and bit tiles for the partly attended ones.
 
-Second step of a call's path: made from a `Mask` (or arrays, index lists, scores), read by every kernel. The arrays are
-the contract with the kernels; nothing in them is trusted there (see `check`).
+Second step of a call's path: made from a `Mask` (or arrays, index lists, scores), read by every kernel. This module is
+the face: the data is `block_lists.BlockLists`, and what constructors and views do is in the modules below.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.core import compat
 from jax_bsk.core.arrays import is_array, is_traced
-from jax_bsk.masks import _combine, _host, _traced, lists
-from jax_bsk.masks._node import short
-from jax_bsk.masks._transpose import transpose_host, transpose_traced
-from jax_bsk.masks.algebra import MAX_LENGTH, Grid, Mask, described, remedy_for
-from jax_bsk.masks.data_masks import ArrayMask, BlockArrayMask
+from jax_bsk.masks.algebra.data_masks import ArrayMask, BlockArrayMask
+from jax_bsk.masks.algebra.mask import Mask, described, remedy_for
+from jax_bsk.masks.block_lists import BlockLists, RowLists, register_pytree
+from jax_bsk.masks.builders import _combine, _host, _topk, _traced, indices
+from jax_bsk.masks.grid import Grid, grid_of
+from jax_bsk.masks.run_lists import RowRuns, RunLists
+from jax_bsk.masks.views import _checks, _plot, _reading
 
 if TYPE_CHECKING:
     import os
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class BlockMask:
+class BlockMask(BlockLists):
     """Block lists and bit tiles of a mask; a pytree. Make one with `mask.bind(...)` or a `from_*` constructor.
 
     With B the examples and H the query heads the mask distinguishes (1: shared by all), nq and nk the blocks of queries
@@ -49,25 +49,6 @@ class BlockMask:
       block_q, block_kv: tokens of a block.
       q_len, kv_len: tokens.
     """
-
-    row_offsets: Any
-    kv_blocks: Any
-    tiles: Any
-    bit_tiles: Any
-    col_offsets: Any
-    q_blocks: Any
-    col_tiles: Any
-    block_q: int
-    block_kv: int
-    q_len: int
-    kv_len: int
-
-    # Names of the arrays it holds, which are its pytree's leaves (or None), and of the numbers beside them.
-    _stored: ClassVar[tuple[str, ...]] = (
-        *("row_offsets", "kv_blocks", "tiles", "bit_tiles"),
-        *("col_offsets", "q_blocks", "col_tiles"),
-    )
-    _sizes: ClassVar[tuple[str, ...]] = ("block_q", "block_kv", "q_len", "kv_len")
 
     # ---- constructors -------------------------------------------------------------------------------------------
 
@@ -175,7 +156,7 @@ class BlockMask:
             rows with an id out of range, or a count not in [0, k], give NaN.
         """
         grid = grid_of(q_len, kv_len, block_size)
-        return cls._of(lists.from_indices(kv_blocks, counts, grid), grid)
+        return cls._of(indices.from_indices(kv_blocks, counts, grid), grid)
 
     @classmethod
     def from_topk(
@@ -200,7 +181,7 @@ class BlockMask:
         """
         grid = grid_of(q_len, kv_len, block_size)
         mask = None if mask is None else mask._sized(None, None)
-        chosen, max_blocks, max_tiles = lists.top_k(scores, k, grid, mask)
+        chosen, max_blocks, max_tiles = _topk.top_k(scores, k, grid, mask)
         traced = is_traced(chosen) or (mask is not None and mask._is_traced(grid))
         return cls.from_block_mask(
             chosen,
@@ -213,10 +194,8 @@ class BlockMask:
         )
 
     @classmethod
-    def _of(cls, lists: Any, grid: Grid) -> Any:
-        if isinstance(lists, _host.RunLists):
-            from jax_bsk.masks.run_mask import RunBlockMask
-
+    def _of(cls, lists: RowLists | RowRuns, grid: Grid) -> Any:
+        if isinstance(lists, RowRuns):
             return RunBlockMask.of_runs(lists, grid)
         return cls(
             lists.row_offsets,
@@ -232,75 +211,19 @@ class BlockMask:
             grid.kv_len,
         )
 
-    # ---- sizes --------------------------------------------------------------------------------------------------
-
-    @property
-    def nq(self) -> int:
-        """Number of query blocks."""
-        return -(-self.q_len // self.block_q)
-
-    @property
-    def nk(self) -> int:
-        """Number of key/value blocks."""
-        return -(-self.kv_len // self.block_kv)
-
-    @property
-    def capacity(self) -> int:
-        """Entries that each list has room for: `kv_blocks.shape[-1]`."""
-        return self.kv_blocks.shape[-1]
-
-    @property
-    def batch(self) -> int:
-        """Examples the mask distinguishes."""
-        return self._dim(0)
-
-    @property
-    def heads(self) -> int:
-        """Query heads the mask distinguishes."""
-        return self._dim(1)
-
-    def _dim(self, axis: int) -> int:
-        """Size along a leading axis, of lists or bit tiles, either of which may be shared (1); the other may be 0."""
-        lists, tiles = self.row_offsets.shape[axis], self.bit_tiles.shape[axis]
-        return tiles if lists == 1 else lists
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """(batch, heads, q_len, kv_len) of the boolean array it stands for."""
-        return self.batch, self.heads, self.q_len, self.kv_len
-
-    @property
-    def block_size(self) -> tuple[int, int]:
-        """(block_q, block_kv)."""
-        return self.block_q, self.block_kv
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all arrays that it holds; runs count as runs."""
-        arrays = self._arrays().values()
-        return sum(a.size * a.dtype.itemsize for a in arrays if a is not None)
-
-    @property
-    def is_traced(self) -> bool:
-        """Whether any array has no value yet."""
-        return any(map(is_traced, self._arrays().values()))
+    # ---- densities ----------------------------------------------------------------------------------------------
 
     @property
     def density(self) -> float:
         """Visited blocks / all blocks: what the time of a call is proportional to."""
-        blocks = self.nq * self.nk
-        return float(np.mean(self._concrete("density").row_offsets[..., -1]) / blocks) if blocks else 0.0
+        return _reading.density(self._concrete("density"))
 
     @property
     def element_density(self) -> float:
         """Attended elements / all elements; at most `density`, up to the blocks at the ends."""
-        elements = self.q_len * self.kv_len
-        return lists.attended_elements(self._concrete("element_density")) / (self.batch * self.heads * elements or 1)
+        return _reading.element_density(self._concrete("element_density"))
 
     # ---- combination --------------------------------------------------------------------------------------------
-
-    # Without this, `numpy_array & block_mask` would try it elementwise instead of asking `__rand__`.
-    __array_ufunc__ = None
 
     def __and__(self, other: Mask | BlockMask) -> BlockMask:
         """The same blocks, whose elements are attended where `other`, too, attends: exact, on the host and traced.
@@ -329,10 +252,10 @@ class BlockMask:
                     "BlockMask & BlockMask: both must have the same (q_len, kv_len, block_q, block_kv), got "
                     f"{sizes[0]} and {sizes[1]}; bind both to the same lengths with the same block_size"
                 )
-            other = _combine.ListedMask(other.row_offsets, other.kv_blocks, other.tiles, other.bit_tiles)
+            other = _combine.ListedMask(other)
         elif not isinstance(other, Mask):
             raise TypeError(f"cannot combine a BlockMask with {described(other)} by `&`: {remedy_for(other, '&')}")
-        return BlockMask._of(_combine.combine(self, other), Grid(self.q_len, self.kv_len, self.block_q, self.block_kv))
+        return BlockMask._of(_combine.combine(self, other), self._grid)
 
     def _refused(self, operator: str, other: object) -> NoReturn:
         raise TypeError(
@@ -352,12 +275,6 @@ class BlockMask:
             "(~mask).bind(q_len, kv_len)"
         )
 
-    def __bool__(self) -> NoReturn:
-        raise TypeError(
-            f"a BlockMask has no truth value: {self!r}. Combine masks with `&`, not with `and`; to ask whether a mask "
-            "was given, write `mask is not None`"
-        )
-
     # ---- views --------------------------------------------------------------------------------------------------
 
     def to_dense(self) -> np.ndarray:
@@ -368,22 +285,7 @@ class BlockMask:
           TypeError: where the mask is traced.
         """
         self.check()
-        return lists.to_dense(self._concrete("to_dense()"))
-
-    def transpose(self) -> Self:
-        """The same mask with `col_offsets`, `q_blocks` and `col_tiles` filled; made once and kept.
-
-        Entries with ids out of range, and those that found no room, are left out.
-        """
-        if self.col_offsets is not None:
-            return self
-        if "_transposed" not in self.__dict__:
-            lists = self._kernel_rows()
-            if self.is_traced or any(isinstance(x, jax.Array) for x in lists):
-                return dataclasses.replace(self, **transpose_traced(*lists, self.nk)._asdict())
-            columns = transpose_host(*lists, self.nk)
-            object.__setattr__(self, "_transposed", dataclasses.replace(self, **columns._asdict()))
-        return self.__dict__["_transposed"]
+        return _reading.to_dense(self._concrete("to_dense()"))
 
     def padded(self, *, max_blocks: int | None = None, max_tiles: int | None = None) -> BlockMask:
         """The same mask with more room, so that masks of different content have arrays of equal shapes.
@@ -434,7 +336,7 @@ class BlockMask:
             of such a column, and wrong ones where its entries are not those of the rows.
           TypeError: where the mask is traced.
         """
-        lists.check(self._concrete("check()"))
+        _checks.check(self._concrete("check()"))
 
     def describe(self, *, batch: int | None = None, heads: int | None = None, head_dim: int | None = None) -> str:
         """What is in it, in a few lines.
@@ -444,7 +346,7 @@ class BlockMask:
           head_dim: head size of queries, keys and values; FLOPs are told where it is given (forward: two products of
             2 * head_dim operations for each attended element).
         """
-        return lists.describe(self._concrete("describe()"), batch, heads, head_dim)
+        return _reading.describe(self._concrete("describe()"), batch, heads, head_dim)
 
     def plot(
         self, path_or_ax: str | os.PathLike[str] | Axes | None = None, *, batch: int = 0, head: int = 0, title: str = ""
@@ -459,123 +361,31 @@ class BlockMask:
         Returns:
           The axes.
         """
-        from jax_bsk.masks._plot import plot
-
-        return plot(self._concrete("plot()"), path_or_ax, batch, head, title)
-
-    def _concrete(self, what: str) -> Self:
-        """The same with numpy arrays."""
-        if self.is_traced:
-            raise TypeError(f"BlockMask.{what} needs values, but this mask is traced; call it outside of jit")
-        if self._is_host():
-            return self
-        return self._with(**{n: None if x is None else np.asarray(x) for n, x in self._arrays().items()})
-
-    # ---- what the class and its form as runs have in common --------------------------------------------------------
-
-    def _arrays(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in self._stored}
-
-    def _is_host(self) -> bool:
-        """Whether every array is a numpy array."""
-        return all(x is None or isinstance(x, np.ndarray) for x in self._arrays().values())
-
-    def _with(self, **changes: Any) -> Self:
-        return dataclasses.replace(self, **changes)
-
-    def _kernel_rows(self) -> tuple[Any, Any, Any]:
-        """row_offsets, kv_blocks and tiles, to be handed to a kernel."""
-        return self.row_offsets, self.kv_blocks, self.tiles
-
-    def _kernel_columns(self) -> tuple[Any, Any, Any]:
-        """col_offsets, q_blocks and col_tiles, to be handed to a kernel."""
-        return self.col_offsets, self.q_blocks, self.col_tiles
-
-    def _weighted_entries(self, b: int, h: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Row, column and tile of valid entries of a host mask, and how many others are counted by each."""
-        rows, columns, tiles = lists.entries(self, b, h)
-        return rows, columns, tiles, np.ones(rows.size, np.int64)
-
-    # ---- pytree -------------------------------------------------------------------------------------------------
-
-    def _leaves(self) -> tuple[Any, ...]:
-        """The arrays it holds; outside of traces their copies on the default device, which are made once.
-
-        In a trace host arrays stay numpy: they become constants there, and their values are known.
-        """
-        arrays = tuple(self._arrays().values())
-        if not any(isinstance(x, np.ndarray) for x in arrays) or not compat.outside_traces():
-            return arrays
-        device = compat.default_device()
-        if self.__dict__.get("_copies", (None,))[0] != (device,):
-            copies = tuple(jax.device_put(x) if isinstance(x, np.ndarray) else x for x in arrays)
-            self.__dict__["_copies"] = (device,), copies
-        return self.__dict__["_copies"][1]
-
-    def _numbers(self) -> tuple[int, ...]:
-        return tuple(getattr(self, name) for name in self._sizes)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """For pickling and copies: without what is on a device or can be made again."""
-        return self._arrays() | dict(zip(self._sizes, self._numbers(), strict=True))
-
-    def __repr__(self) -> str:
-        arrays = {name: x for name, x in self._arrays().items() if not name.startswith(("col_", "q_"))}
-        ranks = [x.ndim if is_array(x) else None for x in arrays.values()]
-        if ranks != [5 if name == "bit_tiles" else 3 for name in arrays]:  # inside a transformation of the pytree
-            return f"BlockMask({', '.join(f'{name}={short(x)}' for name, x in arrays.items())})"
-        room = f"{self.capacity} entries, {self.bit_tiles.shape[2]} tiles"
-        return (
-            f"BlockMask(batch={self.batch}, heads={self.heads}, q_len={self.q_len}, kv_len={self.kv_len}, "
-            f"block_size={self.block_size}, {room}{', traced' if self.is_traced else ''})"
-        )
-
-
-def register_pytree(cls: type[BlockMask]) -> None:
-    """Makes a form of BlockMask a pytree: the arrays it holds are leaves, its sizes the structure."""
-
-    def flatten(mask: BlockMask) -> tuple[Any, Any]:
-        return mask._leaves(), mask._numbers()
-
-    def flatten_with_keys(mask: BlockMask) -> tuple[Any, Any]:
-        keys = map(jax.tree_util.GetAttrKey, cls._stored)
-        return tuple(zip(keys, mask._leaves(), strict=True)), mask._numbers()
-
-    def unflatten(numbers: Any, leaves: Any) -> BlockMask:
-        # Nothing is checked: transformations rebuild masks with placeholders and with arrays of other ranks.
-        mask = object.__new__(cls)
-        mask.__dict__.update(zip(cls._stored, leaves, strict=True))
-        mask.__dict__.update(zip(cls._sizes, numbers, strict=True))
-        return mask
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten_with_keys, unflatten, flatten)
+        return _plot.plot(self._concrete("plot()"), path_or_ax, batch, head, title)
 
 
 register_pytree(BlockMask)
 
 
-def grid_of(q_len: Any, kv_len: Any, block_size: Any) -> Grid:
-    """A checked grid."""
-    q_len = _length(q_len, "q_len")
-    kv_len = q_len if kv_len is None else _length(kv_len, "kv_len")
-    pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
-    try:
-        block_q, block_kv = (operator.index(size) for size in pair)
-    except (TypeError, ValueError):
-        raise TypeError(f"block_size must be an int or a (query, key) pair of ints, given {block_size!r}") from None
-    if min(block_q, block_kv) < 32 or block_q % 32 or block_kv % 32:
-        raise ValueError(f"block_size must be a positive multiple of 32, given {block_size!r}; 128 suits most")
-    return Grid(q_len, kv_len, block_q, block_kv)
+class RunBlockMask(RunLists, BlockMask):
+    """A `BlockMask` whose long lists are held as runs: see `RunLists`. `BlockMask.from_mask` makes it of long masks."""
+
+    _plain_class = BlockMask
+
+    def check(self) -> None:
+        """See `BlockMask.check`: of runs, and of their transposition as runs."""
+        _checks.check_runs(self._concrete("check()"))
+
+    def __reduce__(self) -> Any:
+        return _restored, (self.__getstate__(),)
 
 
-def _length(value: Any, name: str) -> int:
-    try:
-        length = operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int, given {type(value).__name__} {value!r}") from None
-    if not 0 <= length < MAX_LENGTH:
-        raise ValueError(f"{name} must be in [0, 2**30), given {length}")
-    return length
+register_pytree(RunBlockMask)
+
+
+def _restored(fields: dict[str, Any]) -> RunBlockMask:
+    """A mask of runs from its pickled state."""
+    return RunBlockMask.of_fields(**fields)
 
 
 def _limit(value: Any, name: str) -> int | None:

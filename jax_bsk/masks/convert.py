@@ -9,10 +9,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.core.arrays import is_array
-from jax_bsk.masks.algebra import Mask, described, is_hashable, remedy_for
+from jax_bsk.core.arrays import Array, is_array
+from jax_bsk.masks.algebra.data_masks import ArrayMask
+from jax_bsk.masks.algebra.mask import Mask, described, is_hashable, remedy_for
 from jax_bsk.masks.block_mask import BlockMask
-from jax_bsk.masks.data_masks import ArrayMask
 
 # Host-built masks by (structure, sizes), least recently used first. Bounded in number and in bytes.
 _MAX_ENTRIES = 32
@@ -37,8 +37,27 @@ def _no_mask(mask: Any) -> TypeError:
     )
 
 
+def array_mask(array: Array, q_len: int, kv_len: int) -> ArrayMask:
+    """The mask of a boolean array whose last two dimensions may be 1, as those of padding masks [B, 1, 1, S] are.
+
+    Args:
+      array: bool [T|1, S|1], [H|1, T|1, S|1] or [B|1, H|1, T|1, S|1], host or traced.
+      q_len, kv_len: T and S.
+
+    Raises:
+      TypeError: where it is not boolean.
+      ValueError: where it has other dimensions; other lengths are refused when the mask is bound.
+    """
+    if array.ndim >= 2:
+        lengths = tuple(n if size == 1 else size for size, n in zip(array.shape[-2:], (q_len, kv_len), strict=True))
+        if lengths != array.shape[-2:]:
+            xp = np if isinstance(array, np.ndarray) else jnp
+            array = xp.broadcast_to(array, (*array.shape[:-2], *lengths))
+    return ArrayMask(array)
+
+
 def as_block_mask(
-    mask: Mask | BlockMask | Any,
+    mask: Mask | BlockMask | Array,
     q_len: int,
     kv_len: int,
     *,
@@ -73,7 +92,7 @@ def as_block_mask(
     if not isinstance(mask, Mask):
         if not is_array(mask):
             raise _no_mask(mask)
-        mask = ArrayMask(_broadcast(mask, q_len, kv_len))
+        mask = array_mask(mask, q_len, kv_len)
     sized = mask._sized(batch, heads)
     _check_dims(sized.batch, sized.heads, batch, heads, mask)
     if not is_hashable(mask):  # holds arrays
@@ -90,17 +109,6 @@ def as_block_mask(
             while len(_cache) > _MAX_ENTRIES or sum(m.nbytes for m in _cache.values()) > _MAX_BYTES:
                 _cache.popitem(last=False)
     return built
-
-
-def _broadcast(array: Any, q_len: int, kv_len: int) -> Any:
-    """Spreads query and key dims of 1 (padding masks are often [B, 1, 1, S]); other mismatches are refused later."""
-    if array.ndim < 2:
-        return array
-    lengths = tuple(n if size == 1 else size for size, n in zip(array.shape[-2:], (q_len, kv_len), strict=True))
-    if lengths == array.shape[-2:]:
-        return array
-    xp = np if isinstance(array, np.ndarray) else jnp
-    return xp.broadcast_to(array, (*array.shape[:-2], *lengths))
 
 
 def _check_dims(mask_batch: int, mask_heads: int, batch: int, heads: int, mask: Any) -> None:

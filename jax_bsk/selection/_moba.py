@@ -5,10 +5,11 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.selection.candidates import candidates_of
 from jax_bsk.selection.choice import choose_top_k, for_query_heads
-from jax_bsk.selection.inputs import block_means, grouped, query_and_key, statistics_dtype
-from jax_bsk.selection.outline import outline, positive
+from jax_bsk.selection.inputs import block_means, grouped, positive, query_and_key
 
 
 def moba(
@@ -50,12 +51,12 @@ def moba(
     """
     q, k = query_and_key(query, key)
     top_k = positive(top_k, "top_k")
-    known = outline(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size, moba_block)
+    known = candidates_of(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size, moba_block)
     centers = grouped(block_means(q, known.block_q), k.shape[2])
-    means = block_means(k, known.unit * known.block_kv)
+    means = block_means(k, known.group * known.block_kv)
     if share_group:
-        scores = jnp.einsum("biknh,bjkh->bkij", centers, means, preferred_element_type=statistics_dtype(q))
+        scores = jnp.einsum("biknh,bjkh->bkij", centers, means, preferred_element_type=statistics_dtype(q.dtype))
     else:
-        scores = jnp.einsum("biknh,bjkh->bknij", centers, means, preferred_element_type=statistics_dtype(q))
+        scores = jnp.einsum("biknh,bjkh->bknij", centers, means, preferred_element_type=statistics_dtype(q.dtype))
         scores = scores.reshape(q.shape[0], q.shape[2], *scores.shape[3:])
-    return for_query_heads(choose_top_k(scores, top_k, known.own_units(), known), q.shape[2])
+    return for_query_heads(choose_top_k(scores, top_k, known.own_groups(), known), q.shape[2])

@@ -8,11 +8,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.scalars import logits_scale
 from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.selection.candidates import Candidates, candidates_of
 from jax_bsk.selection.choice import choose_top_k, for_query_heads
-from jax_bsk.selection.inputs import by_query_block, compress, grouped, query_and_key, statistics_dtype
-from jax_bsk.selection.outline import Outline, outline, positive
+from jax_bsk.selection.inputs import by_query_block, compress, grouped, positive, query_and_key
 
 
 def nsa(
@@ -65,7 +66,7 @@ def nsa(
     top_k = positive(top_k, "top_k")
     length = positive(compression_block, "compression_block")
     stride = positive(compression_stride, "compression_stride")
-    known = outline(CausalMask(), q.shape[1], k.shape[1], block_size, selection_block)
+    known = candidates_of(CausalMask(), q.shape[1], k.shape[1], block_size, selection_block)
     if length % stride or selection_block % stride:
         raise ValueError(
             f"compression_stride divides compression_block and selection_block, got {stride}, {length} and "
@@ -78,18 +79,18 @@ def nsa(
 
 
 def _importance(
-    query: jax.Array, compressed: jax.Array, known: Outline, length: int, stride: int, scale: float
+    query: jax.Array, compressed: jax.Array, known: Candidates, length: int, stride: int, scale: float
 ) -> jax.Array:
-    """[B, K, nq, units]: equations 8 to 10, summed over the queries of a block."""
+    """[B, K, nq, groups]: equations 8 to 10, summed over the queries of a block."""
     batch, q_len, heads, _ = query.shape
     count, kv_heads = compressed.shape[1:3]
-    nq, units = known.open_units.shape
+    nq, groups = known.open_groups.shape
     if count == 0:
-        return jnp.zeros((batch, kv_heads, nq, units), statistics_dtype(query))
+        return jnp.zeros((batch, kv_heads, nq, groups), statistics_dtype(query.dtype))
     blocks = jnp.pad(grouped(query, kv_heads), [(0, 0), (0, nq * known.block_q - q_len), (0, 0), (0, 0), (0, 0)])
     blocks = blocks.reshape(batch, nq, known.block_q, *blocks.shape[2:])
     ends = np.arange(count, dtype=np.int32)[None] * stride + length - 1
-    inside = statistics_dtype(query)
+    inside = statistics_dtype(query.dtype)
 
     def row(i: jax.Array, queries: jax.Array) -> jax.Array:
         position = i * known.block_q + jnp.arange(known.block_q, dtype=jnp.int32)
@@ -103,23 +104,23 @@ def _importance(
     probability = by_query_block(row, blocks, batch * heads * known.block_q * count)
     # Compressed key i covers the cells i .. i + l / d - 1 of d keys, a selection block l' / d cells of its own.
     parts = length // stride
-    cells_each = known.unit * known.block_kv // stride
+    cells_each = known.group * known.block_kv // stride
     cells = sum(
         (jnp.pad(probability, [(0, 0)] * 3 + [(n, parts - 1 - n)]) for n in range(parts)),
         jnp.zeros((), probability.dtype),
     )
-    cells = jnp.pad(cells, [(0, 0)] * 3 + [(0, units * cells_each - cells.shape[-1])])
-    return cells.reshape(*cells.shape[:3], units, cells_each).sum(-1)
+    cells = jnp.pad(cells, [(0, 0)] * 3 + [(0, groups * cells_each - cells.shape[-1])])
+    return cells.reshape(*cells.shape[:3], groups, cells_each).sum(-1)
 
 
-def _required(known: Outline, initial: int, local: int) -> np.ndarray:
-    """bool [nq, units]: the first blocks, and those up to the own ones."""
+def _required(known: Candidates, initial: int, local: int) -> np.ndarray:
+    """bool [nq, groups]: the first blocks, and those up to the own ones."""
     if initial < 0 or local < 0:
         raise ValueError(f"initial_blocks and local_blocks are 0 or more, got {initial} and {local}; 0 requires none")
-    own = known.own_units()
-    units = np.arange(own.shape[1])
-    required = np.broadcast_to(units < initial, own.shape)
+    own = known.own_groups()
+    groups = np.arange(own.shape[1])
+    required = np.broadcast_to(groups < initial, own.shape)
     if local:
-        last = np.where(own, units, -1).max(1, initial=-1)[:, None]
-        required = required | own | ((units > last - local) & (units <= last))
+        last = np.where(own, groups, -1).max(1, initial=-1)[:, None]
+        required = required | own | ((groups > last - local) & (groups <= last))
     return required

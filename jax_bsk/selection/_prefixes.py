@@ -78,9 +78,9 @@ def _take_by_runs(x: jax.Array, numbers: jax.Array) -> jax.Array:
 
     So each x is read once, and the transpose adds each sum in one order (and, where others would read, zeros).
     """
-    places = jnp.arange(numbers.shape[0], dtype=jnp.int32)
-    ordered, origin = jax.lax.sort((numbers, places), num_keys=1, is_stable=True)
-    _, position = jax.lax.sort((origin, places), num_keys=1, is_stable=False)
+    positions = jnp.arange(numbers.shape[0], dtype=jnp.int32)
+    ordered, origin = jax.lax.sort((numbers, positions), num_keys=1, is_stable=True)
+    _, position = jax.lax.sort((origin, positions), num_keys=1, is_stable=False)
     first = jnp.concatenate([jnp.ones_like(ordered[:1], bool), ordered[1:] != ordered[:-1]])
     read = jnp.where(first, x[ordered], 0)
 

@@ -12,12 +12,11 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.core import explicit_mesh
+from jax_bsk.core.inputs import floating
 from jax_bsk.masks import BlockMask, CausalMask, Mask, as_block_mask
-from jax_bsk.masks.algebra import MAX_LENGTH, OWN, Grid
-from jax_bsk.masks.block_mask import grid_of
+from jax_bsk.masks.grid import MAX_LENGTH, OWN, Grid, grid_of
 from jax_bsk.selection._prefixes import CHUNK, take, top_of_prefixes
-from jax_bsk.selection.inputs import block_means
-from jax_bsk.selection.outline import positive
+from jax_bsk.selection.inputs import block_means, positive
 from jax_bsk.selection.soft_topk_causal import sparsek_causal
 
 Gate = Literal["straight-through", "soft"]
@@ -72,9 +71,7 @@ def sparsek(
     Raises:
       TypeError, ValueError: an argument does not fit.
     """
-    array = jnp.asarray(scores)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"scores is a floating-point array, got {array.dtype}; cast it, e.g. scores.astype('float32')")
+    array = floating(scores, "scores")
     if array.ndim not in (2, 3):
         raise ValueError(f"scores are [batch, keys, heads] or [keys, heads], got {array.shape}; add the heads")
     array = array[None] if array.ndim == 2 else array
@@ -210,16 +207,16 @@ def _choose(z: jax.Array, known: _Known, top_k: int, gate: Gate, candidates: int
     row = jnp.searchsorted(row_offsets[1:], entry, side="right").astype(jnp.int32)
     listed = row < counts.size
     row = jnp.minimum(row, counts.size - 1)
-    place = entry - row_offsets[row]
-    rank = place - jnp.asarray(known.partial)[row]  # among those chosen
+    position = entry - row_offsets[row]  # within the row
+    rank = position - jnp.asarray(known.partial)[row]  # among those chosen
     of_choice = (rank >= 0) & (rank < counts[row]) & listed
-    slot = row * width + jnp.clip(rank, 0, width - 1)
-    source = jnp.asarray(window.row_offsets)[row] + place - jnp.where(rank >= counts[row], counts[row], 0)
+    choice = row * width + jnp.clip(rank, 0, width - 1)
+    source = jnp.asarray(window.row_offsets)[row] + position - jnp.where(rank >= counts[row], counts[row], 0)
     source = jnp.clip(source, 0, window.kv_blocks.size - 1)
 
     def merge(choice: Any, window: Any, rest: int) -> jax.Array:
         return jnp.where(listed, jnp.where(of_choice, choice, window), rest)
 
-    kv_blocks = merge(chosen.ravel()[slot], jnp.asarray(window.kv_blocks)[source], -1)
+    kv_blocks = merge(chosen.ravel()[choice], jnp.asarray(window.kv_blocks)[source], -1)
     tiles = merge(-1, jnp.asarray(window.tiles)[source], -1)
-    return _Lists(row_offsets, kv_blocks, tiles), merge(gates.ravel()[slot], 1, 1)
+    return _Lists(row_offsets, kv_blocks, tiles), merge(gates.ravel()[choice], 1, 1)

@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import BlockMask, Mask
+from jax_bsk.selection.candidates import candidates_of
 from jax_bsk.selection.choice import choose_top_k
-from jax_bsk.selection.outline import outline, positive
+from jax_bsk.selection.inputs import positive
 
 
 def from_topk(
@@ -47,7 +49,7 @@ def from_topk(
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise TypeError(f"scores are real numbers, got {array.dtype}{array.shape}; cast them, e.g. to float32")
     k = positive(k, "k")
-    known = outline(mask, q_len, kv_len, block_size)
+    known = candidates_of(mask, q_len, kv_len, block_size)
     if array.ndim not in (2, 3, 4) or array.shape[-2:] != known.tiles.shape:
         nq, nk = known.tiles.shape
         raise ValueError(
@@ -55,5 +57,5 @@ def from_topk(
             "; score each pair of blocks"
         )
     array = jax.lax.stop_gradient(array.reshape((1,) * (4 - array.ndim) + array.shape))
-    array = array if array.dtype == jnp.float64 else array.astype(jnp.float32)
-    return choose_top_k(array, k, known.own_units() if own_block else None, known)
+    array = array.astype(statistics_dtype(array.dtype))
+    return choose_top_k(array, k, known.own_groups() if own_block else None, known)

@@ -9,11 +9,12 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.scalars import logits_scale
 from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.selection.candidates import Candidates, candidates_of
 from jax_bsk.selection.choice import choose_by_mass, for_query_heads
-from jax_bsk.selection.inputs import by_query_block, grouped, query_and_key, statistics_dtype
-from jax_bsk.selection.outline import Outline, outline, positive
+from jax_bsk.selection.inputs import by_query_block, grouped, positive, query_and_key
 
 
 def xattention(
@@ -62,7 +63,7 @@ def xattention(
     """
     q, k = query_and_key(query, key)
     stride = positive(stride, "stride")
-    known = outline(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size)
+    known = candidates_of(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size)
     if known.block_q % stride or known.block_kv % stride:
         raise ValueError(
             f"stride divides the block sizes {known.block_q} and {known.block_kv}, got {stride}; choose a divisor"
@@ -70,13 +71,13 @@ def xattention(
     if initial_blocks < 0:
         raise ValueError(f"initial_blocks is 0 or more, got {initial_blocks}; 0 requires none")
     heads = k.shape[2] if share_group else q.shape[2]
-    fraction = _fraction(threshold, heads, statistics_dtype(q))
+    fraction = _fraction(threshold, heads, statistics_dtype(q.dtype))
     weights = _weights(q, k, known, stride, is_causal, logits_scale(scale, q.shape[3]))
     if share_group:
         weights = weights.reshape(weights.shape[0], heads, q.shape[2] // heads, *weights.shape[2:]).sum(2)
-    required = np.zeros_like(known.open_units)
+    required = np.zeros_like(known.open_groups)
     if is_causal:
-        required = known.own_units() | (np.arange(required.shape[1]) < initial_blocks)
+        required = known.own_groups() | (np.arange(required.shape[1]) < initial_blocks)
     return for_query_heads(choose_by_mass(weights, fraction, required, known), q.shape[2])
 
 
@@ -93,12 +94,14 @@ def _fraction(threshold: ArrayLike, heads: int, dtype: jnp.dtype) -> jax.Array:
     return array.reshape(-1, 1, 1) if array.ndim else array
 
 
-def _weights(query: jax.Array, key: jax.Array, known: Outline, stride: int, is_causal: bool, scale: float) -> jax.Array:
+def _weights(
+    query: jax.Array, key: jax.Array, known: Candidates, stride: int, is_causal: bool, scale: float
+) -> jax.Array:
     """[B, N, nq, nk]: estimated attention of each block."""
     (batch, q_len, heads, size), (_, kv_len, kv_heads, _) = query.shape, key.shape
     nq, nk = known.tiles.shape
     rows, columns = known.block_q // stride, known.block_kv // stride
-    inside = statistics_dtype(query)
+    inside = statistics_dtype(query.dtype)
     if 0 in (nq, nk):
         return jnp.zeros((batch, heads, nq, nk), inside)
     # ---- cells: keys of a cell in order, queries against it, so that their product is the antidiagonal ----

@@ -2,50 +2,50 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+
+from jax_bsk.core.dtypes import statistics_dtype
+from jax_bsk.core.inputs import check_query_key, floating
 
 # Elements of a piece of token-level scores, of all examples and heads together.
 CHUNK_ELEMENTS = 2**24
 
 
 def query_and_key(query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Array]:
-    """BTNH and BSKH arrays without gradients: what is chosen has none."""
-    q, k = jnp.asarray(query), jnp.asarray(key)
-    for x, name in ((q, "query"), (k, "key")):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise TypeError(f"{name} is a floating-point array, got {x.dtype}; cast it, e.g. {name}.astype('float32')")
+    """BTNH and BSKH arrays without gradients, as what is chosen has none.
+
+    Raises:
+      TypeError, ValueError: as `core.inputs.check_query_key`.
+    """
+    q, k = floating(query, "query"), floating(key, "key")
     if q.ndim == 3 and k.ndim == 3:
         q, k = q[None], k[None]
-    shapes = f"query {q.shape}, key {k.shape}"
-    if q.ndim != 4 or k.ndim != 4:
-        raise ValueError(f"query is BTNH and key BSKH, or TNH and SKH, got {shapes}; give both a batch or none")
-    if q.dtype != k.dtype:
-        raise TypeError(f"key is of query's type {q.dtype}, got {k.dtype}; cast one of them")
-    if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-        raise ValueError(
-            f"query and key have the same batch and head size, got {shapes}; repeat or project one of them"
-        )
-    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
-        raise ValueError(f"query's heads are a multiple of key's (grouped-query attention), got {shapes}; repeat key")
-    if not q.shape[3]:
-        raise ValueError(f"the head size is at least 1, got {shapes}; give query and key a last dimension")
+    check_query_key(q, k)
     return jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
 
 
-def statistics_dtype(x: jax.Array) -> jnp.dtype:
-    """Type of scores: float32, or float64 for float64."""
-    return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+def positive(value: Any, name: str) -> int:
+    """A checked static count."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} is an int (it decides shapes), got {value!r}; pass a Python int") from None
+    if number < 1:
+        raise ValueError(f"{name} is at least 1, got {number}; choose 1 or more")
+    return number
 
 
 def block_means(x: jax.Array, block: int) -> jax.Array:
     """[B, blocks, N, H] means over blocks of tokens of [B, T, N, H]; the last block's over the tokens there are."""
     batch, length, heads, size = x.shape
     blocks = -(-length // block)
-    padded = jnp.pad(x, [(0, 0), (0, blocks * block - length), (0, 0), (0, 0)]).astype(statistics_dtype(x))
+    padded = jnp.pad(x, [(0, 0), (0, blocks * block - length), (0, 0), (0, 0)]).astype(statistics_dtype(x.dtype))
     sums = padded.reshape(batch, blocks, block, heads, size).sum(2)
     tokens = jnp.minimum(length - jnp.arange(blocks) * block, block).astype(sums.dtype)
     return sums / tokens[None, :, None, None]
@@ -60,7 +60,7 @@ def by_query_block(function: Callable[[jax.Array, jax.Array], jax.Array], query:
     """`function(i, query[:, i])` for each block i of query [B, nq, ...], stacked at axis -2; several at a time.
 
     Args:
-      function: gives [B, heads, units] for one block.
+      function: gives [B, heads, groups] for one block.
       query: [B, nq, ...].
       elements: the most elements that the function holds for one block.
     """
@@ -91,14 +91,12 @@ def compress(x: jax.Array, length: int, stride: int, given: ArrayLike | None, na
     count, parts = max(0, (keys - length) // stride + 1), length // stride
     if given is None:
         # Of sums over d keys, which neighbours share.
-        cells = x[:, : keys // stride * stride].astype(statistics_dtype(x))
+        cells = x[:, : keys // stride * stride].astype(statistics_dtype(x.dtype))
         cells = cells.reshape(batch, keys // stride, stride, heads, size).sum(2)
         return sum((cells[:, n : n + count] for n in range(parts)), jnp.zeros((), cells.dtype)) / length
-    array = jnp.asarray(given)
+    array = floating(given, name)
     array = array[None] if array.ndim == 3 else array
     expected = (batch, count, heads, size)
     if array.shape != expected:
         raise ValueError(f"{name} has shape {expected} for {keys} tokens, got {array.shape}; make one per window")
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"{name} is a floating-point array, got {array.dtype}; cast it, e.g. {name}.astype('float32')")
     return array

@@ -1,7 +1,7 @@
 """`sparsek`: the differentiable top-k operator of SparseK attention (Lou, Jia, Zheng, Tu, arXiv 2406.16747).
 
 Not on the path of an attention call: it makes the gates and the choice of keys that calls are given. Its causal form
-over prefixes, and the state for decoding, are in `_sparsek_causal`.
+over prefixes, and the state for decoding, are in `soft_topk_causal`.
 
 The operator is the projection of the scores z onto {p : 0 <= p <= 1, sum p = k}. By its KKT conditions
 p = clip(z - tau, 0, 1), where f(tau) = sum clip(z - tau, 0, 1) = k; f is continuous, piecewise linear and never
@@ -29,6 +29,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dtypes import statistics_dtype
+from jax_bsk.core.inputs import floating
 
 Method = Literal["exact", "fast"]
 
@@ -73,17 +75,15 @@ def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "e
 
 def floating_scores(scores: ArrayLike) -> jax.Array:
     """Scores as an array of one dimension at least."""
-    array = jnp.asarray(scores)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-        raise TypeError(f"scores is a floating-point array, got {array.dtype}; cast it, e.g. scores.astype('float32')")
+    array = floating(scores, "scores")
     if array.ndim == 0:
         raise ValueError("scores has one dimension at least, the one to choose along; got a scalar")
     return array
 
 
 def widen(scores: jax.Array) -> jax.Array:
-    """float32, or float64 as it is."""
-    return scores if scores.dtype == jnp.float64 else scores.astype(jnp.float32)
+    """The scores in the statistics type."""
+    return scores.astype(statistics_dtype(scores.dtype))
 
 
 def budget(k: ArrayLike, z: jax.Array) -> jax.Array:
@@ -156,8 +156,8 @@ def _solve_jvp(method: Method, primals: Any, tangents: Any) -> Any:
 def _nth_by_sort(z: jax.Array, rank: jax.Array) -> jax.Array:
     """The rank-th greatest of each row; rank counts from 1."""
     descending = -jax.lax.sort(-z)
-    place = of_rank(jnp.arange(z.shape[-1], dtype=jnp.int32), z.ndim)
-    return jnp.where(place < rank[..., None], descending, jnp.inf).min(-1)
+    position = of_rank(jnp.arange(z.shape[-1], dtype=jnp.int32), z.ndim)
+    return jnp.where(position < rank[..., None], descending, jnp.inf).min(-1)
 
 
 def _nth_by_bits(z: jax.Array, rank: jax.Array) -> jax.Array:

@@ -262,11 +262,11 @@ def _step(state: SparseKState, score: jax.Array) -> tuple[SparseKState, jax.Arra
     # ---- the least slot, free ones first, against the new key ----
     slot = jnp.argmin(state.scores, axis=-1)
     least = state.scores.min(-1)
-    place = (of_rank(jnp.arange(state.scores.shape[-1]), state.scores.ndim) == slot[..., None]) & (new > least)[
+    replaced = (of_rank(jnp.arange(state.scores.shape[-1]), state.scores.ndim) == slot[..., None]) & (new > least)[
         ..., None
     ]
-    scores = jnp.where(place, new[..., None], state.scores)
-    positions = jnp.where(place, state.length, state.positions)
+    scores = jnp.where(replaced, new[..., None], state.scores)
+    positions = jnp.where(replaced, state.length, state.positions)
     forgotten = jnp.maximum(state.forgotten, jax.lax.stop_gradient(jnp.minimum(least, new)))
     # ---- the threshold, and what it drops ----
     gates, tau = solve(scores, state.k, "fast")

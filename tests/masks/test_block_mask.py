@@ -115,9 +115,10 @@ def test_tail_blocks_are_full_or_dropped_by_what_is_inside():
 
 
 def test_hash_collisions_are_harmless(monkeypatch):
-    from jax_bsk.masks import _host
+    from jax_bsk.masks import _tiles
+    from jax_bsk.masks.builders import _host
 
-    class Colliding(_host.TileStore):
+    class Colliding(_tiles.TileStore):
         def __init__(self, block_q, block_kv):
             super().__init__(block_q, block_kv)
             self._multipliers = np.zeros_like(self._multipliers)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
-from jax_bsk.masks import entry_order
-from jax_bsk.masks.entry_order import EntryOrder, to_columns, to_rows, with_entry_order
+from jax_bsk.masks.orders import entry_order
+from jax_bsk.masks.orders.entry_order import EntryOrder, to_columns, to_rows, with_entry_order
 
 LISTS = "col_offsets", "q_blocks", "col_tiles"
 

@@ -9,7 +9,8 @@ import pytest
 
 import jax_bsk.masks as m
 from jax_bsk import sparse_attention
-from jax_bsk.masks.algebra import Grid, count_codes
+from jax_bsk.masks.algebra.mask import count_codes
+from jax_bsk.masks.grid import Grid
 
 B, T, S = 3, 40, 100
 K = np.arange(S)

@@ -14,8 +14,9 @@ import pytest
 
 import jax_bsk
 import jax_bsk.masks as m
-from jax_bsk.masks import _descent, _host, _runs
-from jax_bsk.masks.run_mask import RunBlockMask
+from jax_bsk.masks import _runs
+from jax_bsk.masks.block_mask import RunBlockMask
+from jax_bsk.masks.builders import _descent, _host
 
 LISTS = ("row_offsets", "kv_blocks", "tiles", "bit_tiles")
 COLUMNS = ("col_offsets", "q_blocks", "col_tiles")
@@ -204,7 +205,7 @@ def test_check_names_the_row(name, index, value, message):
     array = getattr(runs, name).copy()
     array[index] = value
     with pytest.raises(ValueError, match=f"invalid BlockMask: {message}"):
-        runs._with(**{name: array}).check()
+        runs._with_arrays(**{name: array}).check()
 
 
 # ---- attention --------------------------------------------------------------------------------------------------
@@ -330,6 +331,6 @@ def test_device_copies_are_made_once(form):
     assert all(isinstance(x, np.ndarray) for x in inside), "in a trace they are constants, whose values are known"
     back = pickle.loads(pickle.dumps(mask))
     assert back._is_host()
-    assert set(back.__dict__) == {*mask._stored, *mask._sizes}
+    assert set(back.__dict__) == {*mask._stored, *mask._size_names}
     with jax.default_device(jax.devices()[1]):
         assert jax.tree.leaves(mask)[0].devices() == {jax.devices()[1]}

@@ -91,7 +91,8 @@ def test_contiguous_segments_always_find_room(seed):
     q_ids, kv_ids = (np.sort(rng.integers(0, top, n)) for n in (q_len, kv_len))
     if rng.random() < 0.3:
         kv_len, kv_ids = q_len, q_ids
-    from jax_bsk.masks.algebra import Grid, count_codes
+    from jax_bsk.masks.algebra.mask import count_codes
+    from jax_bsk.masks.grid import Grid
 
     for block in (32, 64):
         grid = Grid(q_len, kv_len, block, block)

@@ -1,6 +1,6 @@
 """Building a BlockMask on the host: numpy, vectorised over blocks, threaded, within bounded memory.
 
-Stages of one (example, head): classify blocks from bounds, in strips of block rows or, of a long mask, from coarse
+Stages of one (example, head): classify blocks from bounds, in chunks of block rows or, of a long mask, from coarse
 blocks to fine ones (`_descent`); evaluate the partial blocks in small chunks (one representative for each group of
 blocks whose tiles are known to be equal), pack and deduplicate the tiles; settle blocks that turn out empty or full;
 lay out the lists, long ones as runs (`_runs`).
@@ -11,12 +11,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from jax_bsk.masks import _descent, _runs
-from jax_bsk.masks.algebra import EMPTY, FULL, OWN, SHIFT, Grid, Mask, classify, is_hashable, parts, strips
+from jax_bsk.masks import _runs
+from jax_bsk.masks._tiles import TileStore, inside_words, pack, past_end
+from jax_bsk.masks.algebra.mask import Mask, classify, is_hashable, parts
+from jax_bsk.masks.block_lists import RowLists
+from jax_bsk.masks.builders import _descent
+from jax_bsk.masks.grid import EMPTY, FULL, OWN, SHIFT, Grid, row_chunks
+from jax_bsk.masks.run_lists import RowRuns
 
 # Elements evaluated at a time and thread: 1 MiB of int32 stays in the level 2 cache (measured 1.4x faster than 16 MiB).
 CHUNK_ELEMENTS = 2**18
@@ -29,94 +34,9 @@ RUN_ENTRIES = 2**18
 RUN_GAIN = 4
 
 
-class BlockLists(NamedTuple):
-    """The arrays of a BlockMask, query-major."""
-
-    row_offsets: Any
-    kv_blocks: Any
-    tiles: Any
-    bit_tiles: Any
-
-
-class RunLists(NamedTuple):
-    """The arrays of a BlockMask, query-major, as runs.
-
-    Attributes:
-      row_offsets: int32 [B, H, nq + 1].
-      row_starts, row_blocks, row_tiles: int32 [B, H, runs], those of `_runs.Runs`.
-      bit_tiles: uint32 [1, 1, tiles, block_q, block_kv // 32].
-      capacity: number of entries of the longest list.
-    """
-
-    row_offsets: Any
-    row_starts: Any
-    row_blocks: Any
-    row_tiles: Any
-    bit_tiles: Any
-    capacity: int
-
-
-class TileStore:
-    """Deduplicated bit tiles, in order of arrival. Tiles are compared by a 64-bit hash and then word by word."""
-
-    def __init__(self, block_q: int, block_kv: int) -> None:
-        self._shape = (block_q, block_kv // 32)
-        self._words = block_q * block_kv // 32
-        self._multipliers = np.random.default_rng(0).integers(0, 2**63, self._words, np.uint64) * np.uint64(
-            2
-        ) + np.uint64(1)
-        self._numbers: dict[Any, int] = {}
-        self._tiles: list[np.ndarray] = []
-
-    def __len__(self) -> int:
-        return len(self._tiles)
-
-    def compress(self, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of tiles [n, words]: hashes of the distinct ones, the distinct ones, and which one each tile is."""
-        # Mixed before the sum, or words that differ in their top bits alone could cancel out.
-        mixed = (tiles ^ (tiles >> np.uint32(15))) * self._multipliers
-        mixed ^= mixed >> np.uint64(31)
-        hashes, first, which = np.unique(mixed.sum(1), return_index=True, return_inverse=True)
-        distinct = tiles[first]
-        if not np.array_equal(distinct[which], tiles):  # two tiles of one hash: compare bytes instead
-            rows = np.ascontiguousarray(tiles).view(np.dtype((np.void, tiles.shape[1] * 4))).ravel()
-            _, first, which = np.unique(rows, return_index=True, return_inverse=True)
-            distinct, hashes = tiles[first], mixed.sum(1)[first]
-        return hashes, distinct, which.ravel()
-
-    def add(self, hashes: np.ndarray, tiles: np.ndarray) -> np.ndarray:
-        """Numbers of distinct tiles, new ones stored."""
-        numbers = np.empty(len(tiles), np.int32)
-        for n, (key, tile) in enumerate(zip(hashes.tolist(), tiles, strict=True)):
-            number = self._numbers.setdefault(key, len(self._tiles))
-            if number < len(self._tiles) and not np.array_equal(self._tiles[number], tile):
-                number = self._numbers.setdefault(tile.tobytes(), len(self._tiles))
-            if number == len(self._tiles):
-                self._tiles.append(tile)
-            numbers[n] = number
-        return numbers
-
-    def stack(self, numbers: np.ndarray) -> np.ndarray:
-        """uint32 [len(numbers), block_q, block_kv // 32]."""
-        stacked = np.empty((len(numbers), self._words), np.uint32)
-        for n, number in enumerate(numbers):
-            stacked[n] = self._tiles[number]
-        return stacked.reshape(-1, *self._shape)
-
-    def tile(self, number: int) -> np.ndarray:
-        """uint32 [words] of one tile."""
-        return self._tiles[number]
-
-
-def pack(booleans: np.ndarray) -> np.ndarray:
-    """Booleans [n, block_q, block_kv] as uint32 [n, block_q * block_kv // 32]; key c is bit c % 32 of word c // 32."""
-    packed = np.packbits(booleans, axis=-1, bitorder="little")
-    return packed.reshape(booleans.shape[0], booleans.shape[1] * booleans.shape[2] // 8).view("<u4")
-
-
 def build(
     mask: Mask, grid: Grid, *, batch: int, heads: int, max_blocks: int | None = None, max_tiles: int | None = None
-) -> BlockLists | RunLists:
+) -> RowLists | RowRuns:
     """Lists and tiles of a mask whose arrays all have values.
 
     Long lists are returned as runs, unless `max_blocks` asks for room of a given size.
@@ -145,13 +65,13 @@ def build(
         lists = [[x if isinstance(x, _runs.Lists) else _runs.to_lists(x) for x in row] for row in built]
         kv_blocks, tiles = (_stacked(lists, name, capacity, -1) for name in ("blocks", "tiles"))
         tiles, bit_tiles = _numbered(tiles, store, max_tiles)
-        return BlockLists(row_offsets, kv_blocks, tiles, bit_tiles)
+        return RowLists(row_offsets, kv_blocks, tiles, bit_tiles)
     # Where the runs of a head end, they begin past the entries: a bisection never finds those.
     size = max(x.starts.size for row in runs for x in row)
     starts = _stacked(runs, "starts", size, capacity)
     blocks, tiles = (_stacked(runs, name, size, -1) for name in ("blocks", "tiles"))
     tiles, bit_tiles = _numbered(tiles, store, max_tiles)
-    return RunLists(row_offsets, starts, blocks, tiles, bit_tiles, capacity)
+    return RowRuns(row_offsets, starts, blocks, tiles, bit_tiles, capacity)
 
 
 def _as_runs(built: list[list[_runs.Lists | _runs.Runs]], grid: Grid, capacity: int) -> list[list[_runs.Runs]] | None:
@@ -216,8 +136,9 @@ def _build_one(mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecuto
     descends = grid.nq * grid.nk > DESCENT_BLOCKS and _descent.has_bounds(mask)
     found = _descent.find(mask, grid) if descends else None
     if found is None:
-        strip = [_find(*item) for item in _ordered(pool, lambda rows: (rows, classify(mask, grid, rows)), strips(grid))]
-        rows, columns, codes = (np.concatenate([f[n] for f in strip] or [np.zeros(0, np.int32)]) for n in range(3))
+        classified = _ordered(pool, lambda rows: (rows, classify(mask, grid, rows)), row_chunks(grid))
+        chunks = [_find(*item) for item in classified]
+        rows, columns, codes = (np.concatenate([f[n] for f in chunks] or [np.zeros(0, np.int32)]) for n in range(3))
     else:
         rows, columns, codes = found.rows, found.columns, found.codes
 
@@ -250,13 +171,13 @@ def _alike(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tup
     """For OWN blocks in row-major order: the first of each group that is known to share a tile, and the group of each.
 
     Blocks share a tile where each part is empty in both, full in both, or says that it has the same elements in both
-    (`Mask._tile_kind`). Blocks that reach past a length share nothing: there a part may differ from what it is inside.
+    (`Mask._tile_key`). Blocks that reach past a length share nothing: there a part may differ from what it is inside.
     """
     everything = np.arange(rows.size)
-    kinds = [part._tile_kind(grid, rows, columns) for part in parts(mask)]
+    kinds = [part._tile_key(grid, rows, columns) for part in parts(mask)]
     if rows.size == 0 or all(kind is None for kind in kinds):
         return everything, everything
-    alone = end_kind(grid, rows, columns) > 0
+    alone = past_end(grid, rows, columns) > 0
     codes = [_codes_of(part, grid, rows, columns) for part in parts(mask)]
     some = [(c != EMPTY) & (c != FULL) for c in codes]
     for kind, partial in zip(kinds, some, strict=True):
@@ -321,11 +242,11 @@ def _ordered(pool: ThreadPoolExecutor, work: Any, items: Iterator[Any]) -> Itera
         yield future.result()
 
 
-def _find(strip: slice, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Row, column and code of the visited blocks of a strip, in row-major order."""
+def _find(chunk: slice, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Row, column and code of the visited blocks of a chunk of rows, in row-major order."""
     flat = np.flatnonzero(codes)
     rows, columns = np.divmod(flat, max(1, codes.shape[1]))
-    return (rows + strip.start).astype(np.int32), columns.astype(np.int32), codes[rows, columns]
+    return (rows + chunk.start).astype(np.int32), columns.astype(np.int32), codes[rows, columns]
 
 
 def tiles_of(
@@ -349,28 +270,12 @@ def tiles_of(
     return numbers
 
 
-def inside_words(grid: Grid, row_end: bool, column_end: bool) -> np.ndarray:
-    """Tile words uint32 with the bits that lie inside the lengths, for a block at the end of rows or columns or not."""
-    rows = grid.q_len - (grid.nq - 1) * grid.block_q if row_end else grid.block_q
-    columns = grid.kv_len - (grid.nk - 1) * grid.block_kv if column_end else grid.block_kv
-    inside = np.zeros((1, grid.block_q, grid.block_kv), bool)
-    inside[:, :rows, :columns] = True
-    return pack(inside)[0]
-
-
-def end_kind(grid: Grid, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """0 for blocks inside; 1 for those past the end of the queries, 2 of the keys, 3 of both."""
-    past_q = (rows == grid.nq - 1) & (grid.q_len % grid.block_q != 0)
-    past_kv = (columns == grid.nk - 1) & (grid.kv_len % grid.block_kv != 0)
-    return past_q + 2 * past_kv
-
-
 def _settle(
     grid: Grid, store: TileStore, rows: np.ndarray, columns: np.ndarray, tiles: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Whether each partial block has no, or every, element inside the lengths attended."""
     # What a block is depends on its tile and on its end kind only: decide for each such pair once.
-    pairs, which = np.unique(tiles.astype(np.int64) * 4 + end_kind(grid, rows, columns), return_inverse=True)
+    pairs, which = np.unique(tiles.astype(np.int64) * 4 + past_end(grid, rows, columns), return_inverse=True)
     inside = [inside_words(grid, bool(kind & 1), bool(kind & 2)) for kind in range(4)] if pairs.size else []
     none, every = np.empty(pairs.size, bool), np.empty(pairs.size, bool)
     for n, pair in enumerate(pairs.tolist()):

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 
 from jax_bsk.masks import _runs
-from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, parts
+from jax_bsk.masks.algebra.mask import Mask, parts
+from jax_bsk.masks.grid import EMPTY, FULL, Grid
 
 # Each level has blocks of SIDE x SIDE of the next one; the coarsest has at most TOP blocks.
 SIDE = 8

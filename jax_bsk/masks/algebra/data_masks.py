@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jax_bsk.core.arrays import is_array
-from jax_bsk.masks.algebra import OWN, Grid, Mask, alike, in_blocks, min_max
+from jax_bsk.masks.algebra.mask import Mask
+from jax_bsk.masks.grid import OWN, Grid, alike, in_blocks, min_max
 
 __all__ = ["ArrayMask", "BlockArrayMask", "SegmentMask"]
 
@@ -78,7 +79,7 @@ class SegmentMask(Mask):
         q_ids, kv_ids = self._both()
         return q_ids[grid.clip_q(q)] == kv_ids[grid.clip_kv(k)]
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
         # A block of keys of one document has the same elements beside a block of queries as the document's next one.
         q_ids, kv_ids = self._both()
         q_kinds = alike(in_blocks(q_ids, grid.nq, grid.block_q))

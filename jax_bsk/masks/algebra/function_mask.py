@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from jax_bsk.core.arrays import is_array, is_traced
-from jax_bsk.masks._node import short
-from jax_bsk.masks._offsets import static_int
-from jax_bsk.masks.algebra import OWN, Grid, Mask
+from jax_bsk.masks._text import short
+from jax_bsk.masks.algebra._offsets import static_int
+from jax_bsk.masks.algebra.mask import Mask
+from jax_bsk.masks.grid import OWN, Grid
 
 __all__ = ["FunctionMask"]
 

@@ -11,92 +11,16 @@ Both work with numpy on the host and with `jax.numpy` inside `jit`; `Grid.xp` sa
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
 from jax_bsk.core.arrays import is_array, is_traced
-from jax_bsk.masks._node import Node
-
-if TYPE_CHECKING:
-    from jax_bsk.masks.block_mask import BlockMask
-
-# Codes of a block. The order makes `&` a minimum, and with `~` swapping the ends, `|` its De Morgan dual:
-# SHIFT is a partial block whose bit tile depends only on the distance between its query and key block (causal,
-# window) and on which parts of the mask are empty or full there: one evaluation serves all such blocks of a diagonal.
-# OWN is any other partial block, and wins where the two meet.
-EMPTY, OWN, SHIFT, FULL = 0, 1, 2, 3
-
-# Positions, offsets and windows are int32 on every path; sums of two of them must not wrap.
-MAX_LENGTH = 2**30
-
-
-@dataclasses.dataclass(frozen=True)
-class Grid:
-    """The block grid a mask is asked about, and the array module (`numpy` or `jax.numpy`) that answers."""
-
-    q_len: int
-    kv_len: int
-    block_q: int
-    block_kv: int
-    xp: Any = np
-
-    @property
-    def nq(self) -> int:
-        """Number of query blocks."""
-        return -(-self.q_len // self.block_q)
-
-    @property
-    def nk(self) -> int:
-        """Number of key/value blocks."""
-        return -(-self.kv_len // self.block_kv)
-
-    def q_bounds(self, i: Any) -> tuple[Any, Any]:
-        """First and last query of block `i`, the last one inside the length."""
-        return i * self.block_q, self.xp.minimum((i + 1) * self.block_q, self.q_len) - 1
-
-    def kv_bounds(self, j: Any) -> tuple[Any, Any]:
-        """First and last key of block `j`, the last one inside the length."""
-        return j * self.block_kv, self.xp.minimum((j + 1) * self.block_kv, self.kv_len) - 1
-
-    def clip_q(self, q: Any) -> Any:
-        """Indices into an array of `q_len` entries; those past the end (never used) read the last one."""
-        return self.xp.minimum(q, self.q_len - 1)
-
-    def clip_kv(self, k: Any) -> Any:
-        """Indices into an array of `kv_len` entries; those past the end (never used) read the last one."""
-        return self.xp.minimum(k, self.kv_len - 1)
-
-    def code(self, empty: Any, full: Any, partial: int) -> Any:
-        """int8 codes from two boolean arrays."""
-        xp = self.xp
-        return xp.where(full, np.int8(FULL), xp.where(empty, np.int8(EMPTY), np.int8(partial)))
-
-
-def min_max(grid: Grid, numbers: Any, blocks: int, block: int) -> tuple[Any, Any]:
-    """Least and greatest of `numbers` [length] in each block, inside the length."""
-    padded = grid.xp.pad(numbers, (0, blocks * block - numbers.shape[0]), mode="edge" if numbers.shape[0] else "empty")
-    padded = padded.reshape(blocks, block)
-    return padded.min(1), padded.max(1)
-
-
-def code_not(codes: Any, xp: Any) -> Any:
-    """Code of `~mask`: the ends swap, both kinds of partial stay."""
-    del xp
-    return codes ^ ((codes == EMPTY) | (codes == FULL)).astype(np.int8) * np.int8(EMPTY ^ FULL)
-
-
-def code_and(a: Any, b: Any, xp: Any) -> Any:
-    """Code of `a & b`."""
-    return xp.minimum(a, b)
-
-
-def code_or(a: Any, b: Any, xp: Any) -> Any:
-    """Code of `a | b`, by De Morgan."""
-    return code_not(xp.minimum(code_not(a, xp), code_not(b, xp)), xp)
+from jax_bsk.masks.algebra._node import Node
+from jax_bsk.masks.block_lists import BlockLists
+from jax_bsk.masks.grid import OWN, SHIFT, Grid, code_and, code_not, code_or, row_chunks
 
 
 class Mask(Node):
@@ -112,6 +36,8 @@ class Mask(Node):
     _shift_invariant: ClassVar[bool] = False
     # Whether `_classify` also answers for blocks that are larger than those of the lists, from bounds of theirs.
     _coarse_bounds: ClassVar[bool] = False
+    # `BlockMask.from_mask`, which stands above this module: the package sets it.
+    _from_mask: ClassVar[Callable[..., Any]]
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
     _precedence: ClassVar[int] = 4
 
@@ -128,7 +54,7 @@ class Mask(Node):
         """Booleans of the elements (q, k), broadcastable; anything where q or k is past its length."""
         raise NotImplementedError
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         """What the elements of the blocks (i, j) depend on, on the host; None where it is not known.
 
         Integer arrays [n], each for blocks i and j, [n] too: blocks inside the lengths with equal integers have equal
@@ -205,11 +131,11 @@ class Mask(Node):
     def _traced_partial_bound(self, grid: Grid) -> int:
         return self._partial_bound(grid) if self._is_open(grid) else count_codes(self, grid)[1]
 
-    def _outline(self, grid: Grid) -> Mask:
+    def _known_on_host(self, grid: Grid) -> Mask:
         """What the host can know: parts with traced or per-example arrays become unknown (every block partial)."""
         if self._own_traced(grid) or any(self._leaf_dims(n) for n, v in self._fields() if is_array(v)):
             return _Unknown()
-        return self._map_fields(lambda child: child._outline(grid), lambda _, x: x)
+        return self._map_fields(lambda child: child._known_on_host(grid), lambda _, x: x)
 
     @property
     def batch(self) -> int:
@@ -235,7 +161,7 @@ class Mask(Node):
 
     # ---- binding ------------------------------------------------------------------------------------------------
 
-    def bind(self, q_len: int, kv_len: int | None = None, *, block_size: int | tuple[int, int] = 128) -> BlockMask:
+    def bind(self, q_len: int, kv_len: int | None = None, *, block_size: int | tuple[int, int] = 128) -> Any:
         """The mask for given lengths as block lists and bit tiles; same as `BlockMask.from_mask`.
 
         Args:
@@ -243,18 +169,19 @@ class Mask(Node):
           kv_len: number of keys; `q_len` if not given.
           block_size: tokens of a block, one int or a (query, key) pair, multiples of 32.
 
+        Returns:
+          A `BlockMask`.
+
         Raises:
           ValueError: where the mask does not fit the lengths, or the block size is not a multiple of 32.
         """
-        from jax_bsk.masks.block_mask import BlockMask
-
-        return BlockMask.from_mask(self, q_len, kv_len, block_size=block_size)
+        return self._from_mask(self, q_len, kv_len, block_size=block_size)
 
     # ---- algebra ------------------------------------------------------------------------------------------------
 
     def __and__(self, other: Any) -> Any:
-        if not isinstance(other, Mask) and hasattr(type(other), "_and_mask"):  # a BlockMask
-            return other & self
+        if isinstance(other, BlockLists):
+            return NotImplemented  # a BlockMask: its `__rand__` knows how
         return AndMask(*_flat(AndMask, self, _operand(other, "&")))
 
     def __or__(self, other: Any) -> Mask:
@@ -304,7 +231,7 @@ def remedy_for(other: object, operator: str = "") -> str:
         return "wrap a boolean array in ArrayMask(...)"
     if isinstance(other, type) and issubclass(other, Mask):
         return f"make an instance of it, {other.__name__}(...)"
-    if hasattr(type(other), "_and_mask"):
+    if isinstance(other, BlockLists):
         return "the blocks of a BlockMask are chosen and can only be masked, by `&`; combine masks before `bind`"
     if callable(other):
         return "wrap a function of (q_idx, kv_idx) in FunctionMask(...)"
@@ -318,7 +245,7 @@ def _flat(kind: type[_Combined], *masks: Mask) -> list[Mask]:
 def count_codes(mask: Mask, grid: Grid) -> tuple[int, int]:
     """Blocks of a host-known 2-D mask that are not empty, and those that are neither empty nor full."""
     visited = partial = 0
-    for rows in strips(grid):
+    for rows in row_chunks(grid):
         codes = classify(mask, grid, rows)
         visited += int(np.count_nonzero(codes))
         partial += int(np.count_nonzero((codes == OWN) | (codes == SHIFT)))
@@ -339,28 +266,6 @@ def parts(mask: Mask) -> Iterator[Mask]:
         yield mask
     for child in children:
         yield from parts(child)
-
-
-def alike(values: np.ndarray) -> np.ndarray:
-    """Numbers [n] of the rows of an array [n, m], the same for equal rows."""
-    numbers = np.unique(values[:, 0], return_inverse=True)[1].ravel()
-    mixed = (values != values[:, :1]).any(1)  # often few, and sorting whole rows takes long
-    rows = np.ascontiguousarray(values[mixed]).view(np.dtype((np.void, values.shape[1] * values.itemsize))).ravel()
-    numbers[mixed] = np.unique(rows, return_inverse=True)[1].ravel() + numbers.max(initial=0) + 1
-    return numbers
-
-
-def in_blocks(values: np.ndarray, blocks: int, block: int) -> np.ndarray:
-    """A host array [tokens] as [blocks, block], the last value repeated past the end."""
-    past = blocks * block - values.shape[0]
-    return (np.pad(values, (0, past), mode="edge") if past else values).reshape(blocks, block)
-
-
-def strips(grid: Grid, blocks: int = 2**18) -> Iterator[slice]:
-    """Rows of blocks in strips of about `blocks` blocks: what bounds the memory of classification."""
-    step = max(1, blocks // max(1, grid.nk))
-    for start in range(0, grid.nq, step):
-        yield slice(start, min(start + step, grid.nq))
 
 
 class _Unknown(Mask):
@@ -490,7 +395,7 @@ class MultiHeadMask(Mask):
             return super()._select(b, h)
         return self.masks[h if len(self.masks) > 1 else 0]._select(b, h)
 
-    def _outline(self, grid: Grid) -> Mask:
+    def _known_on_host(self, grid: Grid) -> Mask:
         return _Unknown()  # asked only where the heads were not selected, and then nothing is known
 
     def __repr__(self) -> str:

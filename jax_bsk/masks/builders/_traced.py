@@ -19,8 +19,9 @@ import numpy as np
 
 from jax_bsk.core import explicit_mesh
 from jax_bsk.core.arrays import is_array, of_rank
-from jax_bsk.masks._host import BlockLists
-from jax_bsk.masks.algebra import EMPTY, FULL, Grid, Mask, count_codes, has_multi_head
+from jax_bsk.masks.algebra.mask import Mask, count_codes, has_multi_head
+from jax_bsk.masks.block_lists import RowLists
+from jax_bsk.masks.grid import EMPTY, FULL, Grid
 
 # Elements evaluated at a time, of all examples and heads together.
 CHUNK_ELEMENTS = 2**22
@@ -28,7 +29,7 @@ CHUNK_ELEMENTS = 2**22
 
 def build(
     mask: Mask, grid: Grid, *, batch: int, heads: int, max_blocks: int | None = None, max_tiles: int | None = None
-) -> BlockLists:
+) -> RowLists:
     """Lists and tiles of a mask with traced parts; see `BlockMask.from_mask` for the limits."""
     mask = jax.tree.map(lambda leaf: leaf if is_array(leaf) else np.asarray(leaf), mask)
     leaves, structure = jax.tree_util.tree_flatten(mask)
@@ -36,7 +37,7 @@ def build(
     def lists(*leaves: Any) -> tuple[Any, ...]:
         return _build_heads(jax.tree_util.tree_unflatten(structure, leaves), grid, batch, heads, max_blocks, max_tiles)
 
-    return BlockLists(*explicit_mesh.call(lists, leaves, [dims for _, dims in mask._arrays()]))
+    return RowLists(*explicit_mesh.call(lists, leaves, [dims for _, dims in mask._arrays()]))
 
 
 def _build_heads(
@@ -68,7 +69,7 @@ def capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int | 
     """Room for entries and tiles of one example and head: as told, or the most that what is known beforehand allows."""
     host = dataclasses.replace(grid, xp=np)
     if max_blocks is None or max_tiles is None:
-        visited, partial = count_codes(mask._outline(host), host)
+        visited, partial = count_codes(mask._known_on_host(host), host)
         visited = min(visited, mask._visited_bound(host))
         max_blocks = max(1, visited) if max_blocks is None else max_blocks
         max_tiles = min(partial, mask._partial_bound(host), max_blocks) if max_tiles is None else max_tiles

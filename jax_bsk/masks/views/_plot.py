@@ -1,21 +1,18 @@
-"""Drawing a BlockMask. Matplotlib is imported here only, when asked for."""
+"""Pictures of a BlockMask. Matplotlib is imported here only, when one is asked for."""
 
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from jax_bsk.masks.lists import entries
-
-if TYPE_CHECKING:
-    from jax_bsk.masks.block_mask import BlockMask
+from jax_bsk.masks.block_lists import BlockLists
 
 _COLOURS = {"empty": "#f4f4f1", "partial": "#f2b56b", "full": "#24557a"}
 
 
-def plot(mask: BlockMask, path_or_ax: Any, batch: int, head: int, title: str) -> Any:
+def plot(mask: BlockLists, path_or_ax: Any, batch: int, head: int, title: str) -> Any:
     """See `BlockMask.plot`."""
     try:
         from matplotlib import colors
@@ -27,7 +24,7 @@ def plot(mask: BlockMask, path_or_ax: Any, batch: int, head: int, title: str) ->
 
     if not (0 <= batch < mask.batch and 0 <= head < mask.heads):
         raise ValueError(f"batch={batch}, head={head}: the mask has batch {mask.batch} and heads {mask.heads}")
-    rows, columns, tiles = entries(mask, batch, head)
+    rows, columns, tiles, _ = mask._entries(batch, head)
     picture = np.zeros((mask.nq, mask.nk), np.int8)
     picture[rows, columns] = np.where(tiles < 0, 2, 1)
 

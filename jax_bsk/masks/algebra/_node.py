@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.masks._text import short
 
 
 class Node:
@@ -118,12 +119,3 @@ def _same_leaf(a: Any, b: Any) -> bool:
     if is_array(a) and is_array(b):
         return a.shape == b.shape and a.dtype == b.dtype and bool(np.array_equal(np.asarray(a), np.asarray(b)))
     return not (is_array(a) or is_array(b)) and bool(a == b)
-
-
-def short(value: Any) -> str:
-    """A field as printed: arrays as dtype and shape."""
-    if is_array(value):
-        return f"{value.dtype}[{','.join(map(str, value.shape))}]"
-    if isinstance(value, tuple) and len(value) > 8:
-        return f"({', '.join(map(repr, value[:6]))}, ... {len(value)} in all)"
-    return getattr(value, "__name__", None) or repr(value)

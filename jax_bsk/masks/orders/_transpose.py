@@ -1,9 +1,9 @@
 """The key-major lists of a BlockMask: for each key/value block, the query blocks that visit it (for dk and dv).
 
 The order inside a column is that of rows: partial blocks first, then full ones, both ascending. A stable sort with the
-column and the class as its key gives it, so nothing depends on the number of threads: numpy's on the host, a native
-counting sort (`_lists_op`) or XLA's of traced lists. At 16 heads of 256 rows with 16 entries each XLA's takes 190 us on
-an H200, a fifth of the attention's forward.
+column and the class as its key gives it, so nothing depends on the number of threads. On the host the sort is numpy's;
+traced lists have a native counting sort (`lists.native`) or XLA's. At 16 heads of 256 rows with 16 entries each XLA's
+takes 190 us on an H200, a fifth of the attention's forward.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax_bsk.lists import native
 
 
 class ColumnLists(NamedTuple):
-    """The arrays of a BlockMask, key-major."""
+    """The key-major arrays of a mask, named as in `BlockLists`; None where it has none."""
 
     col_offsets: Any
     q_blocks: Any
@@ -67,7 +67,7 @@ def transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> C
 
 
 def ordered_transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> tuple[Any, ...]:
-    """The fields of `ColumnLists`, which entry stands at each place, and at which place each entry stands."""
+    """The fields of `ColumnLists`, then `to_columns` and `to_rows` of `EntryOrder`."""
     lists = [jnp.asarray(x) for x in (row_offsets, kv_blocks, tiles)]
     call = native.TransposeCall(nk, transpose_in_jax)
     return explicit_mesh.call(lambda *lists: native.transpose(lists, call), lists, ["bh"] * 3)
@@ -81,9 +81,9 @@ def transpose_in_jax(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> t
     rows = jnp.searchsorted(offsets[1:], entry, side="right", method="sort").astype(jnp.int32)
     valid = (entry >= offsets[0]) & (entry < offsets[-1]) & (kv_blocks >= 0) & (kv_blocks < nk)
     key = jnp.where(valid, 2 * kv_blocks + (tiles == -1).astype(jnp.int32), 2 * nk)
-    key, rows, numbers, entries = jax.lax.sort((key, rows, tiles, entry), num_keys=1, is_stable=True)
+    key, rows, numbers, to_columns = jax.lax.sort((key, rows, tiles, entry), num_keys=1, is_stable=True)
     starts = 2 * jnp.arange(nk + 1, dtype=jnp.int32)
     col_offsets = jnp.searchsorted(key, starts, side="left", method="sort").astype(jnp.int32)
     listed = key < 2 * nk
-    places = jax.lax.sort((entries, entry), num_keys=1)[1]
-    return col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1), entries, places
+    to_rows = jax.lax.sort((to_columns, entry), num_keys=1)[1]
+    return col_offsets, jnp.where(listed, rows, -1), jnp.where(listed, numbers, -1), to_columns, to_rows

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 
 from jax_bsk.core.arrays import is_array, is_traced
-from jax_bsk.masks._node import short
-from jax_bsk.masks._offsets import (
+from jax_bsk.masks._text import short
+from jax_bsk.masks.algebra._offsets import (
     check_offset_length,
     checked_offset,
     crossed_blocks,
@@ -26,7 +26,8 @@ from jax_bsk.masks._offsets import (
     static_int,
     window_blocks,
 )
-from jax_bsk.masks.algebra import FULL, MAX_LENGTH, OWN, SHIFT, Grid, Mask, alike, code_or, in_blocks
+from jax_bsk.masks.algebra.mask import Mask
+from jax_bsk.masks.grid import FULL, MAX_LENGTH, OWN, SHIFT, Grid, alike, code_or, in_blocks
 
 __all__ = [
     "BigBirdMask",
@@ -243,7 +244,7 @@ class ChunkedMask(_OffsetMask):
     def _visited_bound(self, grid: Grid) -> int:
         return window_blocks(grid, self.offset, 2 * (_clamp(self.chunk) - 1))
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         if np.ndim(self.offset):
             return None
         (q, q_rest), (k, k_rest) = (
@@ -295,7 +296,7 @@ class PrefixLMMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
         return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         if np.ndim(self.offset):
             return None
         first_q = i.astype(np.int64) * grid.block_q + int(int32(self.offset, np))
@@ -360,7 +361,7 @@ class GlobalMask(Mask):
         k_flags = grid.xp.asarray(self._flags(grid.kv_len))
         return q_flags[grid.clip_q(q)] | k_flags[grid.clip_kv(k)]
 
-    def _tile_kind(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
         q_kinds = alike(in_blocks(self._flags(grid.q_len), grid.nq, grid.block_q))
         k_kinds = alike(in_blocks(self._flags(grid.kv_len), grid.nk, grid.block_kv))
         return q_kinds[i], k_kinds[j]

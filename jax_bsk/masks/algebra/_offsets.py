@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jax_bsk.core.arrays import is_traced
-from jax_bsk.masks.algebra import MAX_LENGTH, Grid, min_max
+from jax_bsk.masks.grid import MAX_LENGTH, Grid, min_max
 
 
 def static_int(value: Any, who: str, name: str, *, minimum: int | None = None, remedy: str = "") -> int:

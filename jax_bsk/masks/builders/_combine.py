@@ -9,20 +9,21 @@ from __future__ import annotations
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.core import explicit_mesh
-from jax_bsk.masks import _traced
-from jax_bsk.masks._host import BlockLists, TileStore, on_host, tiles_of
-from jax_bsk.masks._transpose import rows_of_entries
-from jax_bsk.masks.algebra import EMPTY, FULL, OWN, Grid, Mask, has_multi_head
-
-if TYPE_CHECKING:
-    from jax_bsk.masks.block_mask import BlockMask
+from jax_bsk.core.arrays import Array
+from jax_bsk.masks._tiles import TileStore
+from jax_bsk.masks.algebra.mask import Mask, has_multi_head
+from jax_bsk.masks.block_lists import BlockLists, RowLists
+from jax_bsk.masks.builders import _traced
+from jax_bsk.masks.builders._host import on_host, tiles_of
+from jax_bsk.masks.grid import EMPTY, FULL, OWN, Grid
+from jax_bsk.masks.orders._transpose import rows_of_entries
 
 # A number of no tile: kernels give NaN for a row that refers to it.
 _NO_TILE = np.int32(2**31 - 1)
@@ -32,13 +33,13 @@ class ListedMask(Mask):
     """The lists of a BlockMask as a lazy mask, for blocks of its own size."""
 
     _data_fields = ("row_offsets", "kv_blocks", "tiles", "bit_tiles")
-    row_offsets: Any
-    kv_blocks: Any
-    tiles: Any
-    bit_tiles: Any
+    row_offsets: Array
+    kv_blocks: Array
+    tiles: Array
+    bit_tiles: Array
 
-    def __init__(self, row_offsets: Any, kv_blocks: Any, tiles: Any, bit_tiles: Any) -> None:
-        self._set(row_offsets=row_offsets, kv_blocks=kv_blocks, tiles=tiles, bit_tiles=bit_tiles)
+    def __init__(self, listed: BlockLists) -> None:
+        self._set(**{name: getattr(listed, name) for name in self._data_fields})
 
     def _leaf_dims(self, name: str) -> str:
         return "bh"[2 - (np.ndim(getattr(self, name)) - (3 if name == "bit_tiles" else 1)) :]
@@ -89,13 +90,13 @@ class ListedMask(Mask):
         return self._visited_bound(grid) if self.bit_tiles.shape[-3] else 0
 
 
-def combine(chosen: BlockMask, mask: Mask) -> BlockLists:
+def combine(chosen: BlockLists, mask: Mask) -> RowLists:
     """The lists of `chosen` with the tiles of both.
 
     Raises:
       ValueError: where the mask does not fit the lengths, or the two distinguish different examples or heads.
     """
-    grid = Grid(chosen.q_len, chosen.kv_len, chosen.block_q, chosen.block_kv)
+    grid = chosen._grid
     mask = mask._sized(None, None)
     mask._validate(grid.q_len, grid.kv_len)
     sizes = []
@@ -107,7 +108,7 @@ def combine(chosen: BlockMask, mask: Mask) -> BlockLists:
                 "the same examples and heads"
             )
         sizes.append(theirs if ours == 1 else ours)
-    lists = BlockLists(chosen.row_offsets, chosen.kv_blocks, chosen.tiles, chosen.bit_tiles)
+    lists = RowLists(chosen.row_offsets, chosen.kv_blocks, chosen.tiles, chosen.bit_tiles)
     if 0 in (grid.nq, grid.nk, *sizes):
         return lists
     if all(isinstance(x, np.ndarray) for x in lists) and not mask._is_traced(grid):
@@ -118,19 +119,19 @@ def combine(chosen: BlockMask, mask: Mask) -> BlockLists:
 # ---- on the host ------------------------------------------------------------------------------------------------
 
 
-def _combine_host(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads: int) -> BlockLists:
+def _combine_host(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int) -> RowLists:
     store = TileStore(grid.block_q, grid.block_kv)
     rows_of = {name: np.broadcast_to(x, (batch, heads, *x.shape[2:])) for name, x in lists._asdict().items()}
     tiles = np.empty(rows_of["tiles"].shape, np.int32)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         for b, h in np.ndindex(batch, heads):
-            one = BlockLists(**{name: x[b, h] for name, x in rows_of.items()})
+            one = RowLists(**{name: x[b, h] for name, x in rows_of.items()})
             tiles[b, h] = _combine_one(one, mask._select(b, h), grid, store, pool)
     row_offsets, kv_blocks = (np.array(rows_of[name]) for name in ("row_offsets", "kv_blocks"))
-    return BlockLists(row_offsets, kv_blocks, tiles, store.stack(np.arange(len(store)))[None, None])
+    return RowLists(row_offsets, kv_blocks, tiles, store.stack(np.arange(len(store)))[None, None])
 
 
-def _combine_one(lists: BlockLists, mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor) -> np.ndarray:
+def _combine_one(lists: RowLists, mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor) -> np.ndarray:
     """The tile of each entry, int32 [capacity], kept in the store."""
     rows, columns, valid = _places(grid, lists.row_offsets, lists.kv_blocks)
     entries = np.flatnonzero(valid)
@@ -167,18 +168,18 @@ def _combine_one(lists: BlockLists, mask: Mask, grid: Grid, store: TileStore, po
 # ---- in JAX -----------------------------------------------------------------------------------------------------
 
 
-def _combine_traced(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads: int) -> BlockLists:
+def _combine_traced(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int) -> RowLists:
     leaves, structure = jax.tree_util.tree_flatten(mask)
     dims = ["bh"] * len(lists) + [dims for _, dims in mask._arrays()]
 
     def combined(*arrays: Any) -> tuple[Any, ...]:
-        ours = BlockLists(*arrays[: len(lists)])
+        ours = RowLists(*arrays[: len(lists)])
         return _combine_heads(ours, structure.unflatten(arrays[len(lists) :]), grid, batch, heads)
 
-    return BlockLists(*explicit_mesh.call(combined, [*map(jnp.asarray, lists), *leaves], dims))
+    return RowLists(*explicit_mesh.call(combined, [*map(jnp.asarray, lists), *leaves], dims))
 
 
-def _combine_heads(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads: int) -> tuple[Any, ...]:
+def _combine_heads(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int) -> tuple[Any, ...]:
     if not has_multi_head(mask):
         _, slots = _traced.capacities(mask, grid, None, None)
         return _combine_mapped(lists, mask, grid, batch, heads, slots)
@@ -186,7 +187,7 @@ def _combine_heads(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads:
     slots = max(_traced.capacities(one, grid, None, None)[1] for one in masks)
     of_heads = []
     for h, one in enumerate(masks):
-        ours = BlockLists(*(x if x.shape[1] == 1 else x[:, h : h + 1] for x in lists))
+        ours = RowLists(*(x if x.shape[1] == 1 else x[:, h : h + 1] for x in lists))
         of_heads.append(_combine_mapped(ours, one, grid, batch, 1, slots))
     return tuple(
         jnp.concatenate([jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays], axis=1)
@@ -194,20 +195,20 @@ def _combine_heads(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads:
     )
 
 
-def _combine_mapped(lists: BlockLists, mask: Mask, grid: Grid, batch: int, heads: int, slots: int) -> tuple[Any, ...]:
+def _combine_mapped(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int, slots: int) -> tuple[Any, ...]:
     leaves, structure = jax.tree_util.tree_flatten(mask)
     dims = ["bh"] * len(lists) + [dims for _, dims in mask._arrays()]
     slots = min(slots, lists.kv_blocks.shape[-1])
     chunk = max(1, _traced.CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))
 
     def one(*arrays: Any) -> tuple[Any, ...]:
-        ours, theirs = BlockLists(*arrays[: len(lists)]), structure.unflatten(arrays[len(lists) :])
+        ours, theirs = RowLists(*arrays[: len(lists)]), structure.unflatten(arrays[len(lists) :])
         return _combine_one_traced(ours, theirs, dataclasses.replace(grid, xp=jnp), slots, chunk)
 
     return _traced.over_examples_and_heads(one, [*lists, *leaves], dims)
 
 
-def _combine_one_traced(lists: BlockLists, mask: Mask, grid: Grid, slots: int, chunk: int) -> tuple[Any, ...]:
+def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, slots: int, chunk: int) -> tuple[Any, ...]:
     row_offsets, kv_blocks, tiles, bit_tiles = lists
     n_tiles, capacity = bit_tiles.shape[0], kv_blocks.shape[0]
     rows, columns, valid = _places(grid, row_offsets, kv_blocks)

@@ -1,0 +1,1 @@
+"""The two orders of block lists, query-major and key-major, and the permutations between them."""

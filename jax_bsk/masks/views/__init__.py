@@ -1,0 +1,1 @@
+"""Views of finished block lists on the host: checks, dense arrays, descriptions and pictures."""
