@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
+from jax_bsk.core.arrays import Array
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import LocalMask, Mask
 from jax_bsk.masks.grid import OWN, Grid
@@ -127,14 +128,14 @@ class CompressedMask(Mask):
     def __init__(self, length: int, stride: int) -> None:
         self._set(length=length, stride=stride)
 
-    def _end(self, k: Any) -> Any:
+    def _end(self, k: Array) -> Any:
         """The last token of key k."""
         return k * self.stride + (self.length - 1)
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         q_low, q_high = grid.q_bounds(i)
         k_low, k_high = grid.kv_bounds(j)
         return grid.code(q_high < self._end(k_low), q_low >= self._end(k_high), OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return q >= self._end(k)

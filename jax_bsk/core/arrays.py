@@ -27,6 +27,11 @@ def is_array(x: Any) -> bool:
     return isinstance(x, np.ndarray | np.generic | jax.Array)
 
 
+def as_array(x: Any) -> Array:
+    """`x` as it is where it is a host or JAX array, else as a host array."""
+    return x if is_array(x) else np.asarray(x)
+
+
 def is_traced(x: Any) -> bool:
     """Whether `x` has no value yet: it is an argument of the function being traced."""
     return isinstance(x, Tracer)

@@ -25,8 +25,8 @@ class TileStore:
         return len(self._tiles)
 
     def compress(self, tiles: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of tiles [n, words]: hashes of the distinct ones, the distinct ones, and which one each tile is."""
-        # Mixed before the sum, or words that differ in their top bits alone could cancel out.
+        """Distinct tiles among tiles [n, words]: their hashes, they themselves, and which of them each tile is."""
+        # Words are mixed before the sum, or some that differ in their top bits alone could cancel out.
         mixed = (tiles ^ (tiles >> np.uint32(15))) * self._multipliers
         mixed ^= mixed >> np.uint64(31)
         hashes, first, which = np.unique(mixed.sum(1), return_index=True, return_inverse=True)

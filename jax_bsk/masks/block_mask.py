@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jax_bsk.core.arrays import is_array, is_traced
 from jax_bsk.masks.algebra.data_masks import ArrayMask, BlockArrayMask
@@ -48,6 +49,16 @@ class BlockMask(BlockLists):
       col_offsets, q_blocks, col_tiles: the same lists by key block; None until `transpose()`.
       block_q, block_kv: tokens of a block.
       q_len, kv_len: tokens.
+
+    Example:
+      Row 0 visits block 0 with bit tile 0. Row 1 visits block 1 with the same tile, then the full block 0.
+
+      >>> from jax_bsk.masks import BlockMask, CausalMask
+      >>> mask = CausalMask().bind(256)
+      >>> mask
+      BlockMask(batch=1, heads=1, q_len=256, kv_len=256, block_size=(128, 128), 3 entries, 1 tiles)
+      >>> mask.row_offsets[0, 0].tolist(), mask.kv_blocks[0, 0].tolist(), mask.tiles[0, 0].tolist()
+      ([0, 1, 3], [0, 1, 0], [0, 0, -1])
     """
 
     # ---- constructors -------------------------------------------------------------------------------------------
@@ -78,6 +89,9 @@ class BlockMask(BlockLists):
             by default what is needed; give it to have equal shapes (no retracing) for changing masks.
           max_tiles: the same for bit tiles.
 
+        Returns:
+          A `BlockMask` [B|1, H|1, ...], of numpy arrays where it was built on the host.
+
         Raises:
           TypeError: where mask is not a `Mask`.
           ValueError: where the mask does not fit the lengths, a size is impossible, or a host mask needs more room. A
@@ -98,13 +112,31 @@ class BlockMask(BlockLists):
     @classmethod
     def from_dense(
         cls,
-        array: Any,
+        array: ArrayLike,
         *,
         block_size: int | tuple[int, int] = 128,
         max_blocks: int | None = None,
         max_tiles: int | None = None,
     ) -> Self:
-        """Block lists of a boolean array [T, S], [H|1, T, S] or [B|1, H|1, T, S], host or traced; True attends."""
+        """Block lists of a boolean array over elements.
+
+        Args:
+          array: bool [T, S], [H|1, T, S] or [B|1, H|1, T, S], host or traced; True attends.
+          block_size, max_blocks, max_tiles: as in `from_mask`.
+
+        Returns:
+          A `BlockMask` for T queries and S keys.
+
+        Raises:
+          TypeError: where the array is not boolean.
+          ValueError: where it is not 2-D to 4-D, or as `from_mask`.
+
+        Example:
+          >>> import numpy as np
+          >>> from jax_bsk.masks import BlockMask
+          >>> BlockMask.from_dense(np.eye(64, dtype=bool), block_size=32).kv_blocks.tolist()
+          [[[0, 1]]]
+        """
         mask = ArrayMask(array)
         q_len, kv_len = mask.array.shape[-2:]
         return cls.from_mask(mask, q_len, kv_len, block_size=block_size, max_blocks=max_blocks, max_tiles=max_tiles)
@@ -112,7 +144,7 @@ class BlockMask(BlockLists):
     @classmethod
     def from_block_mask(
         cls,
-        blocks: Any,
+        blocks: ArrayLike,
         *,
         q_len: int,
         kv_len: int | None = None,
@@ -124,9 +156,22 @@ class BlockMask(BlockLists):
         """Block lists of a boolean array over blocks [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], host or traced.
 
         Args:
-          blocks: True where a pair of blocks is attended.
-          mask: applied to the elements inside those blocks (causal, say); None attends to whole blocks.
+          blocks: booleans, True where a pair of blocks is attended.
+          mask: a mask of the elements inside those blocks (causal, say); None attends to whole blocks.
           q_len, kv_len, block_size, max_blocks, max_tiles: as in `from_mask`.
+
+        Returns:
+          A `BlockMask` with the blocks' leading dimensions.
+
+        Raises:
+          TypeError: where blocks are not boolean.
+          ValueError: where their shape does not fit the lengths, or as `from_mask`.
+
+        Example:
+          >>> import numpy as np
+          >>> from jax_bsk.masks import BlockMask
+          >>> BlockMask.from_block_mask(np.eye(2, dtype=bool), q_len=64, block_size=32).density
+          0.5
         """
         grid = grid_of(q_len, kv_len, block_size)
         chosen: Mask = BlockArrayMask(blocks, (grid.block_q, grid.block_kv))
@@ -136,8 +181,8 @@ class BlockMask(BlockLists):
     @classmethod
     def from_indices(
         cls,
-        kv_blocks: Any,
-        counts: Any,
+        kv_blocks: ArrayLike,
+        counts: ArrayLike,
         *,
         q_len: int,
         kv_len: int | None = None,
@@ -150,10 +195,18 @@ class BlockMask(BlockLists):
           counts: integers, the shape of kv_blocks without its last dimension.
           q_len, kv_len, block_size: as in `from_mask`.
 
+        Returns:
+          A `BlockMask` without bit tiles, with the leading dimensions of kv_blocks.
+
         Raises:
           TypeError, ValueError: for wrong dtypes or shapes; and for host arrays, naming the row, where ids are out of
             range, not ascending or twice there, or a count is not in [0, k]. Traced lists are visited as listed;
             rows with an id out of range, or a count not in [0, k], give NaN.
+
+        Example:
+          >>> from jax_bsk.masks import BlockMask
+          >>> BlockMask.from_indices([[0, -1], [0, 1]], [1, 2], q_len=64, block_size=32).row_offsets.tolist()
+          [[[0, 1, 3]]]
         """
         grid = grid_of(q_len, kv_len, block_size)
         return cls._of(indices.from_indices(kv_blocks, counts, grid), grid)
@@ -161,7 +214,7 @@ class BlockMask(BlockLists):
     @classmethod
     def from_topk(
         cls,
-        scores: Any,
+        scores: ArrayLike,
         k: int,
         *,
         q_len: int,
@@ -174,10 +227,22 @@ class BlockMask(BlockLists):
         Args:
           scores: [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], host or traced. Of equal scores the lower block is
             taken; blocks of score -inf or NaN never are.
-          k: blocks a row, in [1, nk].
+          k: number of blocks per row, in [1, nk].
           mask: a mask for the elements; blocks it leaves empty are not chosen, chosen ones are masked by it. With
             `CausalMask()`: the k best blocks at or before the query's own.
           q_len, kv_len, block_size: as in `from_mask`.
+
+        Returns:
+          A `BlockMask` with the scores' leading dimensions.
+
+        Raises:
+          TypeError: where scores are not real numbers, or k is no int.
+          ValueError: where a shape does not fit, or k is out of range.
+
+        Example:
+          >>> from jax_bsk.masks import BlockMask, CausalMask
+          >>> BlockMask.from_topk([[0, 9], [1, 2]], 1, q_len=64, block_size=32, mask=CausalMask()).kv_blocks.tolist()
+          [[[0, 1]]]
         """
         grid = grid_of(q_len, kv_len, block_size)
         mask = None if mask is None else mask._sized(None, None)
@@ -234,6 +299,9 @@ class BlockMask(BlockLists):
 
         Args:
           other: a lazy mask, or a BlockMask of the same lengths and block size.
+
+        Returns:
+          A `BlockMask` with this one's lists.
 
         Raises:
           TypeError: where it is neither.
@@ -298,6 +366,9 @@ class BlockMask(BlockLists):
           max_blocks: number of entries that each list has room for; by default the next power of two.
           max_tiles: number of bit tiles; by default the next power of two, or 0 where there is none.
 
+        Returns:
+          A `BlockMask` of plain lists.
+
         Raises:
           TypeError: where a number is no int.
           ValueError: where the mask has more.
@@ -339,12 +410,26 @@ class BlockMask(BlockLists):
         _checks.check(self._concrete("check()"))
 
     def describe(self, *, batch: int | None = None, heads: int | None = None, head_dim: int | None = None) -> str:
-        """What is in it, in a few lines.
+        """Describes the mask in a few lines.
 
         Args:
           batch, heads: of the attention call, for its useful FLOPs; by default those of the mask.
           head_dim: head size of queries, keys and values; FLOPs are told where it is given (forward: two products of
             2 * head_dim operations for each attended element).
+
+        Returns:
+          Lines of text.
+
+        Raises:
+          TypeError: where the mask is traced.
+
+        Example:
+          >>> from jax_bsk.masks import CausalMask
+          >>> print(CausalMask().bind(512).describe())
+          BlockMask: 512 queries x 512 keys in blocks of 128 x 128 (4 x 4 blocks), batch 1, heads 1
+            visited: 10 blocks a list, 6 full, 4 partial
+            density: 62.50% of the blocks, 50.10% of the elements
+            storage: 1 bit tiles, 2,148 bytes
         """
         return _reading.describe(self._concrete("describe()"), batch, heads, head_dim)
 
@@ -360,6 +445,11 @@ class BlockMask(BlockLists):
 
         Returns:
           The axes.
+
+        Raises:
+          ImportError: where matplotlib is missing.
+          ValueError: where the mask has no such example or head.
+          TypeError: where it is traced.
         """
         return _plot.plot(self._concrete("plot()"), path_or_ax, batch, head, title)
 

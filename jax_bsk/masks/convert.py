@@ -75,11 +75,19 @@ def as_block_mask(
         its T and S may also be 1.
       q_len, kv_len: tokens of the call.
       batch, heads: examples and query heads of the call; the mask's must be these or 1.
-      block_size: of the BlockMask to build; one that is given keeps its own.
+      block_size: block size of the BlockMask to build; one that is given keeps its own.
+
+    Returns:
+      A `BlockMask` of these lengths, which distinguishes `batch` examples and `heads` heads or 1.
 
     Raises:
       TypeError: where mask is none of these.
       ValueError: where its lengths, batch or heads do not fit the call.
+
+    Example:
+      >>> from jax_bsk.masks import CausalMask, as_block_mask
+      >>> as_block_mask(CausalMask(), 256, 256, batch=4, heads=8).shape
+      (1, 1, 256, 256)
     """
     if isinstance(mask, BlockMask):
         if (mask.q_len, mask.kv_len) != (q_len, kv_len):

@@ -1,4 +1,4 @@
-"""The grid of blocks that a mask is asked about, and the codes by which it answers.
+"""The grid of blocks that a mask is asked about, and the class codes by which it answers.
 
 The bottom of the room: everything that knows of query blocks and key blocks stands on this module.
 """
@@ -12,7 +12,9 @@ from typing import Any
 
 import numpy as np
 
-# Codes of a block. The order makes `&` a minimum, and with `~` swapping the ends, `|` its De Morgan dual:
+from jax_bsk.core.arrays import Array
+
+# Class codes of a block. The order makes `&` a minimum, and with `~` swapping the ends, `|` its De Morgan dual:
 # SHIFT is a partial block whose bit tile depends only on the distance between its query and key block (causal,
 # window) and on which parts of the mask are empty or full there: one evaluation serves all such blocks of a diagonal.
 # OWN is any other partial block, and wins where the two meet.
@@ -42,48 +44,48 @@ class Grid:
         """Number of key/value blocks."""
         return -(-self.kv_len // self.block_kv)
 
-    def q_bounds(self, i: Any) -> tuple[Any, Any]:
+    def q_bounds(self, i: Array) -> tuple[Any, Any]:
         """First and last query of block `i`, the last one inside the length."""
         return i * self.block_q, self.xp.minimum((i + 1) * self.block_q, self.q_len) - 1
 
-    def kv_bounds(self, j: Any) -> tuple[Any, Any]:
+    def kv_bounds(self, j: Array) -> tuple[Any, Any]:
         """First and last key of block `j`, the last one inside the length."""
         return j * self.block_kv, self.xp.minimum((j + 1) * self.block_kv, self.kv_len) - 1
 
-    def clip_q(self, q: Any) -> Any:
+    def clip_q(self, q: Array) -> Any:
         """Indices into an array of `q_len` entries; those past the end (never used) read the last one."""
         return self.xp.minimum(q, self.q_len - 1)
 
-    def clip_kv(self, k: Any) -> Any:
+    def clip_kv(self, k: Array) -> Any:
         """Indices into an array of `kv_len` entries; those past the end (never used) read the last one."""
         return self.xp.minimum(k, self.kv_len - 1)
 
-    def code(self, empty: Any, full: Any, partial: int) -> Any:
-        """int8 codes from two boolean arrays."""
+    def code(self, empty: Array, full: Array, partial: int) -> Any:
+        """Class codes (int8) of blocks, from two boolean arrays; `partial` is the code of all others."""
         xp = self.xp
         return xp.where(full, np.int8(FULL), xp.where(empty, np.int8(EMPTY), np.int8(partial)))
 
 
-def min_max(grid: Grid, numbers: Any, blocks: int, block: int) -> tuple[Any, Any]:
+def min_max(grid: Grid, numbers: Array, blocks: int, block: int) -> tuple[Any, Any]:
     """Least and greatest of `numbers` [length] in each block, inside the length."""
     padded = grid.xp.pad(numbers, (0, blocks * block - numbers.shape[0]), mode="edge" if numbers.shape[0] else "empty")
     padded = padded.reshape(blocks, block)
     return padded.min(1), padded.max(1)
 
 
-def code_not(codes: Any, xp: Any) -> Any:
-    """Code of `~mask`: the ends swap, both kinds of partial stay."""
+def code_not(codes: Array, xp: Any) -> Any:
+    """Class codes of `~mask`: the ends swap, both kinds of partial stay."""
     del xp
     return codes ^ ((codes == EMPTY) | (codes == FULL)).astype(np.int8) * np.int8(EMPTY ^ FULL)
 
 
-def code_and(a: Any, b: Any, xp: Any) -> Any:
-    """Code of `a & b`."""
+def code_and(a: Array, b: Array, xp: Any) -> Any:
+    """Class codes of `a & b`."""
     return xp.minimum(a, b)
 
 
-def code_or(a: Any, b: Any, xp: Any) -> Any:
-    """Code of `a | b`, by De Morgan."""
+def code_or(a: Array, b: Array, xp: Any) -> Any:
+    """Class codes of `a | b`, by De Morgan."""
     return code_not(xp.minimum(code_not(a, xp), code_not(b, xp)), xp)
 
 
@@ -109,8 +111,13 @@ def row_chunks(grid: Grid, blocks: int = 2**18) -> Iterator[slice]:
         yield slice(start, min(start + step, grid.nq))
 
 
-def grid_of(q_len: Any, kv_len: Any, block_size: Any) -> Grid:
-    """A checked grid."""
+def grid_of(q_len: int, kv_len: int | None, block_size: int | tuple[int, int]) -> Grid:
+    """A checked grid; `kv_len` is `q_len` where it is None.
+
+    Raises:
+      TypeError: where a size is no int.
+      ValueError: where a length is not in [0, 2^30), or a block size no multiple of 32.
+    """
     q_len = _length(q_len, "q_len")
     kv_len = q_len if kv_len is None else _length(kv_len, "kv_len")
     pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)

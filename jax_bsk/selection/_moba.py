@@ -40,14 +40,21 @@ def moba(
       moba_block: keys that are chosen together, a multiple of the key block; the last may be shorter.
       block_size: of the lists, as in `BlockMask.from_mask`.
       is_causal: keys after the query are masked; without it any block may be chosen, the own one always is.
-      share_group: one list for the query heads of a key/value head, by the sum of their scores (one head in all where
-        there is one key/value head); else one a query head.
+      share_group: whether to make one list for the query heads of a key/value head, by the sum of their scores (one
+        list in all where there is one key/value head); else one list per query head.
 
     Returns:
       A `BlockMask` [B, N] ([B, 1] where all heads share), without gradient.
 
     Raises:
       TypeError, ValueError: an argument does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk.selection import moba
+      >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 2, 8))
+      >>> moba(q, k, top_k=2, moba_block=64, block_size=64).row_offsets[0, 0].tolist()
+      [0, 1, 3, 5, 7]
     """
     q, k = query_and_key(query, key)
     top_k = positive(top_k, "top_k")

@@ -48,7 +48,7 @@ def nsa(
       query: BTNH or TNH, floating; query t stands at position t. Causal.
       key: BSKH or SKH, of query's type, K dividing N.
       compressed_key: [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), or None.
-      top_k: selection blocks a row, at least 1; where the required ones are more, all of them.
+      top_k: number of selection blocks per row, at least 1; where the required ones are more, all of them.
       compression_block, compression_stride: l and d; d divides l.
       selection_block: keys that are chosen together, a multiple of the key block and of d.
       initial_blocks, local_blocks: selection blocks that are always chosen, 0 or more; the local ones are the own
@@ -61,6 +61,13 @@ def nsa(
 
     Raises:
       TypeError, ValueError: an argument does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk.selection import nsa
+      >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 2, 8))
+      >>> nsa(q, k, top_k=3).row_offsets[0, 0].tolist()
+      [0, 1, 3, 6, 9]
     """
     q, k = query_and_key(query, key)
     top_k = positive(top_k, "top_k")

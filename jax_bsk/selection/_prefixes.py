@@ -45,7 +45,7 @@ def top_of_prefixes(z: jax.Array, k: int, chunk: int = CHUNK) -> jax.Array:
         numbers = jnp.where(order < jnp.inf, numbers, n)
         return (order[-1], numbers[-1]), numbers
 
-    # Of z, so that it is sharded and varies along mesh axes as z does.
+    # They are made of z, so that they are sharded and vary along mesh axes as z does.
     nothing = jnp.broadcast_to(jnp.where(jnp.ones_like(z[:1], bool), jnp.inf, z[:1]), (k,))
     start = nothing, jnp.where(nothing < jnp.inf, jnp.int32(0), n)
     _, numbers = jax.lax.scan(step, start, (order, numbers))
@@ -74,7 +74,7 @@ def _take_by_pairs(x: jax.Array, numbers: jax.Array) -> jax.Array:
 
 
 def _take_by_runs(x: jax.Array, numbers: jax.Array) -> jax.Array:
-    """The same from numbers in order: the first of equal ones reads, the others copy.
+    """x[numbers] by numbers in order: the first of equal ones reads, the others copy.
 
     So each x is read once, and the transpose adds each sum in one order (and, where others would read, zeros).
     """

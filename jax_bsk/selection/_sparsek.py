@@ -12,6 +12,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.core import explicit_mesh
+from jax_bsk.core.arrays import Array
 from jax_bsk.core.inputs import floating
 from jax_bsk.masks import BlockMask, CausalMask, Mask, as_block_mask
 from jax_bsk.masks.grid import MAX_LENGTH, OWN, Grid, grid_of
@@ -53,7 +54,7 @@ def sparsek(
     memory. With `candidates` thresholds are linear, too.
 
     Args:
-      scores: [B, S, G] or [S, G], floating, one a key and head; G heads have lists of their own. Finite, or -inf: a
+      scores: [B, S, G] or [S, G], floating, one per key and head; G heads have lists of their own. Finite, or -inf: a
         block with a score of -inf is never chosen. NaN and +inf make NaN of the rows that choose among them.
       top_k: blocks chosen in each row, k above, at least 1.
       window: tokens, at least 1.
@@ -64,12 +65,19 @@ def sparsek(
       block_size: of the lists, as in `BlockMask.from_mask`.
 
     Returns:
-      A causal `BlockMask` [B, G], without gradient, whose lists cannot overflow: room for the window and top_k blocks a
-      row; and the gates of its entries, [B, G, capacity] float32 (float64 for float64 scores), 1 past the lists' ends.
-      Where no query is further than the window, both are [1, 1, ...], known beforehand and without gradient.
+      A causal `BlockMask` [B, G], without gradient, whose lists cannot overflow: room for the window and top_k blocks
+      per row; and the gates of its entries, [B, G, capacity] in the statistics type, 1 past the lists' ends. Where no query is further than the window, both are [1, 1, ...], known beforehand and without gradient.
 
     Raises:
       TypeError, ValueError: an argument does not fit.
+
+    Example:
+      >>> import jax
+      >>> from jax_bsk.selection import sparsek
+      >>> scores = jax.random.normal(jax.random.key(0), (1, 512, 2))  # for each key, of two heads
+      >>> mask, gates = sparsek(scores, top_k=2, window=64, block_size=64)
+      >>> mask.row_offsets[0, 0].tolist(), gates.shape == mask.kv_blocks.shape
+      ([0, 1, 3, 6, 10, 14, 18, 22, 26], True)
     """
     array = floating(scores, "scores")
     if array.ndim not in (2, 3):
@@ -108,22 +116,22 @@ class WindowBlocksMask(Mask):
     def __init__(self, window: int, block_size: tuple[int, int]) -> None:
         self._set(window=window, block_size=block_size)
 
-    def first_block(self, q: Any) -> Any:
+    def first_block(self, q: Array) -> Any:
         """The first key block of query q; may be negative."""
         block_q, block_kv = self.block_size
         return (q // block_q * block_q - (min(self.window, MAX_LENGTH) - 1)) // block_kv
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         q_low, q_high = grid.q_bounds(i)
         k_low, k_high = (k // self.block_size[1] for k in grid.kv_bounds(j))
         return grid.code(k_high < self.first_block(q_low), k_low >= self.first_block(q_high), OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return k // self.block_size[1] >= self.first_block(q)
 
 
 class _Sizes(NamedTuple):
-    """What decides shapes and windows."""
+    """The numbers that decide shapes and windows."""
 
     q_len: int
     kv_len: int
@@ -132,7 +140,7 @@ class _Sizes(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """What is known before the scores are, on the host, by query block (and entry of the window's lists).
+    """The facts of a choice that are known before its scores, on the host, for each query block.
 
     Attributes:
       window: lists and bit tiles of the window.

@@ -32,7 +32,7 @@ def from_topk(
     Args:
       scores: [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], real, for the blocks of q_len queries and kv_len keys. Of
         equal scores the lower block is taken. Blocks of score -inf or NaN are never chosen. Not differentiated.
-      k: blocks a row, static, at least 1; rows with fewer blocks to choose from have those.
+      k: number of blocks per row, static, at least 1; rows with fewer blocks to choose from have those.
       q_len, kv_len, block_size: as in `BlockMask.from_mask`.
       mask: for the elements, without traced arrays and shared by heads and examples: blocks it leaves empty are never
         chosen, chosen ones are masked by it. With `CausalMask()`: the best blocks at or before the query block's own.
@@ -40,10 +40,18 @@ def from_topk(
         their score. They count among the k, and where they are more than k, all are taken.
 
     Returns:
-      A `BlockMask` with the scores' leading dimensions and room for k blocks a row: the lists cannot overflow.
+      A `BlockMask` with the scores' leading dimensions and room for k blocks per row: the lists cannot overflow.
 
     Raises:
       TypeError, ValueError: a shape, type or size does not fit, or the mask is traced or per head.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_bsk.masks import CausalMask
+      >>> from jax_bsk.selection import from_topk
+      >>> scores = jnp.array([[0.0, 9.0, 0.0], [3.0, 1.0, 2.0], [1.0, 3.0, 2.0]])
+      >>> from_topk(scores, 1, q_len=96, block_size=32, mask=CausalMask()).kv_blocks.tolist()
+      [[[0, 0, 1]]]
     """
     array = jnp.asarray(scores)
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):

@@ -46,12 +46,13 @@ def xattention(
       query: BTNH or TNH, floating; query t stands at position t.
       key: BSKH or SKH, of query's type, K dividing N.
       stride: S, dividing both block sizes.
-      threshold: in [0, 1], a number or an array [N] ([K] with share_group), may be traced: 1 takes every block with
+      threshold: a number or an array [N] ([K] with share_group) in [0, 1], may be traced: 1 takes every block with
         weight (up to rounding), 0 the required ones alone.
       initial_blocks: key blocks that are always chosen if causal, 0 or more.
       block_size: as in `BlockMask.from_mask`.
       is_causal: keys after the query are masked. Without it no block is required.
-      share_group: one list for the query heads of a key/value head, by the sum of their weights; else one a query head.
+      share_group: whether to make one list for the query heads of a key/value head, by the sum of their weights; else
+        one list per query head.
       scale: of the logits, 1 / sqrt(H) by default.
 
     Returns:
@@ -60,6 +61,13 @@ def xattention(
 
     Raises:
       TypeError, ValueError: an argument does not fit.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk.selection import xattention
+      >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 2, 8))
+      >>> xattention(q, k, threshold=1.0, block_size=64).row_offsets[0, 0].tolist()
+      [0, 1, 3, 6, 10]
     """
     q, k = query_and_key(query, key)
     stride = positive(stride, "stride")

@@ -53,7 +53,7 @@ def choose_top_k(scores: jax.Array, k: int, required: np.ndarray | None, candida
 
     Args:
       scores: float32 or float64 [B, H, nq, groups].
-      k: at least 1.
+      k: number of groups per row, at least 1.
       required: bool [nq, groups], or None for none.
     """
     n_tiles = _bit_tiles(candidates)
@@ -80,9 +80,9 @@ def choose_in_jax(
     limits = jnp.maximum(required.sum(1, dtype=jnp.int32), call.k)
     ids, allowed = (x[:, : call.width] for x in ranked(scores, required, states != native.CLOSED))
     chosen = allowed & (np.arange(call.width, dtype=np.int32)[None] < limits[:, None])
-    codes, counts = _row_codes(ids, chosen, candidates, call.unit, call.n_tiles)
-    offsets, codes = packed_rows(codes, counts)
-    return offsets, *_decoded(codes[: call.capacity], call.n_tiles)
+    encoded, counts = _encoded_rows(ids, chosen, candidates, call.unit, call.n_tiles)
+    offsets, encoded = packed_rows(encoded, counts)
+    return offsets, *_decoded(encoded[: call.capacity], call.n_tiles)
 
 
 def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarray, candidates: Candidates) -> BlockMask:
@@ -113,22 +113,22 @@ def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarra
         total = others[..., -1:] + first
         extra = ((before < threshold * total) & (rest > 0)).sum(-1, keepdims=True, dtype=jnp.int32)
         chosen = allowed & (rank < count + extra)
-        codes, counts = _row_codes(ids, chosen, jnp.asarray(candidates.tiles), candidates.group, n_tiles)
-        offsets, codes = jax.vmap(jax.vmap(packed_rows))(codes, counts)
-        return offsets, *_decoded(codes[..., : candidates.capacity(ids.shape[-1])], n_tiles)
+        encoded, counts = _encoded_rows(ids, chosen, jnp.asarray(candidates.tiles), candidates.group, n_tiles)
+        offsets, encoded = jax.vmap(jax.vmap(packed_rows))(encoded, counts)
+        return offsets, *_decoded(encoded[..., : candidates.capacity(ids.shape[-1])], n_tiles)
 
     return _block_mask(explicit_mesh.call(choose, [weights, threshold], ["bh", ""]), candidates)
 
 
 def _bit_tiles(candidates: Candidates) -> int:
-    """How many there are: few enough that `_row_codes` has a number for each pair of key block and tile."""
+    """The number of bit tiles, checked: `_encoded_rows` needs a number for each pair of key block and tile."""
     nk, n_tiles = candidates.tiles.shape[1], candidates.bit_tiles.shape[2]
     if max(nk, 1) * (n_tiles + 1) >= 2**31:
         raise ValueError(f"{nk} key blocks with {n_tiles} bit tiles are too many; choose larger blocks")
     return n_tiles
 
 
-def _row_codes(
+def _encoded_rows(
     ids: jax.Array, chosen: jax.Array, candidates: jax.Array, group: int, n_tiles: int
 ) -> tuple[jax.Array, jax.Array]:
     """Chosen groups as padded lists of blocks: partial ones first, then full ones, ascending in each class.
@@ -141,7 +141,7 @@ def _row_codes(
       n_tiles: bit tiles that the candidates refer to.
 
     Returns:
-      int32 codes [.., nq, width * group], a number for block and tile (`_decoded`), and counts [.., nq].
+      int32 encoded [.., nq, width * group], a number for block and tile (`_decoded`), and counts [.., nq].
     """
     nq, nk = candidates.shape
     # ---- groups to blocks ----
@@ -154,15 +154,15 @@ def _row_codes(
     chosen &= tile != EMPTY
     # ---- partial blocks first, then full ones; what is not chosen last ----
     order = jnp.where(chosen, jnp.where(tile >= 0, 0, nk) + blocks, 2 * nk)
-    code = jnp.where(chosen, blocks * (n_tiles + 1) + tile + 1, -1)
-    _, code = jax.lax.sort((order, code), num_keys=1, is_stable=False)
-    return code, chosen.sum(-1, dtype=jnp.int32)
+    encoded = jnp.where(chosen, blocks * (n_tiles + 1) + tile + 1, -1)
+    _, encoded = jax.lax.sort((order, encoded), num_keys=1, is_stable=False)
+    return encoded, chosen.sum(-1, dtype=jnp.int32)
 
 
-def _decoded(codes: jax.Array, n_tiles: int) -> tuple[jax.Array, jax.Array]:
+def _decoded(encoded: jax.Array, n_tiles: int) -> tuple[jax.Array, jax.Array]:
     """Key blocks and tiles, -1 past the lists' ends."""
-    listed = codes >= 0
-    return jnp.where(listed, codes // (n_tiles + 1), -1), jnp.where(listed, codes % (n_tiles + 1) - 1, -1)
+    listed = encoded >= 0
+    return jnp.where(listed, encoded // (n_tiles + 1), -1), jnp.where(listed, encoded % (n_tiles + 1) - 1, -1)
 
 
 def _block_mask(lists: tuple[jax.Array, jax.Array, jax.Array], candidates: Candidates) -> BlockMask:

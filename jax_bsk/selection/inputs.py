@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,13 @@ def query_and_key(query: ArrayLike, key: ArrayLike) -> tuple[jax.Array, jax.Arra
     return jax.lax.stop_gradient(q), jax.lax.stop_gradient(k)
 
 
-def positive(value: Any, name: str) -> int:
-    """A checked static count."""
+def positive(value: SupportsIndex, name: str) -> int:
+    """A number that decides shapes, as a Python int.
+
+    Raises:
+      TypeError: it is no int.
+      ValueError: it is less than 1.
+    """
     try:
         number = operator.index(value)
     except TypeError:
@@ -76,13 +81,13 @@ def by_query_block(function: Callable[[jax.Array, jax.Array], jax.Array], query:
 
 
 def compress(x: jax.Array, length: int, stride: int, given: ArrayLike | None, name: str) -> jax.Array:
-    """What stands for each stretch [i d, i d + l) of keys or values that is all there: what is given, or the mean.
+    """Compressed keys or values: one for each whole stretch [i d, i d + l), the given one or the mean.
 
     Args:
       x: [B, S, K, H].
       length, stride: l and d; d divides l.
       given: [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), or None.
-      name: of what is given, for errors.
+      name: name of the given array, for errors.
 
     Returns:
       [B, C, K, H], of the type of what is given; means are in float32 (float64 for float64).
@@ -90,7 +95,7 @@ def compress(x: jax.Array, length: int, stride: int, given: ArrayLike | None, na
     batch, keys, heads, size = x.shape
     count, parts = max(0, (keys - length) // stride + 1), length // stride
     if given is None:
-        # Of sums over d keys, which neighbours share.
+        # A mean is made of sums over d keys, which neighbours share.
         cells = x[:, : keys // stride * stride].astype(statistics_dtype(x.dtype))
         cells = cells.reshape(batch, keys // stride, stride, heads, size).sum(2)
         return sum((cells[:, n : n + count] for n in range(parts)), jnp.zeros((), cells.dtype)) / length

@@ -62,6 +62,12 @@ def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "e
     Raises:
       TypeError: scores are not floating, or k is no number.
       ValueError: an unknown method or axis, a k that is negative or does not broadcast.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_bsk import sparsek
+      >>> sparsek(jnp.array([3.0, 1.0, 0.5, 0.0]), 2).tolist()
+      [1.0, 0.75, 0.25, 0.0]
     """
     scores = floating_scores(scores)
     if method not in ("exact", "fast"):
@@ -161,7 +167,7 @@ def _nth_by_sort(z: jax.Array, rank: jax.Array) -> jax.Array:
 
 
 def _nth_by_bits(z: jax.Array, rank: jax.Array) -> jax.Array:
-    """The same by bisection over all floating-point numbers in order, two of their bits a pass, at any range."""
+    """`_nth_by_sort` by bisection over all floating-point numbers in order, two bits per pass, at any range."""
     bits = jnp.finfo(z.dtype).bits
     unsigned = jnp.uint64 if bits == 64 else jnp.uint32
     top = unsigned(1 << (bits - 1))

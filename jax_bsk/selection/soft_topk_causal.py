@@ -33,7 +33,7 @@ from jax_bsk.selection.soft_topk import budget, floating_scores, solve, sparsek,
 
 
 class SparseKCausal(NamedTuple):
-    """What `sparsek_causal` gives for each position, all [..., n].
+    """The results of `sparsek_causal` for each position, all [..., n].
 
     Attributes:
       tau: the threshold of the prefix that ends at the position, float32 (float64 for float64 scores); -inf while the
@@ -62,10 +62,19 @@ def sparsek_causal(scores: ArrayLike, k: ArrayLike, *, capacity: int | None = No
       k: as in `sparsek`, broadcasts to [...].
       capacity: how many of the greatest scores before a chunk are kept; None for all: always exact, and quadratic.
         Where it is too small, `exact` is False, and tau is that of the scores kept: below the true one.
-      chunk: positions solved together.
+      chunk: number of positions solved together.
+
+    Returns:
+      The threshold, the gate and whether it is exact, for each position.
 
     Raises:
       TypeError, ValueError: as `sparsek`; where capacity or chunk is no positive int, or capacity is less than k.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from jax_bsk import sparsek_causal
+      >>> sparsek_causal(jnp.array([3.0, 1.0, 0.5]), 1).tau.tolist()
+      [2.0, 2.0, 2.0]
     """
     scores = floating_scores(scores)
     z = widen(scores)
@@ -150,7 +159,7 @@ MOST_PAIRS = 2048
 
 
 def _sums_over_inside(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """For each position t of one sequence, the sum of dz over S_t and |S_t|."""
+    """The sum of dz over S_t, and |S_t|, for each position t of one sequence."""
     if z.shape[0] > MOST_PAIRS:
         return _sums_over_intervals(z, tau, dz)
     seen = np.tri(z.shape[0], dtype=bool)
@@ -159,7 +168,7 @@ def _sums_over_inside(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.
 
 
 def _sums_over_intervals(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The same in O(n log n).
+    """`_sums_over_inside` in O(n log n).
 
     As tau never decreases, key s is in S for the positions t >= s from the first with tau_t > z_s - 1 up to the first
     with tau_t >= z_s: an interval, which a sum over starts and ends turns into the sum over keys, linear in dz.
@@ -178,7 +187,7 @@ def _sums_over_intervals(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[j
 
 
 class SparseKState(NamedTuple):
-    """What decoding remembers between tokens: the keys that still count, in `capacity` slots. A pytree.
+    """The state of decoding between tokens: the keys that still count, in `capacity` slots. A pytree.
 
     Make one with `init`, advance it by one key with `step`. A slot whose key is dropped is free, and the next key takes
     the free slot of lowest number; so a cache of keys and values needs `capacity` entries, too, and the entry of slot i

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.core.arrays import is_traced
+from jax_bsk.core.arrays import Array, is_traced
 from jax_bsk.masks.grid import MAX_LENGTH, Grid, min_max
 
 
@@ -34,7 +34,7 @@ def static_int(value: Any, who: str, name: str, *, minimum: int | None = None, r
     return result
 
 
-def checked_offset(offset: Any, who: str) -> Any:
+def checked_offset(offset: int | Array, who: str) -> Any:
     """An int, or an array [], [B] or [B|1, T].
 
     Raises:
@@ -58,12 +58,12 @@ def checked_offset(offset: Any, who: str) -> Any:
     return offset
 
 
-def offset_dims(offset: Any) -> str:
+def offset_dims(offset: int | Array) -> str:
     """Leading dims of an offset that was not yet taken of one example."""
     return "b" if np.ndim(offset) else ""
 
 
-def check_offset_length(offset: Any, who: str, q_len: int) -> None:
+def check_offset_length(offset: int | Array, who: str, q_len: int) -> None:
     """Raises ValueError where there is one offset per query, and not as many as queries."""
     if np.ndim(offset) == 2 and offset.shape[1] != q_len:
         raise ValueError(
@@ -83,13 +83,13 @@ def int32(value: Any, xp: Any) -> Any:
     return value.astype(np.int32)
 
 
-def positions(grid: Grid, offset: Any, q: Any) -> Any:
+def positions(grid: Grid, offset: int | Array, q: Any) -> Any:
     """Positions of the queries `q`."""
     offset = int32(offset, grid.xp)
     return q + (offset[grid.clip_q(q)] if np.ndim(offset) else offset)
 
 
-def position_bounds(grid: Grid, offset: Any, i: Any) -> tuple[Any, Any]:
+def position_bounds(grid: Grid, offset: int | Array, i: Any) -> tuple[Any, Any]:
     """Least and greatest position of the queries of block `i`."""
     offset = int32(offset, grid.xp)
     if not np.ndim(offset):
@@ -99,7 +99,7 @@ def position_bounds(grid: Grid, offset: Any, i: Any) -> tuple[Any, Any]:
     return low[i], high[i]
 
 
-def position_code(offset: Any, shift: int, own: int) -> int:
+def position_code(offset: int | Array, shift: int, own: int) -> int:
     """Code of a block that a diagonal crosses: `own` where each query has an offset of its own."""
     return own if np.ndim(offset) else shift
 
@@ -107,8 +107,8 @@ def position_code(offset: Any, shift: int, own: int) -> int:
 # ---- room for lists that are made before offsets are known ------------------------------------------------------
 
 
-def crossed_blocks(grid: Grid, offset: Any) -> int:
-    """How many blocks the diagonal "key = position of the query" crosses at most, with keys on both sides of it.
+def crossed_blocks(grid: Grid, offset: int | Array) -> int:
+    """Upper bound of the blocks that the diagonal "key = position of the query" crosses, with keys on both sides of it.
 
     A row of bq queries crosses blocks that meet an interval of bq - 1 keys, a column of bk keys those of an interval of
     bk - 1 positions, and a staircase through nq x nk blocks has nq + nk - 1 steps.
@@ -120,14 +120,14 @@ def crossed_blocks(grid: Grid, offset: Any) -> int:
     return max(0, min(grid.nq * min(of_row, grid.nk), grid.nk * min(of_column, grid.nq), grid.nq + grid.nk - 1))
 
 
-def window_blocks(grid: Grid, offset: Any, more: int) -> int:
-    """How many blocks are visited at most where a block of queries sees its own positions and `more` keys around."""
+def window_blocks(grid: Grid, offset: int | Array, more: int) -> int:
+    """Upper bound of the blocks visited where a block of queries sees its own positions and `more` keys around."""
     if offset_per_query(offset):
         return grid.nq * grid.nk
     return grid.nq * min(blocks_met(min(grid.block_q, grid.q_len) + more, grid.block_kv), grid.nk)
 
 
-def offset_per_query(offset: Any) -> bool:
+def offset_per_query(offset: int | Array) -> bool:
     """Whether each query has an offset of its own; of a mask that was not yet taken of one example."""
     return np.ndim(offset) == 2
 

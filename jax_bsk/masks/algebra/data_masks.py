@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import numpy as np
+from jax.typing import ArrayLike
 
-from jax_bsk.core.arrays import is_array
+from jax_bsk.core.arrays import Array, as_array
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.grid import OWN, Grid, alike, in_blocks, min_max
 
@@ -21,33 +21,36 @@ class SegmentMask(Mask):
     """Attends inside segments (packed documents): `q_ids[q_idx] == kv_ids[kv_idx]`.
 
     Args:
-      q_ids: integer ids [T], or [B, T] for ids an example; host or traced.
+      q_ids: integer ids [T], or [B, T] for ids per example; host or traced.
       kv_ids: integer ids [S] or [B, S]; `q_ids` if not given.
       contiguous: a promise, used when the ids are traced: along each sequence ids never decrease (give padding the
         largest id). Then only blocks at segment ends can be partial, and room for 2 * (nq + nk) bit tiles is enough;
-        without the promise there must be room for one a block. Where the promise is broken, rows that find no room
+        without the promise there must be room for one per block. Where the promise is broken, rows that find no room
         give NaN; nothing is truncated silently.
 
     Raises:
       TypeError, ValueError: where ids are not integers, or their shapes do not fit.
+
+    Example:
+      >>> from jax_bsk.masks import CausalMask, SegmentMask
+      >>> documents = SegmentMask([0, 0, 1])
+      >>> (CausalMask() & documents).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
     """
 
     _data_fields = ("q_ids", "kv_ids")
     _coarse_bounds = True
-    q_ids: jax.Array | np.ndarray
-    kv_ids: jax.Array | np.ndarray | None
+    q_ids: Array
+    kv_ids: Array | None
     contiguous: bool
 
-    def __init__(self, q_ids: Any, kv_ids: Any = None, *, contiguous: bool = False) -> None:
-        q_ids = _ids(q_ids, "q_ids")
-        if kv_ids is not None:
-            kv_ids = _ids(kv_ids, "kv_ids")
-            sizes = {x.shape[0] for x in (q_ids, kv_ids) if x.ndim == 2} - {1}
+    def __init__(self, q_ids: ArrayLike, kv_ids: ArrayLike | None = None, *, contiguous: bool = False) -> None:
+        q, k = _ids(q_ids, "q_ids"), None if kv_ids is None else _ids(kv_ids, "kv_ids")
+        if k is not None:
+            sizes = {x.shape[0] for x in (q, k) if x.ndim == 2} - {1}
             if len(sizes) > 1:
-                raise ValueError(
-                    f"SegmentMask: q_ids {q_ids.shape} and kv_ids {kv_ids.shape} have different batch sizes"
-                )
-        self._set(q_ids=q_ids, kv_ids=kv_ids, contiguous=bool(contiguous))
+                raise ValueError(f"SegmentMask: q_ids {q.shape} and kv_ids {k.shape} have different batch sizes")
+        self._set(q_ids=q, kv_ids=k, contiguous=bool(contiguous))
 
     def _leaf_dims(self, name: str) -> str:
         return "b" if np.ndim(getattr(self, name)) == 2 else ""
@@ -65,7 +68,7 @@ class SegmentMask(Mask):
                 f"SegmentMask: kv_ids has shape {kv_ids.shape}; expected a last dimension of kv_len={kv_len}{remedy}"
             )
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         q_ids, kv_ids = self._both()
         q_min, q_max = min_max(grid, q_ids, grid.nq, grid.block_q)
         same = kv_ids is q_ids and grid.block_q == grid.block_kv
@@ -75,7 +78,7 @@ class SegmentMask(Mask):
         full = (q_min == k_max) & (q_max == k_min)
         return grid.code((q_max < k_min) | (q_min > k_max), full, OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q_ids, kv_ids = self._both()
         return q_ids[grid.clip_q(q)] == kv_ids[grid.clip_kv(k)]
 
@@ -95,9 +98,8 @@ class SegmentMask(Mask):
         return min(2 * (grid.nq + grid.nk), grid.nq * grid.nk) if self.contiguous else grid.nq * grid.nk
 
 
-def _ids(ids: Any, name: str) -> Any:
-    if not is_array(ids):
-        ids = np.asarray(ids)
+def _ids(given: ArrayLike, name: str) -> Array:
+    ids = as_array(given)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"SegmentMask: {name} must hold integers, given {ids.dtype}{ids.shape}")
     if ids.ndim not in (1, 2):
@@ -114,12 +116,18 @@ class ArrayMask(Mask):
     Raises:
       TypeError: where it is not boolean.
       ValueError: where it is not 2-D to 4-D.
+
+    Example:
+      >>> import numpy as np
+      >>> from jax_bsk.masks import ArrayMask
+      >>> ArrayMask(np.eye(64, dtype=bool)).bind(64, block_size=32).density
+      0.5
     """
 
     _data_fields = ("array",)
-    array: jax.Array | np.ndarray
+    array: Array
 
-    def __init__(self, array: Any) -> None:
+    def __init__(self, array: ArrayLike) -> None:
         self._set(array=_booleans(array, "ArrayMask", "array", "[T, S], [H|1, T, S] or [B|1, H|1, T, S]"))
 
     def _leaf_dims(self, name: str) -> str:
@@ -132,7 +140,7 @@ class ArrayMask(Mask):
                 f"({q_len}, {kv_len})"
             )
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         if grid.xp is not np:
             some, every = self._reduce(grid)
             if (i.shape, j.shape) != ((grid.nq, 1), (1, grid.nk)):  # not all blocks
@@ -151,7 +159,7 @@ class ArrayMask(Mask):
         return some, every
 
     def _reduce_rows(self, grid: Grid, i: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The same on the host for the rows `i`, a block row at a time: no copy of the array."""
+        """`_reduce` on the host for the rows `i`, a block row at a time: it needs no copy of the array."""
         starts = np.arange(0, grid.kv_len, grid.block_kv)
         some, every = np.empty((i.size, grid.nk), bool), np.empty((i.size, grid.nk), bool)
         for n, row in enumerate(i):
@@ -161,13 +169,12 @@ class ArrayMask(Mask):
             every[n] = np.logical_and.reduceat(np.logical_and.reduce(rows, 0), starts)
         return some, every
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return self.array[grid.clip_q(q), grid.clip_kv(k)]
 
 
-def _booleans(array: Any, who: str, name: str, shapes: str) -> Any:
-    if not is_array(array):
-        array = np.asarray(array)
+def _booleans(given: ArrayLike, who: str, name: str, shapes: str) -> Array:
+    array = as_array(given)
     if array.dtype != np.bool_:
         raise TypeError(
             f"{who}: {name} must be boolean with True for attended, given {array.dtype}{array.shape}; an additive mask "
@@ -184,13 +191,23 @@ class BlockArrayMask(Mask):
     Args:
       blocks: bool [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk]; host or traced.
       block_size: tokens of these blocks, an int or a (query, key) pair. The block size of `bind` must be the same.
+
+    Raises:
+      TypeError: where blocks are not boolean.
+      ValueError: where they are not 2-D to 4-D.
+
+    Example:
+      >>> import numpy as np
+      >>> from jax_bsk.masks import BlockArrayMask
+      >>> BlockArrayMask(np.eye(2, dtype=bool), 32).bind(64, block_size=32).density
+      0.5
     """
 
     _data_fields = ("blocks",)
-    blocks: jax.Array | np.ndarray
+    blocks: Array
     block_size: tuple[int, int]
 
-    def __init__(self, blocks: Any, block_size: int | tuple[int, int] = 128) -> None:
+    def __init__(self, blocks: ArrayLike, block_size: int | tuple[int, int] = 128) -> None:
         size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
         shapes = "[nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk]"
         self._set(blocks=_booleans(blocks, "BlockArrayMask", "blocks", shapes), block_size=size)
@@ -206,7 +223,7 @@ class BlockArrayMask(Mask):
                 f"blocks of {self.block_size} tokens in ({q_len}, {kv_len}) tokens"
             )
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         if (grid.block_q, grid.block_kv) != self.block_size:
             raise ValueError(
                 f"BlockArrayMask: its block_size is {self.block_size}, the block size asked for is "
@@ -215,7 +232,7 @@ class BlockArrayMask(Mask):
         blocks = self.blocks[i, j]
         return grid.code(~blocks, blocks, OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return self.blocks[grid.clip_q(q) // self.block_size[0], grid.clip_kv(k) // self.block_size[1]]
 
     def _partial_bound(self, grid: Grid) -> int:

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import jax
 import numpy as np
 
-from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra._offsets import static_int
 from jax_bsk.masks.algebra.mask import Mask
@@ -54,10 +54,10 @@ class _Function(Mask):
         except (jax.errors.TracerArrayConversionError, jax.errors.TracerBoolConversionError):
             return True  # numpy code that met a tracer: will be told so, by JAX, when it is traced
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         return grid.xp.full((1, 1), OWN, np.int8)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q, k = grid.clip_q(q), grid.clip_kv(k)
         return self._check(self._function()(q, k) if grid.xp is not np else self._values(q, k), q, k)
 
@@ -123,6 +123,12 @@ class FunctionMask(_Function):
 
     Nothing is known about such a mask beforehand: every block is evaluated once (per example and head, if fn uses
     those). Combined by `&` with masks of known bounds, only blocks they leave open are.
+
+    Example:
+      >>> from jax_bsk.masks import FunctionMask
+      >>> even = FunctionMask(lambda q_idx, kv_idx: (q_idx + kv_idx) % 2 == 0)
+      >>> even.bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
 
     _coarse_bounds = True
@@ -239,5 +245,5 @@ _ELEMENTWISE = (
 )
 
 
-def _described(q: Any, k: Any) -> str:
+def _described(q: Array, k: Array) -> str:
     return f"indices of shapes {q.shape} and {k.shape}"

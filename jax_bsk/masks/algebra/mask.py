@@ -3,7 +3,7 @@
 First step of a call's path: a `Mask` says *which* query attends to which key; `BlockMask` (next step) is the data that
 kernels read. A mask is never evaluated as a whole. It answers two questions about blocks:
 
-- `_classify`: from bounds alone, is this block empty, full, or possibly partial? (one int8 code a block)
+- `_classify`: from bounds alone, is this block empty, full, or possibly partial? (one int8 class code per block)
 - `_evaluate`: the exact boolean of the elements at given index arrays (asked only for partial blocks)
 
 Both work with numpy on the host and with `jax.numpy` inside `jit`; `Grid.xp` says which.
@@ -12,24 +12,29 @@ Both work with numpy on the host and with `jax.numpy` inside `jit`; `Grid.xp` sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, ClassVar, NoReturn
 
 import numpy as np
 
-from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks.algebra._node import Node
 from jax_bsk.masks.block_lists import BlockLists
 from jax_bsk.masks.grid import OWN, SHIFT, Grid, code_and, code_not, code_or, row_chunks
 
 
 class Mask(Node):
-    """Which query attends to which key, lazily. `True` means "attend".
+    """A lazy mask: it says which query attends to which key. `True` means "attend".
 
     Combine with `&`, `|` and `~`; make a `BlockMask` with `bind`. Masks are immutable pytrees: arrays they hold
     (segment ids, boolean arrays) are leaves, so a mask may be an argument of a jitted function; everything else is
     structure, compared with `==` and hashed. The structure does not depend on what the leaves are: see `_node.py`. A
     mask that holds arrays is not hashable, as arrays are not.
+
+    Example:
+      >>> from jax_bsk.masks import CausalMask, GlobalMask, LocalMask
+      >>> CausalMask() & (LocalMask(128) | GlobalMask([0]))
+      CausalMask() & (LocalMask((128, 128)) | GlobalMask([0]))
     """
 
     # Whether attending depends on q - k alone.
@@ -46,19 +51,19 @@ class Mask(Node):
 
     # ---- what a mask knows about itself -------------------------------------------------------------------------
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
-        """int8 codes of the blocks (i, j), broadcastable; may say partial where exact work would say otherwise."""
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
+        """Class codes (int8) of the blocks (i, j), broadcastable; one that is called partial may be empty or full."""
         raise NotImplementedError
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         """Booleans of the elements (q, k), broadcastable; anything where q or k is past its length."""
         raise NotImplementedError
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
-        """What the elements of the blocks (i, j) depend on, on the host; None where it is not known.
+        """Keys of bit tiles: integers that the elements of the blocks (i, j) depend on; None where they are not known.
 
-        Integer arrays [n], each for blocks i and j, [n] too: blocks inside the lengths with equal integers have equal
-        elements.
+        Integer arrays [n] for blocks i and j, [n] too, on the host. Blocks inside the lengths with equal integers have
+        equal elements.
         """
         if self._shift_invariant:
             return (i.astype(np.int64) * grid.block_q - j.astype(np.int64) * grid.block_kv,)
@@ -77,7 +82,7 @@ class Mask(Node):
     def _children(self) -> tuple[Mask, ...]:
         return tuple(leaf for _, leaf in self._fields() if isinstance(leaf, Mask))
 
-    def _arrays(self) -> Iterator[tuple[Any, str]]:
+    def _arrays(self) -> Iterator[tuple[Array, str]]:
         """Every array held by the mask, with its leading dims."""
         for name, value in self._fields():
             if isinstance(value, Mask):
@@ -116,23 +121,23 @@ class Mask(Node):
         return self._map_fields(lambda child: child._sized(batch, heads), lambda _, x: x)
 
     def _partial_bound(self, grid: Grid) -> int:
-        """How many blocks `_classify` can call partial at most when the mask is traced (per example and head)."""
+        """Upper bound of the blocks per example and head that `_classify` calls partial when the mask is traced."""
         children = self._children()
         return sum(child._traced_partial_bound(grid) for child in children) if children else grid.nq * grid.nk
 
     def _visited_bound(self, grid: Grid) -> int:
-        """How many blocks can be visited at most, whatever the traced arrays hold (per example and head)."""
+        """Upper bound of the blocks per example and head that are visited, whatever the traced arrays hold."""
         return grid.nq * grid.nk if self._is_open(grid) else count_codes(self, grid)[0]
 
     def _is_open(self, grid: Grid) -> bool:
-        """Whether not all is known on the host of the one example and head that a traced mask is built for."""
+        """Whether the host lacks a part of what it must know to count blocks: arrays that are traced or per example."""
         return self._is_traced(grid) or any(dims for _, dims in self._arrays())
 
     def _traced_partial_bound(self, grid: Grid) -> int:
         return self._partial_bound(grid) if self._is_open(grid) else count_codes(self, grid)[1]
 
     def _known_on_host(self, grid: Grid) -> Mask:
-        """What the host can know: parts with traced or per-example arrays become unknown (every block partial)."""
+        """The mask as the host knows it: every block of a part with traced or per-example arrays may be partial."""
         if self._own_traced(grid) or any(self._leaf_dims(n) for n, v in self._fields() if is_array(v)):
             return _Unknown()
         return self._map_fields(lambda child: child._known_on_host(grid), lambda _, x: x)
@@ -174,6 +179,11 @@ class Mask(Node):
 
         Raises:
           ValueError: where the mask does not fit the lengths, or the block size is not a multiple of 32.
+
+        Example:
+          >>> from jax_bsk.masks import LocalMask
+          >>> LocalMask((64, 0)).bind(1024).shape
+          (1, 1, 1024, 1024)
         """
         return self._from_mask(self, q_len, kv_len, block_size=block_size)
 
@@ -219,14 +229,14 @@ def _operand(other: object, operator: str) -> Mask:
 
 
 def described(other: object) -> str:
-    """What was given where a mask belongs, in a message."""
+    """The words for what was given where a mask belongs, in a message."""
     if isinstance(other, type):
         return f"the class {other.__name__}"
     return f"str {other!r}" if isinstance(other, str) else type(other).__name__
 
 
 def remedy_for(other: object, operator: str = "") -> str:
-    """What to write instead of something that is no mask; `operator` where it is an operand."""
+    """The remedy for something that is no mask; `operator` is given where it is an operand."""
     if is_array(other):
         return "wrap a boolean array in ArrayMask(...)"
     if isinstance(other, type) and issubclass(other, Mask):
@@ -253,7 +263,7 @@ def count_codes(mask: Mask, grid: Grid) -> tuple[int, int]:
 
 
 def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
-    """int8 codes [rows, nk] of the query blocks `rows`, on the host."""
+    """Class codes int8 [rows, nk] of the query blocks `rows`, on the host."""
     i = np.arange(rows.start, rows.stop, dtype=np.int32)[:, None]
     j = np.arange(grid.nk, dtype=np.int32)[None, :]
     return np.broadcast_to(mask._classify(grid, i, j), (i.shape[0], grid.nk))
@@ -271,7 +281,7 @@ def parts(mask: Mask) -> Iterator[Mask]:
 class _Unknown(Mask):
     """Stands for what the host cannot know: every block may be partial."""
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         return np.full((1, 1), OWN, np.int8)
 
 
@@ -303,15 +313,15 @@ class AndMask(_Combined):
     _operator = "&"
     _precedence = 2
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         codes = (mask._classify(grid, i, j) for mask in self.masks)
         return functools.reduce(lambda a, b: code_and(a, b, grid.xp), codes)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return functools.reduce(lambda a, b: a & b, (mask._evaluate(grid, q, k) for mask in self.masks))
 
     def _visited_bound(self, grid: Grid) -> int:
-        # Of a mask that is open, the parts that are known are counted together, as its outline.
+        # Where the mask is open, the parts that are known are counted together (`_known_on_host`).
         bounds = [mask._visited_bound(grid) for mask in self.masks if mask._is_open(grid)]
         return min(bounds) if bounds else super()._visited_bound(grid)
 
@@ -322,11 +332,11 @@ class OrMask(_Combined):
     _operator = "|"
     _precedence = 1
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         codes = (mask._classify(grid, i, j) for mask in self.masks)
         return functools.reduce(lambda a, b: code_or(a, b, grid.xp), codes)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return functools.reduce(lambda a, b: a | b, (mask._evaluate(grid, q, k) for mask in self.masks))
 
     def _visited_bound(self, grid: Grid) -> int:
@@ -343,10 +353,10 @@ class NotMask(Mask):
     def __init__(self, mask: Mask) -> None:
         self._set(mask=_operand(mask, "~"))
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         return code_not(self.mask._classify(grid, i, j), grid.xp)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return ~self.mask._evaluate(grid, q, k)
 
     def __repr__(self) -> str:
@@ -357,17 +367,22 @@ class MultiHeadMask(Mask):
     """A mask per head: head n of the queries follows `masks[n]`.
 
     Args:
-      masks: one mask a query head, none of them per-head itself. Equal masks are built once.
+      masks: one mask per query head, none of them per-head itself. Equal masks are built once.
 
     Raises:
       TypeError: where an entry is not a mask.
       ValueError: where there is none, or an entry is per-head itself.
+
+    Example:
+      >>> from jax_bsk.masks import CausalMask, LocalMask, MultiHeadMask
+      >>> MultiHeadMask([CausalMask(), LocalMask((64, 0))]).bind(256, block_size=64).heads
+      2
     """
 
     _data_fields = ("masks",)
     masks: tuple[Mask, ...]
 
-    def __init__(self, masks: Any) -> None:
+    def __init__(self, masks: Iterable[Mask]) -> None:
         if isinstance(masks, Mask):
             raise TypeError(f"MultiHeadMask: masks must be a list of masks, one a head; given the mask {masks!r}")
         masks = tuple(masks)

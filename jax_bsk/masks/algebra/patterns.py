@@ -6,12 +6,13 @@ Each class gives bounds (`_classify`) and elements (`_evaluate`); see `algebra.p
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import jax
 import numpy as np
 
-from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra._offsets import (
     check_offset_length,
@@ -45,7 +46,7 @@ def _clamp(value: int) -> int:
     return max(-MAX_LENGTH, min(MAX_LENGTH, value))
 
 
-def _delta_bounds(grid: Grid, i: Any, j: Any, offset: Any = 0) -> tuple[Any, Any]:
+def _delta_bounds(grid: Grid, i: Any, j: Any, offset: int | Array = 0) -> tuple[Any, Any]:
     """Least and greatest position of a query less that of a key in block (i, j), inside the lengths."""
     q_low, q_high = position_bounds(grid, offset, i)
     k_low, k_high = grid.kv_bounds(j)
@@ -53,15 +54,21 @@ def _delta_bounds(grid: Grid, i: Any, j: Any, offset: Any = 0) -> tuple[Any, Any
 
 
 class FullMask(Mask):
-    """Every query attends to every key."""
+    """Every query attends to every key.
+
+    Example:
+      >>> from jax_bsk.masks import FullMask
+      >>> FullMask().bind(256).density
+      1.0
+    """
 
     _coarse_bounds = True
     _shift_invariant = True
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         return grid.xp.full((1, 1), FULL, np.int8)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return grid.xp.ones((1,) * np.ndim(q), bool)
 
 
@@ -71,7 +78,7 @@ class _OffsetMask(Mask):
     _coarse_bounds = True
     _data_fields = ("offset",)
 
-    offset: Any
+    offset: int | Array
 
     def _leaf_dims(self, name: str) -> str:
         return offset_dims(getattr(self, name))
@@ -94,20 +101,25 @@ class CausalMask(_OffsetMask):
 
     Raises:
       TypeError, ValueError: where the offset is none of these.
+
+    Example:
+      >>> from jax_bsk.masks import CausalMask
+      >>> CausalMask(offset=1).bind(2, 3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 1, 0], [1, 1, 1]]
     """
 
-    def __init__(self, offset: int | jax.Array | np.ndarray = 0) -> None:
+    def __init__(self, offset: int | Array = 0) -> None:
         self._set(offset=checked_offset(offset, "CausalMask"))
 
     @property
     def _shift_invariant(self) -> bool:
         return np.ndim(self.offset) == 0
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         low, high = _delta_bounds(grid, i, j, self.offset)
         return grid.code(high < 0, low >= 0, position_code(self.offset, SHIFT, OWN))
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return positions(grid, self.offset, q) >= k
 
     def _partial_bound(self, grid: Grid) -> int:
@@ -127,6 +139,11 @@ class LocalMask(_OffsetMask):
 
     Raises:
       TypeError, ValueError: where window or offset is none of these.
+
+    Example:
+      >>> from jax_bsk.masks import LocalMask
+      >>> LocalMask((1, 0)).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
 
     window: tuple[int | None, int | None]
@@ -135,7 +152,7 @@ class LocalMask(_OffsetMask):
         self,
         window: int | tuple[int | None, int | None],
         *more: Any,
-        offset: int | jax.Array | np.ndarray = 0,
+        offset: int | Array = 0,
     ) -> None:
         if more:
             raise TypeError(
@@ -148,13 +165,13 @@ class LocalMask(_OffsetMask):
     def _shift_invariant(self) -> bool:
         return np.ndim(self.offset) == 0
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         low, high = _delta_bounds(grid, i, j, self.offset)
         least, greatest = _limits(self.window)
         partial = position_code(self.offset, SHIFT, OWN)
         return grid.code((high < least) | (low > greatest), (low >= least) & (high <= greatest), partial)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return _in_window(self.window, positions(grid, self.offset, q), k)
 
     def _partial_bound(self, grid: Grid) -> int:
@@ -216,23 +233,28 @@ class ChunkedMask(_OffsetMask):
 
     Raises:
       TypeError, ValueError: where chunk or offset is none of these.
+
+    Example:
+      >>> from jax_bsk.masks import ChunkedMask
+      >>> ChunkedMask(2).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
     """
 
     chunk: int
 
-    def __init__(self, chunk: int, *, offset: int | jax.Array | np.ndarray = 0) -> None:
+    def __init__(self, chunk: int, *, offset: int | Array = 0) -> None:
         self._set(
             chunk=static_int(chunk, "ChunkedMask", "chunk", minimum=1), offset=checked_offset(offset, "ChunkedMask")
         )
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         chunk = _clamp(self.chunk)
         q_low, q_high = (q // chunk for q in position_bounds(grid, self.offset, i))
         k_low, k_high = (k // chunk for k in grid.kv_bounds(j))
         full = (q_low == q_high) & (k_low == k_high) & (q_low == k_low)
         return grid.code((q_high < k_low) | (q_low > k_high), full, OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         chunk = _clamp(self.chunk)
         return positions(grid, self.offset, q) // chunk == k // chunk
 
@@ -268,12 +290,17 @@ class PrefixLMMask(_OffsetMask):
 
     Raises:
       TypeError, ValueError: where prefix or offset is none of these.
+
+    Example:
+      >>> from jax_bsk.masks import PrefixLMMask
+      >>> PrefixLMMask(2).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
     """
 
     _data_fields = ("prefix", "offset")
     prefix: Any
 
-    def __init__(self, prefix: int | jax.Array | np.ndarray, *, offset: int | jax.Array | np.ndarray = 0) -> None:
+    def __init__(self, prefix: int | Array, *, offset: int | Array = 0) -> None:
         if isinstance(prefix, list | tuple):
             prefix = np.asarray(prefix)
         if isinstance(prefix, np.ndarray | jax.Array):
@@ -285,7 +312,7 @@ class PrefixLMMask(_OffsetMask):
             prefix = static_int(prefix, "PrefixLMMask", "prefix", minimum=0)
         self._set(prefix=prefix, offset=checked_offset(offset, "PrefixLMMask"))
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         k_low, k_high = grid.kv_bounds(j)
         prefix = int32(self.prefix, grid.xp)
         seen = grid.code(k_low >= prefix, k_high < prefix, OWN)
@@ -293,7 +320,7 @@ class PrefixLMMask(_OffsetMask):
         causal = grid.code(high < 0, low >= 0, position_code(self.offset, SHIFT, OWN))
         return code_or(seen, causal, grid.xp)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
@@ -323,13 +350,22 @@ class GlobalMask(Mask):
 
     Args:
       tokens: positions (a sequence of ints, a set, or a host array), or an int n for the first n tokens.
+
+    Raises:
+      TypeError: where tokens are traced or no integers.
+      ValueError: where they are no sequence of positions, or one is negative.
+
+    Example:
+      >>> from jax_bsk.masks import GlobalMask
+      >>> GlobalMask([1]).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
     """
 
     _coarse_bounds = True
 
     tokens: int | tuple[int, ...]
 
-    def __init__(self, tokens: Any) -> None:
+    def __init__(self, tokens: int | Iterable[int] | np.ndarray) -> None:
         if is_traced(tokens):
             raise TypeError("GlobalMask: tokens cannot be traced; use FunctionMask(lambda q, k: flags[q] | flags[k])")
         if np.ndim(tokens) == 0 and not isinstance(tokens, set | frozenset | range):
@@ -349,14 +385,14 @@ class GlobalMask(Mask):
     def _flags(self, length: int) -> np.ndarray:
         return _global_flags(self.tokens, length)
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         q_some, q_all = _any_all(self._flags(grid.q_len), grid.nq, grid.block_q)
         k_some, k_all = _any_all(self._flags(grid.kv_len), grid.nk, grid.block_kv)
         xp = grid.xp
         full = xp.asarray(q_all)[i] | xp.asarray(k_all)[j]
         return grid.code(~(xp.asarray(q_some)[i] | xp.asarray(k_some)[j]), full, OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q_flags = grid.xp.asarray(self._flags(grid.q_len))
         k_flags = grid.xp.asarray(self._flags(grid.kv_len))
         return q_flags[grid.clip_q(q)] | k_flags[grid.clip_kv(k)]
@@ -385,7 +421,7 @@ def _global_flags(tokens: int | tuple[int, ...], length: int) -> np.ndarray:
 
 
 def _any_all(flags: np.ndarray, blocks: int, block: int) -> tuple[Any, Any]:
-    """Of the flags of each block: is any set, are all set."""
+    """Booleans [blocks]: any of the block's flags is set; all of them are."""
     padded = np.full(blocks * block, False)
     padded[: flags.size] = flags
     some = padded.reshape(blocks, block).any(1)
@@ -402,6 +438,14 @@ class DilatedMask(Mask):
     Args:
       dilation: distance of neighbouring attended keys; 1 attends to all.
       window: int w for (w, w) or a (left, right) pair of tokens, None for unbounded.
+
+    Raises:
+      TypeError, ValueError: where an argument is none of these.
+
+    Example:
+      >>> from jax_bsk.masks import DilatedMask
+      >>> DilatedMask(2).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
+      [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
     """
 
     _coarse_bounds = True
@@ -416,7 +460,7 @@ class DilatedMask(Mask):
             window=(None, None) if window is None else _window(window, "DilatedMask"),
         )
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         low, high = _delta_bounds(grid, i, j)
         least, greatest = _limits(self.window)
         dilation = _clamp(self.dilation)
@@ -426,7 +470,7 @@ class DilatedMask(Mask):
         empty = top // dilation * dilation < grid.xp.maximum(low, least)
         return grid.code(empty, full, SHIFT)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         hit = (q - k) % _clamp(self.dilation) == 0
         return hit if self.window == (None, None) else hit & _in_window(self.window, q, k)
 
@@ -447,8 +491,17 @@ class BigBirdMask(Mask):
       block: tokens of a block; independent of the kernels' block size (equal or a multiple is the fastest).
       window: width of the band in blocks, odd.
       global_blocks: first blocks that see all and are seen by all.
-      random_blocks: random key blocks a query block.
-      seed: of the draw; give each head another one with `MultiHeadMask`.
+      random_blocks: number of random key blocks per query block.
+      seed: seed of the draw; give each head another one with `MultiHeadMask`.
+
+    Raises:
+      TypeError: where an argument is no int.
+      ValueError: where one is too small, or the window is even.
+
+    Example:
+      >>> from jax_bsk.masks import BigBirdMask
+      >>> BigBirdMask(128).bind(2048).density
+      0.46484375
     """
 
     _coarse_bounds = True
@@ -477,7 +530,7 @@ class BigBirdMask(Mask):
         rows, columns = -(-grid.q_len // self.block), -(-grid.kv_len // self.block)
         return _big_bird_tables(rows, columns, self.window, self.global_blocks, self.random_blocks, self.seed)
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         # Of the coarse blocks under a grid block, counted with 2-D prefix sums: none, all, or some attended.
         sums = grid.xp.asarray(self._tables(grid)[1])
         q_low, q_high = (q // self.block for q in grid.q_bounds(i))
@@ -485,7 +538,7 @@ class BigBirdMask(Mask):
         attended = sums[q_high + 1, k_high + 1] - sums[q_low, k_high + 1] - sums[q_high + 1, k_low] + sums[q_low, k_low]
         return grid.code(attended == 0, attended == (q_high - q_low + 1) * (k_high - k_low + 1), OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return grid.xp.asarray(self._tables(grid)[0])[grid.clip_q(q) // self.block, grid.clip_kv(k) // self.block]
 
 

@@ -1,7 +1,7 @@
 """`BlockMask & mask`: chosen blocks stay, in their lists' order, and the elements inside them are masked.
 
-Entries keep their places, so that gates still belong to them, and no list grows. A block that the mask leaves partial
-has a bit tile afterwards, one that it leaves empty an empty tile: it is visited in vain.
+Entries keep their positions, so that gates still belong to them, and no list grows. A block that the mask leaves
+partial has a bit tile afterwards. One that it leaves empty has an empty tile: it is visited in vain.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ListedMask(Mask):
 
     def _table(self, grid: Grid) -> Any:
         """int32 [nq, nk]: number of the block's tile, -1 where it is full, -2 where it is not listed."""
-        rows, columns, valid = _places(grid, self.row_offsets, self.kv_blocks)
+        rows, columns, valid = _entries(grid, self.row_offsets, self.kv_blocks)
         if grid.xp is np:
             table = np.full((grid.nq, grid.nk), -2, np.int32)
             table[rows[valid], columns[valid]] = np.maximum(self.tiles[valid], -1)
@@ -61,7 +61,7 @@ class ListedMask(Mask):
         """bool [nq]: rows that kernels give NaN for."""
         capacity, offsets = self.kv_blocks.shape[0], self.row_offsets
         begin, end = offsets[:-1], offsets[1:]
-        rows, _, valid = _places(grid, offsets, self.kv_blocks)
+        rows, _, valid = _entries(grid, offsets, self.kv_blocks)
         bad = (rows >= 0) & (~valid | (self.tiles < -1) | (self.tiles >= self.bit_tiles.shape[0]))
         if grid.xp is np:
             counts = np.bincount(rows[bad], minlength=grid.nq)
@@ -69,11 +69,11 @@ class ListedMask(Mask):
             counts = jnp.zeros(grid.nq, jnp.int32).at[jnp.where(bad, rows, grid.nq)].add(1, mode="drop")
         return (end < begin) | (begin < 0) | (end > capacity) | (counts > 0)
 
-    def _classify(self, grid: Grid, i: Any, j: Any) -> Any:
+    def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         tile = self._table(grid)[i, j]
         return grid.code(tile == -2, tile == -1, OWN)
 
-    def _evaluate(self, grid: Grid, q: Any, k: Any) -> Any:
+    def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         tile = self._table(grid)[grid.clip_q(q) // grid.block_q, grid.clip_kv(k) // grid.block_kv]
         if not self.bit_tiles.shape[0]:
             return tile == -1
@@ -133,7 +133,7 @@ def _combine_host(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: in
 
 def _combine_one(lists: RowLists, mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor) -> np.ndarray:
     """The tile of each entry, int32 [capacity], kept in the store."""
-    rows, columns, valid = _places(grid, lists.row_offsets, lists.kv_blocks)
+    rows, columns, valid = _entries(grid, lists.row_offsets, lists.kv_blocks)
     entries = np.flatnonzero(valid)
     i, j, ours = rows[entries], columns[entries], lists.tiles[entries]
     codes = np.broadcast_to(mask._classify(grid, i[:, None], j[:, None]), (entries.size, 1))[:, 0]
@@ -181,56 +181,56 @@ def _combine_traced(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: 
 
 def _combine_heads(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int) -> tuple[Any, ...]:
     if not has_multi_head(mask):
-        _, slots = _traced.capacities(mask, grid, None, None)
-        return _combine_mapped(lists, mask, grid, batch, heads, slots)
+        _, new_tiles = _traced.capacities(mask, grid, None, None)
+        return _combine_mapped(lists, mask, grid, batch, heads, new_tiles)
     masks = [mask._select(None, h) for h in range(heads)]
-    slots = max(_traced.capacities(one, grid, None, None)[1] for one in masks)
+    new_tiles = max(_traced.capacities(one, grid, None, None)[1] for one in masks)
     of_heads = []
     for h, one in enumerate(masks):
         ours = RowLists(*(x if x.shape[1] == 1 else x[:, h : h + 1] for x in lists))
-        of_heads.append(_combine_mapped(ours, one, grid, batch, 1, slots))
+        of_heads.append(_combine_mapped(ours, one, grid, batch, 1, new_tiles))
     return tuple(
         jnp.concatenate([jnp.broadcast_to(x, (batch, *x.shape[1:])) for x in arrays], axis=1)
         for arrays in zip(*of_heads, strict=True)
     )
 
 
-def _combine_mapped(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int, slots: int) -> tuple[Any, ...]:
+def _combine_mapped(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int, new_tiles: int) -> tuple[Any, ...]:
     leaves, structure = jax.tree_util.tree_flatten(mask)
     dims = ["bh"] * len(lists) + [dims for _, dims in mask._arrays()]
-    slots = min(slots, lists.kv_blocks.shape[-1])
+    new_tiles = min(new_tiles, lists.kv_blocks.shape[-1])
     chunk = max(1, _traced.CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))
 
     def one(*arrays: Any) -> tuple[Any, ...]:
         ours, theirs = RowLists(*arrays[: len(lists)]), structure.unflatten(arrays[len(lists) :])
-        return _combine_one_traced(ours, theirs, dataclasses.replace(grid, xp=jnp), slots, chunk)
+        return _combine_one_traced(ours, theirs, dataclasses.replace(grid, xp=jnp), new_tiles, chunk)
 
     return _traced.over_examples_and_heads(one, [*lists, *leaves], dims)
 
 
-def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, slots: int, chunk: int) -> tuple[Any, ...]:
+def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, new_tiles: int, chunk: int) -> tuple[Any, ...]:
     row_offsets, kv_blocks, tiles, bit_tiles = lists
     n_tiles, capacity = bit_tiles.shape[0], kv_blocks.shape[0]
-    rows, columns, valid = _places(grid, row_offsets, kv_blocks)
+    rows, columns, valid = _entries(grid, row_offsets, kv_blocks)
     i, j = jnp.maximum(rows, 0), jnp.clip(columns, 0, grid.nk - 1)
     codes = jnp.broadcast_to(mask._classify(grid, i[:, None], j[:, None]), (capacity, 1))[:, 0]
     partial = valid & (codes != EMPTY) & (codes != FULL)
 
-    # ---- numbers: the tiles there were, an empty one, then one slot per entry that the mask leaves partial ----
-    slot = jnp.cumsum(partial, dtype=jnp.int32) - 1
+    # ---- numbers: the tiles there were, an empty one, then a new one per entry that the mask leaves partial ----
+    new = jnp.cumsum(partial, dtype=jnp.int32) - 1
     sound = (tiles >= -1) & (tiles < n_tiles)
-    numbers = jnp.where(partial, jnp.where(slot < slots, n_tiles + 1 + slot, _NO_TILE), tiles)
+    numbers = jnp.where(partial, jnp.where(new < new_tiles, n_tiles + 1 + new, _NO_TILE), tiles)
     numbers = jnp.where(valid & (codes == EMPTY), n_tiles, numbers)
     numbers = jnp.where(sound, numbers, jnp.where(tiles < -1, tiles, _NO_TILE))
     if isinstance(mask, ListedMask):
         numbers = _poison(numbers, rows, mask, grid)
     empty = jnp.zeros((1, *bit_tiles.shape[1:]), jnp.uint32)
-    if slots == 0:
+    if new_tiles == 0:
         return row_offsets, kv_blocks, numbers, jnp.concatenate([bit_tiles, empty])
 
-    # ---- bits of the slots ----
-    place = jnp.where(partial & (slot < slots), slot, slots)
-    entry_of_slot = jnp.full(slots, -1, jnp.int32).at[place].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
+    # ---- bits of the new tiles ----
+    number = jnp.where(partial & (new < new_tiles), new, new_tiles)
+    entries = jnp.full(new_tiles, -1, jnp.int32).at[number].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
 
     def bits(entry: Any) -> Any:
         listed = jnp.maximum(entry, 0)
@@ -240,15 +240,15 @@ def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, slots: int, chu
             words = jnp.where(tiles[listed] < 0, words, words & ours)
         return jnp.where(entry >= 0, words, jnp.uint32(0))
 
-    made = jax.lax.map(bits, entry_of_slot, batch_size=min(chunk, slots))
+    made = jax.lax.map(bits, entries, batch_size=min(chunk, new_tiles))
     return row_offsets, kv_blocks, numbers, jnp.concatenate([bit_tiles, empty, made])
 
 
 # ---- both -------------------------------------------------------------------------------------------------------
 
 
-def _places(grid: Grid, row_offsets: Any, kv_blocks: Any) -> tuple[Any, Any, Any]:
-    """Row of each entry (-1 for none), its key block, and whether there is such a block."""
+def _entries(grid: Grid, row_offsets: Any, kv_blocks: Any) -> tuple[Any, Any, Any]:
+    """The entries of one list: row of each (-1 for none), its key block, and whether there is such a block."""
     if grid.xp is np:
         rows = rows_of_entries(row_offsets, kv_blocks.shape[0])
     else:

@@ -24,12 +24,12 @@ CHUNK = 2**20
 
 
 class Found(NamedTuple):
-    """What classification says of one mask.
+    """The classified blocks of one mask.
 
     Attributes:
       full: segments of full blocks, merged.
       rows, columns: int32 [n], the blocks that may be partial, in row-major order.
-      codes: int8 [n], their codes.
+      codes: int8 [n], their class codes.
     """
 
     full: _runs.Segments

@@ -101,7 +101,7 @@ def _stacked(built: list[list[Any]], name: str, size: int, fill: int) -> np.ndar
 
 
 def _numbered(tiles: np.ndarray, store: TileStore, max_tiles: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """The same with the numbers of the tiles that are used, and these tiles."""
+    """The lists' tiles, numbered without those that no entry uses, and the bit tiles that are left."""
     used = np.unique(tiles[tiles >= 0])
     if max_tiles is not None and used.size > max_tiles:
         raise ValueError(f"max_tiles={max_tiles}, but the mask needs {used.size} distinct bit tiles")
@@ -122,7 +122,7 @@ def on_host(mask: Mask) -> Mask:
 def _build_cached(
     mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecutor, seen: dict[Mask, Any]
 ) -> _runs.Lists | _runs.Runs:
-    """Heads (and examples) often share a mask; where it can be hashed, equal ones are built once."""
+    """The lists of one mask. Heads and examples often share one: where it can be hashed, equal ones are built once."""
     if not is_hashable(mask):
         return _build_one(mask, grid, store, pool)
     if mask not in seen:
@@ -168,25 +168,26 @@ def _build_one(mask: Mask, grid: Grid, store: TileStore, pool: ThreadPoolExecuto
 
 
 def _alike(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For OWN blocks in row-major order: the first of each group that is known to share a tile, and the group of each.
+    """Groups of OWN blocks that are known to share a tile: the first of each group, and the group of each block.
 
-    Blocks share a tile where each part is empty in both, full in both, or says that it has the same elements in both
-    (`Mask._tile_key`). Blocks that reach past a length share nothing: there a part may differ from what it is inside.
+    Blocks are in row-major order. They share a tile where each part is empty in both, full in both, or says that it has
+    the same elements in both (`Mask._tile_key`). Blocks that reach past a length share nothing: there a part may differ
+    from what it is inside.
     """
     everything = np.arange(rows.size)
-    kinds = [part._tile_key(grid, rows, columns) for part in parts(mask)]
-    if rows.size == 0 or all(kind is None for kind in kinds):
+    keys = [part._tile_key(grid, rows, columns) for part in parts(mask)]
+    if rows.size == 0 or all(key is None for key in keys):
         return everything, everything
     alone = past_end(grid, rows, columns) > 0
     codes = [_codes_of(part, grid, rows, columns) for part in parts(mask)]
     some = [(c != EMPTY) & (c != FULL) for c in codes]
-    for kind, partial in zip(kinds, some, strict=True):
-        if kind is None:
+    for key, partial in zip(keys, some, strict=True):
+        if key is None:
             alone |= partial
     shared = np.flatnonzero(~alone)
     group = np.zeros(shared.size, np.int64)
-    for code, kind, partial in zip(codes, kinds, some, strict=True):
-        for number in (np.where(partial, -1, code), *(np.where(partial, number, 0) for number in kind or ())):
+    for code, key, partial in zip(codes, keys, some, strict=True):
+        for number in (np.where(partial, -1, code), *(np.where(partial, number, 0) for number in key or ())):
             group = _paired(group, number[shared])
     every = everything + shared.size
     every[shared] = group
@@ -195,7 +196,7 @@ def _alike(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tup
 
 
 def _codes_of(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """int8 [n]: codes of the blocks (rows, columns)."""
+    """Class codes int8 [n] of the blocks (rows, columns)."""
     return np.broadcast_to(mask._classify(grid, rows[:, None], columns[:, None]), (rows.size, 1))[:, 0]
 
 
@@ -216,7 +217,7 @@ def _in_order(first: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndar
 
 
 def _diagonals(mask: Mask, grid: Grid, rows: np.ndarray, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """For SHIFT blocks in row-major order: the first of each group that shares a tile, and the group of each.
+    """Groups of SHIFT blocks that share a tile: the first of each group, and the group of each block.
 
     The first one is inside the lengths if any of its group is, so what a mask says past its length is not shared.
     """
@@ -273,10 +274,10 @@ def tiles_of(
 def _settle(
     grid: Grid, store: TileStore, rows: np.ndarray, columns: np.ndarray, tiles: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Whether each partial block has no, or every, element inside the lengths attended."""
-    # What a block is depends on its tile and on its end kind only: decide for each such pair once.
+    """Two booleans [n] of partial blocks: no element inside the lengths is attended; every one is."""
+    # What a block is depends on its tile and on which lengths end in it only: decide for each such pair once.
     pairs, which = np.unique(tiles.astype(np.int64) * 4 + past_end(grid, rows, columns), return_inverse=True)
-    inside = [inside_words(grid, bool(kind & 1), bool(kind & 2)) for kind in range(4)] if pairs.size else []
+    inside = [inside_words(grid, bool(ends & 1), bool(ends & 2)) for ends in range(4)] if pairs.size else []
     none, every = np.empty(pairs.size, bool), np.empty(pairs.size, bool)
     for n, pair in enumerate(pairs.tolist()):
         words = store.tile(pair // 4) & inside[pair % 4]

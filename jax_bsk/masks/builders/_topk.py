@@ -7,16 +7,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from jax_bsk.core.arrays import is_array, is_traced, of_rank
+from jax_bsk.core.arrays import Array, as_array, is_traced, of_rank
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks.algebra.mask import Mask, classify
 from jax_bsk.masks.grid import EMPTY, FULL, Grid, row_chunks
 
 
-def top_k(scores: Any, k: int, grid: Grid, mask: Mask | None) -> tuple[Any, int, int]:
-    """Boolean [..., nq, nk] of the chosen blocks, and bounds of the blocks and the tiles they need with `mask`."""
-    scores = scores if is_array(scores) else np.asarray(scores)
+def top_k(given: ArrayLike, k: int, grid: Grid, mask: Mask | None) -> tuple[Array, int, int]:
+    """The `k` blocks of highest score in each row.
+
+    Args:
+      given: scores [nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk], real, host or traced.
+      k: number of blocks per row.
+      grid: the grid of blocks.
+      mask: a mask that rules blocks out, or None.
+
+    Returns:
+      Booleans of the scores' shape, the chosen blocks; and upper bounds of the numbers of entries and of bit tiles
+      that they need with `mask`, per example and head.
+    """
+    scores: Any = as_array(given)
     if not (jnp.issubdtype(scores.dtype, jnp.floating) or jnp.issubdtype(scores.dtype, jnp.integer)):
         raise TypeError(f"scores must be real numbers, given {scores.dtype}{scores.shape}")
     if scores.ndim not in (2, 3, 4) or scores.shape[-2:] != (grid.nq, grid.nk):
@@ -33,10 +45,10 @@ def top_k(scores: Any, k: int, grid: Grid, mask: Mask | None) -> tuple[Any, int,
     partial = np.zeros((grid.nq, grid.nk), bool)
     if mask is not None:
         mask._validate(grid.q_len, grid.kv_len)
-        # Shared by all heads and examples: only what the mask's outline rules out. What one head or a traced part rules
-        # out beyond that is dropped after the choice.
-        outline = mask._known_on_host(grid)
-        codes = np.concatenate([classify(outline, grid, rows) for rows in row_chunks(grid)] or [np.zeros((0, grid.nk))])
+        # All heads and examples share what is ruled out here: what the host knows of the mask. What one head or a
+        # traced part rules out beyond that is dropped after the choice.
+        known = mask._known_on_host(grid)
+        codes = np.concatenate([classify(known, grid, rows) for rows in row_chunks(grid)] or [np.zeros((0, grid.nk))])
         possible, partial = codes != EMPTY, (codes != EMPTY) & (codes != FULL)
     bound = int(np.minimum(possible.sum(1), k).sum())
     tiles = int(np.minimum(partial.sum(1), k).sum())

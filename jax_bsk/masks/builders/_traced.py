@@ -1,8 +1,8 @@
 """Building a BlockMask inside a trace: segment ids, arrays or functions whose values come later.
 
-Room is fixed beforehand (`capacities`); lists come from prefix sums, bits are computed for the tile slots only, a
-chunk at a time, so no T x S array exists. What finds no room is not dropped silently: offsets and tile numbers keep
-their true values, which lie outside the arrays, and kernels answer such rows with NaN.
+Room is fixed beforehand (`capacities`). Lists come from prefix sums. Bits are computed only for as many tiles as there
+is room for, a chunk at a time, so no T x S array exists. What finds no room is not dropped silently: offsets and tile
+numbers keep their true values, which lie outside the arrays, and kernels answer such rows with NaN.
 
 Everything is vmapped over examples and heads, so a mesh that shards them needs no communication here.
 """
@@ -46,7 +46,7 @@ def _build_heads(
     if not has_multi_head(mask):
         return _build(mask, grid, batch, heads, *capacities(mask, grid, max_blocks, max_tiles))
 
-    # Heads of different structure: each is built by itself, equal ones once, all with the same room.
+    # Heads have different structure: each is built by itself, equal ones once, all with the same room.
     singles = [mask._select(None, h) for h in range(heads)]
     sizes = [capacities(single, grid, max_blocks, max_tiles) for single in singles]
     capacity, n_tiles = (max(size[n] for size in sizes) for n in range(2))
@@ -66,7 +66,7 @@ def _build_heads(
 
 
 def capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int | None) -> tuple[int, int]:
-    """Room for entries and tiles of one example and head: as told, or the most that what is known beforehand allows."""
+    """Numbers of entries and tiles to make room for, per example and head: as told, or the most that can be needed."""
     host = dataclasses.replace(grid, xp=np)
     if max_blocks is None or max_tiles is None:
         visited, partial = count_codes(mask._known_on_host(host), host)
@@ -140,17 +140,17 @@ def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) 
     kv_blocks = scatter(capacity, -1, position, jnp.broadcast_to(j, (nq, nk)).ravel())
     tiles = scatter(capacity, -1, position, tile)
 
-    # ---- bits of the tile slots ----
+    # ---- bits of the tiles ----
     shape = (grid.block_q, grid.block_kv // 32)
     if n_tiles == 0 or nq == 0 or nk == 0:
         return row_offsets, kv_blocks, tiles, jnp.zeros((n_tiles, *shape), jnp.uint32)
-    block_of_slot = scatter(n_tiles, -1, jnp.where(tile >= 0, tile, n_tiles), jnp.arange(nq * nk, dtype=jnp.int32))
+    block_of_tile = scatter(n_tiles, -1, jnp.where(tile >= 0, tile, n_tiles), jnp.arange(nq * nk, dtype=jnp.int32))
 
     def bits(block: Any) -> Any:
         row, column = jnp.maximum(block, 0) // nk, jnp.maximum(block, 0) % nk
         return jnp.where(block >= 0, tile_words(mask, grid, row, column), jnp.uint32(0))
 
-    return row_offsets, kv_blocks, tiles, jax.lax.map(bits, block_of_slot, batch_size=min(chunk, n_tiles))
+    return row_offsets, kv_blocks, tiles, jax.lax.map(bits, block_of_tile, batch_size=min(chunk, n_tiles))
 
 
 def tile_words(mask: Mask, grid: Grid, row: Any, column: Any) -> Any:

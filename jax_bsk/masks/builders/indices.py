@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jax_bsk.core import explicit_mesh
-from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.core.arrays import Array, as_array, is_traced
 from jax_bsk.masks.block_lists import RowLists, no_tiles
 from jax_bsk.masks.grid import Grid
 
 
-def from_indices(kv_blocks: Any, counts: Any, grid: Grid) -> RowLists:
-    """Lists of padded id lists; all blocks full."""
-    kv_blocks, counts = _integers(kv_blocks, "kv_blocks"), _integers(counts, "counts")
+def from_indices(given_blocks: ArrayLike, given_counts: ArrayLike, grid: Grid) -> RowLists:
+    """Block lists of padded index lists (`BlockMask.from_indices`); all blocks are full."""
+    kv_blocks, counts = _integers(given_blocks, "kv_blocks"), _integers(given_counts, "counts")
     if kv_blocks.ndim not in (2, 3, 4) or kv_blocks.shape[-2] != grid.nq:
         raise ValueError(
             f"kv_blocks must be [nq, k], [H|1, nq, k] or [B|1, H|1, nq, k] with nq={grid.nq} (q_len={grid.q_len} in "
@@ -34,8 +33,8 @@ def from_indices(kv_blocks: Any, counts: Any, grid: Grid) -> RowLists:
     return _indices_host(np.reshape(np.asarray(kv_blocks), shape), np.reshape(np.asarray(counts), shape[:-1]), grid)
 
 
-def _integers(x: Any, name: str) -> Any:
-    x = x if is_array(x) else np.asarray(x)
+def _integers(given: ArrayLike, name: str) -> Array:
+    x = as_array(given)
     if not np.issubdtype(x.dtype, np.integer):
         raise TypeError(f"{name} must hold integers, given {x.dtype}{x.shape}")
     return x
@@ -66,12 +65,12 @@ def _raise_row(bad: np.ndarray, what: str) -> None:
         raise ValueError(f"from_indices: batch {b}, head {h}, row {row}: {what}")
 
 
-def _indices_traced(kv_blocks: Any, counts: Any, grid: Grid) -> RowLists:
+def _indices_traced(kv_blocks: jax.Array, counts: jax.Array, grid: Grid) -> RowLists:
     row_offsets, ids = explicit_mesh.call(jax.vmap(jax.vmap(packed_rows)), [kv_blocks, counts], ["bh"] * 2)
     return RowLists(row_offsets, ids, jnp.full_like(ids, -1), no_tiles(grid))
 
 
-def packed_rows(kv_blocks: Any, counts: Any) -> tuple[Any, Any]:
+def packed_rows(kv_blocks: jax.Array, counts: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Offsets [nq + 1] and ids [nq * width] of one table's padded lists [nq, width] without their gaps."""
     width = kv_blocks.shape[-1]
     if width == 0:  # nowhere to put the mark of a bad count

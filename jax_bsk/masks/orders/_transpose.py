@@ -62,7 +62,7 @@ def column_entries(rows: np.ndarray, columns: np.ndarray, numbers: np.ndarray, n
 
 
 def transpose_traced(row_offsets: Any, kv_blocks: Any, tiles: Any, nk: int) -> ColumnLists:
-    """For arrays [B, H, ...] that may be traced."""
+    """The same by a native call or in JAX, for arrays [B, H, ...] that may be traced."""
     return ColumnLists(*ordered_transpose_traced(row_offsets, kv_blocks, tiles, nk)[:3])
 
 

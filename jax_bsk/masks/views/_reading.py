@@ -28,7 +28,7 @@ def to_dense(mask: BlockLists) -> np.ndarray:
 def attended_elements(mask: BlockLists) -> int:
     """Attended elements inside the lengths, of all examples and heads together."""
     grid = mask._grid
-    inside = [inside_words(grid, bool(kind & 1), bool(kind & 2)) for kind in range(4)] if grid.nq and grid.nk else []
+    inside = [inside_words(grid, bool(ends & 1), bool(ends & 2)) for ends in range(4)] if grid.nq and grid.nk else []
     total = 0
     for b in range(mask.batch):
         for h in range(mask.heads):
