@@ -8,7 +8,7 @@ the device. `_host` makes runs, `_run_mask` holds them.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,7 +55,7 @@ class Segments(NamedTuple):
     length: np.ndarray
     tiles: np.ndarray
 
-    def select(self, index: Any) -> Segments:
+    def select(self, index: np.ndarray) -> Segments:
         """The segments at `index`."""
         return Segments(*(x[index] for x in self))
 
@@ -170,21 +170,23 @@ def _changes(runs: Runs, rows: int, columns: int) -> tuple[np.ndarray, np.ndarra
 
 
 @functools.partial(jax.jit, static_argnames=("capacity",))
-def expand(offsets: Any, starts: Any, blocks: Any, tiles: Any, *, capacity: int) -> tuple[Any, Any]:
+def expand(
+    offsets: jax.Array, starts: jax.Array, blocks: jax.Array, tiles: jax.Array, *, capacity: int
+) -> tuple[jax.Array, jax.Array]:
     """Blocks and tiles [B, H, capacity] int32 of runs [B, H, ...], -1 past the end.
 
     Elementwise work, in which each entry finds its run by bisection: at 1,048,576 causal tokens and blocks of 128 it
     writes 268 MB and reads 0.2 MB, beside attention that takes seconds.
     """
 
-    def one(total: Any, starts: Any, blocks: Any, tiles: Any) -> tuple[Any, Any]:
+    def one(total: jax.Array, starts: jax.Array, blocks: jax.Array, tiles: jax.Array) -> tuple[jax.Array, jax.Array]:
         entry = jnp.arange(capacity, dtype=jnp.int32)
         levels = max(0, starts.shape[0] - 1).bit_length()
         padded = jnp.pad(starts, (0, 2**levels - starts.shape[0]), constant_values=np.iinfo(np.int32).max)
         # The last run known to begin at or before each entry; in a shard_map it differs between devices as runs do.
         run, _ = compat.match_varying(jnp.zeros_like(entry), starts)
 
-        def halve(n: Any, run: Any) -> Any:
+        def halve(n: jax.Array, run: jax.Array) -> jax.Array:
             later = run + (jnp.int32(2**levels) >> (n + 1))
             return jnp.where(_at(padded, later) <= entry, later, run)
 
@@ -198,5 +200,5 @@ def expand(offsets: Any, starts: Any, blocks: Any, tiles: Any, *, capacity: int)
     return jax.vmap(jax.vmap(one))(offsets[..., -1], starts, blocks, tiles)
 
 
-def _at(array: Any, indices: Any) -> Any:
+def _at(array: jax.Array, indices: jax.Array) -> jax.Array:
     return array.at[indices].get(mode="promise_in_bounds")

@@ -161,11 +161,11 @@ class BlockLists:
         """The same mask with lists in place of runs; where it holds lists, itself."""
         return self
 
-    def kernel_rows(self) -> tuple[Array, Array, Array]:
+    def kernel_rows(self) -> tuple[Any, Any, Any]:
         """row_offsets, kv_blocks and tiles, to be handed to a kernel; runs are expanded on the device."""
         return self.row_offsets, self.kv_blocks, self.tiles
 
-    def kernel_columns(self) -> tuple[Array | None, Array | None, Array | None]:
+    def kernel_columns(self) -> tuple[Any, Any, Any]:
         """col_offsets, q_blocks and col_tiles, to be handed to a kernel; runs are expanded on the device."""
         return self.col_offsets, self.q_blocks, self.col_tiles
 
@@ -177,7 +177,7 @@ class BlockLists:
         if self.col_offsets is not None:
             return self
         if "_transposed" not in self.__dict__:
-            lists: Any = self.kernel_rows()
+            lists = self.kernel_rows()
             if self.is_traced or any(isinstance(x, jax.Array) for x in lists):
                 return self._with_columns(transpose_traced(*lists, self.nk))
             self.__dict__["_transposed"] = self._with_columns(transpose_host(*lists, self.nk))

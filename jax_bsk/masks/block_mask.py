@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from typing import TYPE_CHECKING, Any, NoReturn, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self, SupportsIndex
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks.algebra.data_masks import ArrayMask, BlockArrayMask
 from jax_bsk.masks.algebra.mask import Mask, described, remedy_for
 from jax_bsk.masks.block_lists import BlockLists, RowLists, register_pytree
@@ -312,7 +312,7 @@ class BlockMask(BlockLists):
     def __rand__(self, other: object) -> BlockMask:
         return self._and_mask(other)
 
-    def _and_mask(self, other: Any) -> BlockMask:
+    def _and_mask(self, other: object) -> BlockMask:
         if isinstance(other, BlockMask):
             sizes = [(x.q_len, x.kv_len, x.block_q, x.block_kv) for x in (self, other)]
             if sizes[0] != sizes[1]:
@@ -383,12 +383,12 @@ class BlockMask(BlockLists):
                 raise ValueError(f"{name} must be at least {least}, what the mask has, got {size}; give more room")
             sizes.append(size)
 
-        def pad(x: Any, axis: int, size: int, fill: int) -> Any:
+        def pad(x: Any, axis: int, size: int, fill: int) -> Array:
             xp = np if isinstance(x, np.ndarray) else jnp
             widths = [(0, size - n if k == axis else 0) for k, n in enumerate(x.shape)]
             return xp.pad(x, widths, constant_values=fill)
 
-        def numbers(x: Any) -> Any:  # one of no tile must not become that of a new one
+        def numbers(x: Any) -> Array:  # one of no tile must not become that of a new one
             xp = np if isinstance(x, np.ndarray) else jnp
             return xp.where(x >= n_tiles, np.int32(2**31 - 1), x)
 
@@ -478,7 +478,7 @@ def _restored(fields: dict[str, Any]) -> RunBlockMask:
     return RunBlockMask.of_fields(**fields)
 
 
-def _limit(value: Any, name: str) -> int | None:
+def _limit(value: SupportsIndex | None, name: str) -> int | None:
     if value is None:
         return None
     try:

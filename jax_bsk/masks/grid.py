@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ class Grid:
     kv_len: int
     block_q: int
     block_kv: int
-    xp: Any = np
+    xp: ModuleType = np
 
     @property
     def nq(self) -> int:
@@ -73,18 +74,18 @@ def min_max(grid: Grid, numbers: Array, blocks: int, block: int) -> tuple[Any, A
     return padded.min(1), padded.max(1)
 
 
-def code_not(codes: Array, xp: Any) -> Any:
+def code_not(codes: Array, xp: ModuleType) -> Any:
     """Class codes of `~mask`: the ends swap, both kinds of partial stay."""
     del xp
     return codes ^ ((codes == EMPTY) | (codes == FULL)).astype(np.int8) * np.int8(EMPTY ^ FULL)
 
 
-def code_and(a: Array, b: Array, xp: Any) -> Any:
+def code_and(a: Array, b: Array, xp: ModuleType) -> Any:
     """Class codes of `a & b`."""
     return xp.minimum(a, b)
 
 
-def code_or(a: Array, b: Array, xp: Any) -> Any:
+def code_or(a: Array, b: Array, xp: ModuleType) -> Any:
     """Class codes of `a | b`, by De Morgan."""
     return code_not(xp.minimum(code_not(a, xp), code_not(b, xp)), xp)
 

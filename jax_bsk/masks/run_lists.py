@@ -129,11 +129,11 @@ class RunLists(BlockLists):
         arrays = [jnp.asarray(getattr(self, name)) for name in names]
         return explicit_mesh.call(lambda *runs: _runs.expand(*runs, capacity=self.capacity), arrays, ["bh"] * 4)
 
-    def kernel_rows(self) -> tuple[Array, Array, Array]:
+    def kernel_rows(self) -> tuple[Any, Any, Any]:
         """row_offsets, kv_blocks and tiles, to be handed to a kernel; they are expanded on the device."""
         return (self.row_offsets, *self._on_device(_ROWS))
 
-    def kernel_columns(self) -> tuple[Array | None, Array | None, Array | None]:
+    def kernel_columns(self) -> tuple[Any, Any, Any]:
         """col_offsets, q_blocks and col_tiles, to be handed to a kernel; they are expanded on the device."""
         return (self.col_offsets, *self._on_device(_COLUMNS))
 

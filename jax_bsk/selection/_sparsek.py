@@ -66,7 +66,8 @@ def sparsek(
 
     Returns:
       A causal `BlockMask` [B, G], without gradient, whose lists cannot overflow: room for the window and top_k blocks
-      per row; and the gates of its entries, [B, G, capacity] in the statistics type, 1 past the lists' ends. Where no query is further than the window, both are [1, 1, ...], known beforehand and without gradient.
+      per row; and the gates of its entries, [B, G, capacity] in the statistics type, 1 past the lists' ends. Where no
+      query is further than the window, both are [1, 1, ...], known beforehand and without gradient.
 
     Raises:
       TypeError, ValueError: an argument does not fit.

@@ -7,13 +7,13 @@ the place of the arrays (None, booleans, shardings, strings, `object()`), the st
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, NoReturn, Self
 
 import jax
 import numpy as np
 
-from jax_bsk.core.arrays import is_array, is_traced
+from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
 
 
@@ -51,7 +51,7 @@ class Node:
             else:
                 yield name, value
 
-    def _map_fields(self, on_node: Any, on_array: Any) -> Self:
+    def _map_fields(self, on_node: Callable[[Any], Any], on_array: Callable[[str, Array], Any]) -> Self:
         """A copy with `on_node(node)` and `on_array(name, array)` in the data fields."""
 
         def convert(name: str, value: Any) -> Any:

@@ -7,6 +7,7 @@ itself (its position less its index). Arrays may be traced. What masks ask about
 from __future__ import annotations
 
 import operator
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ def static_int(value: Any, who: str, name: str, *, minimum: int | None = None, r
     return result
 
 
-def checked_offset(offset: int | Array, who: str) -> Any:
+def checked_offset(offset: int | Array, who: str) -> int | Array:
     """An int, or an array [], [B] or [B|1, T].
 
     Raises:
@@ -65,37 +66,38 @@ def offset_dims(offset: int | Array) -> str:
 
 def check_offset_length(offset: int | Array, who: str, q_len: int) -> None:
     """Raises ValueError where there is one offset per query, and not as many as queries."""
-    if np.ndim(offset) == 2 and offset.shape[1] != q_len:
+    shape = np.shape(offset)
+    if len(shape) == 2 and shape[1] != q_len:
         raise ValueError(
-            f"{who}: offset has shape {offset.shape}; expected a last dimension of q_len={q_len}, got "
-            f"{offset.shape[1]}; give one offset per query, or one per example as [B]"
+            f"{who}: offset has shape {shape}; expected a last dimension of q_len={q_len}, got "
+            f"{shape[1]}; give one offset per query, or one per example as [B]"
         )
 
 
-def int32(value: Any, xp: Any) -> Any:
+def int32(value: int | Array, xp: ModuleType) -> Any:
     """An int or an integer array in [-2**30, 2**30): sums with an index do not wrap."""
     if isinstance(value, int):
         return max(-MAX_LENGTH, min(MAX_LENGTH - 1, value))
-    value = xp.asarray(value)
-    if value.dtype.itemsize >= 4:
-        value = xp.minimum(value, MAX_LENGTH - 1)
-        value = value if np.issubdtype(value.dtype, np.unsignedinteger) else xp.maximum(value, -MAX_LENGTH)
-    return value.astype(np.int32)
+    array = xp.asarray(value)
+    if array.dtype.itemsize >= 4:
+        array = xp.minimum(array, MAX_LENGTH - 1)
+        array = array if np.issubdtype(array.dtype, np.unsignedinteger) else xp.maximum(array, -MAX_LENGTH)
+    return array.astype(np.int32)
 
 
-def positions(grid: Grid, offset: int | Array, q: Any) -> Any:
+def positions(grid: Grid, offset: int | Array, q: Array) -> Any:
     """Positions of the queries `q`."""
-    offset = int32(offset, grid.xp)
-    return q + (offset[grid.clip_q(q)] if np.ndim(offset) else offset)
+    ahead = int32(offset, grid.xp)
+    return q + (ahead[grid.clip_q(q)] if np.ndim(ahead) else ahead)
 
 
-def position_bounds(grid: Grid, offset: int | Array, i: Any) -> tuple[Any, Any]:
+def position_bounds(grid: Grid, offset: int | Array, i: Array) -> tuple[Any, Any]:
     """Least and greatest position of the queries of block `i`."""
-    offset = int32(offset, grid.xp)
-    if not np.ndim(offset):
+    ahead = int32(offset, grid.xp)
+    if not np.ndim(ahead):
         low, high = grid.q_bounds(i)
-        return low + offset, high + offset
-    low, high = min_max(grid, offset + grid.xp.arange(grid.q_len, dtype=np.int32), grid.nq, grid.block_q)
+        return low + ahead, high + ahead
+    low, high = min_max(grid, ahead + grid.xp.arange(grid.q_len, dtype=np.int32), grid.nq, grid.block_q)
     return low[i], high[i]
 
 

@@ -61,7 +61,7 @@ class _Function(Mask):
         q, k = grid.clip_q(q), grid.clip_kv(k)
         return self._check(self._function()(q, k) if grid.xp is not np else self._values(q, k), q, k)
 
-    def _answer(self, ask: Callable[[Any, Any], Any], q: Any, k: Any) -> Any:
+    def _answer(self, ask: Callable[[Any, Any], Any], q: Array, k: Array) -> Any:
         """`ask(q, k)`; where shapes that do not fit each other make it fail, with the remedy."""
         try:
             return ask(q, k)
@@ -71,7 +71,7 @@ class _Function(Mask):
                 raise
             raise ValueError(f"{self!r}: fn fails for {_described(q, k)} ({reason}); {_ELEMENTWISE}") from error
 
-    def _values(self, q: np.ndarray, k: np.ndarray) -> np.ndarray:
+    def _values(self, q: Array, k: Array) -> np.ndarray:
         result = self._function()(q, k)
         if is_traced(result):  # written with jax.numpy, it was staged into a surrounding jit
             with jax.ensure_compile_time_eval():
@@ -83,7 +83,7 @@ class _Function(Mask):
             self._function(), jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(k.shape, k.dtype)
         )
 
-    def _check(self, result: Any, q: Any, k: Any) -> Any:
+    def _check(self, result: Any, q: Array, k: Array) -> Any:
         expected = np.broadcast_shapes(q.shape, k.shape)
         given = f"{getattr(result, 'dtype', type(result).__name__)}{getattr(result, 'shape', '')}"
         if getattr(result, "dtype", None) != np.bool_:
@@ -94,7 +94,7 @@ class _Function(Mask):
             )
         return result
 
-    def _other_shapes(self, q: Any, k: Any) -> tuple[tuple[int, ...], ...]:
+    def _other_shapes(self, q: Array, k: Array) -> tuple[tuple[int, ...], ...]:
         """Shapes besides the broadcast one that `fn` may return."""
         del q, k
         return ()
@@ -196,8 +196,8 @@ class _NumberedFunction(_Function):
     """A function of (b, h, q_idx, kv_idx) with the numbers it is asked about: [B] and [H], scalars of one of them."""
 
     _data_fields = ("examples", "heads_of_call")
-    examples: Any
-    heads_of_call: Any
+    examples: Array
+    heads_of_call: Array
 
     def __init__(self, fn: Callable[..., Any], examples: np.ndarray, heads: np.ndarray) -> None:
         self._set(fn=fn, examples=examples, heads_of_call=heads)
@@ -210,7 +210,7 @@ class _NumberedFunction(_Function):
         numbers = (x[0] if np.ndim(x) else x for x in (self.examples, self.heads_of_call))
         return functools.partial(self.fn, *numbers)
 
-    def _other_shapes(self, q: Any, k: Any) -> tuple[tuple[int, ...], ...]:
+    def _other_shapes(self, q: Array, k: Array) -> tuple[tuple[int, ...], ...]:
         # FlexAttention asks about one pair at a time, so its functions often name one index only, or none.
         return q.shape, k.shape, (), (1,) * len(q.shape)
 

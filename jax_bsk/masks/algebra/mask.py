@@ -102,7 +102,7 @@ class Mask(Node):
         """The mask of example `b` and head `h`, without those dims (None: keep the dims of the arrays)."""
         return self._map_fields(lambda child: child._select(b, h), lambda name, x: self._select_leaf(name, x, b, h))
 
-    def _select_leaf(self, name: str, leaf: Any, b: int | None, h: int | None) -> Any:
+    def _select_leaf(self, name: str, leaf: Array, b: int | None, h: int | None) -> Array:
         dims = self._leaf_dims(name)
         indices = [b if dim == "b" else h for dim in dims]
         whole = None in indices  # then all dims stay, as which ones there are is told by their number
@@ -194,7 +194,7 @@ class Mask(Node):
             return NotImplemented  # a BlockMask: its `__rand__` knows how
         return AndMask(*_flat(AndMask, self, _operand(other, "&")))
 
-    def __or__(self, other: Any) -> Mask:
+    def __or__(self, other: object) -> Mask:
         return OrMask(*_flat(OrMask, self, _operand(other, "|")))
 
     def __invert__(self) -> Mask:

@@ -6,7 +6,7 @@ Each class gives bounds (`_classify`) and elements (`_evaluate`); see `algebra.p
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -46,7 +46,7 @@ def _clamp(value: int) -> int:
     return max(-MAX_LENGTH, min(MAX_LENGTH, value))
 
 
-def _delta_bounds(grid: Grid, i: Any, j: Any, offset: int | Array = 0) -> tuple[Any, Any]:
+def _delta_bounds(grid: Grid, i: Array, j: Array, offset: int | Array = 0) -> tuple[Any, Any]:
     """Least and greatest position of a query less that of a key in block (i, j), inside the lengths."""
     q_low, q_high = position_bounds(grid, offset, i)
     k_low, k_high = grid.kv_bounds(j)
@@ -214,7 +214,7 @@ def _limits(window: tuple[int | None, int | None]) -> tuple[int, int]:
     return (least if right is None else max(least, -right)), (greatest if left is None else min(greatest, left))
 
 
-def _in_window(window: tuple[int | None, int | None], q: Any, k: Any) -> Any:
+def _in_window(window: tuple[int | None, int | None], q: Array, k: Array) -> Array:
     least, greatest = _limits(window)
     delta = q - k
     if window[0] is None:
@@ -298,7 +298,7 @@ class PrefixLMMask(_OffsetMask):
     """
 
     _data_fields = ("prefix", "offset")
-    prefix: Any
+    prefix: int | Array
 
     def __init__(self, prefix: int | Array, *, offset: int | Array = 0) -> None:
         if isinstance(prefix, list | tuple):
@@ -365,10 +365,10 @@ class GlobalMask(Mask):
 
     tokens: int | tuple[int, ...]
 
-    def __init__(self, tokens: int | Iterable[int] | np.ndarray) -> None:
+    def __init__(self, tokens: int | Sequence[int] | set[int] | frozenset[int] | np.ndarray) -> None:
         if is_traced(tokens):
             raise TypeError("GlobalMask: tokens cannot be traced; use FunctionMask(lambda q, k: flags[q] | flags[k])")
-        if np.ndim(tokens) == 0 and not isinstance(tokens, set | frozenset | range):
+        if not isinstance(tokens, set | frozenset | range) and np.ndim(tokens) == 0:
             tokens = static_int(tokens, "GlobalMask", "tokens", minimum=0, remedy="or a sequence of positions")
         else:
             positions = np.asarray(sorted(tokens) if isinstance(tokens, set | frozenset) else tokens)

@@ -172,14 +172,14 @@ def _combine_traced(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: 
     leaves, structure = jax.tree_util.tree_flatten(mask)
     dims = ["bh"] * len(lists) + [dims for _, dims in mask._arrays()]
 
-    def combined(*arrays: Any) -> tuple[Any, ...]:
+    def combined(*arrays: jax.Array) -> tuple[Array, ...]:
         ours = RowLists(*arrays[: len(lists)])
         return _combine_heads(ours, structure.unflatten(arrays[len(lists) :]), grid, batch, heads)
 
     return RowLists(*explicit_mesh.call(combined, [*map(jnp.asarray, lists), *leaves], dims))
 
 
-def _combine_heads(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int) -> tuple[Any, ...]:
+def _combine_heads(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int) -> tuple[Array, ...]:
     if not has_multi_head(mask):
         _, new_tiles = _traced.capacities(mask, grid, None, None)
         return _combine_mapped(lists, mask, grid, batch, heads, new_tiles)
@@ -195,20 +195,22 @@ def _combine_heads(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: i
     )
 
 
-def _combine_mapped(lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int, new_tiles: int) -> tuple[Any, ...]:
+def _combine_mapped(
+    lists: RowLists, mask: Mask, grid: Grid, batch: int, heads: int, new_tiles: int
+) -> tuple[Array, ...]:
     leaves, structure = jax.tree_util.tree_flatten(mask)
     dims = ["bh"] * len(lists) + [dims for _, dims in mask._arrays()]
     new_tiles = min(new_tiles, lists.kv_blocks.shape[-1])
     chunk = max(1, _traced.CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))
 
-    def one(*arrays: Any) -> tuple[Any, ...]:
+    def one(*arrays: jax.Array) -> tuple[Array, ...]:
         ours, theirs = RowLists(*arrays[: len(lists)]), structure.unflatten(arrays[len(lists) :])
         return _combine_one_traced(ours, theirs, dataclasses.replace(grid, xp=jnp), new_tiles, chunk)
 
     return _traced.over_examples_and_heads(one, [*lists, *leaves], dims)
 
 
-def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, new_tiles: int, chunk: int) -> tuple[Any, ...]:
+def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, new_tiles: int, chunk: int) -> tuple[Array, ...]:
     row_offsets, kv_blocks, tiles, bit_tiles = lists
     n_tiles, capacity = bit_tiles.shape[0], kv_blocks.shape[0]
     rows, columns, valid = _entries(grid, row_offsets, kv_blocks)
@@ -232,7 +234,7 @@ def _combine_one_traced(lists: RowLists, mask: Mask, grid: Grid, new_tiles: int,
     number = jnp.where(partial & (new < new_tiles), new, new_tiles)
     entries = jnp.full(new_tiles, -1, jnp.int32).at[number].set(jnp.arange(capacity, dtype=jnp.int32), mode="drop")
 
-    def bits(entry: Any) -> Any:
+    def bits(entry: jax.Array) -> jax.Array:
         listed = jnp.maximum(entry, 0)
         words = _traced.tile_words(mask, grid, i[listed], j[listed])
         if n_tiles:
@@ -260,7 +262,7 @@ def _entries(grid: Grid, row_offsets: Any, kv_blocks: Any) -> tuple[Any, Any, An
     return rows, kv_blocks, (rows >= 0) & (kv_blocks >= 0) & (kv_blocks < grid.nk)
 
 
-def _poison(tiles: Any, rows: Any, other: ListedMask, grid: Grid) -> Any:
+def _poison(tiles: Array, rows: Array, other: ListedMask, grid: Grid) -> Any:
     """Rows that are bad in the other lists are bad in the result, where they have an entry."""
     bad = other.bad_rows(grid)[grid.xp.maximum(rows, 0)] & (rows >= 0)
     return grid.xp.where(bad, _NO_TILE, tiles)

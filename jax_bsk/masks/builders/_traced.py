@@ -10,15 +10,14 @@ Everything is vmapped over examples and heads, so a mesh that shards them needs 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.core import explicit_mesh
-from jax_bsk.core.arrays import is_array, of_rank
+from jax_bsk.core.arrays import Array, is_array, of_rank
 from jax_bsk.masks.algebra.mask import Mask, count_codes, has_multi_head
 from jax_bsk.masks.block_lists import RowLists
 from jax_bsk.masks.grid import EMPTY, FULL, Grid
@@ -34,7 +33,7 @@ def build(
     mask = jax.tree.map(lambda leaf: leaf if is_array(leaf) else np.asarray(leaf), mask)
     leaves, structure = jax.tree_util.tree_flatten(mask)
 
-    def lists(*leaves: Any) -> tuple[Any, ...]:
+    def lists(*leaves: jax.Array) -> tuple[Array, ...]:
         return _build_heads(jax.tree_util.tree_unflatten(structure, leaves), grid, batch, heads, max_blocks, max_tiles)
 
     return RowLists(*explicit_mesh.call(lists, leaves, [dims for _, dims in mask._arrays()]))
@@ -42,7 +41,7 @@ def build(
 
 def _build_heads(
     mask: Mask, grid: Grid, batch: int, heads: int, max_blocks: int | None, max_tiles: int | None
-) -> tuple[Any, ...]:
+) -> tuple[Array, ...]:
     if not has_multi_head(mask):
         return _build(mask, grid, batch, heads, *capacities(mask, grid, max_blocks, max_tiles))
 
@@ -50,15 +49,15 @@ def _build_heads(
     singles = [mask._select(None, h) for h in range(heads)]
     sizes = [capacities(single, grid, max_blocks, max_tiles) for single in singles]
     capacity, n_tiles = (max(size[n] for size in sizes) for n in range(2))
-    done: list[tuple[Mask, tuple[Any, ...]]] = []
-    built: list[tuple[Any, ...]] = []
+    done: list[tuple[Mask, tuple[Array, ...]]] = []
+    built: list[tuple[Array, ...]] = []
     for single in singles:
         same = [lists for other, lists in done if other == single]
         if not same:
             done.append((single, _build(single, grid, single.batch, 1, capacity, n_tiles)))
         built.append(same[0] if same else done[-1][1])
 
-    def join(arrays: tuple[Any, ...]) -> Any:
+    def join(arrays: tuple[Array, ...]) -> jax.Array:
         # Only some heads may have ids per example.
         return jnp.concatenate([jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in arrays], axis=1)
 
@@ -76,18 +75,20 @@ def capacities(mask: Mask, grid: Grid, max_blocks: int | None, max_tiles: int | 
     return max_blocks, max_tiles
 
 
-def _build(mask: Mask, grid: Grid, batch: int, heads: int, capacity: int, n_tiles: int) -> tuple[Any, ...]:
+def _build(mask: Mask, grid: Grid, batch: int, heads: int, capacity: int, n_tiles: int) -> tuple[Array, ...]:
     """Lists and tiles [B|1, H|1, ..]: of each example and head that the arrays of the mask distinguish."""
     leaves, structure = jax.tree_util.tree_flatten(mask)
     chunk = max(1, CHUNK_ELEMENTS // (grid.block_q * grid.block_kv * batch * heads))
 
-    def one(*leaves: Any) -> tuple[Any, ...]:
+    def one(*leaves: jax.Array) -> tuple[Array, ...]:
         return _build_one(jax.tree_util.tree_unflatten(structure, leaves), grid, capacity, n_tiles, chunk)
 
     return over_examples_and_heads(one, leaves, [dims for _, dims in mask._arrays()])
 
 
-def over_examples_and_heads(function: Any, leaves: Sequence[Any], dims: Sequence[str]) -> tuple[Any, ...]:
+def over_examples_and_heads(
+    function: Callable[..., tuple[Array, ...]], leaves: Sequence[Array], dims: Sequence[str]
+) -> tuple[Array, ...]:
     """`function(*leaves)` of each example and head, stacked as [B|1, H|1, ..].
 
     Args:
@@ -107,11 +108,11 @@ def over_examples_and_heads(function: Any, leaves: Sequence[Any], dims: Sequence
     return function(*leaves)
 
 
-def _with_leading_one(function: Any) -> Any:
+def _with_leading_one(function: Callable[..., tuple[Array, ...]]) -> Callable[..., tuple[Array, ...]]:
     return lambda *leaves: tuple(x[None] for x in function(*leaves))
 
 
-def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) -> tuple[Any, ...]:
+def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) -> tuple[Array, ...]:
     nq, nk = grid.nq, grid.nk
     grid = dataclasses.replace(grid, xp=jnp)
     i = jnp.arange(nq, dtype=jnp.int32)[:, None]
@@ -123,7 +124,7 @@ def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) 
     partial = (codes != EMPTY) & ~full
 
     # ---- positions in the lists: partial blocks first, then full ones ----
-    def rank(flags: Any) -> Any:
+    def rank(flags: jax.Array) -> jax.Array:
         return jnp.cumsum(flags, axis=1, dtype=jnp.int32) - 1
 
     partial_counts = partial.sum(1, dtype=jnp.int32)
@@ -133,7 +134,7 @@ def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) 
     position = jnp.where(partial | full, position, capacity).ravel()
     tile = jnp.where(partial.ravel(), jnp.cumsum(partial.ravel(), dtype=jnp.int32) - 1, -1)
 
-    def scatter(size: int, fill: int, at: Any, values: Any) -> Any:
+    def scatter(size: int, fill: int, at: jax.Array, values: jax.Array) -> jax.Array:
         # Positions are distinct, or `size` and past it, which drops them: those are out of room.
         return jnp.full(size, fill, jnp.int32).at[at].set(values, mode="drop")
 
@@ -146,14 +147,14 @@ def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) 
         return row_offsets, kv_blocks, tiles, jnp.zeros((n_tiles, *shape), jnp.uint32)
     block_of_tile = scatter(n_tiles, -1, jnp.where(tile >= 0, tile, n_tiles), jnp.arange(nq * nk, dtype=jnp.int32))
 
-    def bits(block: Any) -> Any:
+    def bits(block: jax.Array) -> jax.Array:
         row, column = jnp.maximum(block, 0) // nk, jnp.maximum(block, 0) % nk
         return jnp.where(block >= 0, tile_words(mask, grid, row, column), jnp.uint32(0))
 
     return row_offsets, kv_blocks, tiles, jax.lax.map(bits, block_of_tile, batch_size=min(chunk, n_tiles))
 
 
-def tile_words(mask: Mask, grid: Grid, row: Any, column: Any) -> Any:
+def tile_words(mask: Mask, grid: Grid, row: jax.Array, column: jax.Array) -> jax.Array:
     """uint32 [block_q, block_kv // 32], the bit tile of the block (row, column)."""
     shape = (grid.block_q, grid.block_kv // 32)
     q = (row * grid.block_q + jnp.arange(grid.block_q, dtype=jnp.int32))[:, None]

@@ -5,7 +5,8 @@ Beside `_transpose`, which makes the key-major lists in this order; only a call 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def with_entry_order(mask: BlockLists) -> tuple[Any, EntryOrder]:
     """
     mask = mask._plain()
     if "_ordered" not in mask.__dict__:
-        lists: Any = mask.row_offsets, mask.kv_blocks, mask.tiles
+        lists = cast("tuple[Any, Any, Any]", (mask.row_offsets, mask.kv_blocks, mask.tiles))
         n_tiles = mask.bit_tiles.shape[2]
         if mask.is_traced or any(isinstance(x, jax.Array) for x in lists):
             columns, order = _order_traced(*lists, mask.nk, n_tiles)
@@ -54,7 +55,7 @@ def with_entry_order(mask: BlockLists) -> tuple[Any, EntryOrder]:
         given = mask.col_offsets is not None
         ours = (mask._with_columns(ColumnLists(None, None, None)) if given else mask).transpose()
         columns = ColumnLists(ours.col_offsets, ours.q_blocks, ours.col_tiles)
-        mask.__dict__["_ordered"] = ours, _order_host(*lists, columns, n_tiles)
+        mask.__dict__["_ordered"] = ours, _order_host(*lists, mask.nk, columns, n_tiles)
     return mask.__dict__["_ordered"]
 
 
@@ -85,9 +86,8 @@ def _permute(numbers: jax.Array, indices: jax.Array) -> jax.Array:
 
 
 def _order_host(
-    row_offsets: np.ndarray, kv_blocks: np.ndarray, tiles: np.ndarray, columns: ColumnLists, n_tiles: int
+    row_offsets: np.ndarray, kv_blocks: np.ndarray, tiles: np.ndarray, nk: int, columns: ColumnLists, n_tiles: int
 ) -> EntryOrder:
-    nk = columns.col_offsets.shape[-1] - 1
     at_positions, positions = np.empty_like(kv_blocks, np.int32), np.empty_like(kv_blocks, np.int32)
     everything = np.arange(kv_blocks.shape[-1], dtype=np.int32)
     for b, h in np.ndindex(kv_blocks.shape[:2]):
@@ -103,7 +103,7 @@ def _order_traced(
 ) -> tuple[ColumnLists, EntryOrder]:
     *columns, at_positions, positions = ordered_transpose_traced(row_offsets, kv_blocks, tiles, nk)
 
-    def function(*arrays: Any) -> tuple[jax.Array]:
+    def function(*arrays: jax.Array) -> tuple[jax.Array]:
         *columns, kv_blocks, positions = arrays
         return (_factors(jnp, ColumnLists(*columns), kv_blocks, positions, n_tiles),)
 
@@ -111,10 +111,9 @@ def _order_traced(
     return ColumnLists(*columns), EntryOrder(at_positions, positions, factors)
 
 
-def _factors(xp: Any, columns: ColumnLists, kv_blocks: Any, positions: Any, n_tiles: int) -> Any:
+def _factors(xp: ModuleType, columns: ColumnLists, kv_blocks: Array, positions: Array, n_tiles: int) -> Any:
     """`EntryOrder.factors`, by numpy or jax.numpy."""
-    offsets: Any = columns.col_offsets
-    tiles: Any = columns.col_tiles
+    offsets, tiles = cast(Any, columns.col_offsets), cast(Any, columns.col_tiles)
     nk, capacity = offsets.shape[-1] - 1, kv_blocks.shape[-1]
     if nk == 0:
         return xp.zeros(kv_blocks.shape, np.float32)
