@@ -365,7 +365,7 @@ def test_token_scores_in_pieces(monkeypatch):
         (lambda q, k: nsa(q, k, compressed_key=k), ValueError, "compressed_key has shape"),
         (lambda q, k: xattention(q, k, stride=24), ValueError, "stride divides"),
         (lambda q, k: xattention(q, k, threshold=1.5), ValueError, r"threshold is a number in \[0, 1\]"),
-        (lambda q, k: xattention(q, k, threshold=[0.5] * 3), ValueError, "one a head"),
+        (lambda q, k: xattention(q, k, threshold=[0.5] * 3), ValueError, "one per head"),
         (lambda q, k: from_topk(np.ones((2, 3), np.float32), 1, q_len=200), ValueError, r"\(nq, nk\) = \(2, 2\)"),
         (lambda q, k: from_topk(np.ones((2, 2), bool), 1, q_len=200), TypeError, "real numbers"),
         (lambda q, k: from_topk(np.ones((2, 2)), 1, q_len=200, mask=np.ones((2, 2), bool)), TypeError, "mask is"),

@@ -2,7 +2,7 @@
 
 A causal mask of n blocks visits n^2 / 2 of them in 2 n runs, so this is the form in which a host keeps the lists of a
 long mask, and in which they become constants of a jitted function. Kernels read plain lists: `expand` makes them on
-the device. `_host` makes runs, `_run_mask` holds them.
+the device. `builders._host` makes runs, `run_lists` holds them.
 """
 
 from __future__ import annotations

@@ -413,7 +413,7 @@ class BlockMask(BlockLists):
         """Describes the mask in a few lines.
 
         Args:
-          batch, heads: of the attention call, for its useful FLOPs; by default those of the mask.
+          batch, heads: examples and query heads of the attention call, for its useful FLOPs; by default the mask's.
           head_dim: head size of queries, keys and values; FLOPs are told where it is given (forward: two products of
             2 * head_dim operations for each attended element).
 
@@ -427,7 +427,7 @@ class BlockMask(BlockLists):
           >>> from jax_bsk.masks import CausalMask
           >>> print(CausalMask().bind(512).describe())
           BlockMask: 512 queries x 512 keys in blocks of 128 x 128 (4 x 4 blocks), batch 1, heads 1
-            visited: 10 blocks a list, 6 full, 4 partial
+            visited: 10 blocks per list, 6 full, 4 partial
             density: 62.50% of the blocks, 50.10% of the elements
             storage: 1 bit tiles, 2,148 bytes
         """

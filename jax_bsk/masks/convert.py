@@ -123,5 +123,5 @@ def _check_dims(mask_batch: int, mask_heads: int, batch: int, heads: int, mask: 
     if mask_batch not in (1, batch):
         raise ValueError(f"mask has batch {mask_batch}, the call has batch {batch}; it must be that or 1: {mask!r}")
     if mask_heads not in (1, heads):
-        remedy = "; a mask has one entry a query head (not a key/value head)"
+        remedy = "; a mask has one entry per query head (not a key/value head)"
         raise ValueError(f"mask has {mask_heads} heads, the call has {heads}; it must be that or 1{remedy}: {mask!r}")

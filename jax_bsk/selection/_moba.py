@@ -38,7 +38,7 @@ def moba(
       key: BSKH or SKH, of query's type, K dividing N.
       top_k: blocks of `moba_block` keys, the own one included, at least 1.
       moba_block: keys that are chosen together, a multiple of the key block; the last may be shorter.
-      block_size: of the lists, as in `BlockMask.from_mask`.
+      block_size: block size of the lists, as in `BlockMask.from_mask`.
       is_causal: keys after the query are masked; without it any block may be chosen, the own one always is.
       share_group: whether to make one list for the query heads of a key/value head, by the sum of their scores (one
         list in all where there is one key/value head); else one list per query head.

@@ -53,8 +53,8 @@ def nsa(
       selection_block: keys that are chosen together, a multiple of the key block and of d.
       initial_blocks, local_blocks: selection blocks that are always chosen, 0 or more; the local ones are the own
         block of the row's last query and those before it (where the row's queries are of several, all of these too).
-      block_size: of the lists, as in `BlockMask.from_mask`.
-      scale: of the logits, 1 / sqrt(H) by default.
+      block_size: block size of the lists, as in `BlockMask.from_mask`.
+      scale: factor of the logits, 1 / sqrt(H) by default.
 
     Returns:
       A causal `BlockMask` [B, N], equal for the heads of a group ([B, 1] with one key/value head), without gradient.

@@ -22,8 +22,8 @@ def top_of_prefixes(z: jax.Array, k: int, chunk: int = CHUNK) -> jax.Array:
     steps; O(chunk (k + chunk)) memory.
 
     Args:
-      z: [n], floating, n at least 1. -inf is never chosen, NaN before all others.
-      k: at least 1.
+      z: scores [n], floating, n at least 1. -inf is never chosen, NaN before all others.
+      k: number of scores to take, at least 1.
 
     Returns:
       int32 [n, k]: row t has the numbers of the best of z[..t], ascending, of equal ones the lower; then n.

@@ -50,7 +50,7 @@ def sparsek(
     the window or in a block that may be chosen.
 
     Costs, with n key blocks: lists and the hard choice are linear in n. For exact thresholds the whole of each prefix
-    is searched, n^2 numbers a head (10^6 for 131,072 tokens in blocks of 128) some 60 times over, a part at a time in
+    is searched, n^2 numbers per head (10^6 for 131,072 tokens in blocks of 128) some 60 times over, a part at a time in
     memory. With `candidates` thresholds are linear, too.
 
     Args:
@@ -59,10 +59,10 @@ def sparsek(
       top_k: blocks chosen in each row, k above, at least 1.
       window: tokens, at least 1.
       gate: "straight-through" or "soft".
-      candidates: how many of the best blocks are remembered for the threshold, at least top_k; None for all. Where more
-        than these have a part in it (0 < p), thresholds are too low: soft gates sum to more than top_k.
+      candidates: number of the best blocks that are remembered for the threshold, at least top_k; None for all. Where
+        more than these have a part in it (0 < p), thresholds are too low: soft gates sum to more than top_k.
       q_len: queries, query t at position t; S by default.
-      block_size: of the lists, as in `BlockMask.from_mask`.
+      block_size: block size of the lists, as in `BlockMask.from_mask`.
 
     Returns:
       A causal `BlockMask` [B, G], without gradient, whose lists cannot overflow: room for the window and top_k blocks

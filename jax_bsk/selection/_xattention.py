@@ -49,11 +49,11 @@ def xattention(
       threshold: a number or an array [N] ([K] with share_group) in [0, 1], may be traced: 1 takes every block with
         weight (up to rounding), 0 the required ones alone.
       initial_blocks: key blocks that are always chosen if causal, 0 or more.
-      block_size: as in `BlockMask.from_mask`.
+      block_size: block size of the lists, as in `BlockMask.from_mask`.
       is_causal: keys after the query are masked. Without it no block is required.
       share_group: whether to make one list for the query heads of a key/value head, by the sum of their weights; else
         one list per query head.
-      scale: of the logits, 1 / sqrt(H) by default.
+      scale: factor of the logits, 1 / sqrt(H) by default.
 
     Returns:
       A `BlockMask` [B, N] ([B, 1] where all heads share), without gradient, with room for every block that causality
@@ -94,11 +94,11 @@ def _fraction(threshold: ArrayLike, heads: int, dtype: jnp.dtype) -> jax.Array:
     if not isinstance(threshold, Tracer | jax.Array):
         host = np.asarray(threshold)
         if host.dtype.kind not in "iuf" or not ((host >= 0) & (host <= 1)).all():
-            raise ValueError(f"threshold is a number in [0, 1], or one a head, got {threshold!r}")
+            raise ValueError(f"threshold is a number in [0, 1], or one per head, got {threshold!r}")
         threshold = host
     array = jax.lax.stop_gradient(jnp.asarray(threshold).astype(dtype))
     if array.shape not in ((), (heads,)):
-        raise ValueError(f"threshold is a number or one a head, shape ({heads},), got shape {array.shape}")
+        raise ValueError(f"threshold is a number or one per head, shape ({heads},), got shape {array.shape}")
     return array.reshape(-1, 1, 1) if array.ndim else array
 
 

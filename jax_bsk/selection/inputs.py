@@ -65,9 +65,9 @@ def by_query_block(function: Callable[[jax.Array, jax.Array], jax.Array], query:
     """`function(i, query[:, i])` for each block i of query [B, nq, ...], stacked at axis -2; several at a time.
 
     Args:
-      function: gives [B, heads, groups] for one block.
+      function: function that gives [B, heads, groups] for one block.
       query: [B, nq, ...].
-      elements: the most elements that the function holds for one block.
+      elements: upper bound of the elements that the function holds for one block.
     """
     blocks = query.shape[1]
     numbers = jnp.arange(blocks, dtype=jnp.int32)

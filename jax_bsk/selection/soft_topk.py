@@ -49,9 +49,9 @@ def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "e
 
     Args:
       scores: [..., n, ...], floating. Types of less than 32 bits are computed with in float32.
-      k: how many to choose, not negative, whole or not; broadcasts to the shape of scores without `axis`. May be
+      k: number to choose, not negative, whole or not; broadcasts to the shape of scores without `axis`. May be
         traced; has a derivative where it is floating. A traced k that is negative or NaN gives NaN.
-      axis: of the n scores.
+      axis: axis of the n scores.
       method: "exact" sorts the breakpoints, O(n log n). "fast" finds c by bisection over the bits of a floating-point
         number and tau by bisection in [c - 1, c], then takes the exact step above: O(n) with a factor of about 30
         (60 in float64) cheap passes and no sort. Both agree to rounding.
@@ -232,7 +232,7 @@ def _root_by_sort(y: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _root_by_bisection(y: jax.Array, k: jax.Array) -> jax.Array:
-    """A lower bound of the greatest root of f in [-1, 0], within the rounding of the interval; two bits a pass."""
+    """A lower bound of the greatest root of f in [-1, 0], within the rounding of the interval; two bits per pass."""
 
     def step(n: Any, low: jax.Array, y: jax.Array, k: jax.Array) -> jax.Array:
         width = jnp.exp2(-2.0 * (n + 1)).astype(y.dtype)

@@ -59,8 +59,8 @@ def sparsek_causal(scores: ArrayLike, k: ArrayLike, *, capacity: int | None = No
 
     Args:
       scores: [..., n], floating; -inf is never chosen. A NaN makes its position and all later ones NaN.
-      k: as in `sparsek`, broadcasts to [...].
-      capacity: how many of the greatest scores before a chunk are kept; None for all: always exact, and quadratic.
+      k: number to choose, as in `sparsek`; it broadcasts to [...].
+      capacity: number of the greatest scores before a chunk are kept; None for all: always exact, and quadratic.
         Where it is too small, `exact` is False, and tau is that of the scores kept: below the true one.
       chunk: number of positions solved together.
 
@@ -218,10 +218,10 @@ class SparseKState(NamedTuple):
         """The state before the first key.
 
         Args:
-          k: as in `sparsek`, broadcasts to shape.
+          k: number to choose, as in `sparsek`; it broadcasts to shape.
           capacity: slots, at least k. Enough is k plus the most keys whose scores are in an interval of width 1.
-          shape: of the batch, [...].
-          dtype: float32 or float64, of the state.
+          shape: shape of the batch, [...].
+          dtype: type of the state, float32 or float64.
 
         Raises:
           TypeError, ValueError: as `sparsek`; where capacity is no positive int or less than k.

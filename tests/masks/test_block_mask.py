@@ -344,7 +344,7 @@ def test_zero_lengths(q_len, kv_len):
             assert bound.transpose().col_offsets.tolist() == [[[0] * (bound.nk + 1)]]
             assert (bound.density, bound.element_density) == (0.0, 0.0)
             bound.check()
-            assert "0 blocks a list" in bound.describe(head_dim=64)
+            assert "0 blocks per list" in bound.describe(head_dim=64)
 
 
 # ---- check ------------------------------------------------------------------------------------------------------
@@ -395,7 +395,7 @@ def test_describe():
     text = m.CausalMask().bind(512).describe(batch=2, heads=8, head_dim=64)
     assert text.splitlines() == [
         "BlockMask: 512 queries x 512 keys in blocks of 128 x 128 (4 x 4 blocks), batch 1, heads 1",
-        "  visited: 10 blocks a list, 6 full, 4 partial",
+        "  visited: 10 blocks per list, 6 full, 4 partial",
         "  density: 62.50% of the blocks, 50.10% of the elements",
         f"  storage: 1 bit tiles, {5 * 4 + 10 * 4 * 2 + 2048:,} bytes",
         "  useful work: 0.54 GFLOP forward, 1.34 GFLOP backward (batch 2, heads 8, head size 64)",

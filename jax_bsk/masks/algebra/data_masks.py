@@ -1,6 +1,6 @@
 """Masks made of data: segment ids, boolean arrays, and boolean block arrays.
 
-Their arrays are pytree leaves and may be traced: then the block lists are computed inside `jit` (`_traced.py`).
+Their arrays are pytree leaves and may be traced: then the block lists are computed inside `jit` (`builders._traced`).
 """
 
 from __future__ import annotations

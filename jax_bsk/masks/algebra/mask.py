@@ -384,10 +384,10 @@ class MultiHeadMask(Mask):
 
     def __init__(self, masks: Iterable[Mask]) -> None:
         if isinstance(masks, Mask):
-            raise TypeError(f"MultiHeadMask: masks must be a list of masks, one a head; given the mask {masks!r}")
+            raise TypeError(f"MultiHeadMask: masks must be a list of masks, one per head; given the mask {masks!r}")
         masks = tuple(masks)
         if not masks:
-            raise ValueError("MultiHeadMask: masks is empty; give one mask a head")
+            raise ValueError("MultiHeadMask: masks is empty; give one mask per head")
         for n, mask in enumerate(masks):
             if not isinstance(mask, Mask):
                 remedy = "; wrap a boolean array in ArrayMask(...)" if is_array(mask) else ""

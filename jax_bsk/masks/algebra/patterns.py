@@ -1,6 +1,6 @@
 """Masks known in closed form: they hold numbers, no arrays (but offsets and prefixes), and cost nothing to carry.
 
-Each class gives bounds (`_classify`) and elements (`_evaluate`); see `algebra.py`. `delta` is query minus key position.
+Each class gives bounds (`_classify`) and elements (`_evaluate`); see `mask.Mask`. `delta` is query minus key position.
 """
 
 from __future__ import annotations

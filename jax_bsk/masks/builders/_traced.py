@@ -92,7 +92,7 @@ def over_examples_and_heads(
     """`function(*leaves)` of each example and head, stacked as [B|1, H|1, ..].
 
     Args:
-      function: of the leaves without their leading dims; returns a tuple.
+      function: function of the leaves without their leading dims; it returns a tuple.
       leaves: arrays.
       dims: the leading dims of each: "", "b", "h" or "bh", shared where their size is 1.
     """

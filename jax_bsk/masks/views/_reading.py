@@ -69,7 +69,7 @@ def describe(mask: BlockLists, batch: int | None, heads: int | None, head_dim: i
     lines = [
         f"BlockMask: {mask.q_len} queries x {mask.kv_len} keys in blocks of {mask.block_q} x {mask.block_kv} "
         f"({mask.nq} x {mask.nk} blocks), batch {mask.batch}, heads {mask.heads}",
-        f"  visited: {visited.sum() / lists:,.0f} blocks a list, {full / lists:,.0f} full, "
+        f"  visited: {visited.sum() / lists:,.0f} blocks per list, {full / lists:,.0f} full, "
         f"{partial / lists:,.0f} partial",
         f"  density: {density(mask):.2%} of the blocks, {element_density(mask):.2%} of the elements",
         f"  storage: {mask.bit_tiles.shape[2]:,} bit tiles, {mask.nbytes:,} bytes",
