@@ -34,8 +34,9 @@ def from_topk(
         equal scores the lower block is taken. Blocks of score -inf or NaN are never chosen. Not differentiated.
       k: number of blocks per row, static, at least 1; rows with fewer blocks to choose from have those.
       q_len, kv_len, block_size: as in `BlockMask.from_mask`.
-      mask: lazy mask of the elements, without traced arrays and shared by heads and examples: blocks it leaves empty are
-        never chosen, chosen ones are masked by it. With `CausalMask()`: the best blocks at or before the query block's own.
+      mask: lazy mask of the elements, without traced arrays and shared by heads and examples: blocks it leaves empty
+        are never chosen, chosen ones are masked by it. With `CausalMask()`: the best blocks at or before the query
+        block's own.
       own_block: always take the blocks with the keys at the positions of the row's queries (the diagonal), whatever
         their score. They count among the k, and where they are more than k, all are taken.
 
