@@ -3,11 +3,24 @@ PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check -q
 RUN    := $(VENV)/bin/python
-# A CUDA toolkit's nvcc is found by itself; `make build NVCC=wheels` gets one from PyPI instead.
+# CUDA=1 compiles the CUDA library, too, and fails where there is no nvcc; CUDA=0 leaves it out. Without either it is
+# compiled where there are an NVIDIA GPU and an nvcc: on two cores it would take 6 of the 9 minutes of `make demo`, and
+# without a GPU nothing could run it. The environment's CUDA, often a toolkit's folder, is not read.
+CUDA   :=
+# `make build CUDA=1 NVCC=wheels` gets an nvcc from PyPI where there is no CUDA toolkit.
 NVCC   ?=
+GPU    := $(shell (command -v nvidia-smi || ls /dev/nvidia0) 2> /dev/null)
+ifneq ($(filter-out 0 1,$(CUDA)),)
+$(error CUDA is 1 (compile the CUDA library) or 0 (leave it out), got '$(CUDA)')
+endif
+# CMake's JAX_BSK_CUDA. One in $CMAKE_ARGS wins, because it comes later.
+OPTION  = $(if $(CUDA),$(if $(filter 1,$(CUDA)),ON,OFF),$(if $(GPU)$(filter wheels,$(NVCC)),AUTO,OFF))
+ON      = and the CUDA library: about 8 minutes on two cores the first time. CUDA=0 leaves the CUDA library out.
+AUTO    = and, if there is an nvcc, the CUDA library: about 8 minutes on two cores the first time. CUDA=0 leaves it out.
+OFF     = only: about 1 minute on two cores the first time. CUDA=1 compiles the CUDA library, too.
 # On a machine with an NVIDIA GPU, JAX comes with its CUDA plugin.
 comma  := ,
-EXTRAS := dev$(shell command -v nvidia-smi > /dev/null 2>&1 && echo ,cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
+EXTRAS := dev$(if $(GPU),$(comma)cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
 
 .PHONY: help demo test build lint format bench asan sass clean
 .DEFAULT_GOAL := help
@@ -15,13 +28,16 @@ EXTRAS := dev$(shell command -v nvidia-smi > /dev/null 2>&1 && echo ,cuda)$(if $
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 help:
-	@echo "make demo    trains a small Flax model on real text with dense and with block-sparse attention"
+	@echo "make demo    trains a small Flax model on real text, with dense and with block-sparse attention"
 	@echo "make test    runs the tests"
-	@echo "make build   builds the native libraries into $(VENV); only what changed is compiled"
+	@echo "make build   compiles the native libraries and installs jax_bsk in $(VENV); only what changed is compiled"
 	@echo "make bench   compares with jax.nn.dot_product_attention on this machine"
-	@echo "make lint    ruff, clang-format, pyright        make format   applies the formatters"
+	@echo "make lint    runs ruff, clang-format and pyright        make format   applies the formatters"
 	@echo "make asan    checks the CPU kernels under AddressSanitizer and UBSan"
-	@echo "make sass    disassembles the CUDA library: matrix and copy instructions there, no local memory"
+	@echo "make sass    compiles and disassembles the CUDA library: matrix and copy instructions are there, and no spills"
+	@echo
+	@echo "demo, test, build and bench take CUDA=1 (compile the CUDA library, too; an error without an nvcc) or CUDA=0 (leave"
+	@echo "it out). By default it is compiled where there are an NVIDIA GPU and an nvcc. NVCC=wheels gets an nvcc from PyPI."
 
 demo: build
 	$(RUN) examples/train_bytes.py --output demo_output
@@ -36,7 +52,8 @@ bench: build
 # The extension is compiled in build/ and installed in editable mode: Python files are used from here, and ninja compiles
 # only what changed.
 build: $(STAMP)
-	@$(PIP) install --no-build-isolation --no-deps -e . || (echo "The build failed; python3 needs its headers (Debian: apt install python3-dev) and there must be a C++ compiler (g++)." && exit 1)
+	@echo "Compiles the CPU library $($(OPTION))"
+	@CMAKE_ARGS="-DJAX_BSK_CUDA=$(OPTION) $$CMAKE_ARGS" $(PIP) install --no-build-isolation --no-deps -e .
 	@cd $(VENV) && bin/python -m jax_bsk info --brief
 
 $(STAMP): pyproject.toml
@@ -64,7 +81,8 @@ asan:
 	cmake --build build/asan --parallel
 	build/asan/cpu_check $(ARGS)
 
-# Needs no GPU: a CUDA kernel without its matrix instructions, or with spills, is right and slow, which no test sees.
+# Needs an nvcc and no GPU: a CUDA kernel without its matrix instructions, or with spills, is right and slow, which no test sees.
+sass: CUDA := 1
 sass: build
 	$(RUN) tools/check_sass.py $(ARGS)
 
