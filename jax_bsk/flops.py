@@ -1,11 +1,11 @@
-"""How many floating-point operations calls take, for MFU and rooflines, as XLA does not know.
+"""Number of floating-point operations of a call, for MFU and rooflines, because XLA does not know it.
 
-Beside the path of a call: it computes nothing. `compiled.cost_analysis()["flops"]` leaves out what custom calls do (the
-native kernels), as XLA lets no FFI call of a CPU or GPU state its cost, and counts the body of a loop once (the "xla"
-implementation). So add what is here to it for the native kernels.
+The module is beside the path of a call and computes no result. `compiled.cost_analysis()["flops"]` leaves out custom
+calls (the native kernels), because XLA lets no FFI call on CPUs and GPUs state its cost, and counts the body of a loop
+once (the "xla" implementation). For the native kernels the counts of this module are to be added to it.
 
-Counted are multiplications and additions of matrix products, two per pair of numbers, as others do; the exponentials
-are not. The counts are those of the algorithm: a checkpoint that runs a forward again counts for nothing.
+Multiplications and additions of matrix products count, two per pair of numbers, as is usual; exponentials do not. The
+counts are those of the algorithm: a forward pass that a checkpoint runs again is not counted again.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from jax.typing import ArrayLike
 
@@ -22,14 +23,17 @@ from jax_bsk.attention.api import bind_mask
 from jax_bsk.masks import BlockMask, Mask
 from jax_bsk.matmul.bsr import BSR
 
+# What has a shape: an array, a `jax.ShapeDtypeStruct`, or the shape itself.
+HasShape = ArrayLike | jax.ShapeDtypeStruct | Sequence[int]
+
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Operations of one pass.
+    """Numbers of operations of one pass. Two of them can be added.
 
     Attributes:
-      useful: Those of attended (stored) elements, which MFU counts.
-      visited: Those of all elements of visited (stored) blocks, which kernels compute.
+      useful: Operations of attended (stored) elements, which MFU counts.
+      visited: Operations of all elements of visited (stored) blocks, which kernels compute.
     """
 
     useful: float
@@ -41,11 +45,11 @@ class Flops:
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """Operations of a call.
+    """Numbers of operations of a call.
 
     Attributes:
-      forward: Of the results.
-      backward: Of the gradients of all floating arguments, given the results.
+      forward: Operations that compute the result.
+      backward: Operations that compute the gradients of all floating-point arguments, given the result.
     """
 
     forward: Flops
@@ -53,33 +57,47 @@ class Cost:
 
     @property
     def training(self) -> Flops:
-        """Of both passes."""
+        """Operations of both passes together."""
         return self.forward + self.backward
 
 
 def attention(
-    query: Any,
-    key: Any,
-    value: Any = None,
+    query: HasShape,
+    key: HasShape,
+    value: HasShape | None = None,
     mask: Mask | BlockMask | ArrayLike | None = None,
     *,
     is_causal: bool = False,
     local_window_size: int | tuple[int | None, int | None] | None = None,
 ) -> Cost:
-    """Operations of `sparse_attention` with the same arguments.
+    """Counts the operations of `sparse_attention` with the same arguments.
 
-    Per attended pair of a query and a key and per query head, with head sizes H and Hv: 2 H + 2 Hv in the forward (two
-    products), 6 H + 4 Hv in the backward (five).
+    A pair of a query and a key that attend to each other costs, per query head and with head sizes H of key and Hv of
+    value, 2 H + 2 Hv operations in the forward pass (two products) and 6 H + 4 Hv in the backward pass (five).
 
     Args:
       query: Array, `jax.ShapeDtypeStruct` or shape: BTNH or TNH.
-      key: The same: BSKH or SKH.
-      value: The same, or None: of key's shape.
-      mask, is_causal, local_window_size: As in `sparse_attention`; the values of the mask must be known, and are read.
-        Lengths of examples are not asked for: give them as a mask, e.g. `jax_bsk.masks.ArrayMask`.
+      key: Array, `jax.ShapeDtypeStruct` or shape: BSKH or SKH.
+      value: Array, `jax.ShapeDtypeStruct` or shape: BSKH or SKH; None stands for key's shape.
+      mask: Mask as in `sparse_attention`, with known values, which are read. Lengths of examples are given as a mask,
+        e.g. a `jax_bsk.masks.ArrayMask`.
+      is_causal: Whether the call is causal, as in `sparse_attention`.
+      local_window_size: Window as in `sparse_attention`.
+
+    Returns:
+      The `Cost` of one call: `forward`, `backward` and `training`, each a `Flops` of `useful` and `visited` operations.
 
     Raises:
-      ValueError, TypeError: Shapes do not fit, or the mask is traced.
+      ValueError: Shapes do not fit.
+      TypeError: The mask is traced.
+
+    Example:
+      >>> from jax_bsk import flops
+      >>> cost = flops.attention((1, 1024, 8, 64), (1, 1024, 8, 64), is_causal=True)
+      >>> cost.forward.useful == 4 * 64 * 8 * (1024 * 1025 // 2)
+      True
+      >>> round(cost.forward.visited / cost.forward.useful, 3)  # blocks on the diagonal are visited whole
+      1.124
     """
     q, k = _shape(query, "query", (3, 4)), _shape(key, "key", (3, 4))
     v = k if value is None else _shape(value, "value", (3, 4))
@@ -97,21 +115,26 @@ def attention(
 
 
 def of_pairs(pairs: float, head_dim: int, value_dim: int) -> tuple[float, float]:
-    """Operations of the forward and of the backward of attention for a number of pairs of a query and a key.
+    """Returns the operations of the forward and the backward pass of attention for a number of pairs of query and key.
 
-    The forward has QK' and PV; the backward QK' again, dO V', P' dO, dS K and dS' Q.
+    The forward pass has the products QK' and PV; the backward pass QK' again, dO V', P' dO, dS K and dS' Q.
     """
     return pairs * 2 * (head_dim + value_dim), pairs * 2 * (3 * head_dim + 2 * value_dim)
 
 
-def matmul(a: Any, b: Any) -> Cost:
-    """Operations of `sparse_matmul(a, b)`, transposed or not.
+def matmul(a: BSR | HasShape, b: BSR | HasShape) -> Cost:
+    """Counts the operations of `sparse_matmul(a, b)`, transposed or not.
 
     Args:
-      a, b: One a `BSR`, the other an array, `jax.ShapeDtypeStruct` or shape, [K, N] or [..., M].
+      a: `BSR` of shape [M, K]; or an array, `jax.ShapeDtypeStruct` or shape [..., M].
+      b: Array, `jax.ShapeDtypeStruct` or shape [K, N]; or a `BSR`.
+
+    Returns:
+      The `Cost` of one call.
 
     Raises:
       TypeError: Neither or both are a `BSR`.
+      ValueError: The other factor has another number of dimensions.
     """
     if isinstance(a, BSR) == isinstance(b, BSR):
         raise TypeError(f"one factor is a BSR and the other an array, got {type(a).__name__} and {type(b).__name__}")
@@ -120,20 +143,26 @@ def matmul(a: Any, b: Any) -> Cost:
     return _of_matrix(b, math.prod(_shape(a, "a", None)[:-1]))
 
 
-def sampled_matmul(a: Any, b: Any, pattern: BSR) -> Cost:
-    """Operations of `sampled_matmul(a, b, pattern)`.
+def sampled_matmul(a: HasShape, b: HasShape, pattern: BSR) -> Cost:
+    """Counts the operations of `sampled_matmul(a, b, pattern)`.
 
     Args:
-      a: Array, `jax.ShapeDtypeStruct` or shape: [M, L].
-      b: The same: [L, K].
-      pattern: The places of the blocks.
+      a: Array, `jax.ShapeDtypeStruct` or shape [M, L].
+      b: Array, `jax.ShapeDtypeStruct` or shape [L, K].
+      pattern: `BSR` that says where the blocks are.
+
+    Returns:
+      The `Cost` of one call.
+
+    Raises:
+      ValueError: `a` is no matrix.
     """
     del b
     return _of_matrix(pattern, _shape(a, "a", (2,))[1])
 
 
 def of_product(elements: float, width: int) -> float:
-    """Operations of a product of so many stored elements, each with a row of so many numbers."""
+    """Returns the operations of a product in which each stored element meets a row of `width` numbers."""
     return 2 * elements * width
 
 
@@ -145,7 +174,7 @@ def _of_matrix(matrix: BSR, width: int) -> Cost:
 
 
 def _stored(matrix: BSR) -> tuple[int, int]:
-    """Blocks, and elements within the matrix; where the lists have no values, as many as there is room for."""
+    """Returns the number of stored blocks and of their elements inside the matrix; the room for them where traced."""
     bm, bk = matrix.block_size
     try:
         indptr, indices = np.asarray(matrix.indptr), np.asarray(matrix.indices)

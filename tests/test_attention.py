@@ -54,7 +54,7 @@ def test_means_the_same_as_jax_nn(implementation, inputs, name):
 @pytest.mark.parametrize("shape", [(2, 4, 96, 96), (1, 4, 96, 96), (2, 1, 96, 96), (1, 1, 1, 96), (1, 1, 96, 1)])
 def test_bias_broadcasts(inputs, shape):
     bias = jax.random.normal(jax.random.key(1), shape)
-    actual = sparse_attention(*inputs, bias, is_causal=True, implementation="xla")
+    actual = sparse_attention(*inputs, bias=bias, is_causal=True, implementation="xla")
     assert_close(actual, jax_nn(*inputs, bias=jnp.broadcast_to(bias, (*shape[:2], 96, 96)), is_causal=True))
 
 
@@ -158,11 +158,11 @@ def test_fallback_says_why_once(inputs, monkeypatch):
     monkeypatch.setattr(dispatch, "_already_said", set())
     bias = jnp.zeros((1, 1, 96, 96))
     with pytest.warns(jax_bsk.FallbackWarning, match="take no bias") as caught:
-        sparse_attention(*inputs, bias)
+        sparse_attention(*inputs, bias=bias)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sparse_attention(*inputs, bias)
+        sparse_attention(*inputs, bias=bias)
 
 
 q, k, v = (np.zeros((2, 8, 4, 16), np.float32) for _ in range(3))
@@ -184,7 +184,7 @@ MISTAKES = {
         ValueError,
         "combined mask",
     ),
-    "mask kind": (lambda: sparse_attention(q, k, v, mask="causal"), TypeError, "a Mask, a BlockMask or a boolean"),
+    "mask kind": (lambda: sparse_attention(q, k, v, mask="causal"), TypeError, "a Mask, a BlockMask or a boolean"),  # pyright: ignore[reportArgumentType]
     "window": (lambda: sparse_attention(q, k, v, local_window_size=(-1, 0)), ValueError, "-1"),
     "soft cap": (lambda: sparse_attention(q, k, v, logits_soft_cap=0.0), ValueError, "got 0; pass None for no cap"),
     "scale of several": (lambda: sparse_attention(q, k, v, scale=np.ones(2)), TypeError, "scale is one number"),
@@ -241,7 +241,7 @@ MISTAKES = {
         TypeError,
         "jax_bsk.flax.attention_fn",
     ),
-    "implementation": (lambda: sparse_attention(q, k, v, implementation="tpu"), ValueError, "'cpu', 'cuda', 'xla'"),
+    "implementation": (lambda: sparse_attention(q, k, v, implementation="tpu"), ValueError, "'cpu', 'cuda', 'xla'"),  # pyright: ignore[reportArgumentType]
     "native bias": (
         lambda: sparse_attention(q, k, v, np.zeros((8, 8), np.float32), implementation="cpu"),
         jax_bsk.UnsupportedError,
@@ -303,7 +303,7 @@ def test_numbers_at_the_ends_of_their_ranges(implementation, scale, cap):
 
     out, pullback = jax.vjp(call, *(jnp.asarray(x, jnp.float32) for x in inputs))
     oracle = attention_oracle(
-        *inputs, np.ones((1, 1, 33, 33), bool), scale=scale, soft_cap=cap, dout=np.ones(inputs[0].shape)
+        *inputs, mask=np.ones((1, 1, 33, 33), bool), scale=scale, soft_cap=cap, dout=np.ones(inputs[0].shape)
     )
     assert_close(out, oracle.values["out"], 1e-5)
     dout = jnp.ones(out.shape)
@@ -346,7 +346,7 @@ def test_every_floating_type_is_kept(implementation, dtype):
         assert out.dtype == dtype
         assert lse.dtype == ("float64" if dtype == "float64" else "float32")
         wide = [np.asarray(x, np.float64) for x in inputs]
-        expected = dense(*(jnp.asarray(x, jnp.float32) for x in wide), mask)
+        expected = dense(*(jnp.asarray(x, jnp.float32) for x in wide), mask=mask)
         eps = float(jnp.finfo(dtype).eps)
         assert_close(out.astype(jnp.float32), expected, atol=max(2e-5, 4 * eps))
 

@@ -87,6 +87,7 @@ def test_the_gpu_table():
     }.items():
         assert table[name].density == pytest.approx(density, abs=1e-3), name
     blocks = table["B4 H32 S8192 D128 random .03"].pattern.blocks
+    assert blocks is not None
     assert blocks.diagonal().all()
     again = next(case for case in cases.gpu_cases(0) if case.name == "B4 H32 S8192 D128 random .03")
     np.testing.assert_array_equal(again.pattern.blocks, blocks)

@@ -50,6 +50,7 @@ def test_from_scipy_takes_every_format(form):
     array = numbers.asformat(form)
     for block_size, found in (((32, 16), (32, 16)), (None, (128, 128))):
         if form == "bsr" and block_size is None:
+            assert isinstance(array, sparse.bsr_array)
             found = array.blocksize
         matrix = BSR.from_scipy(array, block_size)
         assert matrix.block_size == found
@@ -112,7 +113,7 @@ MISTAKES = {
         TypeError,
         r"a and b must have floating-point numbers",
     ),
-    "no pattern": (lambda: sampled_matmul(X, X.T, X), TypeError, r"pattern must be a BSR, got ArrayImpl"),
+    "no pattern": (lambda: sampled_matmul(X, X.T, X), TypeError, r"pattern must be a BSR, got ArrayImpl"),  # pyright: ignore[reportArgumentType]
     "two matrices": (lambda: MATRIX @ MATRIX, TypeError, r"one a BSR and the other an array"),
     "a batch": (lambda: MATRIX @ jnp.ones((2, 48, 3)), ValueError, r"b must be \[48, N\] or \[48\].*jax.vmap"),
     "a vector of another length": (lambda: MATRIX @ jnp.ones(64), ValueError, r"b must be .*see transpose"),
@@ -136,7 +137,7 @@ def test_mistakes_name_the_remedy(mistake):
         call()
 
 
-@pytest.mark.parametrize("call", [lambda: MATRIX @ [1.0], lambda: 2 / MATRIX, lambda: MATRIX * "2"])
+@pytest.mark.parametrize("call", [lambda: MATRIX @ [1.0], lambda: 2 / MATRIX, lambda: MATRIX * "2"])  # pyright: ignore[reportOperatorIssue]
 def test_other_operands_are_pythons_own_error(call):
     with pytest.raises(TypeError, match=r"unsupported operand|can't multiply"):
         call()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import jax
 import jax.export
@@ -125,7 +126,7 @@ def test_optimizers_see_the_blocks_alone(optimizer):
         state = optimizer.init(params)
         before, grads = jax.value_and_grad(objective)(params)
         updates, state = optimizer.update(grads, state, params)
-        after = optax.apply_updates(params, updates)
+        after: Any = optax.apply_updates(params, updates)
     assert jax.tree.structure(after) == jax.tree.structure(params)
     assert after["w"].lists is matrix.lists
     assert not np.array_equal(after["w"].data, matrix.data)
@@ -184,9 +185,9 @@ CONSTRUCTORS = {
 def test_no_call_copies_from_the_host(constructor):
     matrix, x = CONSTRUCTORS[constructor](), jnp.ones((48, 2))
     compiled = jax.jit(sparse_matmul)
-    compiled(matrix, x), sparse_matmul(matrix, x)  # the first call may
+    _ = compiled(matrix, x), sparse_matmul(matrix, x)  # the first call may
     with jax.transfer_guard("disallow"):
-        compiled(matrix, x), sparse_matmul(matrix, x)
+        _ = compiled(matrix, x), sparse_matmul(matrix, x)
 
 
 def test_shardings_of_arguments(kind):

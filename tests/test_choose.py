@@ -20,7 +20,7 @@ from jax_bsk.qa.testing.faults.boundary import check_refused
 from jax_bsk.qa.testing.faults.direct import DirectCall, shape
 from jax_bsk.selection import choice, from_topk, moba, nsa
 from jax_bsk.selection.candidates import EMPTY, FULL, Candidates
-from tests.util import assert_close, collectives
+from tests.util import assert_close, collectives, text_of
 
 CALL = "custom_call @jax_bsk_lists_choose("
 SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 3.4028235e38, -3.4028235e38, 1e-38, 1e-45, -1e-45], np.float32)
@@ -167,7 +167,7 @@ def test_tables_shard_without_a_collective(axis_type):
         placed = jax.device_put(case.scores, sharding)
         compiled = jax.jit(functools.partial(choose, case)).lower(placed).compile()
         results = compiled(placed)
-    assert run(compiled.as_text())
+    assert run(text_of(compiled))
     assert collectives(compiled) == []
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in results)
     jax.tree.map(np.testing.assert_array_equal, results, choose(case))
@@ -177,6 +177,7 @@ def test_rows_that_are_sharded_are_gathered():
     mesh = mesh_of((2, 1))
     case = make(13, (2, 1))
     scores = np.concatenate([case.scores] * 2, -2)
+    assert case.required is not None
     case = dataclasses.replace(
         case,
         scores=scores,
@@ -196,7 +197,7 @@ def test_shard_map(check_vma):
         functools.partial(choose, case), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
     )
     compiled = jax.jit(mapped).lower(case.scores).compile()
-    assert run(compiled.as_text())
+    assert run(text_of(compiled))
     assert collectives(compiled) == []
     jax.tree.map(np.testing.assert_array_equal, compiled(case.scores), choose(case))
 
@@ -253,7 +254,7 @@ def test_selections_make_the_call_and_no_sort(select):
         "nsa": (lambda q, k: nsa(q, k, block_size=32, selection_block=32), [jnp.ones((1, 128, 2, 8))] * 2),
     }
     function, arguments = inputs[select]
-    assert run(jax.jit(lambda *a: fields(function(*a))).lower(*arguments).compile().as_text())
+    assert run(text_of(jax.jit(lambda *a: fields(function(*a))).lower(*arguments).compile()))
 
 
 def test_gradients_pass_by_the_choice():

@@ -50,7 +50,7 @@ NAMES += [
     for size in ("", "-d128-b128")
 ]
 # Seeds of random cases: tiles of every kind in random order.
-(REGIMES, EACH) = map(int, re.search(r"kRegimes = (\d+), kRegimesEach = (\d+);", TEXT).groups())
+((REGIMES, EACH),) = [map(int, pair) for pair in re.findall(r"kRegimes = (\d+), kRegimesEach = (\d+);", TEXT)]
 NAMES += [f"regimes-{first}-{first + EACH - 1}" for first in range(0, REGIMES, EACH)]
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.

@@ -43,7 +43,9 @@ def test_library_says_what_it_is():
     native = library.load("cpu")
     assert native.usable
     assert native.info["version"] == jax_bsk.__version__
-    assert tuple(native.info["ffi_api"]) <= compat.runtime_ffi_api()
+    runtime = compat.runtime_ffi_api()
+    assert runtime is not None
+    assert tuple(native.info["ffi_api"]) <= runtime
     assert native.info["instruction_set"] in ("avx512", "avx2", "neon", "baseline")
 
 

@@ -8,6 +8,7 @@ import pathlib
 import re
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +98,9 @@ def test_leading_dimensions(batch):
     padding = np.broadcast_to(valid, (*batch, 1, 1, LENGTH)).copy()
     sparse, dense = nnx_attention(attention_fn=jax_bsk.flax.attention_fn(MASK)), nnx_attention()
     both = DENSE[0] & valid if not batch else DENSE & padding
-    close(sparse(x, mask=padding), dense(x, mask=np.broadcast_to(both, (*batch, 1, LENGTH, LENGTH))))
+    given = jnp.asarray(x)
+    expected = dense(given, mask=jnp.broadcast_to(jnp.asarray(both), (*batch, 1, LENGTH, LENGTH)))
+    close(sparse(given, mask=jnp.asarray(padding)), expected)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bool_, jnp.float32])
@@ -212,9 +215,10 @@ def test_precision_is_honoured(precision):
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_attention_fn_uncalled(framework):
-    make = linen_attention if framework == "linen" else nnx_attention
-    layer = make(attention_fn=jax_bsk.flax.attention_fn)
-    call = layer if framework == "nnx" else functools.partial(layer.init, jax.random.key(0))
+    if framework == "nnx":
+        call = nnx_attention(attention_fn=jax_bsk.flax.attention_fn)
+    else:
+        call = functools.partial(linen_attention(attention_fn=jax_bsk.flax.attention_fn).init, jax.random.key(0))
     with pytest.raises(TypeError, match=r"attention_fn makes an attention function.*call it: attention_fn="):
         call(inputs())
 
@@ -242,7 +246,7 @@ def test_decoding_step_by_step_equals_the_whole_sequence():
     length, x = 12, inputs()[:, :12]
     whole = linen_attention(attention_fn=jax_bsk.flax.attention_fn(CausalMask()))
     params = whole.init(jax.random.key(0), x)
-    expected = whole.apply(params, x)
+    expected: Any = whole.apply(params, x)
     decoder = linen_attention(attention_fn=jax_bsk.flax.attention_fn(), decode=True)
     cache = decoder.init(jax.random.key(0), x)["cache"]
     step = jax.jit(lambda cache, x: decoder.apply({**params, "cache": cache}, x, mutable=["cache"]))
@@ -339,6 +343,9 @@ def test_wrong_head_count():
 def test_mixed_precision(framework):
     """bfloat16 computation on float32 parameters and inputs: no further from float32 than Flax's own."""
     x = inputs()
+    exact: Any
+    dense: Any
+    sparse: Any
     if framework == "linen":
         params = linen_attention().init(jax.random.key(0), x)
         exact = linen_attention().apply(params, x, mask=DENSE)

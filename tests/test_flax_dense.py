@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import flax.errors
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,7 @@ import optax
 import pytest
 from flax import linen as nn
 from flax import nnx, serialization
+from jax.sharding import NamedSharding
 
 import jax_bsk.flax
 from jax_bsk import BSR
@@ -149,7 +152,8 @@ def test_implementation_is_passed_on(framework, monkeypatch):
         return a @ b.to_dense()
 
     monkeypatch.setattr("jax_bsk.flax._dense.sparse_matmul", product)
-    for options in ({}, {"implementation": "xla"}):
+    choices: tuple[dict[str, Any], ...] = {}, {"implementation": "xla"}
+    for options in choices:
         apply, params, _ = make(framework, density=0.4, **options)
         seen.clear()
         jax.eval_shape(apply, params, inputs())
@@ -228,7 +232,8 @@ def test_partitioning_names_are_those_of_the_blocks():
         assert variables["params"]["kernel"].names == names
         init = nnx.with_partitioning(numbers, names)
         module = NnxDense(64, 64, 0.5, block_size=32, kernel_init=init, rngs=nnx.Rngs(0))
-        assert module.kernel[...].sharding.spec[0] == "blocks"
+        assert isinstance(sharding := module.kernel[...].sharding, NamedSharding)
+        assert sharding.spec[0] == "blocks"
         out = jax.jit(layer.apply)(variables, inputs(size=64)), nnx.jit(lambda m, x: m(x))(module, inputs(size=64))
     want = np.asarray(inputs(size=64), np.float64) @ np.asarray(module.matrix.to_dense(), np.float64)
     close(out[0], want)
@@ -352,11 +357,11 @@ def test_a_pruned_dense_layer(framework, how, options):
     x, options = inputs(), {"kernel_init": numbers, "bias_init": numbers} | options
     if framework == "linen":
         dense = nn.Dense(OUT, **options)
-        params = dense.init(jax.random.key(0), x)["params"]
+        params: Any = dense.init(jax.random.key(0), x)["params"]
         layer, pruned = LinenDense.from_dense(dense, params, block_size=BLOCK, **how)
         assert set(pruned) == set(params)
         got, pattern = jax.jit(layer.apply)({"params": pruned}, x), layer.block_pattern(IN)
-        want = dense.apply({"params": {**params, "kernel": jnp.where(stored(pattern), params["kernel"], 0)}}, x)
+        want: Any = dense.apply({"params": {**params, "kernel": jnp.where(stored(pattern), params["kernel"], 0)}}, x)
     else:
         linear = nnx.Linear(IN, OUT, rngs=nnx.Rngs(0), **options)
         module = NnxDense.from_linear(linear, block_size=BLOCK, **how)
@@ -373,17 +378,20 @@ def test_what_decides_the_blocks_that_stay():
     """The norm that is asked for, or a pattern; and the dense layer stays as it is."""
     dense, linear = nn.Dense(OUT), nnx.Linear(IN, OUT, kernel_init=numbers, rngs=nnx.Rngs(0))
     kernel, chosen = np.asarray(linear.kernel[...]), balanced_mask(4, 5, 0.3)
-    for how, mask in (
+    cases: tuple[tuple[dict[str, Any], np.ndarray], ...] = (
         ({"density": 0.4}, magnitude_mask(kernel, 0.4, BLOCK)),
         ({"density": 0.4, "norm": "max"}, magnitude_mask(kernel, 0.4, BLOCK, "max")),
         ({"pattern": chosen}, chosen),
-    ):
+    )
+    for how, mask in cases:
         want = BSR.from_dense(kernel, BLOCK, keep=mask)
         module = NnxDense.from_linear(linear, block_size=BLOCK, **how)
         layer, params = LinenDense.from_dense(dense, {"kernel": kernel, "bias": kernel[0]}, block_size=BLOCK, **how)
         assert layer.block_pattern(IN) == module.pattern
         for matrix in (module.matrix, module.pattern.matrix(params["kernel"])):
             jax.tree.map(np.testing.assert_array_equal, matrix, want)
+    assert module.bias is not None
+    assert linear.bias is not None
     module.bias[...] = module.bias[...] + 1
     assert not np.asarray(linear.bias[...]).any()
     np.testing.assert_array_equal(linear.kernel[...], kernel)
@@ -449,19 +457,19 @@ def test_lists_that_no_layer_can_have():
 def test_mistakes_in_the_call_are_named(framework):
     apply, params, _ = make(framework, density=0.5)
     says = "in_features" if framework == "nnx" else "kernel"
-    with pytest.raises((ValueError, nn.module.errors.ScopeParamShapeError), match=says):
+    with pytest.raises((ValueError, flax.errors.ScopeParamShapeError), match=says):
         apply(params, inputs(size=IN + 40))
     with pytest.raises(ValueError, match="in_features"):
         apply(params, jnp.float32(1))
     other = make(framework, density=0.6)[1]
     says = "density, seed and block_size" if framework == "nnx" else "kernel"
-    with pytest.raises((ValueError, nn.module.errors.ScopeParamShapeError), match=says):
+    with pytest.raises((ValueError, flax.errors.ScopeParamShapeError), match=says):
         apply(other, inputs())
 
 
 def test_mistakes_in_pruning_are_named():
     kernel = np.ones((IN, OUT), np.float32)
-    for arguments, error, says in (
+    cases: tuple[tuple[tuple[Any, ...], type[Exception], str], ...] = (
         ((kernel, 1.2), ValueError, r"in \[0, 1\]"),
         ((kernel, 0.5, BLOCK, "l3"), ValueError, '"l2", "l1" or "max"'),
         ((kernel[0], 0.5), ValueError, "one by one"),
@@ -470,7 +478,8 @@ def test_mistakes_in_pruning_are_named():
             ValueError,
             r"block \(0, 2\) of kernel has a NaN",
         ),
-    ):
+    )
+    for arguments, error, says in cases:
         with pytest.raises(error, match=says):
             magnitude_mask(*arguments)
     with pytest.raises(TypeError, match="outside of jit"):

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.test_util import check_grads
+from jax.typing import DTypeLike
 
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.attention import ffi
 from jax_bsk.masks import CausalMask, FullMask, SegmentMask
-from tests.util import assert_close, random_inputs, random_mask
+from tests.util import assert_close, random_inputs, random_mask, text_of
 
 BLOCK = 32
 LISTS = "row_offsets", "kv_blocks", "tiles"
@@ -92,7 +93,7 @@ def loss_of(attention):
     return loss
 
 
-def random_gates(mask, batch, heads, seed=0, dtype=np.float32):
+def random_gates(mask, batch, heads, seed=0, dtype: DTypeLike = np.float32):
     """Of both signs, some exactly 0, with numbers past the last entry too."""
     rng = np.random.default_rng(seed)
     gates = rng.standard_normal((batch, heads, mask.kv_blocks.shape[-1]))
@@ -222,8 +223,8 @@ def test_gates_of_one_change_nothing(implementation):
 def test_the_residual_knows_nothing_of_gates(implementation):
     mask = bind(6)
     inputs = random_inputs(6)
-    _, lse = gated(implementation, mask)(*inputs, None)
-    out, with_zeros = gated(implementation, mask)(*inputs, jnp.zeros((1, 1, mask.kv_blocks.shape[-1])))
+    _, lse = gated(implementation, mask)(*inputs, gates=None)
+    out, with_zeros = gated(implementation, mask)(*inputs, gates=jnp.zeros((1, 1, mask.kv_blocks.shape[-1])))
     np.testing.assert_array_equal(lse, with_zeros)
     np.testing.assert_array_equal(out, 0)
 
@@ -242,12 +243,12 @@ def test_shared_gates_have_the_sum_of_the_gradients(x64, implementation, shape):
 def test_unbatched(implementation):
     mask = bind(8)
     inputs, gates = [x[0] for x in random_inputs(8)], random_gates(mask, 1, 4)
-    expected = gated(implementation, mask)(*(x[None] for x in inputs), gates)
+    expected = gated(implementation, mask)(*(x[None] for x in inputs), gates=gates)
     for given in (gates, gates[0]):
-        out, lse = gated(implementation, mask)(*inputs, given)
+        out, lse = gated(implementation, mask)(*inputs, gates=given)
         np.testing.assert_array_equal(out, expected[0][0])
         np.testing.assert_array_equal(lse, expected[1][0])
-    assert gated(implementation, mask)(*inputs, gates[0, :1])[0].shape == out.shape
+    assert gated(implementation, mask)(*inputs, gates=gates[0, :1])[0].shape == out.shape
 
 
 @pytest.mark.parametrize(
@@ -361,8 +362,8 @@ def test_scan_with_remat(implementation):
 
         return jax.lax.scan(wrap(layer), query, None, length=3)[0].sum()
 
-    actual = jax.jit(jax.grad(lambda *a: run(*a, jax.checkpoint), (0, 1)))(query, gates)
-    assert_close(actual, jax.jit(jax.grad(lambda *a: run(*a, lambda f: f), (0, 1)))(query, gates), 1e-4)
+    actual = jax.jit(jax.grad(lambda *a: run(*a, wrap=jax.checkpoint), (0, 1)))(query, gates)
+    assert_close(actual, jax.jit(jax.grad(lambda *a: run(*a, wrap=lambda f: f), (0, 1)))(query, gates), 1e-4)
 
 
 def test_traced_mask_built_inside_jit(implementation):
@@ -393,7 +394,7 @@ def test_layers_that_share_a_traced_mask_share_its_order():
 
     x, ids = jnp.ones((1, 256, 2, 32)), jnp.zeros((1, 256), jnp.int32)
     gradient = jax.jit(jax.grad(loss, (0, 1)), static_argnums=3)
-    one, four = (gradient.lower(x, jnp.ones((1, 1, 10)), ids, n).compile().as_text() for n in (1, 4))
+    one, four = (text_of(gradient.lower(x, jnp.ones((1, 1, 10)), ids, n).compile()) for n in (1, 4))
     for text in (one, four):
         assert text.count('custom_call_target="jax_bsk_lists_transpose"') == 1
     # Each layer puts the derivative of its gates back in the order of the lists.

@@ -219,7 +219,7 @@ SHAPES = [(BATCH, 1, QUERIES, KEYS), (1, 1, 1, KEYS), (HEADS, QUERIES, KEYS), (Q
 def test_biases_broadcast(shape):
     arrays = inputs()[:3]
     bias = jax.random.normal(jax.random.key(8), shape)
-    assert_near(sparse_attention(*arrays, bias, implementation="xla"), jax_nn(*arrays, bias), jnp.float16)
+    assert_near(sparse_attention(*arrays, bias=bias, implementation="xla"), jax_nn(*arrays, bias), jnp.float16)
 
 
 @pytest.mark.parametrize("unbatched", [False, True])
@@ -230,7 +230,7 @@ def test_masks_and_integer_biases_broadcast_alike(unbatched):
     for shape in [*SHAPES[1:], (1, HEADS, QUERIES, 1), (HEADS, 1, 1)]:
         mask, bias = jnp.asarray(rng.random(shape) < 0.8), jnp.asarray(rng.integers(-2, 3, shape))
         mask = mask.at[..., :1].set(True) if shape else jnp.asarray(True)
-        actual = sparse_attention(*arrays, bias, mask, implementation="xla")
+        actual = sparse_attention(*arrays, bias=bias, mask=mask, implementation="xla")
         assert_near(actual, jax_nn(*arrays, bias, mask), jnp.float16)
 
 

@@ -34,7 +34,7 @@ def test_values_have_the_right_gradient_at_every_scale(implementation, scale):
     dout = jax.random.normal(jax.random.key(1), query.shape)
     out, _, _, dvalue = gradients(inputs, dout, implementation)
     mask = np.tril(np.ones((80, 80), bool))[None, None]
-    oracle = attention_oracle(*map(np.asarray, inputs), mask, scale=16**-0.5, dout=np.asarray(dout)).values
+    oracle = attention_oracle(*map(np.asarray, inputs), mask=mask, scale=16**-0.5, dout=np.asarray(dout)).values
     for name, got in (("out", out), ("dv", dvalue)):
         error = np.linalg.norm(np.asarray(got) - oracle[name]) / np.linalg.norm(oracle[name])
         # Where rows have two keys of nearly the same logit, the rounding of logits shows: of 2^-24 of their size.

@@ -15,6 +15,7 @@ from jax_bsk.lists import ffi, native
 from jax_bsk.masks.orders._transpose import ordered_transpose_traced, transpose_host, transpose_in_jax
 from jax_bsk.qa.testing.faults.boundary import check_refused
 from jax_bsk.qa.testing.faults.direct import DirectCall, shape
+from tests.util import text_of
 
 CALL = "custom_call @jax_bsk_lists_transpose("
 FIELDS = ("col_offsets", "q_blocks", "col_tiles", "entries", "places")
@@ -38,7 +39,7 @@ def make(seed: int, tables: tuple[int, ...] = (2, 3)):
 
 
 def in_jax(lists, columns):
-    one = lambda *table: transpose_in_jax(*table, columns)  # noqa: E731
+    one = lambda *table: transpose_in_jax(*table, nk=columns)  # noqa: E731
     for _ in range(lists[0].ndim - 1):
         one = jax.vmap(one)
     return jax.jit(one)(*lists)
@@ -48,10 +49,10 @@ def in_jax(lists, columns):
 def test_native_is_the_sort_of_plain_jax_and_of_numpy(seed):
     lists, columns = make(seed)
     assert library.load("cpu").usable
-    got = ordered_transpose_traced(*lists, columns)
+    got = ordered_transpose_traced(*lists, nk=columns)
     for name, x, y in zip(FIELDS, got, in_jax(lists, columns), strict=True):
         np.testing.assert_array_equal(x, y, name)
-    for name, x, y in zip(FIELDS, got, transpose_host(*lists, columns), strict=False):
+    for name, x, y in zip(FIELDS, got, transpose_host(*lists, nk=columns), strict=False):
         np.testing.assert_array_equal(x, y, name)
     entries, places = got[3:]
     np.testing.assert_array_equal(
@@ -65,7 +66,7 @@ def test_vmap_adds_tables():
     columns = stacked[0][1]
     offsets, ids, tiles = (np.stack([lists[i] for lists, _ in stacked]) for i in range(3))
     ids = ids[:, :, :, ::-1].copy()
-    both = jax.vmap(lambda *lists: ordered_transpose_traced(*lists, columns))(offsets, ids, tiles)
+    both = jax.vmap(lambda *lists: ordered_transpose_traced(*lists, nk=columns))(offsets, ids, tiles)
     shared = jax.vmap(lambda ids: ordered_transpose_traced(offsets[0], ids, tiles[0], columns))(ids)
     for i in range(2):
         for got in (both, shared):
@@ -78,14 +79,14 @@ def test_tables_shard_without_a_collective():
     lists, columns = make(2, (4, 6))
     sharding = NamedSharding(mesh, PartitionSpec("data", "model"))
     placed = [jax.device_put(x, sharding) for x in lists]
-    call = jax.jit(lambda *lists: ordered_transpose_traced(*lists, columns))
+    call = jax.jit(lambda *lists: ordered_transpose_traced(*lists, nk=columns))
     compiled = call.lower(*placed).compile()
-    text = compiled.as_text()
+    text = text_of(compiled)
     assert 'custom_call_target="jax_bsk_lists_transpose"' in text
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all", "collective-permute"))
     results = compiled(*placed)
     assert all(x.sharding.is_equivalent_to(sharding, x.ndim) for x in results)
-    jax.tree.map(np.testing.assert_array_equal, results, ordered_transpose_traced(*lists, columns))
+    jax.tree.map(np.testing.assert_array_equal, results, ordered_transpose_traced(*lists, nk=columns))
 
 
 def test_explicit_mesh():
@@ -93,13 +94,13 @@ def test_explicit_mesh():
     lists, columns = make(2, (4, 1))
     with jax.sharding.set_mesh(mesh):
         placed = [jax.device_put(x, PartitionSpec("data")) for x in lists]
-        results = jax.jit(lambda *lists: ordered_transpose_traced(*lists, columns))(*placed)
-    jax.tree.map(np.testing.assert_array_equal, results, ordered_transpose_traced(*lists, columns))
+        results = jax.jit(lambda *lists: ordered_transpose_traced(*lists, nk=columns))(*placed)
+    jax.tree.map(np.testing.assert_array_equal, results, ordered_transpose_traced(*lists, nk=columns))
 
 
 def lowered(platform, columns=20, rows=10):
     shapes = [jax.ShapeDtypeStruct((1, 2, n), jnp.int32) for n in (rows + 1, 64, 64)]
-    function = jax.jit(lambda *lists: ordered_transpose_traced(*lists, columns))
+    function = jax.jit(lambda *lists: ordered_transpose_traced(*lists, nk=columns))
     checks = jax_bsk.export_checks()
     return jax.export.export(function, platforms=[platform], disabled_checks=checks)(*shapes).mlir_module()
 

@@ -228,7 +228,7 @@ def test_implementations_are_chosen_and_refused():
     with pytest.raises(UnsupportedError, match="cuda"):
         jax.jit(lambda: sparse_matmul(matrix, right, implementation="cuda"))()
     with pytest.raises(ValueError, match="implementation is one of"):
-        sparse_matmul(matrix, right, implementation="tpu")
+        sparse_matmul(matrix, right, implementation="tpu")  # pyright: ignore[reportArgumentType]
 
 
 def test_lists_as_arguments_and_as_constants_give_the_same_bits():

@@ -130,7 +130,7 @@ def test_the_rule_of_plain_products():
     shifted[3, 4] += 1e-3
     assert judge(shifted).worst_index == (3, 4)
     assert not judge(shifted).ok
-    nothing = tolerance.compare_product("x", np.float32([[1e-9]]), *np.zeros((3, 1, 1)), summed_in=np.float32)
+    nothing = tolerance.compare_product("x", np.array([[1e-9]], np.float32), *np.zeros((3, 1, 1)), summed_in=np.float32)
     assert not nothing.ok
 
 

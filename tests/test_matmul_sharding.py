@@ -13,7 +13,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_bsk import BSR, sampled_matmul, sparse_matmul
-from tests.util import assert_close, collectives
+from tests.util import assert_close, collectives, text_of
 
 # Four devices split M and K in whole blocks, two split N anywhere.
 M, K, N, BLOCK = 128, 192, 24, 16
@@ -62,7 +62,7 @@ def test_a_product_splits(form, split, axis_type):
     local = list(want.shape)
     if split != "contracted":
         local[contracted if split == "rows" else 1 - contracted] //= 4 if split == "rows" else 2
-    (call,) = [line for line in program.as_text().splitlines() if 'custom_call_target="jax_bsk_matmul_product"' in line]
+    (call,) = [line for line in text_of(program).splitlines() if 'custom_call_target="jax_bsk_matmul_product"' in line]
     assert f"f32[{local[0]},{local[1]}]" in call.split("custom-call")[0]
 
 

@@ -177,7 +177,7 @@ def test_the_cuda_check_finds_every_mutant(tmp_path):
     # Without Hopper's kernels their mutants are what they were.
     hopper = jax.devices()[0].compute_capability == "9.0"
     chosen = tuple(mutation for mutation in MUTATIONS if hopper or mutation in PORTABLE + CPU_KERNELS)
-    folder = Path(os.environ.get("JAX_BSK_MUTANTS", tmp_path))
+    folder = Path(os.environ.get("JAX_BSK_MUTANTS") or tmp_path)
     if folder == tmp_path:
         build(tmp_path, ["cpu_check", "cuda_check", "mutants"], "-DJAX_BSK_CUDA=ON")
     assert_all_caught(folder, chosen)

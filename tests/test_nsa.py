@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ SELECTION = {
     "local_blocks": 1,
     "block_size": BLOCK,
 }
-OPTIONS = {**SELECTION, "window": WINDOW}
+OPTIONS: dict[str, Any] = {**SELECTION, "window": WINDOW}
 select = jax.jit(functools.partial(nsa, **SELECTION))
 attend = jax.jit(functools.partial(nsa_attention, **OPTIONS))
 
@@ -118,10 +119,10 @@ def test_short_inputs(length):
     """One compressed key, or none; a window that is longer."""
     arrays = inputs(5, length=length)
     out = attend(*arrays)
-    causal = dense(*arrays[:3], np.tri(length, dtype=bool)[None, None])
+    causal = dense(*arrays[:3], mask=np.tri(length, dtype=bool)[None, None])
     expected = (arrays[3][..., 1:2] + arrays[3][..., 2:]) * causal
     if length >= L:
-        first = dense(arrays[0], *map(stretches, arrays[1:3]), seen(length, 1)[None, None])
+        first = dense(arrays[0], *map(stretches, arrays[1:3]), mask=seen(length, 1)[None, None])
         expected += arrays[3][..., :1] * first
     assert_close(out, expected)
 
@@ -199,7 +200,9 @@ def test_modules_train_a_step_and_agree():
 
     @jax.jit
     def linen_step(params):
-        loss, grads = jax.value_and_grad(lambda p: jnp.mean((linen.apply({"params": p}, x) - x) ** 2))(params)
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((jnp.asarray(linen.apply({"params": p}, x)) - x) ** 2))(
+            params
+        )
         return loss, optax.apply_updates(params, optimizer.update(grads, optimizer.init(params))[0]), grads
 
     @nnx.jit

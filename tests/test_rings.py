@@ -189,7 +189,7 @@ def assignments(count: int, ctas: int) -> Iterator[tuple[int, ...]]:
     ],
 )
 def test_launch(shape, plan, ctas):
-    launch = Launch(*shape, plan, ctas)
+    launch = Launch(*shape, plan=plan, ctas=ctas)
     for items in assignments(len(launch.work), ctas):
         assert check(launch, items) == []
 
@@ -265,7 +265,7 @@ FORWARD_MISTAKES = [
 
 @pytest.mark.parametrize(("shape", "mistake", "kind"), FORWARD_MISTAKES)
 def test_forward_mistake(shape, mistake, kind):
-    model = Forward(*shape, mistake)
+    model = Forward(*shape, mistake=mistake)
     alphabet = [EMPTY, Tile(1)] if "empty" in mistake or "header" in mistake else tiles(model)
     coverage = explore(model, alphabet, order=kind != DEADLOCK)
     assert kind in {finding.kind for finding in coverage.findings}, coverage
@@ -292,7 +292,7 @@ BACKWARD_MISTAKES = [
 
 @pytest.mark.parametrize(("shape", "mistake", "kind"), BACKWARD_MISTAKES)
 def test_backward_mistake(shape, mistake, kind):
-    model = Backward(*shape, mistake)
+    model = Backward(*shape, mistake=mistake)
     items = [Item(KEYS, 0), Item(KEYS, 3), Item(QUERIES, 3), Item(QUERIES, model.query_stages + 1, half=True)]
     coverage = explore(model, items, order=kind != DEADLOCK)
     assert kind in {finding.kind for finding in coverage.findings}, coverage

@@ -126,7 +126,7 @@ def test_new_scores_do_not_recompile(k):
     build = jax.jit(functools.partial(from_topk, k=k, q_len=96, block_size=BLOCK))
     for seed in range(3):
         build(jax.random.normal(jax.random.key(seed), (3, 3))).check()
-    assert build._cache_size() == 1
+    assert build._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]  (JAX's types do not show it)
 
 
 # ---- MoBA -----------------------------------------------------------------------------------------------------------
@@ -289,7 +289,7 @@ SELECTIONS = {
 
 @jax.jit
 def dense_step(q, k, v, mask):
-    return jax.value_and_grad(loss_of(lambda *a: dense(*a, mask)), (0, 1, 2))(q, k, v)
+    return jax.value_and_grad(loss_of(lambda *a: dense(*a, mask=mask)), (0, 1, 2))(q, k, v)
 
 
 @pytest.mark.parametrize("name", ["moba", "xattention"])
@@ -355,7 +355,7 @@ def test_token_scores_in_pieces(monkeypatch):
     ("call", "error", "message"),
     [
         (lambda q, k: moba(q, k, top_k=0), ValueError, "top_k is at least 1"),
-        (lambda q, k: moba(q, k, top_k=1.5), TypeError, "top_k is an int"),
+        (lambda q, k: moba(q, k, top_k=1.5), TypeError, "top_k is an int"),  # pyright: ignore[reportArgumentType]
         (lambda q, k: moba(q, k, moba_block=100, block_size=64), ValueError, "multiple of the key block 64"),
         (lambda q, k: moba(q[..., :3], k), ValueError, "key has query's head size 3, got"),
         (lambda q, k: moba(q[:, :, :3], k), ValueError, "grouped-query"),
@@ -365,10 +365,10 @@ def test_token_scores_in_pieces(monkeypatch):
         (lambda q, k: nsa(q, k, compressed_key=k), ValueError, "compressed_key has shape"),
         (lambda q, k: xattention(q, k, stride=24), ValueError, "stride divides"),
         (lambda q, k: xattention(q, k, threshold=1.5), ValueError, r"threshold is a number in \[0, 1\]"),
-        (lambda q, k: xattention(q, k, threshold=[0.5] * 3), ValueError, "one per head"),
+        (lambda q, k: xattention(q, k, threshold=[0.5] * 3), ValueError, "one per head"),  # pyright: ignore[reportArgumentType]
         (lambda q, k: from_topk(np.ones((2, 3), np.float32), 1, q_len=200), ValueError, r"\(nq, nk\) = \(2, 2\)"),
         (lambda q, k: from_topk(np.ones((2, 2), bool), 1, q_len=200), TypeError, "real numbers"),
-        (lambda q, k: from_topk(np.ones((2, 2)), 1, q_len=200, mask=np.ones((2, 2), bool)), TypeError, "mask is"),
+        (lambda q, k: from_topk(np.ones((2, 2)), 1, q_len=200, mask=np.ones((2, 2), bool)), TypeError, "mask is"),  # pyright: ignore[reportArgumentType]
         (
             lambda q, k: from_topk(np.ones((2, 2)), 1, q_len=200, mask=SegmentMask(np.zeros((3, 200), int))),
             ValueError,

@@ -21,6 +21,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_bsk import sparse_attention
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.masks import CausalMask, GlobalMask, LocalMask, MultiHeadMask
 from tests.hlo import Program
 from tests.util import assert_close, collectives, random_inputs
@@ -46,7 +47,7 @@ def dtype_of(platform: str):
     return jnp.float32 if platform == "cpu" else jnp.bfloat16
 
 
-def attention(platform: str, mask):
+def attention(platform: Implementation, mask):
     return functools.partial(sparse_attention, mask=mask.bind(LENGTH, block_size=64), implementation=platform)
 
 

@@ -58,7 +58,7 @@ def test_batch_and_heads_split_without_collectives(name, axis_type):
     inputs = random_inputs(0, BATCH, heads=HEADS, kv_heads=layout.kv_heads)
     mask = random_mask(0, batch=layout.mask_batch, heads=layout.mask_heads)
     block_mask = BlockMask.from_dense(mask, block_size=32)
-    expected = dense(*inputs, mask), jax.grad(loss_of(lambda *a: dense(*a, mask)), (0, 1, 2))(*inputs)
+    expected = dense(*inputs, mask=mask), jax.grad(loss_of(lambda *a: dense(*a, mask=mask)), (0, 1, 2))(*inputs)
     mesh = mesh_of(layout.mesh, axis_type)
 
     def attend(q, k, v):
@@ -75,7 +75,7 @@ def test_batch_and_heads_split_without_collectives(name, axis_type):
     assert set(collectives(backward)) <= ({"all-reduce"} if layout.summed else set())
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, SPLIT), 4)
     assert_close(out, expected[0])
-    single = jax.vjp(lambda *a: dense(*a, mask), *inputs)[1](jnp.cos(expected[0]))
+    single = jax.vjp(lambda *a: dense(*a, mask=mask), *inputs)[1](jnp.cos(expected[0]))
     assert_close(grads, single, 5e-5)
 
 
@@ -99,7 +99,7 @@ def test_vmap_of_sharded_inputs(axis_type):
     inputs, mask = random_inputs(2, BATCH, heads=HEADS, kv_heads=8), random_mask(2)
     block_mask = BlockMask.from_dense(mask, block_size=32)
     stacked = [jnp.stack([x, -x]) for x in inputs]
-    expected = jax.vmap(lambda *a: dense(*a, mask))(*stacked)
+    expected = jax.vmap(lambda *a: dense(*a, mask=mask))(*stacked)
     mesh = mesh_of((2, 4), axis_type)
     mapped = jax.jit(jax.vmap(lambda *a: sparse_attention(*a, mask=block_mask, implementation="cpu")))
     with jax.set_mesh(mesh):
@@ -145,7 +145,7 @@ def test_partly_manual_shard_map():
         axis_names={"data"},
     )
     sharded = [jax.device_put(x, NamedSharding(mesh, SPLIT)) for x in inputs]
-    assert_close(jax.jit(attend)(*sharded), dense(*inputs, mask))
+    assert_close(jax.jit(attend)(*sharded), dense(*inputs, mask=mask))
 
 
 def test_traced_segments_split_over_the_batch_without_collectives():
@@ -163,7 +163,7 @@ def test_traced_segments_split_over_the_batch_without_collectives():
     compiled = attend.lower(*sharded).compile()
     assert collectives(compiled) == []
     expected = (ids[:, None, :, None] == ids[:, None, None, :]) & jnp.tri(96, dtype=bool)[None, None]
-    assert_close(compiled(*sharded), dense(*inputs, expected))
+    assert_close(compiled(*sharded), dense(*inputs, mask=expected))
 
 
 @pytest.mark.parametrize("kind", ["auto", "explicit", "shard_map", "shard_map, unchecked"])
@@ -225,4 +225,4 @@ def test_a_sharded_sequence_is_gathered_and_right():
     sharding = NamedSharding(mesh_of((2, 4)), P("data", "model"))
     sharded = [jax.device_put(x, sharding) for x in inputs]
     out = jax.jit(lambda *a: sparse_attention(*a, mask=block_mask, implementation="cpu"))(*sharded)
-    assert_close(out, dense(*inputs, mask))
+    assert_close(out, dense(*inputs, mask=mask))

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.typing import DTypeLike
 
 import jax_bsk
 from jax_bsk import SparseKState, sparsek, sparsek_causal
@@ -47,7 +48,7 @@ def assert_kkt(z: np.ndarray, k: np.ndarray, p: np.ndarray, atol: float) -> None
     assert (least <= most + atol).all(), (least - most).max()
 
 
-def cases(seed: int, count: int, n: int, dtype=np.float64) -> tuple[np.ndarray, np.ndarray]:
+def cases(seed: int, count: int, n: int, dtype: DTypeLike = np.float64) -> tuple[np.ndarray, np.ndarray]:
     """Rows of scores of many spreads, a third of them with ties, and k from 0 to n, half of them whole."""
     rng = np.random.default_rng(seed)
     z = rng.normal(size=(count, n)) * np.exp(rng.uniform(-4, 4, (count, 1))) + rng.normal(size=(count, 1)) * 10
@@ -400,7 +401,7 @@ def test_gradients_through_decoding(x64):
 
 
 def test_nan_stays_in_the_state():
-    _, tau, _, gates, exact = jax.jit(decode)(SparseKState.init(2, capacity=4), np.float32([1, 2, np.nan, 3]))
+    _, tau, _, gates, exact = jax.jit(decode)(SparseKState.init(2, capacity=4), np.array([1, 2, np.nan, 3], np.float32))
     np.testing.assert_array_equal(np.isnan(tau), [False, False, True, True])
     np.testing.assert_array_equal(np.isnan(gates).all(-1), [False, False, True, True])
     np.testing.assert_array_equal(exact, [True, True, False, False])

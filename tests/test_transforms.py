@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import pytest
 import jax_bsk
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.masks import CausalMask, SegmentMask
-from tests.util import assert_close, dense, loss_of, random_inputs, random_mask
+from tests.util import assert_close, dense, loss_of, random_inputs, random_mask, text_of
 
 BLOCK = 32
 
@@ -29,7 +30,7 @@ def attend(implementation):
 
 def test_eager_and_jit_agree(attend):
     inputs, mask = random_inputs(0), random_mask(0)
-    expected = dense(*inputs, mask)
+    expected = dense(*inputs, mask=mask)
     assert_close(attend(*inputs, mask=bind(mask)), expected)
     assert_close(jax.jit(lambda *a: attend(*a, mask=bind(mask)))(*inputs), expected)
 
@@ -46,7 +47,7 @@ def test_mask_as_jit_argument_does_not_recompile(attend):
     # Every block of these is partial, so that the lists differ in their values only.
     masks = [np.random.default_rng(seed).random((1, 1, 80, 96)) < 0.5 for seed in range(3)]
     for mask in masks:
-        assert_close(f(inputs, bind(mask)), dense(*inputs, mask))
+        assert_close(f(inputs, bind(mask)), dense(*inputs, mask=mask))
     assert len(traces) == 1
 
 
@@ -56,7 +57,7 @@ def test_vmap_over_each_array(attend, argument):
     inputs[argument] = jnp.stack([inputs[argument], 2 * inputs[argument], -inputs[argument]])
     axes = tuple(0 if i == argument else None for i in range(3))
     mapped = jax.vmap(lambda *a: attend(*a, mask=bind(mask)), axes)
-    assert_close(mapped(*inputs), jax.vmap(lambda *a: dense(*a, mask), axes)(*inputs))
+    assert_close(mapped(*inputs), jax.vmap(lambda *a: dense(*a, mask=mask), axes)(*inputs))
 
 
 def test_vmap_over_every_axis_position(attend):
@@ -74,10 +75,18 @@ def test_vmap_over_the_mask(attend, batched_inputs):
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *[bind(m) for m in masks])
     inputs = random_inputs(6)
     if batched_inputs:
-        inputs = tuple(jnp.stack([x, x / 2, -x]) for x in inputs)
+        query, key, value = (jnp.stack([x, x / 2, -x]) for x in inputs)
+        inputs = query, key, value
     axes = (0 if batched_inputs else None,) * 3 + (0,)
     actual = jax.vmap(lambda q, k, v, m: attend(q, k, v, mask=m), axes)(*inputs, stacked)
     assert_close(actual, jax.vmap(dense, axes)(*inputs, jnp.asarray(masks)))
+
+
+def mask_of(arrays: dict[str, Any]) -> BlockMask:
+    """A mask of 64 queries and 96 keys of the named arrays, or a tree of its structure with anything in their place."""
+    return BlockMask(
+        **arrays, col_offsets=None, q_blocks=None, col_tiles=None, block_q=BLOCK, block_kv=BLOCK, q_len=64, kv_len=96
+    )
 
 
 def two_of(*names: str) -> tuple[BlockMask, BlockMask]:
@@ -89,17 +98,14 @@ def two_of(*names: str) -> tuple[BlockMask, BlockMask]:
         "tiles": np.array([[0, -1, 1, -1], [-1, 1, -1, 0]], np.int32)[:, None, None],
         "bit_tiles": words,
     }
-    first, second = (
-        BlockMask(*[arrays[n][i if n in names else 0] for n in arrays], *(None,) * 3, BLOCK, BLOCK, 64, 96)
-        for i in (0, 1)
-    )
+    first, second = (mask_of({n: arrays[n][i if n in names else 0] for n in arrays}) for i in (0, 1))
     return first, second
 
 
 def mapped_mask(names, masks):
     """Both masks as one, the named arrays stacked, and its axes for vmap."""
     stacked = {name: jnp.stack([getattr(mask, name) for mask in masks]) for name in names}
-    axes = BlockMask(*(0 if n in names else None for n in ARRAYS), *(None,) * 3, BLOCK, BLOCK, 64, 96)
+    axes = mask_of({n: 0 if n in names else None for n in ARRAYS})
     return dataclasses.replace(masks[0], **stacked), axes
 
 
@@ -196,7 +202,7 @@ def test_vmap_over_sinks_and_lengths(attend):
 
     def expected(s, n):
         pairs = jnp.stack([jnp.full_like(n, 80), n], 1)
-        return dense(*inputs, mask, sinks=s, lengths=pairs)
+        return dense(*inputs, mask=mask, sinks=s, lengths=pairs)
 
     assert_close(actual, jax.vmap(expected)(sinks, lengths))
 
@@ -209,7 +215,7 @@ def test_nested_vmap(attend):
         inner = jax.vmap(f, (0, None, None))
         return jax.vmap(inner, (None, 0, None))(queries, keys, value)
 
-    assert_close(nested(lambda *a: attend(*a, mask=bind(mask))), nested(lambda *a: dense(*a, mask)))
+    assert_close(nested(lambda *a: attend(*a, mask=bind(mask))), nested(lambda *a: dense(*a, mask=mask)))
 
 
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
@@ -223,7 +229,7 @@ def test_grad_inside_and_outside_vmap(attend, kv_heads):
         outside = jax.grad(lambda *a: jax.vmap(loss, (0, None, None))(*a).sum(), (0, 1, 2))(queries, key, value)
         return inside, outside
 
-    assert_close(both(lambda *a: attend(*a, mask=bind(mask))), both(lambda *a: dense(*a, mask)), atol=5e-5)
+    assert_close(both(lambda *a: attend(*a, mask=bind(mask))), both(lambda *a: dense(*a, mask=mask)), atol=5e-5)
 
 
 def test_scan_with_remat(attend):
@@ -235,7 +241,9 @@ def test_scan_with_remat(attend):
 
         return jax.grad(lambda x: jax.lax.scan(jax.checkpoint(layer), x, None, length=3)[0].sum())(query)
 
-    assert_close(jax.jit(lambda: run(lambda *a: attend(*a, mask=bind(mask))))(), run(lambda *a: dense(*a, mask)), 1e-4)
+    assert_close(
+        jax.jit(lambda: run(lambda *a: attend(*a, mask=bind(mask))))(), run(lambda *a: dense(*a, mask=mask)), 1e-4
+    )
 
 
 def test_remat_policy_saves_the_forward():
@@ -251,7 +259,7 @@ def test_remat_policy_saves_the_forward():
         compiled = lowered.compile()
         counts = (
             lowered.as_text().count("@jax_bsk_attention_forward("),
-            compiled.as_text().count('custom_call_target="jax_bsk_attention_forward"'),
+            text_of(compiled).count('custom_call_target="jax_bsk_attention_forward"'),
         )
         return compiled(*inputs), counts
 
@@ -273,9 +281,9 @@ def test_traced_masks_inside_jit(attend):
         return attend(q, k, v, mask=block_mask)
 
     expected = (ids[:, None, :, None] == ids[:, None, None, :]) & jnp.tri(96, dtype=bool)[None, None]
-    assert_close(f(*inputs, ids), dense(*inputs, expected))
+    assert_close(f(*inputs, ids), dense(*inputs, mask=expected))
     grad = jax.jit(jax.grad(loss_of(lambda *a: f(*a, ids)), (0, 1, 2)))(*inputs)
-    assert_close(grad, jax.grad(loss_of(lambda *a: dense(*a, expected)), (0, 1, 2))(*inputs), 5e-5)
+    assert_close(grad, jax.grad(loss_of(lambda *a: dense(*a, mask=expected)), (0, 1, 2))(*inputs), 5e-5)
 
 
 def test_gradient_of_the_mask_is_refused_as_any_integer_is(attend):
@@ -291,7 +299,7 @@ def test_second_derivatives():
         loss = loss_of(lambda q: sparse_attention(q, *inputs[1:], mask=mask, implementation=implementation))
         return jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum())(inputs[0])
 
-    loss = loss_of(lambda q: dense(q, *inputs[1:], random_mask(14)))
+    loss = loss_of(lambda q: dense(q, *inputs[1:], mask=random_mask(14)))
     expected = jax.grad(lambda q: (jax.grad(loss)(q) ** 2).sum())(inputs[0])
     for implementation in ("cpu", "xla"):
         assert_close(twice(implementation), expected, 2e-4)
@@ -315,9 +323,9 @@ class TestExport:
         f = jax.jit(lambda *a: sparse_attention(*a, mask=bind(mask), implementation="cpu"))
         exported = jax.export.export(f, disabled_checks=jax_bsk.export_checks())(*inputs)
         restored = jax.export.deserialize(exported.serialize(vjp_order=1))
-        assert_close(restored.call(*inputs), dense(*inputs, mask))
+        assert_close(restored.call(*inputs), dense(*inputs, mask=mask))
         gradient = jax.grad(loss_of(restored.call))(*inputs)
-        assert_close(gradient, jax.grad(loss_of(lambda *a: dense(*a, mask)))(*inputs), 5e-5)
+        assert_close(gradient, jax.grad(loss_of(lambda *a: dense(*a, mask=mask)))(*inputs), 5e-5)
 
     def test_cuda_lowering_without_a_gpu(self):
         inputs, mask = self.arguments()
@@ -348,7 +356,7 @@ def test_layers_that_share_a_traced_mask_share_its_transposed_lists():
 
     x, ids = jnp.ones((1, length, 2, 32)), jnp.zeros((1, length), jnp.int32)
     gradient = jax.jit(jax.grad(loss), static_argnums=2)
-    one, four = (gradient.lower(x, ids, layers).compile().as_text() for layers in (1, 4))
+    one, four = (text_of(gradient.lower(x, ids, layers).compile()) for layers in (1, 4))
     for layers, text in ((1, one), (4, four)):
         assert text.count('custom_call_target="jax_bsk_lists_transpose"') == 1
         assert text.count('custom_call_target="jax_bsk_attention_backward"') == layers

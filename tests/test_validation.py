@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -428,7 +429,7 @@ def test_the_products_of_a_full_run():
 
 def product_record(operation: str, block: int, **seconds: float) -> dict:
     flops = 2 * 8192**3 * 0.22
-    found = {
+    found: dict[str, dict[str, Any]] = {
         name.replace("_", "-"): {"seconds": s, "useful_flops_per_second": flops / s} for name, s in seconds.items()
     }
     found["jax_bsk"] = found.pop("jax-bsk", {"failed": "no such kernel"})

@@ -14,11 +14,12 @@ from jax_bsk.qa.testing.tolerance import dense_attention
 
 def random_inputs(
     seed: int, batch=2, q_len=80, kv_len=96, heads=4, kv_heads=4, head_dim=16, value_dim=24, dtype=jnp.float32
-):
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """query, key and value of a small call whose lengths are no multiple of the block sizes in use."""
     keys = jax.random.split(jax.random.key(seed), 3)
     shapes = (batch, q_len, heads, head_dim), (batch, kv_len, kv_heads, head_dim), (batch, kv_len, kv_heads, value_dim)
-    return tuple(jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+    query, key, value = (jax.random.normal(k, s, dtype) for k, s in zip(keys, shapes, strict=True))
+    return query, key, value
 
 
 def random_mask(seed: int, q_len=80, kv_len=96, batch=1, heads=1, density=0.4) -> np.ndarray:
@@ -60,7 +61,14 @@ def assert_close(actual, expected, atol=2e-5):
         np.testing.assert_allclose(np.asarray(a), np.asarray(e), atol=atol, rtol=1e-4)
 
 
+def text_of(compiled) -> str:
+    """The text of a compiled program, which JAX has on every platform of these tests."""
+    text = compiled.as_text()
+    assert text is not None
+    return text
+
+
 def collectives(compiled) -> list[str]:
     """Names of the collective operations in a compiled program."""
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
-    return re.findall(rf"\b({names})(?:-start)?\(", compiled.as_text())
+    return re.findall(rf"\b({names})(?:-start)?\(", text_of(compiled))

@@ -1,14 +1,14 @@
-"""`sparse_attention`: validates and canonicalises a call, binds its mask, and hands it to an implementation.
+"""`sparse_attention`: checks and canonicalises a call, binds its mask, and hands it to an implementation.
 
-The top of the one path of a call: `attention.api` -> `masks` -> `core.dispatch` -> `attention.derivatives` ->
-`attention.native` -> `core.native_call` -> `csrc/` (docs/architecture.md).
+This is the top of the path of a call: `attention.api` -> `masks` -> `core.dispatch` -> `attention.derivatives` ->
+`attention.native` -> `core.native_call` -> `csrc/attention/` (docs/architecture.md).
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -22,9 +22,53 @@ from jax_bsk.attention.native import AttentionCall
 from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.core import arrays, checks, dispatch, inputs, scalars
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
 from jax_bsk.masks.convert import array_mask, check_kind
+
+
+# A call gives one array, or two where it asks for the residual; the two overloads tell type checkers which.
+@overload
+def sparse_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: Mask | BlockMask | ArrayLike | None = None,
+    *,
+    scale: float | ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    gates: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+    return_residual: Literal[False] = False,
+) -> jax.Array: ...
+
+
+@overload
+def sparse_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: Mask | BlockMask | ArrayLike | None = None,
+    *,
+    scale: float | ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int | None, int | None] | None = None,
+    logits_soft_cap: float | None = None,
+    sinks: ArrayLike | None = None,
+    gates: ArrayLike | None = None,
+    implementation: Implementation | None = None,
+    return_residual: Literal[True],
+) -> tuple[jax.Array, jax.Array]: ...
 
 
 @checks.refuses_flax(
@@ -45,70 +89,90 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
-    implementation: Literal["cpu", "cuda", "xla"] | None = None,
+    implementation: Implementation | None = None,
     return_residual: bool = False,
-) -> Any:
-    r"""Attention that computes only the blocks its mask visits.
+) -> jax.Array | tuple[jax.Array, jax.Array]:
+    r"""Computes attention over the blocks that its mask visits, and skips the others.
 
-    Takes the place of `jax.nn.dot_product_attention`: the same argument names, order, layouts and meanings, except that
-    `mask` may be lazy or block-sparse, that a query which may attend to nothing yields 0 (not the mean of the values),
-    and that the residual has a gradient. For each head
+    The function takes the place of `jax.nn.dot_product_attention`. Argument names, order, layouts and meanings are the
+    same, with three differences: `mask` may be lazy or block-sparse, a query that may attend to nothing yields 0 (not
+    the mean of the values), and the residual has a gradient. For each head it computes
 
     .. math:: O = \mathrm{softmax}(c(\sigma Q K^T) + \mathrm{bias} \mid \mathrm{mask}) V, \quad
               c(x) = \kappa \tanh(x / \kappa)
 
-    computed blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691),
-    with the sum over the visited blocks only. With `gates` g, one number for each entry e of a `BlockMask`'s lists,
+    blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691). The sum
+    goes over the visited blocks only. `gates` are one factor g_e for each entry e of a `BlockMask`'s lists:
 
-    .. math:: O_i = \sum_{e \in \mathrm{row}(i)} g_e P_{i, j(e)} V_{j(e)},
+    .. math:: O_i = \sum_{e \in \mathrm{row}(i)} g_e P_{i, j(e)} V_{j(e)}
 
-    where P is the softmax over all visited blocks (and the sink) as without gates and j(e) the entry's key block: what
-    a block contributes is multiplied after the softmax, and the log-sum-exp knows nothing of it. Works under `jit`,
-    `grad`, `vmap`, `scan`, `remat`, `shard_map` and sharded meshes; batch and heads shard without a collective. The
-    native kernels have reverse-mode gradients; `jvp` and second derivatives of their calls are computed by "xla".
+    Here j(e) is the key block of entry e, and P is the softmax over all visited blocks (and the sink), as without
+    gates. A gate multiplies the contribution of its block after the softmax, so the log-sum-exp does not depend on it.
 
-    Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
+    The function works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and on sharded meshes. Batch and heads
+    shard without a collective. The native kernels have reverse-mode gradients; "xla" computes `jvp` and second
+    derivatives of their calls.
+
+    Dimensions: B batch size, T query length, S key/value length, N query heads, K key/value heads (K divides N),
+    H head size.
 
     Args:
-      query: BTNH or TNH; float32, bfloat16, float16 or float64.
-      key: BSKH or SKH, of query's type.
-      value: BSKH or SKH, of query's type; its head size may differ from key's.
-      bias: Numbers (integers, too) added to the logits, broadcastable to BNTS, of which the first dimensions may be
-        missing; "xla" only.
-      mask: What may attend to what (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a boolean array
-        broadcastable to BNTS, of which the first dimensions may be missing; keys that are valid in each example,
-        [B, S], are mask[:, None, None, :]. None attends to everything. May be traced.
-      scale: Factor of the logits; 1 / sqrt(H) by default. A number in [-2e38, 2e38] is used in float32 (float64 for
-        float64 inputs). A traced number (differentiable, of shape ()) multiplies the query for the native kernels, and
-        is rounded with it to query's type: for bfloat16 logits then err by up to 2^-8 of them, for float16 by 2^-11.
-      is_causal: Query t attends to keys s <= t (aligned at the top left, as in `jax.nn`), on top of `mask`.
-      query_seq_lengths: int [B], at most T (traced ones are clipped); queries from there on yield 0, log-sum-exp -inf.
-      key_value_seq_lengths: int [B], at most S; keys from there on are not attended to.
-      local_window_size: Keys to the left and right of query t it may attend to, (left, right) or one number for both,
-        on top of `mask`. None in the pair is unbounded.
-      logits_soft_cap: Caps the logits at +-this by tanh, as in Gemma 2 (arXiv 2408.00118); a Python number in
-        [1e-30, 1e30]. It is used in float32 (float64 for float64 inputs) as the scale is; scale / logits_soft_cap must
-        be a normal float32 number (or 0).
-      sinks: [N] logits that join each softmax's denominator and no value, as in gpt-oss (arXiv 2508.10925); learnable.
-        -inf is no sink. With +inf queries attend to their sink alone: the output is 0, the log-sum-exp +inf, and all
-        gradients are 0. NaN makes the head's output NaN.
-      gates: [B|1, N|1, capacity] floating factors of the visited blocks, where `mask` is a `BlockMask` and capacity its
-        `kv_blocks.shape[-1]` (for TNH also [N|1, capacity]): number e of a head's gates belongs to entry e of that
-        head's `kv_blocks`, in row order, and what lies past the last entry means nothing. Of any sign; differentiable
-        (0 for what no row lists). They are used in float32 (float64 for float64 inputs).
-      implementation: "cuda" or "cpu" (native kernels), "xla" (pure JAX: every platform and type), or None:
-        the platform's native kernel and, where it cannot take the call, "xla" with one `FallbackWarning` saying why.
-      return_residual: Also return the log-sum-exp. Where queries attend to nothing it is -inf, at which
-        `jax_debug_infs` raises as at every infinite result; without it no result or residual of finite inputs is
-        infinite or NaN.
+      query: BTNH or TNH array of float32, bfloat16, float16 or float64.
+      key: BSKH or SKH array of query's type.
+      value: BSKH or SKH array of query's type; its head size may differ from key's.
+      bias: Array of numbers (floating or integer) that are added to the logits. It broadcasts to BNTS, and its first
+        dimensions may be missing. Only "xla" takes one.
+      mask: Mask that says which query attends to which key (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a
+        boolean array that broadcasts to BNTS and whose first dimensions may be missing. A boolean array [B, S] of valid
+        keys is given as mask[:, None, None, :]. None lets every query attend to every key. The mask may be traced.
+      scale: Factor of the logits; the default is 1 / sqrt(H). A number in [-2e38, 2e38] is used in float32 (float64 for
+        float64 inputs). A traced number of shape () is differentiable. For the native kernels it multiplies the query,
+        which is then rounded to its type: the logits err by up to 2^-8 of their value for bfloat16, 2^-11 for float16.
+      is_causal: Whether query t attends only to keys s <= t (aligned at the top left, as in `jax.nn`), on top of
+        `mask`.
+      query_seq_lengths: Integers [B], at most T (traced ones are clipped). Queries from there on yield 0 and a
+        log-sum-exp of -inf.
+      key_value_seq_lengths: Integers [B], at most S. No query attends to keys from there on.
+      local_window_size: Number of keys to the left and to the right of query t that it may attend to, (left, right) or
+        one number for both sides, on top of `mask`. None in the pair is unbounded.
+      logits_soft_cap: Bound of the logits, applied by tanh as in Gemma 2 (arXiv 2408.00118): a Python number in
+        [1e-30, 1e30], used in float32 (float64 for float64 inputs). scale / logits_soft_cap must be a normal float32
+        number or 0.
+      sinks: [N] logits, one per head, that join the denominator of each softmax and carry no value, as in gpt-oss
+        (arXiv 2508.10925). They are differentiable. -inf is no sink. +inf makes queries attend to their sink alone: the
+        output is 0, the log-sum-exp +inf, and all gradients are 0. NaN makes the output of the head NaN.
+      gates: [B or 1, N or 1, capacity] floating factors of the visited blocks (for TNH also [N or 1, capacity]), where
+        `mask` is a `BlockMask` and capacity its `kv_blocks.shape[-1]`. Gate number e of a head belongs to entry e of
+        that head's `kv_blocks`, in row order; numbers past the last entry are not read. Gates have any sign, are used
+        in float32 (float64 for float64 inputs) and are differentiable (with gradient 0 where no row lists the entry).
+      implementation: Name of an implementation: "cuda" or "cpu" (native kernels) or "xla" (pure JAX, for every platform
+        and type). None takes the platform's native kernel. Where that cannot take the call, None takes "xla" and warns
+        once with a `FallbackWarning` that says why.
+      return_residual: Whether the log-sum-exp is returned too. It is -inf for queries that attend to nothing, at which
+        `jax_debug_infs` raises as at every infinite result. Without it, finite inputs give no infinite or NaN result or
+        residual.
 
     Returns:
-      BTNH (TNH) output of query's type, with value's head size. With `return_residual` also the natural logarithm of
-      the softmax's denominator, BTN (TN), float32 (float64 for float64 inputs), -inf where nothing is attended to.
+      BTNH (TNH) output of query's type, with value's head size. With `return_residual` also a BTN (TN) array: the
+      natural logarithm of the softmax's denominator in float32 (float64 for float64 inputs).
 
     Raises:
-      ValueError, TypeError: An argument does not fit; the message names it and the remedy.
+      ValueError: A shape or a number does not fit, or a combination of arguments is not possible. The message names
+        the argument and the remedy.
+      TypeError: An argument has the wrong type; the message names it and the remedy.
       UnsupportedError: The named implementation cannot take the call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk import sparse_attention
+      >>> from jax_bsk.masks import CausalMask, LocalMask
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+      >>> mask = CausalMask() & LocalMask((16, 0))
+      >>> sparse_attention(q, k, v, mask=mask, implementation="cpu").shape
+      (1, 64, 2, 16)
+      >>> loss = lambda q: sparse_attention(q, k, v, mask=mask, implementation="cpu").sum()
+      >>> jax.grad(loss)(q).shape
+      (1, 64, 2, 16)
     """
     query, key, value = (inputs.floating(x, name) for x, name in ((query, "query"), (key, "key"), (value, "value")))
     unbatched = query.ndim == 3
@@ -180,7 +244,7 @@ def sparse_attention(
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
-    """A traced factor of the logits, or None; and the one that is known."""
+    """Returns the factor of the logits that is traced (or None), and the factor whose value is known."""
     if not isinstance(scale, Tracer):
         return None, scalars.logits_scale(scale, head_dim)
     if scale.shape != () or not jnp.issubdtype(scale.dtype, jnp.number) or jnp.iscomplexobj(scale):
@@ -197,7 +261,15 @@ def bind_mask(
     sizes: tuple[int, int, int, int],
     unbatched: bool,
 ) -> BlockMask:
-    """The block lists of a call with (B, N, T, S) sizes, from its arguments of these names."""
+    """Returns the block lists of a call from its arguments of these names.
+
+    Args:
+      mask: Mask of the call, or None.
+      is_causal: Whether the call is causal on top of `mask`.
+      local_window_size: Window of the call on top of `mask`, or None.
+      sizes: (B, N, T, S).
+      unbatched: Whether the call's arrays have no batch dimension, which messages then leave out.
+    """
     batch, heads, q_len, kv_len = sizes
     extra: list[Mask] = []
     if is_causal:
@@ -219,8 +291,8 @@ def bind_mask(
     return as_block_mask(mask, q_len, kv_len, batch=batch, heads=heads)
 
 
-def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bool) -> Any:
-    """A boolean array of any broadcastable shape, with two dimensions at least."""
+def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bool) -> jax.Array | np.ndarray:
+    """Returns a boolean array that broadcasts to `sizes`, with at least two dimensions."""
     array = mask if isinstance(mask, np.ndarray | jax.Array) else np.asarray(mask)
     if array.dtype != np.bool_:
         raise TypeError(
@@ -232,7 +304,7 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
 
 
 def _check_broadcasts(shape: tuple[int, ...], full: tuple[int, int, int, int], unbatched: bool, name: str) -> None:
-    """Refuses an array that has other dimensions than those of `full` or 1; the first ones may be missing."""
+    """Refuses an array with a dimension that is neither 1 nor that of `full`; the first dimensions may be missing."""
     if len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False)):
         return
     batch, _, q_len, kv_len = full

@@ -1,1 +1,1 @@
-"""Functions made of selections and attention: native sparse attention (NSA) and SparseK attention."""
+"""Attention functions that select their blocks themselves: native sparse attention (NSA) and SparseK attention."""

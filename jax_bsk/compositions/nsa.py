@@ -1,11 +1,12 @@
 """`nsa_attention`: native sparse attention, the gated sum of three calls of `sparse_attention`.
 
-Above `attention.py` and `selection` on the path of a call: it chooses keys and masks, and computes no attention itself.
+The module stands above `attention` and `selection` on the path of a call: it makes keys and masks, and leaves the
+attention itself to `sparse_attention`.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core.arrays import Array
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import LocalMask, Mask
 from jax_bsk.masks.grid import OWN, Grid
@@ -37,46 +39,67 @@ def nsa_attention(
     local_blocks: int = 2,
     block_size: int | tuple[int, int] = 64,
     scale: float | None = None,
-    implementation: Literal["cpu", "cuda", "xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    r"""Causal attention of three branches: native sparse attention, NSA (Yuan et al., arXiv 2502.11089, equation 5).
+    r"""Computes causal attention of three branches: native sparse attention, NSA (arXiv 2502.11089, equation 5).
 
     .. math:: o_t = g^{cmp}_t \, o^{cmp}_t + g^{slc}_t \, o^{slc}_t + g^{win}_t \, o^{win}_t
 
-    Compressed: key and value i stand for the tokens [i d, i d + l), l the `compression_block` and d the
-    `compression_stride`; a query attends to those that end at or before it, and has 0 where there is none. Selected:
-    the tokens of the blocks that `jax_bsk.selection.nsa` chooses by attention over the same compressed keys. Window:
-    the last `window` tokens, the query's own included. Defaults are the paper's (section 4.1): l = 32, d = 16, 16
-    selected blocks of 64 with 1 initial and 2 local ones, a window of 512. Nothing of size T x S is made.
+    - Compressed: key and value i stand for the tokens [i d, i d + l), where l is the `compression_block` and d the
+      `compression_stride`. A query attends to those that end at or before it; where there is none, the branch is 0.
+    - Selected: the query attends to the tokens of the blocks that `jax_bsk.selection.nsa` selects by attention over the
+      same compressed keys.
+    - Window: the query attends to the last `window` tokens, its own included.
 
-    Differs from the paper: there each query selects, here each block of queries does (see `jax_bsk.selection.nsa`).
-    There a learned function compresses, here the mean does unless its results are given. There each branch has keys and
-    values of its own, here all share `key` and `value`, but for what is given as compressed. The attention over
-    compressed keys is computed twice, as output and (without gradient) as the importance of blocks.
+    The defaults are the paper's (section 4.1): l = 32, d = 16, 16 selected blocks of 64 with 1 initial and 2 local
+    ones, and a window of 512. No array of size T x S is made.
 
-    Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
+    There are three differences from the paper. In the paper each query selects blocks; here each block of queries does
+    (see `jax_bsk.selection.nsa`). In the paper a learned function compresses; here the mean does, unless its results
+    are given. In the paper each branch has keys and values of its own; here all branches share `key` and `value`,
+    except for compressed ones that are given. The attention over compressed keys is computed twice: as output, and
+    (without gradient) as the importance of blocks.
+
+    Dimensions: B batch size, T query length, S key/value length, N query heads, K key/value heads (K divides N),
+    H head size.
 
     Args:
-      query: BTNH or TNH, a type that `sparse_attention` takes; query t stands at position t.
-      key: BSKH or SKH, of query's type.
-      value: BSKH or SKH, of query's type; its head size may differ from key's.
-      gates: BTN3 (TN3), floating: the factors of the compressed, the selected and the window branch, in that order. The
+      query: BTNH or TNH array of a type that `sparse_attention` takes; query t stands at position t.
+      key: BSKH or SKH array of query's type.
+      value: BSKH or SKH array of query's type; its head size may differ from key's.
+      gates: BTN3 (TN3) floating factors of the compressed, the selected and the window branch, in that order. The
         paper's are sigmoids of a function of the token.
-      compressed_key: [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), floating and rounded to
-        query's type; None for means. Its gradient comes from the compressed branch alone.
-      compressed_value: the same of values, with value's head size.
-      window: tokens, at least 1.
-      top_k, compression_block, compression_stride, selection_block, initial_blocks, local_blocks: as in
-        `jax_bsk.selection.nsa`.
-      block_size: of the selected blocks, as in `BlockMask.from_mask`; the other branches have `sparse_attention`'s.
-      scale: of the logits, 1 / sqrt(H) by default.
-      implementation: of all three calls, as in `sparse_attention`.
+      compressed_key: Floating array [B, C, K, H] ([C, K, H]) with C = (S - l) // d + 1 (0 where S < l), which is
+        rounded to query's type. None takes means. Its gradient comes from the compressed branch alone.
+      compressed_value: Floating array [B, C, K, Hv] ([C, K, Hv]) with value's head size Hv. None takes means.
+      window: Number of tokens of the window, at least 1.
+      top_k: Number of selected blocks of each query block, as in `jax_bsk.selection.nsa`.
+      compression_block: Number l of tokens that one compressed key stands for.
+      compression_stride: Number d of tokens between the beginnings of two compressed keys.
+      selection_block: Number of tokens in a selected block.
+      initial_blocks: Number of first blocks that are always selected.
+      local_blocks: Number of last blocks that are always selected.
+      block_size: Block size of the selected branch's mask, as in `BlockMask.from_mask`. The other branches have
+        `sparse_attention`'s default.
+      scale: Factor of the logits; the default is 1 / sqrt(H).
+      implementation: Implementation of all three calls, as in `sparse_attention`.
 
     Returns:
-      BTNH (TNH) of query's type, with value's head size; the gated sum is made in float32 (float64 for float64).
+      BTNH (TNH) array of query's type with value's head size. The gated sum is computed in float32 (float64 for
+      float64 inputs).
 
     Raises:
-      TypeError, ValueError, UnsupportedError: an argument does not fit.
+      ValueError: A shape or a number does not fit.
+      TypeError: An argument has the wrong type.
+      UnsupportedError: The named implementation cannot take the call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk import nsa_attention
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 16))
+      >>> gates = jnp.full((1, 128, 2, 3), 1 / 3)
+      >>> nsa_attention(q, k, v, gates, window=32, top_k=4, implementation="cpu").shape
+      (1, 128, 2, 16)
     """
     q, k, v, g = (jnp.asarray(x) for x in (query, key, value, gates))
     unbatched = q.ndim == 3
@@ -120,7 +143,12 @@ def nsa_attention(
 
 
 class CompressedMask(Mask):
-    """Attends where the stretch [k stride, k stride + length) of tokens that key k stands for ends at or before q."""
+    """Lets query q attend to key k where the tokens [k stride, k stride + length) of that key end at or before q.
+
+    Attributes:
+      length: Number of tokens that one key stands for.
+      stride: Number of tokens between the beginnings of two keys.
+    """
 
     length: int
     stride: int
@@ -128,8 +156,8 @@ class CompressedMask(Mask):
     def __init__(self, length: int, stride: int) -> None:
         self._set(length=length, stride=stride)
 
-    def _end(self, k: Array) -> Any:
-        """The last token of key k."""
+    def _end(self, k: Any) -> Any:
+        """Returns the last token of key k."""
         return k * self.stride + (self.length - 1)
 
     def _classify(self, grid: Grid, i: Array, j: Array) -> Array:

@@ -1,6 +1,7 @@
-"""`sparsek_attention`: attention to a sliding window and to key blocks chosen by scores that learn (arXiv 2406.16747).
+"""`sparsek_attention`: attention to a sliding window and to key blocks of the highest scores (arXiv 2406.16747).
 
-Above `attention.py` and `selection` on the path of a call: it chooses keys and gates, and computes no attention itself.
+The module stands above `attention` and `selection` on the path of a call: it makes scores, mask and gates, and leaves
+the attention itself to `sparse_attention`.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.selection import sparsek
 from jax_bsk.selection.choice import for_query_heads, repeat_heads
 from jax_bsk.selection.inputs import query_and_key
 
-# Positions are counted in so many tokens: slopes are numbers near 1, and an optimizer's steps fit them.
+# Unit of positions, in tokens. With it slopes are numbers near 1, which the steps of an optimizer fit.
 SLOPE_TOKENS = 1024
 
 
@@ -35,43 +37,65 @@ def sparsek_attention(
     candidates: int | None = None,
     block_size: int | tuple[int, int] = 128,
     scale: float | None = None,
-    implementation: Literal["cpu", "cuda", "xla"] | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    r"""Causal attention to a window and to the key blocks of highest score: SparseK attention (Lou et al., 2406.16747).
+    r"""Computes causal attention to a window and to the key blocks of highest score (SparseK, arXiv 2406.16747).
 
-    Each key s has an importance that no query takes part in, a linear function of its token x and of its position
-    (section 3.1 of the paper): :math:`u_s = w \cdot x_s + a s`. The product with w is for the caller to make
-    (`SparseKSelfAttention` in `jax_bsk.flax` is the whole layer), a is the `slope`: scores that rise with the position
-    let new keys take the place of old ones without w having to make them ever greater. By these scores
-    `jax_bsk.selection.sparsek` chooses `top_k` key blocks before each query block's window, and gives them gates:
+    The score of key s does not depend on the query. It is a linear function of the token x and of the position (section
+    3.1 of the paper): :math:`u_s = w \cdot x_s + a s`. The caller computes the product with w
+    (`SparseKSelfAttention` in `jax_bsk.flax` is the whole layer); a is the `slope`. Scores that rise with the position
+    let new keys replace old ones without ever greater products. By these scores `jax_bsk.selection.sparsek` selects
+    `top_k` key blocks before the window of each query block, and gives each selected block a gate:
 
-    .. math:: o_t = \sum_{s \in \mathrm{window}} P_{ts} v_s + \sum_{s \in \mathrm{chosen}} g_{is} P_{ts} v_s
+    .. math:: o_t = \sum_{s \in \mathrm{window}} P_{ts} v_s + \sum_{s \in \mathrm{selected}} g_{is} P_{ts} v_s
 
-    P the softmax over both together, g the gate of the key's block for the query's. In the forward pass all gates are 1
-    (straight-through), or SparseK's soft numbers; either way their gradient trains the scores. The cost is linear in
-    the length, but for the thresholds of blocks: see `jax_bsk.selection.sparsek` and its `candidates`.
+    P is the softmax over both sets together, and g_is the gate of key s's block for query block i. In the forward pass
+    gates are 1 ("straight-through") or SparseK's soft numbers ("soft"); either way their gradient trains the scores.
+    Cost grows linearly with the length, except for one comparison of all pairs of key blocks, (length / 128)^2 per
+    head; `candidates` bounds that as well.
 
-    Differs from the paper: there each query chooses among keys, here each block of queries among blocks of keys, by the
-    mean of their scores. Gates multiply after the softmax, by which a key with a small gate still takes its part of the
-    denominator. The slope is a factor that may be learned.
+    There are three differences from the paper. In the paper each query selects keys; here each block of queries selects
+    blocks of keys by the mean of their scores. Gates multiply after the softmax, so a key with a small gate still has
+    its share of the denominator. The slope is a factor that may be learned.
 
-    Letters: B batch, T query length, S key/value length, N query heads, K key/value heads (K divides N), H head size.
+    Dimensions: B batch size, T query length, S key/value length, N query heads, K key/value heads (K divides N),
+    H head size.
 
     Args:
-      query: BTNH or TNH, a type that `sparse_attention` takes; query t stands at position t.
-      key: BSKH or SKH, of query's type.
-      value: BSKH or SKH, of query's type; its head size may differ from key's.
-      scores: [B, S, K] ([S, K]), floating: one choice for the query heads of a key/value head; or [B, S, N], one a
-        query head; or [B, S, 1], one in all. A block with a score of -inf is never chosen.
-      slope: what the score rises by in 1,024 tokens, a number or one a head of scores, floating; None for 0.
-      top_k, window, gate, candidates, block_size: as in `jax_bsk.selection.sparsek`.
-      scale, implementation: as in `sparse_attention`.
+      query: BTNH or TNH array of a type that `sparse_attention` takes; query t stands at position t.
+      key: BSKH or SKH array of query's type.
+      value: BSKH or SKH array of query's type; its head size may differ from key's.
+      scores: Floating array of one score per key and head: [B, S, K] ([S, K]) makes one selection per key/value head,
+        [B, S, N] one per query head, [B, S, 1] one for all heads. A block with a score of -inf is never selected.
+      slope: Increase of the score per 1,024 tokens: a floating number, or one per head of scores. None is 0.
+      top_k: Number of selected key blocks of each query block, as in `jax_bsk.selection.sparsek`.
+      window: Number of tokens of the sliding window, as in `jax_bsk.selection.sparsek`.
+      gate: Kind of gate in the forward pass: "straight-through" or "soft".
+      candidates: Number of key blocks of highest score that are compared, as in `jax_bsk.selection.sparsek`. None
+        compares all.
+      block_size: Block size of the mask: a number, or (query, key/value).
+      scale: Factor of the logits, as in `sparse_attention`.
+      implementation: Implementation of the attention, as in `sparse_attention`.
 
     Returns:
-      BTNH (TNH) of query's type, with value's head size.
+      BTNH (TNH) array of query's type with value's head size.
 
     Raises:
-      TypeError, ValueError, UnsupportedError: an argument does not fit.
+      ValueError: A shape or a number does not fit.
+      TypeError: An argument has the wrong type.
+      UnsupportedError: The named implementation cannot take the call.
+
+    Example:
+      >>> import jax
+      >>> from jax_bsk import sparsek_attention
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 256, 2, 16))
+      >>> scores = jax.random.normal(jax.random.key(1), (1, 256, 2))
+      >>> options = dict(top_k=2, window=64, block_size=32, implementation="cpu")
+      >>> sparsek_attention(q, k, v, scores, **options).shape
+      (1, 256, 2, 16)
+      >>> gradient = jax.grad(lambda scores: sparsek_attention(q, k, v, scores, **options).sum())(scores)
+      >>> bool((gradient != 0).any())
+      True
     """
     q, k, v, u = (jnp.asarray(x) for x in (query, key, value, scores))
     unbatched = q.ndim == 3
@@ -107,7 +131,7 @@ def sparsek_attention(
 
 
 def _with_slope(scores: jax.Array, slope: ArrayLike | None) -> jax.Array:
-    """[B, S, G] scores, in float32 (float64 for float64)."""
+    """Returns the scores [B, S, G] with the slope added, in float32 (float64 for float64)."""
     if not jnp.issubdtype(scores.dtype, jnp.floating):
         raise TypeError(f"scores is a floating-point array, got {scores.dtype}; cast it, e.g. scores.astype('float32')")
     scores = scores.astype(statistics_dtype(scores.dtype))

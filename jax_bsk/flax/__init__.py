@@ -1,13 +1,13 @@
 """Sparsity inside Flax: `attention_fn` for Flax's multi-head attention, and ready modules in `linen` and `nnx`.
 
-Above `attention.py` and `matmul.py` on the path of a call, and the only package of jax_bsk that imports Flax;
-`import jax_bsk` does not import it.
+The package stands above `attention` and `matmul` on the path of a call. It is the only one in jax_bsk that imports
+Flax, and `import jax_bsk` does not import it.
 """
 
 from __future__ import annotations
 
 try:
-    import flax as _flax  # noqa: F401  (asked for here, so that what is missing is named once)
+    import flax as _flax  # noqa: F401  (imported here, so that one place names the missing extra)
 except ModuleNotFoundError as error:
     if error.name != "flax":
         raise

@@ -1,8 +1,9 @@
-"""From the arguments of Flax's attention modules to one call of `sparse_attention`; needs nothing of Flax itself.
+"""`attention_fn`: turns the arguments of Flax's attention modules into one call of `sparse_attention`.
 
-Flax hands an attention function more than attention can honour blockwise (dropout of weights, weights to be sown,
-replaced einsums). Each such argument is named here and refused: Linen passes by name only what the signature shows, so
-an argument hidden in `**kwargs` would be dropped without a word.
+The module needs nothing of Flax itself. Flax hands an attention function more than blockwise attention can honour:
+dropout of weights, weights to be sown, replaced einsums. The signature names each such argument, and the function
+refuses it. Linen passes by name only what the signature shows, so it would silently drop an argument hidden in
+`**kwargs`.
 """
 
 from __future__ import annotations
@@ -10,19 +11,18 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core import checks
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.masks import ArrayMask, BlockMask, FullMask, Mask, SegmentMask
 from jax_bsk.masks.convert import array_mask
-
-Implementation = Literal["cpu", "cuda", "xla"]
 
 
 @checks.refuses_flax(
@@ -36,27 +36,41 @@ def attention_fn(
     logits_soft_cap: float | None = None,
     implementation: Implementation | None = None,
 ) -> Callable[..., jax.Array]:
-    """An `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
+    """Makes an `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
-    The module's own `mask` (padding, the cache of decoding) is combined by `&` with the one given here. One that only
-    says which keys are valid, `[*batch, 1, 1, kv_len]`, is never expanded to all pairs. The others of Flax are dense
-    arrays: give structure (causal, window, documents) here, as a lazy mask.
+    The function combines the module's own `mask` (padding, or the cache of decoding) with the one given here by `&`. A
+    mask of the module that only tells which keys are valid, [*batch, 1, 1, S], is never expanded to all pairs. Other
+    masks of Flax are dense arrays, so structure (causal, window, documents) is better given here, as a lazy mask.
 
     Args:
-      mask: What may attend to what in each call: a lazy `Mask` (bound to the lengths of the call), a `BlockMask`, or a
-        boolean array [T, S], [N|1, T, S] or [B|1, N|1, T, S]. None attends to everything. B counts all leading
-        dimensions of the inputs, flattened.
-      scale, logits_soft_cap, implementation: As in `jax_bsk.sparse_attention`.
+      mask: Mask of every call: a lazy `Mask` (which is bound to the lengths of the call), a `BlockMask`, or a boolean
+        array [T, S], [N or 1, T, S] or [B or 1, N or 1, T, S], where B counts all leading dimensions of the inputs,
+        flattened. None lets every query attend to every key.
+      scale: Factor of the logits, as in `jax_bsk.sparse_attention`.
+      logits_soft_cap: Bound of the logits, as in `jax_bsk.sparse_attention`.
+      implementation: Implementation, as in `jax_bsk.sparse_attention`.
 
     Returns:
       A function of `query` [*batch, T, N, H], `key` [*batch, S, K, H] and `value` [*batch, S, K, Hv] with the keyword
-      arguments of Flax's `dot_product_attention`, that returns [*batch, T, N, Hv]. K divides N.
+      arguments of Flax's `dot_product_attention`. It returns [*batch, T, N, Hv]; K divides N. "xla" follows a
+      `precision`; the native kernels compute float32 in full and sum 16-bit types in float32 at every precision. Only
+      "xla" takes a `bias`.
 
-      A `precision` is honoured: the native kernels compute float32 in full and sum 16-bit types in float32 whatever it
-      says, and "xla" follows it. It raises `ValueError` for what it cannot honour: active dropout, `sow_weights`, a
-      preset of dot algorithms as `precision`, replaced einsums, a
-      `BlockMask` beside a mask of the module, and a lazy mask in a step of cached decoding, where the position of the
-      one query is unknown. A `bias` is taken by the "xla" implementation only.
+    Raises:
+      ValueError: The returned function raises it for what it cannot honour: active dropout, `sow_weights`, a preset of
+        dot algorithms as `precision`, replaced einsums, a `BlockMask` beside a mask of the module, and a lazy mask in a
+        step of cached decoding, where the position of the one query is unknown.
+      TypeError: The function itself was given to a module as its attention function, without a call.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jax_bsk.flax
+      >>> from jax_bsk.masks import CausalMask
+      >>> attend = jax_bsk.flax.attention_fn(CausalMask(), implementation="cpu")
+      >>> layer = nnx.MultiHeadAttention(2, 32, attention_fn=attend, decode=False, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 64, 32))).shape
+      (1, 64, 32)
     """
     if mask is not None and not isinstance(mask, Mask | BlockMask):
         mask = ArrayMask(mask)
@@ -73,7 +87,7 @@ def attention_fn(
         dropout_rng: jax.Array | None = None,
         dropout_rate: float = 0.0,
         deterministic: bool = True,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         precision: Any = None,
         module: Any = None,
         is_causal: bool = False,
@@ -82,7 +96,7 @@ def attention_fn(
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
     ) -> jax.Array:
-        # The softmax is in float32 at least, always; without dropout there is nothing to broadcast, no use for a key.
+        # The softmax is always in float32 or wider. Without dropout there is nothing to broadcast and no use for a key.
         del broadcast_dropout, dropout_rng, force_fp32_for_softmax
         _refuse_dropout(dropout_rate, deterministic)
         if module is not None:
@@ -116,7 +130,7 @@ def attention_fn(
 
 
 def _at_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
-    """Where products are traced with a precision that XLA is asked for; the native kernels' is the highest always."""
+    """Returns a context in which "xla" traces products with that precision; native kernels always have the highest."""
     parts = precision if isinstance(precision, tuple | list) else (precision,)
     try:
         wanted = max((jax.lax.Precision(x) for x in parts if x is not None), default=None, key=lambda x: x.value)
@@ -139,9 +153,9 @@ def _refuse_dropout(dropout_rate: float, deterministic: bool) -> None:
 
 
 def promote(
-    query: jax.Array, key: jax.Array, value: jax.Array, dtype: Any = None
+    query: jax.Array, key: jax.Array, value: jax.Array, dtype: DTypeLike | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The three in the type `dtype`, or the one they promote to."""
+    """Returns the three arrays in the type `dtype`, or in the type they promote to."""
     dtype = jnp.result_type(query, key, value) if dtype is None else dtype
     return query.astype(dtype), key.astype(dtype), value.astype(dtype)
 
@@ -158,20 +172,22 @@ def attend(
     is_causal: bool = False,
     **options: Any,
 ) -> jax.Array:
-    """Sparse attention over any leading dimensions, under a module's mask and the one of this call together.
+    """Computes sparse attention over any leading dimensions, under the masks of a module and of this call together.
 
     Args:
-      query: [*batch, T, N, H].
-      key: [*batch, S, K, H].
-      value: [*batch, S, K, Hv].
-      mask: The module's.
-      call_mask: This call's: a mask, or an array broadcastable to [*batch, N, T, S] where what is not 0 attends.
-      bias: Broadcastable to [*batch, N, T, S].
-      lengths: Integers [*batch], valid queries and keys of each example.
-      is_causal: As in `sparse_attention`, as are the options.
+      query: Array [*batch, T, N, H].
+      key: Array [*batch, S, K, H].
+      value: Array [*batch, S, K, Hv].
+      mask: Mask of the module.
+      call_mask: Mask of this call, or an array that broadcasts to [*batch, N, T, S] and in which numbers other than 0
+        attend.
+      bias: Array that broadcasts to [*batch, N, T, S].
+      lengths: Integers [*batch], the number of valid queries and keys of each example.
+      is_causal: Whether the call is causal.
+      **options: Further arguments of `sparse_attention`.
 
     Returns:
-      [*batch, T, N, Hv].
+      Array [*batch, T, N, Hv].
     """
     if query.ndim < 3 or not query.ndim == key.ndim == value.ndim:
         shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
@@ -208,7 +224,7 @@ def _both(mask: Mask | BlockMask | None, call_mask: Mask | BlockMask | None) -> 
 
 
 def _lacks_position(mask: Mask) -> bool:
-    """Whether a mask reads the positions of queries and was given none as an offset."""
+    """Returns whether a mask reads the positions of queries but has no offset that gives them."""
     children = mask._children()
     if children:
         return any(map(_lacks_position, children))
@@ -218,7 +234,7 @@ def _lacks_position(mask: Mask) -> bool:
 
 
 def _refuse_unknown_position(mask: Mask | BlockMask | None, is_causal: bool, q_len: int, kv_len: int) -> None:
-    """Refuses what would take the newest query of a decoding step for the first position of the sequence."""
+    """Refuses a call that would take the newest query of a decoding step for the first of the sequence."""
     positional = isinstance(mask, Mask) and _lacks_position(mask)
     if q_len == 1 and kv_len > 1 and (positional or is_causal):
         raise ValueError(
@@ -231,7 +247,7 @@ def _refuse_unknown_position(mask: Mask | BlockMask | None, is_causal: bool, q_l
 
 
 def _flatten_logits_like(array: Any, batch: tuple[int, ...], name: str) -> Any:
-    """An array broadcastable to [*batch, N, T, S], with the leading dimensions as one: [B|1, N|1, T|1, S|1]."""
+    """Joins the leading dimensions of an array that broadcasts to [*batch, N, T, S], which may all be 1."""
     array = array if isinstance(array, np.ndarray | jax.Array) else jnp.asarray(array)
     if array.ndim > len(batch) + 3:
         raise ValueError(f"{name} broadcasts to [*batch, heads, q_len, kv_len] with batch {batch}, got {array.shape}")
@@ -245,20 +261,21 @@ def _flatten_logits_like(array: Any, batch: tuple[int, ...], name: str) -> Any:
 
 
 def _array_as_mask(array: Any, q_len: int, kv_len: int) -> Mask:
-    """The mask of a [B|1, N|1, T|1, S|1] array of Flax's, often float32: as there, what is not 0 attends."""
+    """Makes a mask of Flax's array [B or 1, N or 1, T or 1, S or 1], often float32: numbers other than 0 attend."""
     array = array if array.dtype == np.bool_ else array != 0
     rows, columns = array.shape[-2:]
     if rows not in (1, q_len) or columns not in (1, kv_len):
         raise ValueError(f"mask broadcasts to [*batch, heads, {q_len}, {kv_len}], got {array.shape}")
     if rows == array.shape[1] == 1 and q_len > 1:
-        # Only which keys are valid: queries are segment 0, valid keys too. Linear in the length, not quadratic.
+        # The array only tells which keys are valid. Queries and valid keys are segment 0, which is linear in the
+        # length.
         valid = jnp.broadcast_to(array[:, 0, 0], (array.shape[0], kv_len))
         return SegmentMask(jnp.zeros(q_len, jnp.int32), jnp.where(valid, 0, 1).astype(jnp.int32))
     return array_mask(jnp.asarray(array), q_len, kv_len)
 
 
 def default_head_dim(head_dim: int | None, features: int, num_heads: int) -> int:
-    """The size of a head, which `features` gives where it is not told."""
+    """Returns the size of a head: `head_dim`, or features / num_heads where it is None."""
     if head_dim is not None:
         return head_dim
     if features % num_heads:

@@ -1,7 +1,7 @@
-"""What the block-sparse dense layers of Linen and NNX share: patterns, initial blocks, the product.
+"""Common parts of the block-sparse dense layers of Linen and NNX: patterns, initial blocks, and the product.
 
-A layer's parameter is the array of its blocks alone. Where they lie is a `BlockPattern`, a hashable constant: known
-when a program is compiled, no part of the state, not saved with it. Nothing here is of Flax.
+A layer's parameter is the array of its blocks alone. A `BlockPattern` tells where the blocks are. It is a hashable
+constant, known when a program is compiled; it is no part of the state and not saved with it. Nothing here needs Flax.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jax_bsk.core.arrays import is_traced, of_rank
-from jax_bsk.flax._attention_fn import Implementation
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.matmul.api import sparse_matmul
 from jax_bsk.matmul.bsr import BSR, pair_of
 from jax_bsk.matmul.bsr_lists import StaticLists
@@ -27,13 +28,13 @@ DEFAULT_BLOCK_SIZE = 128
 
 @dataclasses.dataclass(frozen=True)
 class BlockPattern:
-    """Which blocks of a matrix are stored, row by row with ids ascending: equal patterns have equal lists and hashes.
+    """Places of the stored blocks of a matrix, row by row, with ascending ids. Equal patterns have equal hashes.
 
     Attributes:
-      grid: Rows and columns of blocks.
+      grid: Numbers of rows and columns of blocks.
       block_size: (bm, bk).
-      bits: A bit for each block, row-major, packed; bytes, as they are hashed once and compared fast.
-      shape: (M, K) of the matrix; None fits any with such a grid.
+      bits: Packed bits, one per block in row-major order. They are bytes, which are hashed once and compared fast.
+      shape: (M, K) of the matrix; None fits every matrix with that grid.
     """
 
     grid: tuple[int, int]
@@ -43,11 +44,12 @@ class BlockPattern:
 
     @classmethod
     def of(cls, pattern: Any, block_size: int | tuple[int, int] | None = None) -> BlockPattern:
-        """Of a bool [rows of blocks, columns of blocks], of a BSR's lists, or of a pattern (itself).
+        """Makes a pattern of booleans [rows of blocks, columns of blocks] or of a BSR's lists; takes a pattern as is.
 
         Raises:
-          ValueError: no matrix; a block size other than the BSR's; lists that name a block twice, or one out of range.
-          TypeError: a traced pattern, or an array that is not bool.
+          ValueError: The array is no matrix, the block size is not the BSR's, or the lists name a block twice or one
+            that is out of range.
+          TypeError: The pattern is traced, or an array that is not boolean.
         """
         if isinstance(pattern, BlockPattern | BSR):
             if block_size is not None and pair_of(block_size) != pattern.block_size:
@@ -70,7 +72,7 @@ class BlockPattern:
 
     @functools.cached_property
     def mask(self) -> np.ndarray:
-        """bool [rows of blocks, columns of blocks], read-only: what is to be saved beside a checkpoint."""
+        """Read-only booleans [rows of blocks, columns of blocks], which can be saved beside a checkpoint."""
         mask = np.unpackbits(np.frombuffer(self.bits, np.uint8), count=self.grid[0] * self.grid[1])
         mask = mask.astype(bool).reshape(self.grid)
         mask.flags.writeable = False
@@ -78,27 +80,31 @@ class BlockPattern:
 
     @functools.cached_property
     def lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """indptr and indices, as of a `BSR`."""
+        """`indptr` and `indices`, as in a `BSR`."""
         indptr = np.concatenate([[0], self.mask.sum(1).cumsum()]).astype(np.int32)
         return indptr, np.nonzero(self.mask)[1].astype(np.int32)
 
     @functools.cached_property
     def _static_lists(self) -> StaticLists:
-        """Kept alive for all matrices of the pattern, which share what is made of it."""
+        """Lists that all matrices of the pattern share, with everything that is made of them."""
         return StaticLists.of(*self.lists, self.grid[1])
 
     @property
     def entries(self) -> int:
-        """Stored blocks."""
+        """Number of stored blocks."""
         return self.lists[1].size
 
     @property
     def density(self) -> float:
-        """Stored blocks / all blocks."""
+        """Number of stored blocks / number of all blocks."""
         return self.entries / max(self.mask.size, 1)
 
     def for_shape(self, shape: tuple[int, int]) -> BlockPattern:
-        """The same blocks, of a matrix of that shape."""
+        """Returns the same blocks for a matrix of that shape.
+
+        Raises:
+          ValueError: A matrix of that shape has another grid of blocks.
+        """
         if self.shape == shape:
             return self
         grid = -(-shape[0] // self.block_size[0]), -(-shape[1] // self.block_size[1])
@@ -111,7 +117,7 @@ class BlockPattern:
         return dataclasses.replace(self, shape=shape)
 
     def matrix(self, data: Any) -> BSR:
-        """The matrix with these blocks [entries, bm, bk]; the pattern must have a shape."""
+        """Returns the matrix with these blocks [entries, bm, bk]; the pattern must have a shape."""
         assert self.shape is not None
         if data.shape != (self.entries, *self.block_size):
             raise ValueError(
@@ -143,7 +149,7 @@ def resolve_pattern(
     block_size: int | tuple[int, int] | None,
     seed: int,
 ) -> BlockPattern:
-    """The pattern that a layer's arguments describe, for a kernel of that shape."""
+    """Returns the pattern that the arguments of a layer describe, for a kernel of that shape."""
     if (density is None) == (pattern is None):
         raise ValueError(
             "give either density (drawn from seed) or pattern (a bool for each block, or a BSR); "
@@ -161,22 +167,22 @@ def _drawn(shape: tuple[int, int], density: float, block_size: tuple[int, int], 
 
 
 def initial_blocks(
-    draw: Callable[[jax.Array, tuple[int, int]], jax.Array], key: jax.Array, pattern: BlockPattern, dtype: Any
+    draw: Callable[[jax.Array, tuple[int, int]], jax.Array], key: jax.Array, pattern: BlockPattern, dtype: DTypeLike
 ) -> jax.Array:
-    """The blocks of a new kernel: each output's stored inputs look like those of a dense layer with no others.
+    """Draws the blocks of a new kernel as a dense layer would be drawn that has only an output's stored inputs.
 
-    An initializer reads fan_in and fan_out off the shape it is given. So it is given that of a dense kernel [stored
-    inputs of an output, stored outputs of an input], as often as there are outputs to fill, and lecun_normal has the
-    variance 1 / stored inputs: the dense one's over the density.
+    An initializer reads fan_in and fan_out off the shape that it is given. It is therefore given the shape of a dense
+    kernel [stored inputs of an output, stored outputs of an input], as often as there are outputs to fill. lecun_normal
+    then has the variance 1 / stored inputs, which is that of the dense kernel divided by the density.
 
     Args:
-      draw: An initializer: (key, [inputs, outputs]) to an array of that shape.
-      key: Of its numbers.
-      pattern: With a shape.
-      dtype: Of the result.
+      draw: Initializer, a function of a key and a shape [inputs, outputs] that returns an array of that shape.
+      key: Key of the random numbers.
+      pattern: Pattern that has a shape.
+      dtype: Type of the result.
 
     Returns:
-      [entries, bm, bk], 0 where blocks stick out of the matrix.
+      Array [entries, bm, bk] with 0 where blocks stick out of the matrix.
     """
     assert pattern.shape is not None
     mask, (bm, bk), (m, n) = pattern.mask, pattern.block_size, pattern.shape
@@ -202,7 +208,7 @@ def initial_blocks(
 
 @functools.partial(jax.jit, static_argnums=(1, 2, 3))  # as one program, made once for the like layers of a model
 def _cut(kernels: jax.Array, columns: int, bm: int, bk: int) -> jax.Array:
-    """Some columns of blocks out of kernels [times, inputs, outputs]: [columns * rows of blocks, bm, bk]."""
+    """Cuts columns of blocks, [columns * rows of blocks, bm, bk], out of kernels [times, inputs, outputs]."""
     times, fan_in, outputs = kernels.shape
     depth = -(-fan_in // bm)
     kernel = jnp.moveaxis(kernels, 0, 1).reshape(fan_in, times * outputs)[:, : columns * bk]
@@ -216,10 +222,10 @@ def sparse_dense(
     kernel: jax.Array,
     bias: jax.Array | None,
     pattern: BlockPattern,
-    dtype: Any,
+    dtype: DTypeLike | None,
     implementation: Implementation | None,
 ) -> jax.Array:
-    """inputs [..., M] @ the matrix [M, K] of the blocks + bias [K], in the type `dtype` or what they promote to."""
+    """Computes inputs [..., M] @ matrix [M, K] of the blocks + bias [K], in `dtype` or in the type they promote to."""
     matrix = pattern.matrix(kernel)
     if inputs.ndim < 1 or inputs.shape[-1] != matrix.shape[0]:
         raise ValueError(f"inputs are [..., in_features={matrix.shape[0]}], got {inputs.shape}")
@@ -232,7 +238,7 @@ def sparse_dense(
 def pruned_dense(
     kernel: Any, density: float | None, pattern: Any, block_size: int | tuple[int, int] | None, norm: Norm
 ) -> tuple[BlockPattern, jax.Array]:
-    """The pattern and the blocks that are left of a dense kernel: those of largest norm, or those of a pattern."""
+    """Returns the pattern and the blocks that are kept of a dense kernel: those of largest norm, or of a pattern."""
     if kernel.ndim != 2:
         raise ValueError(f"the kernel of a dense layer is [in_features, features], got {kernel.shape}")
     if density is not None and pattern is None:

@@ -1,4 +1,4 @@
-"""A dense layer with a block-sparse kernel as a Flax Linen module; users find it in `linen`."""
+"""A dense layer with a block-sparse kernel as a Flax Linen module, which `linen` exports."""
 
 from __future__ import annotations
 
@@ -10,34 +10,47 @@ import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import meta
 from flax.linen.initializers import lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
-from jax_bsk.flax._attention_fn import Implementation
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.flax._dense import BlockPattern, initial_blocks, pruned_dense, resolve_pattern, sparse_dense
 from jax_bsk.matmul.pruning import Norm
 
 
 class BlockSparseDense(nn.Module):
-    """A dense layer of which only some blocks of the kernel are stored, trained and multiplied: y = x W + bias.
+    """Dense layer y = x W + bias that stores, trains and multiplies only some blocks of its kernel W.
 
-    The parameters are `kernel`, the blocks alone ([stored blocks, bm, bk], row by row), and `bias` [features]. Which
-    blocks they are is a constant of the program and not saved with them: a layer made with equal `density`, `seed` and
-    `block_size` has the same ones; those of pruning or of a pattern are saved as `block_pattern(in_features).mask`.
+    The parameters are `kernel`, an array [stored blocks, bm, bk] of the blocks row by row, and `bias` [features]. The
+    places of the blocks are a constant of the program and not saved with the parameters. A layer of equal sizes,
+    `density`, `seed` and `block_size` has the same places; those of pruning or of a pattern can be saved as
+    `block_pattern(in_features).mask`. Source: Gray, Radford and Kingma, "GPU Kernels for Block-Sparse Weights" (2017).
 
     Attributes:
-      features: Size of the output; need not be a multiple of the block, and neither need that of the input.
-      density: Stored blocks / all blocks, for blocks drawn at random so that rows have equally many, and columns
-        (`jax_bsk.pruning.balanced_mask`). Either this or `pattern`.
-      pattern: Which blocks are stored: a bool [rows of blocks, columns of blocks], or a `BSR` whose lists are taken.
-      block_size: Of either side, or (rows, columns); 128 by default, as everywhere in jax_bsk, or the BSR's own. 64
-        follows a pattern more finely, at a lower rate of products.
-      seed: Of the random blocks. Layers of one size and seed have the same ones: give each layer its own.
-      implementation: As in `jax_bsk.sparse_matmul`.
-      use_bias: Whether a bias is added. An output of which no block is stored is the bias alone.
-      dtype: Of the computation; by default what inputs and parameters promote to.
-      param_dtype: Of the parameters.
-      kernel_init: Initializer, called as for a dense layer with as many inputs and outputs as are stored: lecun_normal
-        gives the variance 1 / stored inputs of an output. `nn.with_partitioning` names the axes (blocks, bm, bk).
+      features: Size of the output. Neither it nor the size of the input need be a multiple of the block.
+      density: Number of stored blocks / number of all blocks. Blocks are drawn at random so that all rows have equally
+        many, and all columns too (`jax_bsk.pruning.balanced_mask`). Either this or `pattern` is given.
+      pattern: Places of the stored blocks: booleans [rows of blocks, columns of blocks], or a `BSR`, whose lists are
+        taken.
+      block_size: Side of a block, or (rows, columns). The default is that of a BSR given as `pattern`, else 128. Blocks
+        of 64 follow a pattern more finely, and their products run at a lower rate.
+      seed: Seed of the random blocks. Layers of one size and seed have the same blocks, so each layer needs its own
+        seed.
+      implementation: Implementation, as in `jax_bsk.sparse_matmul`.
+      use_bias: Whether a bias is added. An output without stored blocks is the bias alone.
+      dtype: Type of the computation; the default is what inputs and parameters promote to.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernel. It is called as for a dense layer with as many inputs and outputs as are
+        stored, so lecun_normal gives the variance 1 / (stored inputs of an output). `nn.with_partitioning` names the
+        axes (blocks, bm, bk).
       bias_init: Initializer of the bias.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_bsk.flax
+      >>> layer = jax_bsk.flax.linen.BlockSparseDense(96, density=0.5, block_size=32)
+      >>> out, variables = layer.init_with_output(jax.random.key(0), jnp.ones((4, 64)))
+      >>> out.shape, variables["params"]["kernel"].shape
+      ((4, 96), (3, 32, 32))
     """
 
     features: int
@@ -47,10 +60,10 @@ class BlockSparseDense(nn.Module):
     seed: int = 0
     implementation: Implementation | None = None
     use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Any = lecun_normal()
-    bias_init: Any = zeros_init()
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
+    bias_init: jax.nn.initializers.Initializer = zeros_init()
 
     def __post_init__(self) -> None:
         if self.pattern is not None:  # hashable from here on, as jit wants a module to be
@@ -59,7 +72,7 @@ class BlockSparseDense(nn.Module):
 
     @nn.nowrap
     def block_pattern(self, in_features: int) -> BlockPattern:
-        """The stored blocks for inputs of that size: `mask`, `density`, and `matrix(kernel)`, which is a `BSR`."""
+        """Returns the places of the blocks for inputs of that size, with `mask`, `density` and `matrix(kernel)`."""
         return resolve_pattern((in_features, self.features), self.density, self.pattern, self.block_size, self.seed)
 
     @nn.compact
@@ -99,21 +112,23 @@ class BlockSparseDense(nn.Module):
         norm: Norm = "l2",
         implementation: Implementation | None = None,
     ) -> tuple[Self, dict[str, Any]]:
-        """A trained dense layer without all but its largest blocks.
+        """Makes a layer of a trained dense layer by keeping its largest blocks.
 
         Args:
-          dense: The layer. Its `precision` is not taken over: sums are float32 anyway.
-          params: Its own parameters, `kernel` [in_features, features] and `bias`; partitioning names are dropped.
-          density: How many blocks are kept, those of largest norm: `jax_bsk.pruning.magnitude_mask`.
-          pattern, block_size, implementation: As for the layer; a pattern says which are kept, in place of a density.
-          norm: Of a block: "l2", "l1" or "max".
+          dense: Dense layer. Its `precision` is not taken over, because sums are float32 anyway.
+          params: Parameters of that layer, `kernel` [in_features, features] and `bias`. Partitioning names are dropped.
+          density: Number of kept blocks / number of all blocks; `jax_bsk.pruning.magnitude_mask` keeps the largest.
+          pattern: Places of the blocks that are kept, in place of a density.
+          block_size: Side of a block, or (rows, columns), as for the layer.
+          norm: Norm of a block: "l2", "l1" or "max".
+          implementation: Implementation of the layer.
 
         Returns:
-          The layer and its parameters. Its outputs are those of the dense layer with zeros in the other blocks.
+          The layer and its parameters. Outputs are those of the dense layer with zeros in the other blocks.
 
         Raises:
-          ValueError: for a replaced product, and as `magnitude_mask`.
-          TypeError: for traced parameters.
+          ValueError: The layer has a product of its own, or `magnitude_mask` refuses the kernel.
+          TypeError: The parameters are traced.
         """
         if dense.dot_general is not None or dense.dot_general_cls is not None:
             raise ValueError("dense has a dot_general of its own, which a block-sparse product does not use; remove it")

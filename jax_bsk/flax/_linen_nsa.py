@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
 from jax_bsk.compositions.nsa import nsa_attention
 from jax_bsk.flax._attention_fn import default_head_dim
@@ -16,22 +17,33 @@ from jax_bsk.flax._nsa import attend_gated
 
 
 class NSASelfAttention(nn.Module):
-    """Causal multi-head self-attention by `jax_bsk.nsa_attention` (NSA, arXiv 2502.11089).
+    """Causal multi-head self-attention that calls `jax_bsk.nsa_attention` (NSA, arXiv 2502.11089).
 
     The parameters are those of `SparseSelfAttention` (query, key, value, out) and "gate", a dense layer of 3 num_heads
-    outputs whose sigmoids are a head's gates of the compressed, the selected and the window branch, side by side. Keys
-    and values are compressed by their mean.
+    outputs. Its sigmoids are the gates: for each head those of the compressed, the selected and the window branch, side
+    by side. The mean compresses keys and values.
 
     Attributes:
-      num_heads: Query heads.
-      num_kv_heads: Key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default.
-      head_dim: Size of a head; features / num_heads by default.
-      out_features: Size of the output; that of the input by default.
-      attention_fn: `jax_bsk.nsa_attention`, or `functools.partial` of it with other options (window=256, top_k=8).
+      num_heads: Number of query heads.
+      num_kv_heads: Number of key/value heads, which divides num_heads (grouped-query attention); default num_heads.
+      head_dim: Size of a head; the default is features / num_heads.
+      out_features: Size of the output; the default is that of the input.
+      attention_fn: Function `jax_bsk.nsa_attention`, or a `functools.partial` of it with other options (window=256).
       use_bias: Whether the projections add a bias.
-      dtype: Of the computation; by default what inputs and parameters promote to. Gates, softmax and sums are float32.
-      param_dtype: Of the parameters.
-      kernel_init, bias_init: Initializers of the projections.
+      dtype: Type of the computation; the default is what inputs and parameters promote to. Gates, softmax and sums are
+        float32.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernels of the projections.
+      bias_init: Initializer of the biases of the projections.
+
+    Example:
+      >>> import functools
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_bsk.flax
+      >>> options = functools.partial(jax_bsk.nsa_attention, window=32, top_k=2, block_size=32, implementation="cpu")
+      >>> layer = jax_bsk.flax.linen.NSASelfAttention(2, attention_fn=options)
+      >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 128, 32)))[0].shape
+      (1, 128, 32)
     """
 
     num_heads: int
@@ -40,20 +52,20 @@ class NSASelfAttention(nn.Module):
     out_features: int | None = None
     attention_fn: Callable[..., jax.Array] = nsa_attention
     use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Any = lecun_normal()
-    bias_init: Any = zeros_init()
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
+    bias_init: jax.nn.initializers.Initializer = zeros_init()
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer.
 
         Args:
-          inputs: [*batch, length, features].
+          inputs: Array [*batch, length, features].
 
         Returns:
-          [*batch, length, out_features].
+          Array [*batch, length, out_features].
         """
         features = inputs.shape[-1]
         head_dim = default_head_dim(self.head_dim, features, self.num_heads)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import constant, lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
 from jax_bsk.compositions.sparsek import sparsek_attention
 from jax_bsk.flax._attention_fn import default_head_dim
@@ -16,24 +17,35 @@ from jax_bsk.flax._sparsek import attend_scored, score_dtype
 
 
 class SparseKSelfAttention(nn.Module):
-    """Causal multi-head self-attention by `jax_bsk.sparsek_attention` (SparseK attention, arXiv 2406.16747).
+    """Causal multi-head self-attention that calls `jax_bsk.sparsek_attention` (SparseK attention, arXiv 2406.16747).
 
-    The parameters are those of `SparseSelfAttention` (query, key, value, out), and what scores the keys: "score", a
-    dense layer with one output a head of scores, without a bias, which would change no choice; and "slope", by which
-    each head's scores rise in 1,024 tokens. Both learn by the gates' gradients. Scores are float32 or wider.
+    The parameters are those of `SparseSelfAttention` (query, key, value, out) and two that score the keys: "score", a
+    dense layer with one output per head of scores and no bias (a bias would change no selection), and "slope", by which
+    each head's scores rise per 1,024 tokens. The gradients of the gates train both. Scores are float32 or wider.
 
     Attributes:
-      num_heads: Query heads.
-      num_kv_heads: Key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default.
-      head_dim: Size of a head; features / num_heads by default.
-      out_features: Size of the output; that of the input by default.
-      score_heads: Choices: num_kv_heads, shared by the query heads of each (by default), num_heads, or 1.
-      attention_fn: `jax_bsk.sparsek_attention`, or `functools.partial` of it with other options (window=256, top_k=4).
+      num_heads: Number of query heads.
+      num_kv_heads: Number of key/value heads, which divides num_heads (grouped-query attention); default num_heads.
+      head_dim: Size of a head; the default is features / num_heads.
+      out_features: Size of the output; the default is that of the input.
+      score_heads: Number of selections: num_kv_heads (the default; the query heads of each share one), num_heads, or 1.
+      attention_fn: Function `jax_bsk.sparsek_attention`, or a `functools.partial` of it with other options (top_k=4).
       use_bias: Whether the projections of queries, keys, values and output add a bias.
-      dtype: Of the computation; by default what inputs and parameters promote to. Gates, softmax and sums are float32.
-      param_dtype: Of the parameters.
-      kernel_init, bias_init: Initializers of the projections, that of the scores included.
+      dtype: Type of the computation; the default is what inputs and parameters promote to. Gates, softmax and sums are
+        float32.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernels of all projections, that of the scores included.
+      bias_init: Initializer of their biases.
       slope_init: Initializer of the slopes.
+
+    Example:
+      >>> import functools
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_bsk.flax
+      >>> options = functools.partial(jax_bsk.sparsek_attention, window=32, block_size=32, implementation="cpu")
+      >>> layer = jax_bsk.flax.linen.SparseKSelfAttention(2, attention_fn=options)
+      >>> layer.init_with_output(jax.random.key(0), jnp.ones((1, 128, 32)))[0].shape
+      (1, 128, 32)
     """
 
     num_heads: int
@@ -43,21 +55,21 @@ class SparseKSelfAttention(nn.Module):
     score_heads: int | None = None
     attention_fn: Callable[..., jax.Array] = sparsek_attention
     use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Any = lecun_normal()
-    bias_init: Any = zeros_init()
-    slope_init: Any = constant(0.1)
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
+    bias_init: jax.nn.initializers.Initializer = zeros_init()
+    slope_init: jax.nn.initializers.Initializer = constant(0.1)
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:
         """Applies the layer.
 
         Args:
-          inputs: [*batch, length, features].
+          inputs: Array [*batch, length, features].
 
         Returns:
-          [*batch, length, out_features].
+          Array [*batch, length, out_features].
         """
         features = inputs.shape[-1]
         head_dim = default_head_dim(self.head_dim, features, self.num_heads)

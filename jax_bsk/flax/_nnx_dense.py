@@ -1,4 +1,4 @@
-"""A dense layer with a block-sparse kernel as a Flax NNX module; users find it in `nnx`."""
+"""A dense layer with a block-sparse kernel as a Flax NNX module, which `nnx` exports."""
 
 from __future__ import annotations
 
@@ -9,39 +9,53 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
-from jax_bsk.flax._attention_fn import Implementation
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.flax._dense import initial_blocks, pruned_dense, resolve_pattern, sparse_dense
 from jax_bsk.matmul.bsr import BSR
 from jax_bsk.matmul.pruning import Norm
 
 
 class BlockSparseDense(nnx.Module):
-    """A dense layer of which only some blocks of the kernel are stored, trained and multiplied: y = x W + bias.
+    """Dense layer y = x W + bias that stores, trains and multiplies only some blocks of its kernel W.
 
-    The parameters are `kernel`, the blocks alone ([stored blocks, bm, bk], row by row), and `bias` [out_features].
-    Which blocks they are is a constant of the program and not saved with them: a layer made with equal `density`,
-    `seed` and `block_size` has the same ones; those of pruning or of a pattern are saved as `pattern.mask`.
+    The parameters are `kernel`, an array [stored blocks, bm, bk] of the blocks row by row, and `bias` [out_features].
+    The places of the blocks are a constant of the program and not saved with the parameters. A layer of equal sizes,
+    `density`, `seed` and `block_size` has the same places; those of pruning or of a pattern can be saved as
+    `pattern.mask`. Source: Gray, Radford and Kingma, "GPU Kernels for Block-Sparse Weights" (2017).
 
     Args:
-      in_features, out_features: Sizes of input and output; need not be multiples of the block.
-      density: Stored blocks / all blocks, for blocks drawn at random so that rows have equally many, and columns
-        (`jax_bsk.pruning.balanced_mask`). Either this or `pattern`.
-      pattern: Which blocks are stored: a bool [rows of blocks, columns of blocks], or a `BSR` whose lists are taken.
-      block_size: Of either side, or (rows, columns); 128 by default, as everywhere in jax_bsk, or the BSR's own. 64
-        follows a pattern more finely, at a lower rate of products.
-      seed: Of the random blocks. Layers of one size and seed have the same ones: give each layer its own.
-      implementation: As in `jax_bsk.sparse_matmul`.
-      use_bias: Whether a bias is added. An output of which no block is stored is the bias alone.
-      dtype: Of the computation; by default what inputs and parameters promote to.
-      param_dtype: Of the parameters.
-      kernel_init: Initializer, called as for a dense layer with as many inputs and outputs as are stored: lecun_normal
-        gives the variance 1 / stored inputs of an output. `nnx.with_partitioning` names the axes (blocks, bm, bk).
+      in_features: Size of the input, which need not be a multiple of the block.
+      out_features: Size of the output, which need not be a multiple of the block.
+      density: Number of stored blocks / number of all blocks. Blocks are drawn at random so that all rows have equally
+        many, and all columns too (`jax_bsk.pruning.balanced_mask`). Either this or `pattern` is given.
+      pattern: Places of the stored blocks: booleans [rows of blocks, columns of blocks], or a `BSR`, whose lists are
+        taken.
+      block_size: Side of a block, or (rows, columns). The default is that of a BSR given as `pattern`, else 128. Blocks
+        of 64 follow a pattern more finely, and their products run at a lower rate.
+      seed: Seed of the random blocks. Layers of one size and seed have the same blocks, so each layer needs its own
+        seed.
+      implementation: Implementation, as in `jax_bsk.sparse_matmul`.
+      use_bias: Whether a bias is added. An output without stored blocks is the bias alone.
+      dtype: Type of the computation; the default is what inputs and parameters promote to.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernel. It is called as for a dense layer with as many inputs and outputs as are
+        stored, so lecun_normal gives the variance 1 / (stored inputs of an output). `nnx.with_partitioning` names the
+        axes (blocks, bm, bk).
       bias_init: Initializer of the bias.
       rngs: Random streams for the parameters.
 
     Attributes:
-      pattern: The stored blocks: its `mask`, `density` and `block_size`.
+      pattern: Places of the stored blocks, with `mask`, `density` and `block_size`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jax_bsk.flax
+      >>> layer = jax_bsk.flax.nnx.BlockSparseDense(64, 96, density=0.5, block_size=32, rngs=nnx.Rngs(0))
+      >>> layer.kernel.shape, layer(jnp.ones((4, 64))).shape
+      ((3, 32, 32), (4, 96))
     """
 
     def __init__(
@@ -55,16 +69,16 @@ class BlockSparseDense(nnx.Module):
         seed: int = 0,
         implementation: Implementation | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Any = lecun_normal(),  # noqa: B008  (initializers are pure functions)
-        bias_init: Any = zeros_init(),  # noqa: B008
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: jax.nn.initializers.Initializer = lecun_normal(),  # noqa: B008  (initializers are pure functions)
+        bias_init: jax.nn.initializers.Initializer = zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         self.in_features, self.out_features = in_features, out_features
         self.implementation: Implementation | None = implementation
         self.use_bias, self.dtype, self.param_dtype = use_bias, dtype, param_dtype
-        # Hashable and no array: as arrays the lists would join the module's state, to be traced and saved.
+        # The pattern is hashable and no array: as arrays the lists would join the module's state, be traced and saved.
         self.pattern = resolve_pattern((in_features, out_features), density, pattern, block_size, seed)
         metadata: list[nnx.VariableMetadata] = []
 
@@ -104,20 +118,22 @@ class BlockSparseDense(nnx.Module):
         norm: Norm = "l2",
         implementation: Implementation | None = None,
     ) -> Self:
-        """A trained linear layer without all but its largest blocks; `linear` itself stays as it is.
+        """Makes a layer of a trained linear layer by keeping its largest blocks; `linear` itself stays as it is.
 
         Args:
-          linear: The layer. Its `precision` is not taken over: sums are float32 anyway. Nor are partitioning names.
-          density: How many blocks are kept, those of largest norm: `jax_bsk.pruning.magnitude_mask`.
-          pattern, block_size, implementation: As for the layer; a pattern says which are kept, in place of a density.
-          norm: Of a block: "l2", "l1" or "max".
+          linear: Linear layer. Its `precision` (sums are float32 anyway) and its partitioning names are not taken over.
+          density: Number of kept blocks / number of all blocks; `jax_bsk.pruning.magnitude_mask` keeps the largest.
+          pattern: Places of the blocks that are kept, in place of a density.
+          block_size: Side of a block, or (rows, columns), as for the layer.
+          norm: Norm of a block: "l2", "l1" or "max".
+          implementation: Implementation of the layer.
 
         Returns:
           A layer whose outputs are those of `linear` with zeros in the other blocks.
 
         Raises:
-          ValueError: for a replaced product, and as `magnitude_mask`.
-          TypeError: for a traced kernel.
+          ValueError: The layer has a product of its own, or `magnitude_mask` refuses the kernel.
+          TypeError: The kernel is traced.
         """
         if linear.dot_general is not jax.lax.dot_general or getattr(linear, "preferred_element_type", None) is not None:
             raise ValueError(

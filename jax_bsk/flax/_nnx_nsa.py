@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
 from jax_bsk.compositions.nsa import nsa_attention
 from jax_bsk.flax._attention_fn import default_head_dim
@@ -16,24 +17,36 @@ from jax_bsk.flax._nsa import attend_gated
 
 
 class NSASelfAttention(nnx.Module):
-    """Causal multi-head self-attention by `jax_bsk.nsa_attention` (NSA, arXiv 2502.11089).
+    """Causal multi-head self-attention that calls `jax_bsk.nsa_attention` (NSA, arXiv 2502.11089).
 
     The parameters are those of `SparseSelfAttention` (query, key, value, out) and `gate`, a dense layer of 3 num_heads
-    outputs whose sigmoids are a head's gates of the compressed, the selected and the window branch, side by side. Keys
-    and values are compressed by their mean.
+    outputs. Its sigmoids are the gates: for each head those of the compressed, the selected and the window branch, side
+    by side. The mean compresses keys and values.
 
     Args:
-      num_heads: Query heads.
+      num_heads: Number of query heads.
       in_features: Size of the input.
-      num_kv_heads: Key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default.
-      head_dim: Size of a head; in_features / num_heads by default.
-      out_features: Size of the output; in_features by default.
-      attention_fn: `jax_bsk.nsa_attention`, or `functools.partial` of it with other options (window=256, top_k=8).
+      num_kv_heads: Number of key/value heads, which divides num_heads (grouped-query attention); default num_heads.
+      head_dim: Size of a head; the default is in_features / num_heads.
+      out_features: Size of the output; the default is in_features.
+      attention_fn: Function `jax_bsk.nsa_attention`, or a `functools.partial` of it with other options (window=256).
       use_bias: Whether the projections add a bias.
-      dtype: Of the computation; by default what inputs and parameters promote to. Gates, softmax and sums are float32.
-      param_dtype: Of the parameters.
-      kernel_init, bias_init: Initializers of the projections.
+      dtype: Type of the computation; the default is what inputs and parameters promote to. Gates, softmax and sums are
+        float32.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernels of the projections.
+      bias_init: Initializer of the biases of the projections.
       rngs: Random streams for the parameters.
+
+    Example:
+      >>> import functools
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jax_bsk.flax
+      >>> options = functools.partial(jax_bsk.nsa_attention, window=32, top_k=2, block_size=32, implementation="cpu")
+      >>> layer = jax_bsk.flax.nnx.NSASelfAttention(2, 32, attention_fn=options, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 128, 32))).shape
+      (1, 128, 32)
     """
 
     def __init__(
@@ -46,12 +59,12 @@ class NSASelfAttention(nnx.Module):
         out_features: int | None = None,
         attention_fn: Callable[..., jax.Array] = nsa_attention,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Any = lecun_normal(),  # noqa: B008  (initializers are pure functions)
-        bias_init: Any = zeros_init(),  # noqa: B008
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: jax.nn.initializers.Initializer = lecun_normal(),  # noqa: B008  (initializers are pure functions)
+        bias_init: jax.nn.initializers.Initializer = zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         head_dim = default_head_dim(head_dim, in_features, num_heads)
         kv_heads = num_kv_heads or num_heads
         common: dict[str, Any] = {
@@ -74,10 +87,10 @@ class NSASelfAttention(nnx.Module):
         """Applies the layer.
 
         Args:
-          inputs: [*batch, length, in_features].
+          inputs: Array [*batch, length, in_features].
 
         Returns:
-          [*batch, length, out_features].
+          Array [*batch, length, out_features].
         """
         projected = self.query(inputs), self.key(inputs), self.value(inputs), self.gate(inputs)
         return self.out(attend_gated(self.attention_fn, *projected, self.dtype))

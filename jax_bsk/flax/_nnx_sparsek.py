@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import constant, lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
 from jax_bsk.compositions.sparsek import sparsek_attention
 from jax_bsk.flax._attention_fn import default_head_dim
@@ -16,26 +17,38 @@ from jax_bsk.flax._sparsek import attend_scored, score_dtype
 
 
 class SparseKSelfAttention(nnx.Module):
-    """Causal multi-head self-attention by `jax_bsk.sparsek_attention` (SparseK attention, arXiv 2406.16747).
+    """Causal multi-head self-attention that calls `jax_bsk.sparsek_attention` (SparseK attention, arXiv 2406.16747).
 
-    The parameters are those of `SparseSelfAttention` (query, key, value, out), and what scores the keys: `score`, a
-    dense layer with one output a head of scores, without a bias, which would change no choice; and `slope`, by which
-    each head's scores rise in 1,024 tokens. Both learn by the gates' gradients. Scores are float32 or wider.
+    The parameters are those of `SparseSelfAttention` (query, key, value, out) and two that score the keys: `score`, a
+    dense layer with one output per head of scores and no bias (a bias would change no selection), and `slope`, by which
+    each head's scores rise per 1,024 tokens. The gradients of the gates train both. Scores are float32 or wider.
 
     Args:
-      num_heads: Query heads.
+      num_heads: Number of query heads.
       in_features: Size of the input.
-      num_kv_heads: Key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default.
-      head_dim: Size of a head; in_features / num_heads by default.
-      out_features: Size of the output; in_features by default.
-      score_heads: Choices: num_kv_heads, shared by the query heads of each (by default), num_heads, or 1.
-      attention_fn: `jax_bsk.sparsek_attention`, or `functools.partial` of it with other options (window=256, top_k=4).
+      num_kv_heads: Number of key/value heads, which divides num_heads (grouped-query attention); default num_heads.
+      head_dim: Size of a head; the default is in_features / num_heads.
+      out_features: Size of the output; the default is in_features.
+      score_heads: Number of selections: num_kv_heads (the default; the query heads of each share one), num_heads, or 1.
+      attention_fn: Function `jax_bsk.sparsek_attention`, or a `functools.partial` of it with other options (top_k=4).
       use_bias: Whether the projections of queries, keys, values and output add a bias.
-      dtype: Of the computation; by default what inputs and parameters promote to. Gates, softmax and sums are float32.
-      param_dtype: Of the parameters.
-      kernel_init, bias_init: Initializers of the projections, that of the scores included.
+      dtype: Type of the computation; the default is what inputs and parameters promote to. Gates, softmax and sums are
+        float32.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernels of all projections, that of the scores included.
+      bias_init: Initializer of their biases.
       slope_init: Initializer of the slopes.
       rngs: Random streams for the parameters.
+
+    Example:
+      >>> import functools
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jax_bsk.flax
+      >>> options = functools.partial(jax_bsk.sparsek_attention, window=32, block_size=32, implementation="cpu")
+      >>> layer = jax_bsk.flax.nnx.SparseKSelfAttention(2, 32, attention_fn=options, rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 128, 32))).shape
+      (1, 128, 32)
     """
 
     def __init__(
@@ -49,13 +62,13 @@ class SparseKSelfAttention(nnx.Module):
         score_heads: int | None = None,
         attention_fn: Callable[..., jax.Array] = sparsek_attention,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Any = lecun_normal(),  # noqa: B008  (initializers are pure functions)
-        bias_init: Any = zeros_init(),  # noqa: B008
-        slope_init: Any = constant(0.1),  # noqa: B008
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: jax.nn.initializers.Initializer = lecun_normal(),  # noqa: B008  (initializers are pure functions)
+        bias_init: jax.nn.initializers.Initializer = zeros_init(),  # noqa: B008
+        slope_init: jax.nn.initializers.Initializer = constant(0.1),  # noqa: B008
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         head_dim = default_head_dim(head_dim, in_features, num_heads)
         kv_heads = num_kv_heads or num_heads
         kernel: dict[str, Any] = {"param_dtype": param_dtype, "kernel_init": kernel_init, "rngs": rngs}
@@ -75,10 +88,10 @@ class SparseKSelfAttention(nnx.Module):
         """Applies the layer.
 
         Args:
-          inputs: [*batch, length, in_features].
+          inputs: Array [*batch, length, in_features].
 
         Returns:
-          [*batch, length, out_features].
+          Array [*batch, length, out_features].
         """
         projected = self.query(inputs), self.key(inputs), self.value(inputs), self.score(inputs)
         return self.out(attend_scored(self.attention_fn, *projected, self.slope[...], self.dtype))

@@ -1,13 +1,13 @@
-"""What the Linen and the NNX module of native sparse attention share; needs nothing of Flax itself."""
+"""Common parts of the Linen and the NNX layer of native sparse attention, which need nothing of Flax itself."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jax_bsk.flax._attention_fn import promote
 
@@ -18,19 +18,20 @@ def attend_gated(
     key: jax.Array,
     value: jax.Array,
     gate_logits: jax.Array,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """Native sparse attention over any leading dimensions, with gates that are sigmoids.
+    """Computes native sparse attention over any leading dimensions, with gates that are sigmoids.
 
     Args:
-      attention_fn: `jax_bsk.nsa_attention`, or a partial of it.
-      query: [*batch, T, N, H].
-      key, value: [*batch, T, K, H].
-      gate_logits: [*batch, T, 3 N], a head's three side by side.
-      dtype: of the computation, or None for what query, key and value promote to.
+      attention_fn: Function `jax_bsk.nsa_attention`, or a partial of it.
+      query: Array [*batch, T, N, H].
+      key: Array [*batch, T, K, H].
+      value: Array [*batch, T, K, H].
+      gate_logits: Array [*batch, T, 3 N]; the three logits of a head are side by side.
+      dtype: Type of the computation; None is what query, key and value promote to.
 
     Returns:
-      [*batch, T, N, H].
+      Array [*batch, T, N, H].
     """
     query, key, value = promote(query, key, value, dtype)
     gates = jax.nn.sigmoid(gate_logits.astype(jnp.promote_types(gate_logits.dtype, jnp.float32)))

@@ -1,19 +1,20 @@
-"""What the Linen and the NNX module of SparseK attention share; needs nothing of Flax itself."""
+"""Common parts of the Linen and the NNX layer of SparseK attention, which need nothing of Flax itself."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 from jax_bsk.flax._attention_fn import promote
 
 
-def score_dtype(dtype: Any, param_dtype: Any) -> Any:
-    """Scores decide what is chosen: float32 at least, whatever the rest of the layer computes in."""
+def score_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> np.dtype:
+    """Returns the type of scores, which decide a selection: float32 or wider, whatever the layer computes in."""
     return jnp.promote_types(param_dtype if dtype is None else dtype, jnp.float32)
 
 
@@ -24,20 +25,21 @@ def attend_scored(
     value: jax.Array,
     scores: jax.Array,
     slope: jax.Array,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
-    """SparseK attention over any leading dimensions.
+    """Computes SparseK attention over any leading dimensions.
 
     Args:
-      attention_fn: `jax_bsk.sparsek_attention`, or a partial of it.
-      query: [*batch, T, N, H].
-      key, value: [*batch, T, K, H].
-      scores: [*batch, T, G], of each key, without slope.
-      slope: [G].
-      dtype: of the computation, or None for what query, key and value promote to.
+      attention_fn: Function `jax_bsk.sparsek_attention`, or a partial of it.
+      query: Array [*batch, T, N, H].
+      key: Array [*batch, T, K, H].
+      value: Array [*batch, T, K, H].
+      scores: Array [*batch, T, G] of the scores of the keys, without the slope.
+      slope: Array [G].
+      dtype: Type of the computation; None is what query, key and value promote to.
 
     Returns:
-      [*batch, T, N, H].
+      Array [*batch, T, N, H].
     """
     query, key, value = promote(query, key, value, dtype)
     batch = query.shape[:-3]

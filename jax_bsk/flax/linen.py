@@ -1,4 +1,4 @@
-"""Sparse self-attention as a Flax Linen module; the other ready modules are here, too."""
+"""Sparse self-attention as a Flax Linen module; the module also exports the other ready layers."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.linen.initializers import lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
-from jax_bsk.flax._attention_fn import Implementation, attend, default_head_dim, promote
+from jax_bsk.core.dispatch import Implementation
+from jax_bsk.flax._attention_fn import attend, default_head_dim, promote
 from jax_bsk.flax._linen_dense import BlockSparseDense as BlockSparseDense
 from jax_bsk.flax._linen_nsa import NSASelfAttention as NSASelfAttention
 from jax_bsk.flax._linen_sparsek import SparseKSelfAttention as SparseKSelfAttention
@@ -17,23 +19,36 @@ from jax_bsk.masks import BlockMask, Mask
 
 
 class SparseSelfAttention(nn.Module):
-    """Multi-head self-attention whose cost follows its mask.
+    """Multi-head self-attention that computes only the blocks its mask visits.
 
-    The parameters have the names and shapes of `flax.linen.MultiHeadDotProductAttention` (query, key, value, out), so
-    checkpoints of one fit the other where `num_kv_heads` is not given.
+    The parameters have the names and shapes of `flax.linen.MultiHeadDotProductAttention` (query, key, value, out).
+    Where `num_kv_heads` is not given, checkpoints of one fit the other.
 
     Attributes:
-      num_heads: Query heads.
-      mask: What may attend to what, for each call; a lazy mask is bound to the length of each input. None: everything.
-      num_kv_heads: Key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default.
-      head_dim: Size of a head; features / num_heads by default.
-      out_features: Size of the output; that of the input by default.
-      sinks: Whether each head learns a logit that joins its softmax's denominator (parameter "sinks", starting at 0).
-      scale, logits_soft_cap, implementation: As in `jax_bsk.sparse_attention`.
+      num_heads: Number of query heads.
+      mask: Mask of every call; a lazy mask is bound to the length of each input. None lets all tokens attend to all.
+      num_kv_heads: Number of key/value heads, which divides num_heads (grouped-query attention); default num_heads.
+      head_dim: Size of a head; the default is features / num_heads.
+      out_features: Size of the output; the default is that of the input.
+      sinks: Whether each head learns a logit (parameter "sinks", 0 at first) that joins the denominator of its softmax.
+      scale: Factor of the logits, as in `jax_bsk.sparse_attention`.
+      logits_soft_cap: Bound of the logits, as in `jax_bsk.sparse_attention`.
+      implementation: Implementation, as in `jax_bsk.sparse_attention`.
       use_bias: Whether the projections add a bias.
-      dtype: Of the computation; by default what inputs and parameters promote to. Softmax and sums are float32.
-      param_dtype: Of the parameters.
-      kernel_init, bias_init: Initializers of the projections.
+      dtype: Type of the computation; the default is what inputs and parameters promote to. Softmax and sums are
+        float32.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernels of the projections.
+      bias_init: Initializer of the biases of the projections.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jax_bsk.flax
+      >>> from jax_bsk.masks import CausalMask
+      >>> layer = jax_bsk.flax.linen.SparseSelfAttention(2, CausalMask(), implementation="cpu")
+      >>> out, variables = layer.init_with_output(jax.random.key(0), jnp.ones((1, 64, 32)))
+      >>> out.shape, sorted(variables["params"])
+      ((1, 64, 32), ['key', 'out', 'query', 'value'])
     """
 
     num_heads: int
@@ -46,10 +61,10 @@ class SparseSelfAttention(nn.Module):
     logits_soft_cap: float | None = None
     implementation: Implementation | None = None
     use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    kernel_init: Any = lecun_normal()
-    bias_init: Any = zeros_init()
+    dtype: DTypeLike | None = None
+    param_dtype: DTypeLike = jnp.float32
+    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
+    bias_init: jax.nn.initializers.Initializer = zeros_init()
 
     @nn.compact
     def __call__(
@@ -62,13 +77,14 @@ class SparseSelfAttention(nn.Module):
         """Applies the layer.
 
         Args:
-          inputs: [*batch, length, features].
-          mask: Combined by `&` with the module's: a lazy mask (traced segment ids, say), or an array broadcastable to
-            [*batch, heads, length, length].
-          lengths: Integers [*batch]: tokens of each example; those beyond are not attended to and attend to nothing.
+          inputs: Array [*batch, length, features].
+          mask: Mask of this call, which is combined with the module's by `&`: a lazy mask (traced segment ids, say), or
+            an array that broadcasts to [*batch, heads, length, length].
+          lengths: Integers [*batch], the number of tokens of each example. Tokens beyond it take no part in attention,
+            and their output is the bias of the projection alone.
 
         Returns:
-          [*batch, length, out_features].
+          Array [*batch, length, out_features].
         """
         features = inputs.shape[-1]
         head_dim = default_head_dim(self.head_dim, features, self.num_heads)

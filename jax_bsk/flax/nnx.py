@@ -1,16 +1,17 @@
-"""Sparse self-attention as a Flax NNX module; the other ready modules are here, too."""
+"""Sparse self-attention as a Flax NNX module; the module also exports the other ready layers."""
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.initializers import lecun_normal, zeros_init
+from jax.typing import DTypeLike
 
-from jax_bsk.flax._attention_fn import Implementation, attend, default_head_dim, promote
+from jax_bsk.core.dispatch import Implementation
+from jax_bsk.flax._attention_fn import attend, default_head_dim, promote
 from jax_bsk.flax._nnx_dense import BlockSparseDense as BlockSparseDense
 from jax_bsk.flax._nnx_nsa import NSASelfAttention as NSASelfAttention
 from jax_bsk.flax._nnx_sparsek import SparseKSelfAttention as SparseKSelfAttention
@@ -18,25 +19,38 @@ from jax_bsk.masks import BlockMask, Mask
 
 
 class SparseSelfAttention(nnx.Module):
-    """Multi-head self-attention whose cost follows its mask.
+    """Multi-head self-attention that computes only the blocks its mask visits.
 
-    The parameters have the names and shapes of `flax.nnx.MultiHeadAttention`'s (query, key, value, out), and `sinks`
+    The parameters have the names and shapes of `flax.nnx.MultiHeadAttention` (query, key, value, out), with `sinks`
     where asked for.
 
     Args:
-      num_heads: Query heads.
+      num_heads: Number of query heads.
       in_features: Size of the input.
-      mask: What may attend to what, for each call; a lazy mask is bound to the length of each input. None: everything.
-      num_kv_heads: Key/value heads, a divisor of num_heads (grouped-query attention); num_heads by default.
-      head_dim: Size of a head; in_features / num_heads by default.
-      out_features: Size of the output; in_features by default.
-      sinks: Whether each head learns a logit that joins its softmax's denominator, starting at 0.
-      scale, logits_soft_cap, implementation: As in `jax_bsk.sparse_attention`.
+      mask: Mask of every call; a lazy mask is bound to the length of each input. None lets all tokens attend to all.
+      num_kv_heads: Number of key/value heads, which divides num_heads (grouped-query attention); default num_heads.
+      head_dim: Size of a head; the default is in_features / num_heads.
+      out_features: Size of the output; the default is in_features.
+      sinks: Whether each head learns a logit, 0 at first, that joins the denominator of its softmax.
+      scale: Factor of the logits, as in `jax_bsk.sparse_attention`.
+      logits_soft_cap: Bound of the logits, as in `jax_bsk.sparse_attention`.
+      implementation: Implementation, as in `jax_bsk.sparse_attention`.
       use_bias: Whether the projections add a bias.
-      dtype: Of the computation; by default what inputs and parameters promote to. Softmax and sums are float32.
-      param_dtype: Of the parameters.
-      kernel_init, bias_init: Initializers of the projections.
+      dtype: Type of the computation; the default is what inputs and parameters promote to. Softmax and sums are
+        float32.
+      param_dtype: Type of the parameters.
+      kernel_init: Initializer of the kernels of the projections.
+      bias_init: Initializer of the biases of the projections.
       rngs: Random streams for the parameters.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import nnx
+      >>> import jax_bsk.flax
+      >>> from jax_bsk.masks import CausalMask
+      >>> layer = jax_bsk.flax.nnx.SparseSelfAttention(2, 32, CausalMask(), implementation="cpu", rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 64, 32))).shape
+      (1, 64, 32)
     """
 
     def __init__(
@@ -53,12 +67,12 @@ class SparseSelfAttention(nnx.Module):
         logits_soft_cap: float | None = None,
         implementation: Implementation | None = None,
         use_bias: bool = True,
-        dtype: Any = None,
-        param_dtype: Any = jnp.float32,
-        kernel_init: Any = lecun_normal(),  # noqa: B008  (initializers are pure functions)
-        bias_init: Any = zeros_init(),  # noqa: B008
+        dtype: DTypeLike | None = None,
+        param_dtype: DTypeLike = jnp.float32,
+        kernel_init: jax.nn.initializers.Initializer = lecun_normal(),  # noqa: B008  (initializers are pure functions)
+        bias_init: jax.nn.initializers.Initializer = zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
-    ):
+    ) -> None:
         head_dim = default_head_dim(head_dim, in_features, num_heads)
         kv_heads = num_kv_heads or num_heads
         linear = functools.partial(
@@ -76,8 +90,8 @@ class SparseSelfAttention(nnx.Module):
         self.value = linear(in_features, (kv_heads, head_dim))
         self.out = linear((num_heads, head_dim), out_features or in_features, axis=(-2, -1))
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
-        # The mask lives in a function: as an attribute its arrays would join the module's state, to be traced by jit
-        # and saved in checkpoints; known beforehand, a mask is cheaper.
+        # The mask is held by a function. As an attribute, its arrays would join the module's state, which jit traces
+        # and checkpoints save; and a mask with known values is cheaper.
         self._attend = functools.partial(
             attend, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation
         )
@@ -92,13 +106,14 @@ class SparseSelfAttention(nnx.Module):
         """Applies the layer.
 
         Args:
-          inputs: [*batch, length, in_features].
-          mask: Combined by `&` with the module's: a lazy mask (traced segment ids, say), or an array broadcastable to
-            [*batch, heads, length, length].
-          lengths: Integers [*batch]: tokens of each example; those beyond are not attended to and attend to nothing.
+          inputs: Array [*batch, length, in_features].
+          mask: Mask of this call, which is combined with the module's by `&`: a lazy mask (traced segment ids, say), or
+            an array that broadcasts to [*batch, heads, length, length].
+          lengths: Integers [*batch], the number of tokens of each example. Tokens beyond it take no part in attention,
+            and their output is the bias of the projection alone.
 
         Returns:
-          [*batch, length, out_features].
+          Array [*batch, length, out_features].
         """
         query, key, value = promote(self.query(inputs), self.key(inputs), self.value(inputs), self.dtype)
         sinks = None if self.sinks is None else self.sinks[...]

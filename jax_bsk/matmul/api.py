@@ -1,6 +1,7 @@
-"""Products with block-sparse matrices: the public functions.
+"""`sparse_matmul` and `sampled_matmul`: check a product, pick an implementation, and hand the product to it.
 
-They check what was asked and pick an implementation; `products` has the products and their derivatives.
+This is the top of the path of a product: `matmul.api` -> `core.dispatch` -> `matmul.products` -> `matmul.native` ->
+`csrc/matmul/`.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_bsk.core import dispatch
 from jax_bsk.core.dispatch import Implementation
@@ -20,41 +22,53 @@ from jax_bsk.matmul.native import ProductCall, SampledCall
 
 
 def sparse_matmul(
-    a: Any,
-    b: Any,
+    a: BSR | ArrayLike,
+    b: BSR | ArrayLike,
     *,
     transpose: bool = False,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """A product of which one factor is block-sparse; only stored blocks are multiplied.
+    """Multiplies a block-sparse matrix and a dense one; only stored blocks are multiplied.
 
-    Letters: M and K rows and columns of the sparse matrix, N columns (or T rows) of the dense one.
+    `A @ b` and `x @ A` call this function for a `BSR` A. It is linear in each factor and differentiable in both any
+    number of times, in forward and in reverse mode: `jax.linear_transpose` and the solvers of `jax.scipy.sparse.linalg`
+    work. The gradient of a `BSR` is the product sampled at the stored blocks (see `sampled_matmul`); no dense gradient
+    is ever made. The product and its two gradients are those of Gray, Radford and Kingma, "GPU Kernels for Block-Sparse
+    Weights" (2017).
 
-    `A @ b` and `x @ A` call it. Letters: M and K are rows and columns of the sparse matrix, N columns (or T rows) of
-    the dense one.
+    Dimensions: M rows and K columns of the sparse matrix, N columns (or T rows) of the dense one.
 
     Args:
-      a: the left factor: a `BSR` of [M, K], or dense [..., T, M] or [M].
-      b: the right one: dense [K, N] or [K], or a `BSR`.
-      transpose: take the sparse matrix's transpose; nothing is copied.
-      preferred_element_type: type of the result; by default the common type of the factors. Sums are float32 (float64
-        where a factor is).
-      implementation: "cpu", "cuda" (float16 and bfloat16, blocks of 64 or 128, compute capability 9.0) or "xla"; None
-        takes the platform's native kernel, and where that cannot take the call "xla", with one warning that says why.
+      a: Left factor: a `BSR` of shape [M, K], or a dense array [..., T, M] or [M].
+      b: Right factor: a dense array [K, N] or [K], or a `BSR`.
+      transpose: Whether the sparse matrix is transposed. Nothing is copied for it.
+      preferred_element_type: Type of the result; the default is the common type of the factors. Sums are float32
+        (float64 where a factor is float64).
+      implementation: Name of an implementation: "cpu", "cuda" (float16 and bfloat16, blocks of 64 or 128, compute
+        capability 9.0) or "xla". None takes the platform's native kernel. Where that cannot take the call, None takes
+        "xla" and warns once with a `FallbackWarning` that says why.
 
     Returns:
-      a @ b; of one dimension where the dense factor has one. Linear in each factor, and differentiable in both any
-      number of times, in forward mode and in reverse (`jax.linear_transpose` and the solvers of
-      `jax.scipy.sparse.linalg` work): the gradient of a `BSR` has its blocks alone (the sampled product of
-      `sampled_matmul`), no dense gradient is ever made. A row of blocks whose lists cannot be followed is NaN
-      where the product walks rows; where it walks columns (`transpose`, or a dense factor on the left, not both) that
-      row counts for nothing.
+      The product a @ b, with one dimension where the dense factor has one. A row of blocks whose lists cannot be
+      followed yields NaN where the product walks rows. Where it walks columns (`transpose`, or a dense factor on the
+      left, but not both) that row counts as 0.
 
     Raises:
-      TypeError: neither or both factors are a `BSR`; boolean blocks; a common type that is not floating point.
-      ValueError: sizes that do not fit, an unknown implementation.
-      UnsupportedError: the named implementation cannot take the call.
+      TypeError: Neither or both factors are a `BSR`, the blocks are boolean, or the common type is not floating point.
+      ValueError: Sizes do not fit, or there is no such implementation.
+      UnsupportedError: The named implementation cannot take the call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk import BSR, sparse_matmul
+      >>> weight = BSR.random(jax.random.key(0), (64, 96), density=0.5, block_size=32)
+      >>> x = jnp.ones((4, 64))
+      >>> y = sparse_matmul(x, weight, implementation="cpu")
+      >>> bool(jnp.allclose(y, x @ weight.to_dense(), atol=1e-4))
+      True
+      >>> jax.grad(lambda w: sparse_matmul(x, w, implementation="cpu").sum())(weight)
+      BSR(shape=(64, 96), block_size=(32, 32), entries=3, dtype=float32)
     """
     if isinstance(a, BSR) == isinstance(b, BSR):
         raise TypeError(
@@ -99,28 +113,43 @@ BSR.product = staticmethod(sparse_matmul)  # what `@` calls
 
 
 def sampled_matmul(
-    a: Any,
-    b: Any,
+    a: ArrayLike,
+    b: ArrayLike,
     pattern: BSR,
     *,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     implementation: Implementation | None = None,
 ) -> BSR:
-    """The blocks of a @ b at the places of a pattern (SDDMM), as a `BSR` of the pattern's lists.
+    """Computes a @ b at the stored blocks of a pattern (a sampled dense-dense product, SDDMM).
 
-    Linear in each factor, and differentiable in both any number of times, in forward mode and in reverse.
+    The function is linear in each factor, and differentiable in both any number of times, in forward and in reverse
+    mode.
 
     Args:
-      a: [M, L].
-      b: [L, K].
-      pattern: a `BSR` of [M, K]; its blocks' numbers are not looked at.
-      preferred_element_type: type of the blocks; by default the common type of a and b.
-      implementation: as for `sparse_matmul`.
+      a: Dense array [M, L].
+      b: Dense array [L, K].
+      pattern: `BSR` of shape [M, K] whose lists say where the blocks are. The numbers in its blocks are not read.
+      preferred_element_type: Type of the blocks; the default is the common type of a and b.
+      implementation: Name of an implementation, as for `sparse_matmul`.
+
+    Returns:
+      A `BSR` with the pattern's lists and the blocks of a @ b.
 
     Raises:
-      TypeError: a pattern that is no `BSR`; a common type that is not floating point.
-      ValueError: sizes that do not fit, an unknown implementation.
-      UnsupportedError: the named implementation cannot take the call.
+      TypeError: The pattern is no `BSR`, or the common type is not floating point.
+      ValueError: Sizes do not fit, or there is no such implementation.
+      UnsupportedError: The named implementation cannot take the call.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk import BSR, sampled_matmul
+      >>> pattern = BSR.random(jax.random.key(0), (64, 96), density=0.5, block_size=32)
+      >>> a, b = jnp.ones((64, 8)), jnp.ones((8, 96))
+      >>> blocks = sampled_matmul(a, b, pattern, implementation="cpu")
+      >>> blocks
+      BSR(shape=(64, 96), block_size=(32, 32), entries=3, dtype=float32)
+      >>> float(blocks.data.max())
+      8.0
     """
     if not isinstance(pattern, BSR):
         raise TypeError(
@@ -146,10 +175,10 @@ def sampled_matmul(
 
 
 def _common_type(names: str, first: Any, second: Any) -> Any:
-    """Common type of two factors.
+    """Returns the common type of two factors.
 
     Raises:
-      TypeError: it is not a real floating-point type.
+      TypeError: The common type is not a real floating-point type.
     """
     common = jnp.result_type(first, second)
     if not jnp.issubdtype(common, jnp.floating):
@@ -161,13 +190,13 @@ def _common_type(names: str, first: Any, second: Any) -> Any:
 
 
 def _choose(implementation: str | None, facts: refusals.MatmulFacts) -> tuple[bool, str | None]:
-    """Whether a native kernel takes the call, and the only platform it may be compiled for."""
+    """Returns whether a native kernel takes the call, and the only platform it may be compiled for (None: any)."""
     chosen, named = dispatch.choose(implementation, facts)
     native = chosen != "xla"
     return native, chosen if native and named else None
 
 
 def _summed_in(dtype: np.dtype, common: Any) -> str:
-    """Type that the kernels write: the wanted one where they can, the sums' own otherwise."""
+    """Returns the type that the kernels write: the wanted one where they can, the type of the sums otherwise."""
     common = np.dtype(common)
     return str(dtype) if dtype in (common, np.dtype(np.float32)) else "float64" if common == np.float64 else "float32"

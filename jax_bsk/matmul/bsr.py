@@ -1,11 +1,11 @@
-"""`BSR`: a block-sparse matrix as an array of blocks and their places, a pytree.
+"""`BSR`: a block-sparse matrix as an array of blocks and lists of their places. A `BSR` is a pytree.
 
-The lists have `BlockMask`'s conventions: row-major, ids ascending within a row as the constructors make them; entries
-past `indptr[-1]` belong to no row and are -1. Sizes are static. The kind of the lists decides the leaves:
+The lists have `BlockMask`'s conventions: they go row by row, and the constructors make ids that ascend within a row.
+Entries past `indptr[-1]` belong to no row and are -1. Sizes are static. The kind of the lists decides what is a leaf:
 
-- Lists with values on the host (what all constructors make) belong to the structure, as the shape does. The blocks are
-  then the only leaf: `jax.grad` and optimizers see them alone, a compiled function has the lists as constants, and
-  another pattern compiles it again.
+- Lists with values on the host (which all constructors make) belong to the structure, as the shape does. The blocks are
+  then the only leaf: `jax.grad` and optimizers see the blocks alone, a compiled function holds the lists as constants,
+  and another pattern compiles the function again.
 - Lists that are JAX arrays, traced or not, are leaves: another pattern with as many entries compiles nothing.
 """
 
@@ -14,43 +14,59 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Callable
-from typing import Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import jax
 import jax.export
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_bsk.core.arrays import is_traced
 from jax_bsk.matmul.bsr_lists import ArrayLists, ColumnLists, StaticLists
+
+if TYPE_CHECKING:
+    from jax.experimental.sparse import BCOO, JAXSparse
 
 DEFAULT_BLOCK_SIZE = 128
 
 
 class BSR:
-    """A matrix of which only some blocks are stored (block compressed sparse rows, as `scipy.sparse.bsr_array`).
+    """A matrix of which only some blocks are stored: block compressed sparse rows, as in `scipy.sparse.bsr_array`.
 
-    An immutable pytree. `A @ x`, `x @ A` are `sparse_matmul`; `2 * A`, `A / 2`, `-A` scale the blocks.
+    A `BSR` is an immutable pytree. `A @ x` and `x @ A` call `sparse_matmul`; `2 * A`, `A / 2` and `-A` scale the
+    blocks.
 
     Args:
-      data: [entries, bm, bk] the blocks, row by row; what sticks out of the shape counts as 0.
-      indptr: int32 [rows of blocks + 1], where each row's entries begin, and the last one's end.
+      data: Blocks [entries, bm, bk], row by row. Numbers that stick out of the shape count as 0.
+      indptr: int32 [rows of blocks + 1], the first entry of each row, and the end of the last row.
       indices: int32 [entries], the column of blocks of each entry.
-      shape: (M, K) of the matrix; they need not be multiples of the block.
-      column_lists: The same places column by column, as `columns` gives them, which products with the transpose walk
-        (and so the derivatives of all). Lists on the host need none. With lists that are JAX arrays None makes them
-        where they are needed (traced ones by a sort on the device, in every call).
+      shape: (M, K) of the matrix, which need not be multiples of the block.
+      column_lists: The same places column by column, as `columns` returns them, which products with the transpose (and
+        so the derivatives of all products) walk. Lists on the host need none. For lists that are JAX arrays, None makes
+        them where they are needed; for traced ones that is a sort on the device in every call.
 
     Attributes:
       data: The blocks; the only leaf where the lists are static.
-      lists: `StaticLists` of NumPy arrays, a part of the structure, where the lists were given as such; otherwise
+      lists: `StaticLists` of NumPy arrays, a part of the structure, where NumPy arrays were given; otherwise
         `ArrayLists`, whose arrays are leaves.
       shape: (M, K); static.
       block_size: (bm, bk); static.
 
     Raises:
-      TypeError: data is no array.
-      ValueError: sizes that do not fit.
+      TypeError: `data` is no array.
+      ValueError: Sizes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, numpy as np
+      >>> from jax_bsk import BSR
+      >>> matrix = BSR(jnp.ones((2, 32, 32)), np.array([0, 1, 2]), np.array([1, 0]), (64, 64))
+      >>> matrix
+      BSR(shape=(64, 64), block_size=(32, 32), entries=2, dtype=float32)
+      >>> matrix.density
+      0.5
+      >>> (2 * matrix @ jnp.ones(64))[0].item()
+      64.0
     """
 
     __slots__ = ("__weakref__", "block_size", "data", "lists", "shape")
@@ -65,8 +81,13 @@ class BSR:
     product: ClassVar[Callable[..., jax.Array]]
 
     def __init__(
-        self, data: Any, indptr: Any, indices: Any, shape: tuple[int, int], column_lists: ColumnLists | None = None
-    ):
+        self,
+        data: jax.Array | np.ndarray,
+        indptr: Any,
+        indices: Any,
+        shape: tuple[int, int],
+        column_lists: ColumnLists | None = None,
+    ) -> None:
         if not hasattr(data, "shape"):
             raise TypeError(
                 f"data must be an array [entries, bm, bk], got {type(data).__name__}; for a tree of other things map "
@@ -120,19 +141,20 @@ class BSR:
 
     @property
     def entries(self) -> int:
-        """Blocks that there is room for."""
+        """Number of blocks that there is room for."""
         return self.indices.shape[-1]
 
     @property
     def dtype(self) -> np.dtype:
+        """Type of the blocks."""
         return np.dtype(self.data.dtype)
 
     @property
     def density(self) -> float:
-        """Stored blocks / all blocks.
+        """Number of stored blocks / number of all blocks.
 
         Raises:
-          TypeError: where the lists are traced.
+          TypeError: The lists are traced.
         """
         self._need_values("density")
         rows, columns = self.grid
@@ -160,18 +182,33 @@ class BSR:
 
     @classmethod
     def from_dense(
-        cls, array: Any, block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE, *, keep: Any = None
+        cls,
+        array: jax.Array | np.ndarray,
+        block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
+        *,
+        keep: ArrayLike | None = None,
     ) -> Self:
-        """The blocks of a matrix that have a number other than 0, or those that `keep` names.
+        """Stores the blocks of a matrix that have a number other than 0, or those that `keep` names.
 
         Args:
-          array: [M, K]; of a NumPy array the blocks that are kept alone are copied to the device.
-          block_size: of either side, or (rows, columns).
-          keep: bool [rows of blocks, columns of blocks], with values; None keeps what is not 0.
+          array: Matrix [M, K]. Of a NumPy array only the blocks that are kept are copied to the device.
+          block_size: Side of a block, or (rows, columns).
+          keep: Booleans [rows of blocks, columns of blocks] with known values. None keeps the blocks that are not 0.
+
+        Returns:
+          A `BSR` of shape [M, K] and the array's type.
 
         Raises:
-          TypeError: a traced `keep`, or a traced array without one.
-          ValueError: what is not a matrix, or a `keep` of another shape.
+          TypeError: `keep` is traced, or the array is traced and there is no `keep`.
+          ValueError: The array is not a matrix, or `keep` has another shape.
+
+        Example:
+          >>> import numpy as np
+          >>> from jax_bsk import BSR
+          >>> dense = np.zeros((64, 64), np.float32)
+          >>> dense[0, 40] = 1.0
+          >>> BSR.from_dense(dense, block_size=32)
+          BSR(shape=(64, 64), block_size=(32, 32), entries=1, dtype=float32)
         """
         bm, bk = pair_of(block_size)
         if array.ndim != 2:
@@ -201,20 +238,23 @@ class BSR:
         shape: tuple[int, int],
         density: float,
         block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE,
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
     ) -> Self:
-        """Normal numbers in blocks drawn at random: as many as give that density, to half a block.
+        """Draws blocks at random and fills them with numbers of the standard normal distribution.
 
         Args:
-          key: of `jax.random`, with a value: it decides which blocks are stored.
+          key: Key of `jax.random` with a known value, because it decides which blocks are stored.
           shape: (M, K).
-          density: stored blocks / all blocks, in [0, 1].
-          block_size: of either side, or (rows, columns).
-          dtype: of the blocks; float32 by default.
+          density: Number of stored blocks / number of all blocks, in [0, 1]; the count is rounded to a whole block.
+          block_size: Side of a block, or (rows, columns).
+          dtype: Type of the blocks; the default is float32.
+
+        Returns:
+          A `BSR` of shape [M, K].
 
         Raises:
-          TypeError: a traced argument.
-          ValueError: a density outside of [0, 1].
+          TypeError: An argument is traced.
+          ValueError: The density is outside of [0, 1].
         """
         for name, value in (("key", key), ("density", density), ("shape", shape[0]), ("shape", shape[1])):
             if is_traced(value):
@@ -236,18 +276,22 @@ class BSR:
 
     @classmethod
     def from_scipy(cls, array: Any, block_size: int | tuple[int, int] | None = None) -> Self:
-        """Of a sparse array or matrix of `scipy.sparse` in any format; its ids are sorted, its blocks on the device.
+        """Converts a sparse array or matrix of `scipy.sparse` in any format.
 
-        A format without blocks (CSR, COO, ..) stores single numbers: each block that has one is stored whole, so the
-        matrix should be sparse in blocks, and `block_size` small enough to follow it. Any block size fits any shape.
+        A format without blocks (CSR, COO, ..) stores single numbers. Each block that has such a number is stored whole,
+        so the matrix should be sparse in blocks, and `block_size` small enough to follow it. Any block size fits any
+        shape.
 
         Args:
-          array: [M, K].
-          block_size: of either side, or (rows, columns); None takes the array's own blocks, and 128 where it has none.
+          array: Sparse matrix [M, K] of `scipy.sparse`.
+          block_size: Side of a block, or (rows, columns). None takes the array's own blocks, and 128 where it has none.
+
+        Returns:
+          A `BSR` of shape [M, K] with ids that ascend within rows, and blocks on the device.
 
         Raises:
-          TypeError: what is no sparse array.
-          ValueError: what is not a matrix.
+          TypeError: The argument is no sparse array.
+          ValueError: The array is not a matrix.
         """
         if not (hasattr(array, "tocoo") and hasattr(array, "format")):
             raise TypeError(
@@ -273,12 +317,23 @@ class BSR:
         return cls(jnp.asarray(data), indptr, places % max(columns, 1), shape)
 
     @classmethod
-    def from_jax(cls, array: Any, block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE) -> Self:
-        """Of a matrix of `jax.experimental.sparse` (BCOO, BCSR, ..): the blocks that have a number other than 0."""
+    def from_jax(cls, array: JAXSparse, block_size: int | tuple[int, int] = DEFAULT_BLOCK_SIZE) -> Self:
+        """Converts a matrix of `jax.experimental.sparse` (BCOO, BCSR, ..), by way of the dense matrix.
+
+        Args:
+          array: Sparse matrix [M, K] with known values.
+          block_size: Side of a block, or (rows, columns).
+
+        Returns:
+          A `BSR` of shape [M, K] with the blocks that have a number other than 0.
+
+        Raises:
+          TypeError, ValueError: As in `from_dense`.
+        """
         return cls.from_dense(array.todense(), block_size)
 
-    def to_jax(self) -> Any:
-        """As a `jax.experimental.sparse.BCOO` of this matrix, an index for each number of a stored block."""
+    def to_jax(self) -> BCOO:
+        """Returns a `jax.experimental.sparse.BCOO` of shape [M, K] with one index per number of a stored block."""
         from jax.experimental.sparse import BCOO
 
         (m, k), (bm, bk) = self.shape, self.block_size
@@ -292,10 +347,11 @@ class BSR:
         return BCOO((jnp.where(inside, self.data, 0).reshape(-1), places), shape=self.shape)
 
     def to_scipy(self) -> Any:
-        """As a `scipy.sparse.bsr_array`; the shape must be of whole blocks.
+        """Returns a `scipy.sparse.bsr_array` of shape [M, K], which must be of whole blocks.
 
         Raises:
-          TypeError: where the lists or the blocks are traced.
+          TypeError: The lists or the blocks are traced.
+          ValueError: scipy refuses a shape that is not of whole blocks.
         """
         from scipy.sparse import bsr_array
 
@@ -305,7 +361,7 @@ class BSR:
         return bsr_array(parts, shape=self.shape)
 
     def to_dense(self) -> jax.Array:
-        """[M, K]; entries that belong to no row count for nothing, blocks listed twice are summed."""
+        """Returns the dense matrix [M, K]. Entries of no row are left out, and blocks listed twice are summed."""
         (rows, columns), (bm, bk) = self.grid, self.block_size
         row_ids = self.row_ids()
         listed = (row_ids >= 0) & (row_ids < rows) & (self.indices >= 0) & (self.indices < columns)
@@ -318,10 +374,13 @@ class BSR:
     # ---- Views
 
     def with_data(self, data: Any) -> Self:
-        """The same places with other blocks [entries, bm, bk], or with what is no array in their place.
+        """Returns a matrix with the same places and other blocks.
+
+        Args:
+          data: Blocks [entries, bm, bk]. What is no array (a leaf of another tree, say) is taken as it is.
 
         Raises:
-          ValueError: an array of another shape.
+          ValueError: The array has another shape.
         """
         if hasattr(data, "shape") and data.shape != (self.entries, *self.block_size):
             raise ValueError(
@@ -330,18 +389,19 @@ class BSR:
             )
         return self._with(data, self.lists)
 
-    def astype(self, dtype: Any) -> Self:
+    def astype(self, dtype: DTypeLike) -> Self:
+        """Returns the same matrix with blocks of another type."""
         return self.with_data(jnp.asarray(self.data).astype(dtype))
 
     def with_column_lists(self) -> Self:
-        """The same with `column_lists`, unless its lists are traced."""
+        """Returns the same matrix with `column_lists`; a matrix with traced lists is returned as it is."""
         if self.lists.traced or self.column_lists is not None:
             return self
         lists = jax.tree.map(jnp.asarray, ArrayLists(self.indptr, self.indices, self.columns()))
         return self._with(self.data, lists)
 
     def with_traced_lists(self) -> Self:
-        """The same matrix with its lists as leaves, those by columns among them, on the device.
+        """Returns the same matrix with its lists as leaves on the device, those by columns among them.
 
         Compiled functions then take the lists as arguments: a new pattern with as many entries compiles nothing.
         `jax.grad` takes such a matrix's `data`, not the matrix: integers have no gradient.
@@ -353,10 +413,10 @@ class BSR:
         )
 
     def with_static_lists(self) -> Self:
-        """The same matrix with its lists as a part of the structure, and the blocks as the only leaf.
+        """Returns the same matrix with its lists as a part of the structure, and the blocks as the only leaf.
 
         Raises:
-          TypeError: where the lists are traced.
+          TypeError: The lists are traced.
         """
         if self.has_static_lists:
             return self
@@ -365,19 +425,19 @@ class BSR:
         return self._with(self.data, lists)
 
     def row_ids(self) -> Any:
-        """int32 [entries]: the row of each; -1 past the end, and in rows whose offsets cannot be followed."""
+        """Returns int32 [entries], the row of each entry: -1 past the end and where offsets cannot be followed."""
         return self.lists.row_ids
 
     def columns(self) -> ColumnLists:
-        """The same lists column by column: offsets [columns + 1], rows [entries], and which entry each one is.
+        """Returns the same lists column by column: offsets [columns + 1], rows [entries], and entry numbers [entries].
 
-        Entries that belong to no row, or name no column, are left out: what is past the end is -1.
+        Entries that belong to no row, or name no column, are left out. Numbers past the end are -1.
         """
         return self.lists.by_columns(self.grid[1])
 
     @property
     def T(self) -> Self:
-        """The transposed matrix; its blocks are copied."""
+        """The transposed matrix [K, M]; its blocks are copied."""
         offsets, rows, entries = self.columns()
         data = jnp.swapaxes(jnp.asarray(self.data)[jnp.maximum(jnp.asarray(entries), 0)], 1, 2)
         if not self.has_static_lists:
@@ -419,7 +479,7 @@ class BSR:
         """Checks that a product can follow the lists of an argument of that name.
 
         Raises:
-          ValueError: lists with another number of dimensions, or something else in their place.
+          ValueError: The lists have another number of dimensions, or something else is in their place.
         """
         found = [getattr(x, "shape", None) for x in (self.indptr, self.indices)]
         if found != [(self.grid[0] + 1,), (self.entries,)]:
@@ -432,8 +492,8 @@ class BSR:
         """Checks that a product can multiply the blocks of an argument of that name, and follow its lists.
 
         Raises:
-          TypeError: blocks that are no array, or boolean.
-          ValueError: blocks of another shape.
+          TypeError: The blocks are no array, or boolean.
+          ValueError: The blocks have another shape.
         """
         self.need_lists(name)
         if not (hasattr(self.data, "shape") and hasattr(self.data, "dtype")):
@@ -447,11 +507,11 @@ class BSR:
             )
 
     def check(self) -> None:
-        """Checks what kernels do not trust.
+        """Checks that the lists can be followed. Products give NaN for a row whose lists cannot.
 
         Raises:
-          ValueError: naming the first row whose entries or columns are out of range: products give NaN for such a row.
-          TypeError: where the lists are traced.
+          ValueError: Entries or columns of a row are out of range; the message names the first such row.
+          TypeError: The lists are traced.
         """
         self._need_values("check()")
         offsets, indices = np.asarray(self.indptr, np.int64), np.asarray(self.indices)
@@ -479,14 +539,14 @@ class BSR:
 
 
 def _set(matrix: Any, data: Any, lists: Any, shape: tuple[int, int], block_size: tuple[int, int]) -> Any:
-    """Gives a matrix its attributes, unchecked."""
+    """Gives a matrix its attributes without checks."""
     for name, value in (("data", data), ("lists", lists), ("shape", shape), ("block_size", block_size)):
         object.__setattr__(matrix, name, value)
     return matrix
 
 
 def _made(data: Any, lists: Any, shape: tuple[int, int], block_size: tuple[int, int]) -> BSR:
-    """A matrix of these parts, unchecked."""
+    """Makes a matrix of these parts without checks."""
     return _set(object.__new__(BSR), data, lists, shape, block_size)
 
 
@@ -499,12 +559,12 @@ def _is_operand(x: Any) -> bool:
 
 
 def grid_of(shape: tuple[int, int], block_size: tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of blocks."""
+    """Returns the numbers of rows and columns of blocks."""
     return -(-shape[0] // block_size[0]), -(-shape[1] // block_size[1])
 
 
-# ---- The pytree. The kind of the lists alone decides what is a leaf, and nothing is checked when a matrix is made of
-# its leaves: JAX and others put anything in the place of one.
+# ---- The pytree. The kind of the lists alone decides what is a leaf. Nothing is checked when a matrix is made from its
+# leaves, because JAX and others put anything in the place of a leaf.
 
 _LEAVES = ("data", "indptr", "indices", "column_lists")
 
@@ -545,7 +605,12 @@ jax.export.register_pytree_node_serialization(
 
 
 def pair_of(block_size: int | tuple[int, int]) -> tuple[int, int]:
-    """Rows and columns of a block, from either or one number for both."""
+    """Returns the rows and columns of a block, from that pair or from one number for both.
+
+    Raises:
+      ValueError: A number is not positive.
+      TypeError: A number is no integer.
+    """
     pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
     bm, bk = (operator.index(size) for size in pair)
     if min(bm, bk) < 1:

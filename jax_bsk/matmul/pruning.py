@@ -1,16 +1,18 @@
-"""Which blocks of a weight to store: those of largest magnitude, or some spread evenly; and how many at which step.
+"""Choice of the blocks of a weight that are stored: the largest ones, or some spread evenly; and a pruning schedule.
 
-Above `bsr.py`. A mask here is a bool [rows of blocks, columns of blocks], what `BSR.from_dense` takes as `keep`. All of
-it runs on the host in NumPy, outside of `jit`: which blocks there are decides the sizes of arrays.
+The module stands above `bsr.py`. A mask here is a boolean array [rows of blocks, columns of blocks], which
+`BSR.from_dense` takes as `keep`. Everything runs on the host in NumPy, outside of `jit`, because the number of blocks
+decides the sizes of arrays.
 
-Weights in blocks: Gray, Radford and Kingma, "GPU Kernels for Block-Sparse Weights" (2017), and Narang, Undersander and
-Diamos, "Block-Sparse Recurrent Neural Networks" (arXiv 1711.02782), which prunes them by magnitude.
+Sources for weights in blocks: Gray, Radford and Kingma, "GPU Kernels for Block-Sparse Weights" (2017), and Narang,
+Undersander and Diamos, "Block-Sparse Recurrent Neural Networks" (arXiv 1711.02782), which prunes them by magnitude.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
+import jax
 import numpy as np
 
 from jax_bsk.core.arrays import is_traced
@@ -18,7 +20,8 @@ from jax_bsk.matmul.bsr import BSR, pair_of
 
 Norm = Literal["l2", "l1", "max"]
 
-# Of [bm, columns of blocks, bk], each block's. What pads the matrix to whole blocks is 0 and adds nothing.
+# Norms of the blocks of one row, [bm, columns of blocks, bk]. The zeros that pad the matrix to whole blocks add
+# nothing.
 _NORMS = {
     "l2": lambda rows: np.sqrt((rows * rows).sum((0, 2))),
     "l1": lambda rows: np.abs(rows).sum((0, 2)),
@@ -27,24 +30,33 @@ _NORMS = {
 
 
 def magnitude_mask(
-    kernel: Any, density: float, block_size: int | tuple[int, int] = 128, norm: Norm = "l2"
+    kernel: jax.Array | np.ndarray, density: float, block_size: int | tuple[int, int] = 128, norm: Norm = "l2"
 ) -> np.ndarray:
-    """The blocks of largest norm, over the whole matrix.
+    """Returns a mask of the blocks of largest norm in the whole matrix (arXiv 1711.02782).
 
-    A row or column of blocks may lose all of its own. A block that sticks out of the matrix counts with what is inside.
+    A row or column of blocks may lose all of its blocks. A block that sticks out of the matrix counts with its part
+    inside.
 
     Args:
-      kernel: [M, K], any real type; the norms are float64.
-      density: kept blocks / all blocks, to half a block, in [0, 1].
-      block_size: of either side, or (rows, columns).
-      norm: of a block: "l2" (what a group lasso penalises), "l1", or "max" (arXiv 1711.02782, section 3).
+      kernel: Array [M, K] of any real type; norms are computed in float64.
+      density: Number of kept blocks / number of all blocks, in [0, 1]; the count is rounded to a whole block.
+      block_size: Side of a block, or (rows, columns).
+      norm: Norm of a block: "l2" (which a group lasso penalises), "l1", or "max" (arXiv 1711.02782, section 3).
 
     Returns:
-      bool [rows of blocks, columns of blocks]; of equal norms the first in row-major order is kept.
+      A boolean array [rows of blocks, columns of blocks]. Of equal norms the first in row-major order is kept.
 
     Raises:
-      ValueError: what is not a matrix, a density outside of [0, 1], a norm of another name, a NaN in the kernel.
-      TypeError: a traced kernel.
+      ValueError: The kernel is not a matrix or has a NaN, the density is outside of [0, 1], or there is no such norm.
+      TypeError: The kernel is traced.
+
+    Example:
+      >>> import numpy as np
+      >>> from jax_bsk import pruning
+      >>> kernel = np.kron([[1.0, 4.0], [3.0, 2.0]], np.ones((32, 32)))
+      >>> pruning.magnitude_mask(kernel, density=0.5, block_size=32)
+      array([[False,  True],
+             [ True, False]])
     """
     if is_traced(kernel):
         raise TypeError("magnitudes decide which blocks there are, so the sizes of arrays; prune outside of jit")
@@ -69,30 +81,59 @@ def magnitude_mask(
     return mask.reshape(rows, columns)
 
 
-def prune(kernel: Any, density: float, block_size: int | tuple[int, int] = 128, norm: Norm = "l2") -> BSR:
-    """The blocks that `magnitude_mask` names, with their numbers: its arguments and errors."""
+def prune(
+    kernel: jax.Array | np.ndarray, density: float, block_size: int | tuple[int, int] = 128, norm: Norm = "l2"
+) -> BSR:
+    """Keeps the blocks of largest norm of a matrix (arXiv 1711.02782).
+
+    Args:
+      kernel: Array [M, K] of any real type.
+      density: Number of kept blocks / number of all blocks, in [0, 1].
+      block_size: Side of a block, or (rows, columns).
+      norm: Norm of a block, as in `magnitude_mask`.
+
+    Returns:
+      A `BSR` of shape [M, K] and the kernel's type, with the blocks that `magnitude_mask` names.
+
+    Raises:
+      ValueError, TypeError: As in `magnitude_mask`.
+
+    Example:
+      >>> import numpy as np
+      >>> from jax_bsk import pruning
+      >>> kernel = np.kron([[1.0, 4.0], [3.0, 2.0]], np.ones((32, 32), np.float32)).astype(np.float32)
+      >>> pruning.prune(kernel, density=0.25, block_size=32)
+      BSR(shape=(64, 64), block_size=(32, 32), entries=1, dtype=float32)
+    """
     return BSR.from_dense(kernel, block_size, keep=magnitude_mask(kernel, density, block_size, norm))
 
 
 def balanced_mask(rows: int, columns: int, density: float, seed: int = 0) -> np.ndarray:
-    """Blocks drawn at random under a condition: rows have equally many, and so have columns, to one block.
+    """Draws blocks at random so that all rows have equally many, and all columns too, to within one block.
 
-    So every input takes part, every output has as many inputs as the others (one variance suits them all), and none
-    takes longer than the others. Starts from diagonals that fill both sides evenly and trades blocks between pairs of
-    rows, which keeps all counts and comes to draw every such mask alike: the "curveball" of Strona et al., "A fast and
-    unbiased procedure to randomize ecological binary matrices with fixed row and column totals" (Nature
-    Communications 5, 2014).
+    Every input then takes part, every output has as many inputs as the others (so that one variance suits all
+    weights), and no row takes longer than another. The function starts from diagonals, which fill both sides evenly,
+    and trades blocks between pairs of rows. Trades keep all counts and reach every such mask with the same probability:
+    the "curveball" algorithm of Strona et al., "A fast and unbiased procedure to randomize ecological binary matrices
+    with fixed row and column totals" (Nature Communications 5, 2014).
 
     Args:
-      rows, columns: Of blocks.
-      density: stored blocks / all blocks, to half a block.
-      seed: The mask is the same for equal arguments, in every version of NumPy: a checkpoint depends on it.
+      rows: Number of rows of blocks.
+      columns: Number of columns of blocks.
+      density: Number of stored blocks / number of all blocks; the count is rounded to a whole block.
+      seed: Seed of the draw. Equal arguments give the same mask in every version of NumPy, on which checkpoints depend.
 
     Returns:
-      bool [rows, columns].
+      A boolean array [rows, columns].
 
     Raises:
-      ValueError: a density outside of [0, 1], or so low that some row or column would have no block.
+      ValueError: The density is outside of [0, 1], or so low that some row or column would have no block.
+
+    Example:
+      >>> from jax_bsk import pruning
+      >>> mask = pruning.balanced_mask(4, 8, density=0.25)
+      >>> mask.sum(axis=1), mask.sum(axis=0)
+      (array([2, 2, 2, 2]), array([1, 1, 1, 1, 1, 1, 1, 1]))
     """
     count = _count_of(density, rows, columns)
     if count < max(rows, columns):
@@ -119,14 +160,28 @@ def balanced_mask(rows: int, columns: int, density: float, seed: int = 0) -> np.
 
 
 def cubic_density(step: int, begin: int, end: int, density: float, initial_density: float = 1.0) -> float:
-    """Density at a step of gradual pruning: down by a cubic from `begin` to `end`, fast at first.
+    """Returns the density at a step of gradual pruning, which falls as a cubic, fast at first.
 
-    Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), equation 1, told for density = 1 - sparsity.
+    The schedule is equation 1 of Zhu and Gupta, "To prune, or not to prune" (arXiv 1710.01878), written for density =
+    1 - sparsity.
 
     Args:
-      step: Of training; any integer.
-      begin, end: Steps at which `initial_density` is left and `density` is reached.
-      density, initial_density: The final one, and the one before `begin`.
+      step: Step of training; any integer.
+      begin: Step up to which the density is `initial_density`.
+      end: Step from which the density is `density`.
+      density: Density at the end.
+      initial_density: Density at the beginning.
+
+    Returns:
+      The density at that step.
+
+    Raises:
+      ValueError: `end` is not after `begin`.
+
+    Example:
+      >>> from jax_bsk import pruning
+      >>> [round(pruning.cubic_density(step, begin=100, end=200, density=0.2), 3) for step in (0, 150, 300)]
+      [1.0, 0.3, 0.2]
     """
     if end <= begin:
         raise ValueError(f"pruning begins before it ends, got begin={begin} and end={end}")

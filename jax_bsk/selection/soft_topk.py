@@ -1,19 +1,19 @@
-"""`sparsek`: the differentiable top-k operator of SparseK attention (Lou, Jia, Zheng, Tu, arXiv 2406.16747).
+"""`sparsek`: the differentiable top-k operator of SparseK attention (Lou, Jia, Zheng and Tu, arXiv 2406.16747).
 
-Not on the path of an attention call: it makes the gates and the choice of keys that calls are given. Its causal form
-over prefixes, and the state for decoding, are in `soft_topk_causal`.
+The module is not on the path of an attention call: it computes gates and selections of keys, which calls are given.
+`soft_topk_causal` has the causal form over prefixes, and the state for decoding.
 
-The operator is the projection of the scores z onto {p : 0 <= p <= 1, sum p = k}. By its KKT conditions
-p = clip(z - tau, 0, 1), where f(tau) = sum clip(z - tau, 0, 1) = k; f is continuous, piecewise linear and never
-increases, its breakpoints are the scores and the scores less 1. With U = {z >= tau + 1} and S = {tau < z < tau + 1}, on
-the piece of tau
+The operator projects the scores z onto {p : 0 <= p <= 1, sum p = k}. By the KKT conditions of that problem
+p = clip(z - tau, 0, 1), where tau solves f(tau) = sum clip(z - tau, 0, 1) = k. f is continuous, piecewise linear and
+never increases; its breakpoints are the scores, and the scores less 1. With U = {z >= tau + 1} and S = {tau < z < tau +
+1}, the piece that contains tau gives
 
     tau = (sum_S z + |U| - k) / |S|.
 
-All arithmetic is relative to c, the ceil(k)-th greatest score, as tau lies in [c - 1, c]: fewer than k scores are
-greater than c, each counts at most 1, so f(c) <= k; at least k scores are c or greater, so f(c - 1) >= k. A score is in
-U if z >= c + 1 and counts nothing if z <= c - 1, hence y = clip(z - c, -1, 1) holds all that matters, in numbers near 1
-whatever the magnitude of the scores.
+All arithmetic is relative to c, the ceil(k)-th greatest score, because tau lies in [c - 1, c]. Fewer than k scores are
+greater than c and each counts at most 1, so f(c) <= k. At least k scores are c or greater, so f(c - 1) >= k. A score is
+in U if z >= c + 1 and counts as 0 if z <= c - 1. Hence y = clip(z - c, -1, 1) has everything that matters, in numbers
+near 1 for scores of any magnitude.
 """
 
 from __future__ import annotations
@@ -36,38 +36,38 @@ Method = Literal["exact", "fast"]
 
 
 def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "exact") -> jax.Array:
-    r"""Soft choice of k among n scores, with a gradient: SparseK (arXiv 2406.16747).
+    r"""Selects k of n scores softly, with a gradient: SparseK (arXiv 2406.16747, section 3.2).
 
     .. math:: p = \operatorname{argmin}_p \tfrac12 \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1, \ \sum p = k
 
-    The greatest scores have p = 1, the least p = 0, and those in a window of width 1 between are in proportion. With S
-    those of 0 < p < 1, the derivative is dp = 1_S * (dz - mean_S dz + dk / |S|), and 0 where S is empty. That map is
-    symmetric, so forward and reverse mode have one rule, and as it is constant between breakpoints, second
-    derivatives are 0. Where k is n or more, p is 1 everywhere with a derivative of 0.
+    The greatest scores have p = 1, the least have p = 0, and scores in a window of width 1 between them have a p that
+    rises linearly. Let S be the scores with 0 < p < 1. The derivative is dp = 1_S * (dz - mean_S dz + dk / |S|), and 0
+    where S is empty. That map is symmetric, so one rule serves forward and reverse mode. It is constant between
+    breakpoints, so second derivatives are 0. Where k is n or more, p is 1 everywhere and its derivative is 0.
 
-    Scores of -inf are never chosen, have a gradient of 0 and do not count among the n. A NaN makes its row NaN.
+    Scores of -inf are never selected, have a gradient of 0 and do not count among the n. A NaN makes its row NaN.
 
     Args:
-      scores: [..., n, ...], floating. Types of less than 32 bits are computed with in float32.
-      k: number to choose, not negative, whole or not; broadcasts to the shape of scores without `axis`. May be
-        traced; has a derivative where it is floating. A traced k that is negative or NaN gives NaN.
-      axis: axis of the n scores.
-      method: "exact" sorts the breakpoints, O(n log n). "fast" finds c by bisection over the bits of a floating-point
-        number and tau by bisection in [c - 1, c], then takes the exact step above: O(n) with a factor of about 30
-        (60 in float64) cheap passes and no sort. Both agree to rounding.
+      scores: Floating array [..., n, ...]. Types of fewer than 32 bits are computed in float32.
+      k: Number of scores to select, not negative, whole or not. It broadcasts to the shape of scores without `axis`,
+        may be traced, and is differentiable where it is floating. A traced k that is negative or NaN gives NaN.
+      axis: Axis of the n scores.
+      method: Algorithm. "exact" sorts the breakpoints in O(n log n). "fast" finds c by bisection over the bits of a
+        floating-point number and tau by bisection in [c - 1, c], and then takes the exact step above: O(n) with about
+        30 cheap passes (60 in float64) and no sort. Both agree to rounding.
 
     Returns:
-      p, of scores' shape and type.
+      The array p of scores' shape and type.
 
     Raises:
-      TypeError: scores are not floating, or k is no number.
-      ValueError: an unknown method or axis, a k that is negative or does not broadcast.
+      TypeError: The scores are not floating point, or k is no number.
+      ValueError: There is no such method or axis, or k is negative or does not broadcast.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jax_bsk import sparsek
-      >>> sparsek(jnp.array([3.0, 1.0, 0.5, 0.0]), 2).tolist()
-      [1.0, 0.75, 0.25, 0.0]
+      >>> print(sparsek(jnp.array([2.0, 0.5, 0.25, -1.0]), k=2))
+      [1.    0.625 0.375 0.   ]
     """
     scores = floating_scores(scores)
     if method not in ("exact", "fast"):
@@ -80,7 +80,7 @@ def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "e
 
 
 def floating_scores(scores: ArrayLike) -> jax.Array:
-    """Scores as an array of one dimension at least."""
+    """Returns scores as a floating array of at least one dimension."""
     array = floating(scores, "scores")
     if array.ndim == 0:
         raise ValueError("scores has one dimension at least, the one to choose along; got a scalar")
@@ -88,12 +88,12 @@ def floating_scores(scores: ArrayLike) -> jax.Array:
 
 
 def widen(scores: jax.Array) -> jax.Array:
-    """The scores in the statistics type."""
+    """Returns scores in float32, and float64 scores as they are."""
     return scores.astype(statistics_dtype(scores.dtype))
 
 
 def budget(k: ArrayLike, z: jax.Array) -> jax.Array:
-    """k as an array of z's type, one for each row of z [..., n]; checked where it has a value on the host."""
+    """Returns k as an array of z's type, one number per row of z [..., n]. A k on the host is checked."""
     if not isinstance(k, Tracer | jax.Array):
         host = np.asarray(k)
         if host.dtype.kind not in "iuf":
@@ -112,10 +112,10 @@ def budget(k: ArrayLike, z: jax.Array) -> jax.Array:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def solve(z: jax.Array, k: jax.Array, method: Method) -> tuple[jax.Array, jax.Array]:
-    """p [..., n] and tau [...] for scores [..., n] and k [...], both float32 or float64.
+    """Returns p [..., n] and tau [...] for scores [..., n] and k [...], both float32 or float64.
 
-    Where several tau solve f(tau) = k (k whole, a gap of more than 1 below the k-th score), it is the greatest; -inf
-    where fewer than k scores are finite.
+    Where several tau solve f(tau) = k (k is whole, with a gap of more than 1 below the k-th score), tau is the greatest
+    of them. It is -inf where fewer than k scores are finite.
     """
     return _solve(z, k, method)
 

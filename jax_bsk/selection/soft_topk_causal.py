@@ -1,18 +1,19 @@
-"""SparseK over prefixes: the threshold of every position at once, and step by step when decoding (arXiv 2406.16747).
+"""SparseK over prefixes: the thresholds of all positions at once, or step by step in decoding (arXiv 2406.16747).
 
-For position t the operator chooses among the scores z[..t]. Two facts carry the causal form. f_t is the sum f of the
-prefix, k stays the same, and tau_t is the greatest root of f_t(tau) = k (-inf while fewer than k scores are there).
+The operator of position t selects among the scores z[..t]. The causal form rests on two facts. Let f_t be the sum f of
+the prefix that ends at t. k stays the same, and tau_t is the greatest root of f_t(tau) = k (-inf while there are fewer
+than k scores).
 
 **tau never decreases.** f_{t+1}(x) = f_t(x) + clip(z_{t+1} - x, 0, 1) >= f_t(x). So every x with f_t(x) >= k has
 f_{t+1}(x) >= k, and the greatest such x, which is tau, cannot become smaller. (For k = 0 tau is the maximum.)
 
-**A dropped key never returns.** Key s counts for position t if z_s > tau_t. Once z_s <= tau_t, all later tau are at or
-above tau_t. It has no part in any later f_t near its root either, so it can be forgotten.
+**A dropped key never returns.** Key s counts for position t if z_s > tau_t. Once z_s <= tau_t, all later tau are at
+least tau_t. The key has no part in any later f_t near its root either, so it can be forgotten.
 
-What must be remembered is U and S together. |U| <= k, and the scores of S lie in one interval of width 1, so there are
-at most k plus the most keys with scores in such an interval. Nothing smaller holds for all inputs: n equal scores all
-stay with p = k / n. A fixed capacity C is therefore exact or not depending on the scores, and it is known which: with
-the C greatest scores of the prefix, tau is right if and only if no score beyond them is greater than it.
+U and S together must be remembered. |U| <= k, and the scores of S lie in one interval of width 1, so at most k keys
+plus the largest number of keys with scores in one such interval are remembered. No smaller bound holds for all inputs:
+n equal scores all stay, with p = k / n. Whether a fixed capacity C is exact depends on the scores, but it is known:
+with the C greatest scores of the prefix, tau is right if and only if no score beyond them is greater than tau.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.selection.soft_topk import budget, floating_scores, solve, sparsek, widen
 
 
 class SparseKCausal(NamedTuple):
-    """The results of `sparsek_causal` for each position, all [..., n].
+    """Result of `sparsek_causal`: three arrays [..., n] with one number per position.
 
     Attributes:
-      tau: the threshold of the prefix that ends at the position, float32 (float64 for float64 scores); -inf while the
+      tau: Threshold of the prefix that ends at the position, in float32 (float64 for float64 scores); -inf while the
         prefix has fewer than k scores.
-      gates: p of the position's own key in its prefix, of the scores' type.
-      exact: bool, whether the capacity was enough there.
+      gates: Gate p of the position's own key in its prefix, of the scores' type.
+      exact: Boolean that tells whether the capacity was enough at the position.
     """
 
     tau: jax.Array
@@ -48,33 +49,38 @@ class SparseKCausal(NamedTuple):
 
 
 def sparsek_causal(scores: ArrayLike, k: ArrayLike, *, capacity: int | None = None, chunk: int = 128) -> SparseKCausal:
-    """`sparsek` of every prefix: position t chooses among the scores up to and including its own.
+    """Computes `sparsek` of every prefix: position t selects among the scores up to and including its own.
 
     The gate of key s for query t >= s is clip(scores[s] - tau[t], 0, 1). tau never decreases along the sequence, so the
-    queries that use a key are those of one interval: derivatives, of which there are both modes, take O(n log n) by
-    prefix sums over these intervals. A position of which fewer than k scores are seen has gates of 1 and derivatives 0.
+    queries that use a key form one interval. Derivatives (forward and reverse mode) are prefix sums over these
+    intervals, in O(n log n). A position that sees fewer than k scores has gates of 1 and derivatives of 0.
 
     The thresholds take O(n (capacity + chunk)) operations (with the factor of `method="fast"`) in n / chunk steps of
     `lax.scan`, and O(chunk (capacity + chunk)) memory.
 
     Args:
-      scores: [..., n], floating; -inf is never chosen. A NaN makes its position and all later ones NaN.
-      k: number to choose, as in `sparsek`; it broadcasts to [...].
-      capacity: number of the greatest scores before a chunk are kept; None for all: always exact, and quadratic.
-        Where it is too small, `exact` is False, and tau is that of the scores kept: below the true one.
-      chunk: number of positions solved together.
+      scores: Floating array [..., n]; -inf is never selected. A NaN makes its position and all later ones NaN.
+      k: Number of scores to select, as in `sparsek`; it broadcasts to [...].
+      capacity: Number of greatest scores before a chunk that are kept. None keeps all, which is always exact and takes
+        quadratic time. Where the capacity is too small, `exact` is False, and tau is that of the scores kept, below
+        the true one.
+      chunk: Number of positions that are solved together.
 
     Returns:
-      The threshold, the gate and whether it is exact, for each position.
+      A `SparseKCausal` of tau, gates and exact, each [..., n].
 
     Raises:
-      TypeError, ValueError: as `sparsek`; where capacity or chunk is no positive int, or capacity is less than k.
+      TypeError: The scores are not floating point, k is no number, or capacity or chunk is no integer.
+      ValueError: k is negative or does not broadcast, capacity or chunk is not positive, or capacity is less than k.
 
     Example:
       >>> import jax.numpy as jnp
       >>> from jax_bsk import sparsek_causal
-      >>> sparsek_causal(jnp.array([3.0, 1.0, 0.5]), 1).tau.tolist()
-      [2.0, 2.0, 2.0]
+      >>> result = sparsek_causal(jnp.array([0.5, 0.25, 1.5, -1.0]), k=1)
+      >>> print(result.tau)
+      [-0.5   -0.125  0.5    0.5  ]
+      >>> print(result.gates)
+      [1.    0.375 1.    0.   ]
     """
     scores = floating_scores(scores)
     z = widen(scores)
@@ -99,7 +105,7 @@ def _size(value: Any, name: str, k: ArrayLike | None = None) -> int:
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2, 3))
 def _prefixes(z: jax.Array, k: jax.Array, capacity: int, chunk: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """tau, own gates and the greatest score that was forgotten before, all [..., n]."""
+    """Returns tau, own gates and the greatest score that was forgotten before, all [..., n]."""
     return _scan(z, k, capacity, chunk)
 
 
@@ -153,13 +159,13 @@ def _prefixes_jvp(capacity: int, chunk: int, primals: Any, tangents: Any) -> Any
     return (tau, gates, forgotten), (dtau, dgates, jnp.zeros_like(forgotten))
 
 
-# Up to so many positions all pairs of keys and positions are looked at: on a GPU one pass each way, where the sums over
-# intervals are searches, scatters and scans.
+# Greatest number of positions at which all pairs of keys and positions are compared. On a GPU that is one pass each
+# way, while the sums over intervals are searches, scatters and scans.
 MOST_PAIRS = 2048
 
 
 def _sums_over_inside(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The sum of dz over S_t, and |S_t|, for each position t of one sequence."""
+    """Returns the sum of dz over S_t, and |S_t|, for each position t of one sequence."""
     if z.shape[0] > MOST_PAIRS:
         return _sums_over_intervals(z, tau, dz)
     seen = np.tri(z.shape[0], dtype=bool)
@@ -168,10 +174,10 @@ def _sums_over_inside(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.
 
 
 def _sums_over_intervals(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`_sums_over_inside` in O(n log n).
+    """Returns the same as `_sums_over_inside` in O(n log n).
 
-    As tau never decreases, key s is in S for the positions t >= s from the first with tau_t > z_s - 1 up to the first
-    with tau_t >= z_s: an interval, which a sum over starts and ends turns into the sum over keys, linear in dz.
+    tau never decreases, so key s is in S for an interval of positions t >= s: from the first with tau_t > z_s - 1 up to
+    the first with tau_t >= z_s. A prefix sum over starts and ends of the intervals is the sum over keys, linear in dz.
     """
     n = z.shape[0]
     begin = jnp.searchsorted(tau, z - 1, side="right").astype(jnp.int32)
@@ -187,21 +193,29 @@ def _sums_over_intervals(z: jax.Array, tau: jax.Array, dz: jax.Array) -> tuple[j
 
 
 class SparseKState(NamedTuple):
-    """The state of decoding between tokens: the keys that still count, in `capacity` slots. A pytree.
+    """State of SparseK in decoding: the keys that still count, in `capacity` slots (arXiv 2406.16747). It is a pytree.
 
-    Make one with `init`, advance it by one key with `step`. A slot whose key is dropped is free, and the next key takes
-    the free slot of lowest number; so a cache of keys and values needs `capacity` entries, too, and the entry of slot i
-    is that of position `positions[..., i]`. Where all slots are taken, the least of their keys and the new one is
-    forgotten: thresholds are then those of the greatest `capacity` scores, below the true ones while `exact` is False.
-    `exact` becomes True again once tau has passed what was forgotten.
+    `init` makes a state, and `step` advances it by one key. A slot whose key is dropped is free, and the next key takes
+    the free slot of lowest number. So a cache of keys and values needs `capacity` entries as well, and the entry of
+    slot i is that of position `positions[..., i]`. Where all slots are taken, the key of the lowest score (of the slots
+    and the new one) is forgotten. Thresholds are then those of the greatest `capacity` scores, below the true ones
+    while `exact` is False. `exact` becomes True again once tau has passed every score that was forgotten.
 
     Attributes:
-      scores: [..., capacity], of the kept keys; -inf in free slots.
-      positions: int32 [..., capacity], of the kept keys; -1 in free slots.
-      tau: [...], the threshold, which never decreases; -inf while there were fewer than k keys.
-      forgotten: [...], the greatest score that found no room; -inf if none.
-      length: int32 [], keys seen.
-      k: [...].
+      scores: [..., capacity] scores of the kept keys; -inf in free slots.
+      positions: int32 [..., capacity] positions of the kept keys; -1 in free slots.
+      tau: [...] threshold, which never decreases; -inf while there were fewer than k keys.
+      forgotten: [...] greatest score that found no room; -inf if there is none.
+      length: int32 [] number of keys seen.
+      k: [...] number of keys to select.
+
+    Example:
+      >>> from jax_bsk import SparseKState
+      >>> state = SparseKState.init(k=1, capacity=4)
+      >>> for score in (0.5, 0.25, 1.5):
+      ...     state, tau, kept = state.step(score)
+      >>> tau.item(), state.positions.tolist()
+      (0.5, [-1, -1, 2, -1])
     """
 
     scores: jax.Array
@@ -213,18 +227,23 @@ class SparseKState(NamedTuple):
 
     @classmethod
     def init(
-        cls, k: ArrayLike, *, capacity: int, shape: tuple[int, ...] = (), dtype: Any = jnp.float32
+        cls, k: ArrayLike, *, capacity: int, shape: tuple[int, ...] = (), dtype: DTypeLike = jnp.float32
     ) -> SparseKState:
-        """The state before the first key.
+        """Makes the state before the first key.
 
         Args:
-          k: number to choose, as in `sparsek`; it broadcasts to shape.
-          capacity: slots, at least k. Enough is k plus the most keys whose scores are in an interval of width 1.
-          shape: shape of the batch, [...].
-          dtype: type of the state, float32 or float64.
+          k: Number of keys to select, as in `sparsek`; it broadcasts to `shape`.
+          capacity: Number of slots, at least k. k plus the largest number of keys with scores in an interval of width 1
+            is always enough.
+          shape: Shape [...] of the batch.
+          dtype: Type of the state, float32 or float64.
+
+        Returns:
+          A state without keys.
 
         Raises:
-          TypeError, ValueError: as `sparsek`; where capacity is no positive int or less than k.
+          TypeError: k is no number, capacity no integer, or dtype another type.
+          ValueError: k is negative or does not broadcast, or capacity is not positive or less than k.
         """
         if jnp.dtype(dtype) not in (jnp.float32, jnp.float64):
             raise TypeError(f"dtype is float32 or float64, got {jnp.dtype(dtype)}; steps take scores of any type")
@@ -234,16 +253,17 @@ class SparseKState(NamedTuple):
         return cls(scores, positions, nothing, nothing, jnp.int32(0), budget(k, scores))
 
     def step(self, score: ArrayLike) -> tuple[SparseKState, jax.Array, jax.Array]:
-        """Takes the next key's score.
-
-        O(capacity) operations. Differentiable, also through the state.
+        """Advances the state by one key, in O(capacity) operations. The step is differentiable, also through the state.
 
         Args:
-          score: [...], floating. -inf is never kept; a NaN makes tau NaN from here on.
+          score: Floating scores [...] of the next key. -inf is never kept; a NaN makes tau NaN from here on.
 
         Returns:
-          The new state; tau [...]; and the kept set, bool [..., capacity]: the slots whose keys have a gate above 0.
-          The new key is in slot i if `state.positions[..., i] == state.length - 1`, and nowhere if it is not kept.
+          The new state; tau [...]; and booleans [..., capacity] that tell which slots have keys with a gate above 0.
+          The new key is in slot i if `state.positions[..., i] == state.length - 1`, and in no slot if it is not kept.
+
+        Raises:
+          ValueError: The score has another shape than the batch, or is not floating point.
         """
         score = jnp.asarray(score)
         if score.shape != self.tau.shape or not jnp.issubdtype(score.dtype, jnp.floating):
@@ -254,13 +274,13 @@ class SparseKState(NamedTuple):
 
     @property
     def gates(self) -> jax.Array:
-        """p of the kept keys, [..., capacity], 0 in free slots; NaN where tau is. Differentiable."""
+        """Gates p [..., capacity] of the kept keys: 0 in free slots, NaN where tau is NaN. They are differentiable."""
         gates = sparsek(self.scores, self.k, method="fast")
         return jnp.where(jnp.isnan(self.tau)[..., None], jnp.nan, gates)
 
     @property
     def exact(self) -> jax.Array:
-        """bool [...], whether tau is that of all keys seen."""
+        """Booleans [...] that tell whether tau is the threshold of all keys seen."""
         return self.forgotten <= self.tau
 
 

@@ -25,6 +25,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -946,7 +947,7 @@ def generate(folder: Path) -> None:
     _write(folder / "mutants.cmake", "\n".join(calls) + "\n")
 
 
-def _overlay(source: Path, target: Path, parts: tuple[str, ...], text: str) -> None:
+def _overlay(source: Path, target: Path, parts: Sequence[str], text: str) -> None:
     """Makes `target` the folder `source` with `text` in the file at `parts`, and links to everything beside it."""
     if target.is_symlink():
         target.unlink()

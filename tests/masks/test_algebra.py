@@ -52,7 +52,7 @@ def test_laws():
 
 def test_truth_value_names_the_mistake():
     with pytest.raises(TypeError, match=r"`&`, `\|` and `~`, not with `and`"):
-        m.CausalMask() and m.LocalMask(3)
+        m.CausalMask() and m.LocalMask(3)  # pyright: ignore[reportUnusedExpression]
     with pytest.raises(TypeError, match="mask is not None"):
         bool(m.FullMask())
 

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -155,7 +156,7 @@ def test_room_given_beforehand_fixes_the_shapes():
 
 def test_from_block_mask():
     blocks = np.random.default_rng(0).random((2, 3, 4, 5)) < 0.4
-    sizes = {"q_len": 200, "kv_len": 300, "block_size": 64}
+    sizes: dict[str, Any] = {"q_len": 200, "kv_len": 300, "block_size": 64}
     expected = blocks.repeat(64, 2).repeat(64, 3)[:, :, :200, :300]
     np.testing.assert_array_equal(m.BlockMask.from_block_mask(blocks, **sizes).to_dense(), expected)
     traced = jax.jit(lambda x: m.BlockMask.from_block_mask(x, **sizes))(blocks)
@@ -308,8 +309,8 @@ def test_from_topk_refuses_scores():
 BAD_SIZES = [
     (lambda: m.FullMask().bind(-1), ValueError, r"q_len must be in \[0, 2\*\*30\), given -1"),
     (lambda: m.FullMask().bind(2**31), ValueError, "q_len must be in"),
-    (lambda: m.FullMask().bind(1.5), TypeError, "q_len must be an int, given float"),
-    (lambda: m.FullMask().bind(10, "a"), TypeError, "kv_len must be an int, given str"),
+    (lambda: m.FullMask().bind(1.5), TypeError, "q_len must be an int, given float"),  # pyright: ignore[reportArgumentType]
+    (lambda: m.FullMask().bind(10, "a"), TypeError, "kv_len must be an int, given str"),  # pyright: ignore[reportArgumentType]
     (
         lambda: m.FullMask().bind(10, block_size=100),
         ValueError,
@@ -317,12 +318,12 @@ BAD_SIZES = [
     ),
     (lambda: m.FullMask().bind(10, block_size=0), ValueError, "positive multiple of 32"),
     (lambda: m.FullMask().bind(10, block_size=(64, 33)), ValueError, "positive multiple of 32"),
-    (lambda: m.FullMask().bind(10, block_size=(64, 64, 64)), TypeError, "pair of ints"),
-    (lambda: m.FullMask().bind(10, block_size=64.0), TypeError, "pair of ints"),
-    (lambda: m.BlockMask.from_mask(np.ones((3, 3), bool), 3), TypeError, "use BlockMask.from_dense"),
-    (lambda: m.BlockMask.from_mask("causal", 3), TypeError, "must be a jax_bsk.masks.Mask, given str"),
+    (lambda: m.FullMask().bind(10, block_size=(64, 64, 64)), TypeError, "pair of ints"),  # pyright: ignore[reportArgumentType]
+    (lambda: m.FullMask().bind(10, block_size=64.0), TypeError, "pair of ints"),  # pyright: ignore[reportArgumentType]
+    (lambda: m.BlockMask.from_mask(np.ones((3, 3), bool), 3), TypeError, "use BlockMask.from_dense"),  # pyright: ignore[reportArgumentType]
+    (lambda: m.BlockMask.from_mask("causal", 3), TypeError, "must be a jax_bsk.masks.Mask, given str"),  # pyright: ignore[reportArgumentType]
     (lambda: m.BlockMask.from_mask(m.FullMask(), 3, max_blocks=0), ValueError, "max_blocks must be in"),
-    (lambda: m.BlockMask.from_mask(m.FullMask(), 3, max_tiles=1.0), TypeError, "max_tiles must be an int"),
+    (lambda: m.BlockMask.from_mask(m.FullMask(), 3, max_tiles=1.0), TypeError, "max_tiles must be an int"),  # pyright: ignore[reportArgumentType]
 ]
 
 
@@ -435,7 +436,9 @@ def test_plot_writes_a_picture(tmp_path):
     assert path.stat().st_size > 5000
     ax = mask.plot(head=1, title="all of it")
     assert ax.get_title() == "all of it"
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    legend = ax.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels == ["empty 0", "partial 0", "full 64"]
     image = mask.plot().get_images()[0].get_array()
     dense = np.pad(mask.to_dense()[0, 0], ((0, 24), (0, 124))).reshape(8, 128, 8, 128)

@@ -136,7 +136,7 @@ def test_what_cannot_be_combined():
     cases = [
         (lambda: base & np.ones((T, S), bool), TypeError, r"ndarray by `&`: wrap a boolean array in ArrayMask"),
         (lambda: np.ones((T, S), bool) & base, TypeError, r"ndarray by `&`: wrap a boolean array in ArrayMask"),
-        (lambda: base & m.CausalMask, TypeError, r"the class CausalMask by `&`: make an instance of it, CausalMask\("),
+        (lambda: base & m.CausalMask, TypeError, r"the class CausalMask by `&`: make an instance of it, CausalMask\("),  # pyright: ignore[reportOperatorIssue]
         (lambda: m.FullMask() & m.CausalMask, TypeError, r"the class CausalMask by `&`: make an instance of it"),
         (lambda: m.FullMask() | (lambda q, k: q > k), TypeError, "wrap a function of .* in FunctionMask"),
         (lambda: "causal" & m.FullMask(), TypeError, "str 'causal' by `&`: both sides must be masks"),

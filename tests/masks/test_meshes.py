@@ -12,13 +12,14 @@ from jax.sharding import PartitionSpec as P
 import jax_bsk
 import jax_bsk.masks as m
 from jax_bsk import selection
+from jax_bsk.core.dispatch import Implementation
 
 B, T, N = 4, 64, 2
 RNG = np.random.default_rng(0)
 QUERY = RNG.normal(size=(B, T, N, 32)).astype(np.float32)
 
 
-def attend(mask, implementation="cpu"):
+def attend(mask, implementation: Implementation = "cpu"):
     return lambda q, x: jax_bsk.sparse_attention(q, q, q, mask=mask(x), implementation=implementation)
 
 

@@ -180,11 +180,11 @@ def test_function_of_jax_numpy():
 
 
 BAD = [
-    (lambda: m.CausalMask(1.5), TypeError, "CausalMask: offset must be an int"),
+    (lambda: m.CausalMask(1.5), TypeError, "CausalMask: offset must be an int"),  # pyright: ignore[reportArgumentType]
     (lambda: m.LocalMask(-1), ValueError, "LocalMask: window must be at least 0, given -1"),
-    (lambda: m.LocalMask((1, 2, 3)), ValueError, "LocalMask: window must be a"),
+    (lambda: m.LocalMask((1, 2, 3)), ValueError, "LocalMask: window must be a"),  # pyright: ignore[reportArgumentType]
     (lambda: m.LocalMask((1, -2)), ValueError, r"window\[1\] must be at least 0"),
-    (lambda: m.LocalMask(None), TypeError, "LocalMask: window must be an int"),
+    (lambda: m.LocalMask(None), TypeError, "LocalMask: window must be an int"),  # pyright: ignore[reportArgumentType]
     (lambda: m.ChunkedMask(0), ValueError, "ChunkedMask: chunk must be at least 1"),
     (lambda: m.PrefixLMMask(-1), ValueError, "PrefixLMMask: prefix must be at least 0"),
     (lambda: m.PrefixLMMask(np.ones((2, 2), int)), ValueError, "PrefixLMMask: prefix must be an int or an integer"),
@@ -202,7 +202,7 @@ BAD = [
     (lambda: m.ArrayMask(np.zeros((3, 3))), TypeError, "array == 0"),
     (lambda: m.ArrayMask(np.zeros(3, bool)), ValueError, r"given shape \(3,\)"),
     (lambda: m.ArrayMask(np.zeros((3, 4), bool)).bind(4, 3), ValueError, r"shape \(3, 4\); expected .*\(4, 3\)"),
-    (lambda: m.FunctionMask(np.zeros((3, 3), bool)), TypeError, r"wrap a boolean array in ArrayMask"),
+    (lambda: m.FunctionMask(np.zeros((3, 3), bool)), TypeError, r"wrap a boolean array in ArrayMask"),  # pyright: ignore[reportArgumentType]
     (lambda: m.FunctionMask(lambda q, k: q + k).bind(4), TypeError, "fn must return booleans, given int32"),
     (lambda: m.FunctionMask(lambda q, k: np.ones(3, bool)).bind(4), ValueError, "is it elementwise"),
     (lambda: m.MultiHeadMask([]), ValueError, "masks is empty"),

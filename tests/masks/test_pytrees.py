@@ -174,7 +174,7 @@ def test_training_step_saved_and_restored(tmp_path, promotion):
 def test_the_kind_of_a_prefix_is_structure():
     """An int is static, an array is a leaf, of whatever rank; neither changes with what stands in its place."""
     assert not jax.tree.leaves(m.PrefixLMMask(5))
-    assert not jax.tree.leaves(m.PrefixLMMask(np.int64(5)))
+    assert not jax.tree.leaves(m.PrefixLMMask(np.int64(5)))  # pyright: ignore[reportArgumentType]
     assert len(jax.tree.leaves(m.PrefixLMMask(jnp.int32(5)))) == 1
     q, k = np.arange(T)[:, None], np.arange(T)
     number = jax.tree.map(int, m.PrefixLMMask(jnp.int32(5)))

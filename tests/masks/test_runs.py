@@ -158,7 +158,7 @@ def test_short_lists_and_lists_with_room_stay_lists():
 
 def test_pickling_and_replacing():
     runs, plain = both(MASK, 200, block_size=32)
-    jax.tree.leaves(runs), runs.kv_blocks, runs.transpose()
+    _ = jax.tree.leaves(runs), runs.kv_blocks, runs.transpose()
     back = pickle.loads(pickle.dumps(runs.transpose()))
     assert isinstance(back, RunBlockMask)
     assert_same_lists(back, plain)
@@ -259,7 +259,7 @@ def test_gates():
     gates = jax.random.normal(jax.random.key(1), (1, 2, runs.capacity))
 
     def grads(mask, gates):
-        return jax.grad(lambda q, g: loss(q, *inputs()[1:], mask, gates=g)[0], (0, 1))(inputs()[0], gates)
+        return jax.grad(lambda q, g: loss(q, *inputs()[1:], mask=mask, gates=g)[0], (0, 1))(inputs()[0], gates)
 
     expected = jax.jit(lambda g: grads(plain, g))(gates)
     assert_equal(jax.jit(lambda g: grads(runs, g))(gates), expected)
@@ -270,7 +270,9 @@ def test_vmap_over_masks():
     masks = [both(m.LocalMask((w, 0)), 96, block_size=32)[0] for w in (10, 20)]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *masks)
     arrays = [x.repeat(2, 0)[:, None] for x in inputs()]
-    out = jax.vmap(lambda q, k, v, mask: jax_bsk.sparse_attention(q, k, v, mask=mask))(*arrays, stacked)
+    out = jax.vmap(lambda q, k, v, mask: jax_bsk.sparse_attention(q, k, v, mask=mask))(
+        arrays[0], arrays[1], arrays[2], stacked
+    )
     for n, mask in enumerate(masks):
         assert_equal(out[n], jax_bsk.sparse_attention(*(x[n] for x in arrays), mask=mask))
 
@@ -286,7 +288,7 @@ def test_meshes(axis_type):
 
         @jax.jit
         def grads(mask, *arrays):
-            return jax.grad(lambda *a: loss(*a, mask)[1].sum(), (0, 1, 2))(*arrays)
+            return jax.grad(lambda *a: loss(*a, mask=mask)[1].sum(), (0, 1, 2))(*arrays)
 
         results = [grads(sharded, *arrays), grads(runs, *arrays), jax.jit(lambda *a: grads(runs, *a))(*arrays)]
     for ours in results:

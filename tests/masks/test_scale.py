@@ -92,4 +92,5 @@ def test_traced_build_has_no_array_of_tokens_squared():
     length = 16_384
     bind = jax.jit(lambda i: (m.CausalMask() & m.SegmentMask(i, contiguous=True)).bind(length))
     memory = bind.lower(np.zeros((1, length), np.int32)).compile().memory_analysis()
+    assert memory is not None
     assert memory.temp_size_in_bytes + memory.output_size_in_bytes < 64 * 2**20, "a boolean an element: 256 MiB"

@@ -123,7 +123,7 @@ class Backward(Model):
         self.orders = Memory("orders", orders, KEYS, cta)
         self.items = Memory("items", self.full_item.size, "items", cta)
 
-    def agents(self, items: Sequence, ended: bool) -> list[Agent]:
+    def agents(self, items: Sequence, ended: bool) -> Sequence[Agent]:
         agents: list[_BackwardAgent] = [
             kind(self, items, ended) for kind in (_Scheduler, _Loader, _Storer, _LoaderOfKeysAndValues)
         ]
@@ -498,9 +498,9 @@ class _Consumer(_BackwardAgent):
         active = self.group == 0 or not item.half
         reading: list[tuple] = []
         early = model.mistake == "queries are counted as done before dS has been read"
-        adds = model.launch is not None and self.group == 0 and self.warp == 0
-        if adds and early:
-            model.launch.add(self, item)
+        launch = model.launch if self.group == 0 and self.warp == 0 else None  # which it tells
+        if launch is not None and early:
+            launch.add(self, item)
         for i in range(max(1, item.steps)):
             step, last = self.query_step, i >= item.steps - 1
             self.wait(model.full[QUERIES], step)
@@ -517,8 +517,8 @@ class _Consumer(_BackwardAgent):
             self.query_step += 1
         self.end_reads(reading)
         self.release_place(QUERIES, self.query_step - 1)
-        if adds and not early:
-            model.launch.add(self, item)
+        if launch is not None and not early:
+            launch.add(self, item)
 
     # ---- Pipeline
 

@@ -31,7 +31,7 @@ checked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,7 +172,7 @@ class ItemAgent(Agent):
 class Model:
     """A pipeline. `agents` writes the programs for a sequence of items; `ended`: no item follows."""
 
-    def agents(self, items: Sequence, ended: bool) -> list[Agent]:
+    def agents(self, items: Sequence, ended: bool) -> Sequence[Agent]:
         raise NotImplementedError
 
     def totals(self, items: Sequence) -> dict[str, int]:
@@ -517,7 +517,7 @@ class State:
             places.append((barriers.name, barriers.cta, place.latest - totals[barriers.counter], phases))
         return (tuple(sorted(places)), tuple(self._left(agents, totals)))
 
-    def _left(self, agents: Sequence[Agent], totals: dict[str, int]):
+    def _left(self, agents: Sequence[Agent], totals: dict[str, int]) -> Iterator[tuple[tuple, tuple]]:
         for agent, at in zip(agents, self.at, strict=True):
             context = tuple(x[1] - totals[x[0]] if isinstance(x, tuple) else x for x in agent.context)
             yield (context, tuple(_relative(operation, totals) for operation in agent.program[at:]))

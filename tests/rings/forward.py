@@ -38,7 +38,6 @@ class Tile:
 
 
 EMPTY = Tile(0)
-END = None
 
 # Seeded mistakes, and what the model must say of them. See `tests/test_rings.py`.
 MISTAKES = (
@@ -91,7 +90,7 @@ class Forward(Model):
         self.steps = Memory("steps", entries, "steps")  # and the gates
         self.inexact_tiles = Memory("inexact_tiles", 1, "none")
 
-    def agents(self, items: Sequence, ended: bool) -> list[Agent]:
+    def agents(self, items: Sequence, ended: bool) -> Sequence[Agent]:
         agents: list[_ForwardAgent] = [_Scheduler(self, items, ended), _Loader(self, items, ended)]
         for group in range(self.consumers):
             agents += [_Consumer(self, items, ended, group, warp) for warp in range(MODELLED_WARPS)]
@@ -125,7 +124,7 @@ class _Scheduler(_ForwardAgent):
     def run(self):
         """`ForwardScheduler::Run` in fwd_producer.cuh."""
         number = 0
-        while (tile := self.item(number)) is not END:
+        while (tile := self.item(number)) is not None:
             self.announce(number)
             if tile.steps > 0:
                 self.load_queries()
@@ -162,10 +161,10 @@ class _Loader(_ForwardAgent):
             self.wait(model.full_header, number)
             self.begin_read(model.headers, number)
             tile = self.item(number)
-            if tile is not END and tile.steps > 0:
+            if tile is not None and tile.steps > 0:
                 self.load(tile)
             self.end_read(model.headers, number)
-            if tile is END:
+            if tile is None:
                 return
             if tile.steps > 0 or model.mistake != "the loader does not release headers of empty tiles":
                 self.arrive(model.empty_header, number)
@@ -231,16 +230,16 @@ class _Consumer(_ForwardAgent):
         if self.group == 1:
             self.pass_turn()  # group 0 goes first
         tile = self.skip_empty_tiles(0)
-        if tile is END:
+        if tile is None:
             return
-        while tile is not END:
+        while tile is not None:
             self.first_step(tile)
             more = True
             while more:
                 while self.left > 0:
                     self.middle_step()
                 more = self.finish_tile()
-            tile = END if self.following is END else self.skip_empty_tiles(self.following)
+            tile = None if self.following is None else self.skip_empty_tiles(self.following)
         self.arrive(self.model.meeting, 0, THREADS)
         self.wait(self.model.meeting, 0)
         self.read(self.model.inexact_tiles, 0)
@@ -281,7 +280,7 @@ class _Consumer(_ForwardAgent):
         self.following = tile + 1
         if model.mistake == "empty tiles are skipped before the tile is stored":
             following = self.skip_empty_tiles(tile + 1)
-            if model.overlap and following is not END:
+            if model.overlap and following is not None:
                 self.finish_under_next(tile, following)
                 return True
             if not model.in_registers:
@@ -331,8 +330,8 @@ class _Consumer(_ForwardAgent):
         model = self.model
         while True:
             kind = self.wait_for_header(tile)
-            if kind is END:
-                return END
+            if kind is None:
+                return None
             if kind.steps > 0:
                 return tile
             self.read(model.headers, tile)
@@ -348,7 +347,7 @@ class _Consumer(_ForwardAgent):
 
     @staticmethod
     def is_live(tile: Tile | None) -> bool:
-        return tile is not END and tile.steps > 0
+        return tile is not None and tile.steps > 0
 
     def wait_for_first_operands(self, tile: int):
         """`ForwardConsumer::WaitForFirstOperands` in fwd_consumer.cuh."""

@@ -92,7 +92,7 @@ class Products(Model):
         self.staging = [[Memory(f"staging {w}", 1, "halves", cta) for w in range(2)] for cta in ctas]
         self.task = [Memory("task", 1, "tasks", cta) for cta in ctas]
 
-    def agents(self, items: Sequence, ended: bool) -> list[Agent]:
+    def agents(self, items: Sequence, ended: bool) -> Sequence[Agent]:
         agents: list[_ProductAgent] = [_Scheduler(self, items, ended)] if self.cluster > 1 else []
         for cta in range(self.cluster):
             agents.append((_SampledProducer if self.sampled else _Producer)(self, items, ended, cta))

@@ -92,8 +92,8 @@ def simulate(model: Model, items: Sequence, seed: int) -> str:
             barrier(rest[0], rest[1]).expect(rest[2])
         elif kind == "copy":
             writes, (ring, use), reads = rest
-            accesses = [("write", *x) for x in writes] + [("read", *x) for x in reads]
-            accesses = [(*x, 0) if len(x) == 3 else x for x in accesses]
+            # Contents are (memory, use) or (memory, use, version).
+            accesses = [("write", *(*x, 0)[:3]) for x in writes] + [("read", *(*x, 0)[:3]) for x in reads]
             for access in accesses:
                 begin(*access)
 

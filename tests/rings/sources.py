@@ -62,14 +62,14 @@ class Constants:
     Of two definitions under #if and #else the latter holds: that of the library, and not of its checks.
     """
 
-    def __init__(self, paths: tuple[str, ...], struct: str = "", **arguments):
+    def __init__(self, paths: tuple[str, ...], struct: str = "", **arguments: int):
         source = "".join(text(path) for path in paths)
         if struct:  # of the other structs of config.h nothing is wanted
             config = text(paths[0])
             body = re.search(rf"struct {struct}\b[^;{{]*{{.*?\n}};", config, re.S)
             assert body, struct
             source = config[: config.index("template")] + body[0] + "".join(text(path) for path in paths[1:])
-        self.values: dict[str, object] = dict(arguments)
+        self.values: dict[str, int] = dict(arguments)
         self.source = source
         self.expressions: dict[str, str] = {}
         for declaration in re.findall(r"constexpr (?:int|bool|int64_t|uint32_t) ([^;]+);", source):
@@ -85,12 +85,12 @@ class Constants:
                 if equals and python_of(expression) != name.strip():  # `kStages = Config::kStages` says nothing
                     self.expressions[name.strip()] = expression
 
-    def __getitem__(self, name: str):
+    def __getitem__(self, name: str) -> int:
         if name not in self.values:
             self.values[name] = self.evaluate(self.expressions[name])
         return self.values[name]
 
-    def evaluate(self, expression: str):
+    def evaluate(self, expression: str) -> int:
         python = python_of(expression)
         names = {name: self[name] for name in re.findall(r"[A-Za-z_]\w*", python) if name not in _WORDS}
         return eval(python, {"__builtins__": {}}, names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +79,7 @@ def test_oracle_of_rows_without_keys():
     extra = {"lengths": lengths, "scale": 1.0, "dout": x.dout, "dlse": x.dlse}
     bare = attention_oracle(*x[:3], nothing, **extra).values
     assert np.isneginf(bare["lse"]).all()
+    assert x.sinks is not None
     sinks = attention_oracle(*x[:3], nothing, sinks=x.sinks, **extra).values
     np.testing.assert_array_equal(sinks["lse"][:, :, :30], np.broadcast_to(x.sinks[None, :, None], (2, 4, 30)))
     assert np.isneginf(sinks["lse"][:, :, 30:]).all(), "rows past the length have no sink"
@@ -90,7 +92,7 @@ def test_oracle_of_rows_without_keys():
 @pytest.mark.parametrize("where", ["query", "key", "value", "dout"])
 def test_oracle_keeps_nan_to_what_attends(where):
     x = make_inputs(dataclasses.replace(CASE, lengths=False))
-    arrays = {"query": x.query, "key": x.key, "value": x.value, "dout": x.dout}
+    arrays: dict[str, Any] = {"query": x.query, "key": x.key, "value": x.value, "dout": x.dout}
     arrays[where] = arrays[where].copy()
     arrays[where][0, 7, 0, 0] = np.nan
     values = attention_oracle(mask=x.dense, scale=x.scale, **arrays).values
