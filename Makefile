@@ -20,11 +20,13 @@ AUTO    = and, if there is an nvcc, the CUDA library: about 8 minutes on two cor
 OFF     = only: about 1 minute on two cores the first time. CUDA=1 compiles the CUDA library, too.
 # On a machine with an NVIDIA GPU, JAX comes with its CUDA plugin.
 comma  := ,
-EXTRAS := dev$(if $(GPU),$(comma)cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
+# The demo needs no linters and no tools for tests, unless they are installed already.
+NEEDS  := $(if $(filter-out demo,$(MAKECMDGOALS))$(wildcard $(VENV)/.installed-dev*),dev,build$(comma)demo)
+EXTRAS := $(NEEDS)$(if $(GPU),$(comma)cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
 
 .PHONY: help demo test build lint format bench asan sass clean
 .DEFAULT_GOAL := help
-# One stamp a set of extras, so that asking for another installs it.
+# There is one stamp per set of extras, so that asking for another set installs it.
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
 
 help:
@@ -59,9 +61,9 @@ build: $(STAMP)
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || (echo "Python 3.11 or later is needed (make PYTHON=...)" && exit 1)
 	@$(PYTHON) -m venv $(VENV) || (echo "venv is missing (Debian: apt install python3-venv)" && exit 1)
-	@$(PIP) install "scikit-build-core>=0.11" "nanobind>=2.9"
 	@$(RUN) tools/requirements.py $(EXTRAS) > $(VENV)/requirements.txt
-	@$(PIP) install -r $(VENV)/requirements.txt
+	@echo "Installs Python packages in $(VENV)"
+	@$(PIP) install --no-compile -r $(VENV)/requirements.txt
 	@touch $@
 
 lint: $(STAMP)

@@ -1,13 +1,13 @@
-"""`sparse_attention` beside every peer that can be imported, on one device, with the goals of an H200.
+"""Compares `sparse_attention` with every peer that can be imported, on one device, and with the goals of an H200.
 
-Run as `python benchmarks/attention.py`: the forward, or with `--pass` the backward alone or both. On a GPU the whole
-table: block-sparse, causal, dense and window masks, packed documents and lengths from 2,048 to 32,768 in the forward,
-grouped heads in the others, calls so short that they are chained in one jit. Peers are `jax.nn.dot_product_attention`
-(cuDNN, XLA), PyTorch (FlexAttention, SDPA), flash-attn3-jax, fa4-jax and tokamax, each where it is installed and can
-compute the case. On a CPU a few small cases against XLA, to see that everything runs.
-`python -m jax_bsk bench` compares any size with `jax.nn`.
+`python benchmarks/attention.py` measures the forward pass; `--pass` chooses the backward pass or both. On a GPU it runs
+the whole table: block-sparse, causal, dense and window masks, packed documents and lengths from 2,048 to 32,768 in the
+forward pass, grouped heads in the others, and calls so short that they are chained in one jit. Peers are
+`jax.nn.dot_product_attention` (cuDNN, XLA), PyTorch (FlexAttention, SDPA), flash-attn3-jax, fa4-jax and tokamax, each
+where it is installed and can compute the case. On a CPU it compares a few small cases with XLA, to show that everything
+runs. `python -m jax_bsk bench` compares any size with `jax.nn`.
 
-Exit status 1 where a result of any contender is wrong or jax_bsk has none, 2 where nothing can be measured.
+The exit status is 1 where a result of any contender is wrong or jax_bsk has none, and 2 where nothing can be measured.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""Times and peak memory of building masks, and of lowering attention with them: two tables, and JSON with `--json`.
+"""Measures time and peak memory of building masks, and of lowering attention with them.
 
-Run as `python benchmarks/masks.py`. The first two rows are what the project promises: a long packed causal window in
-under 1 s and 1 GB, an opaque function in under 5 s, on 2 cores. Each row is the best of `--repeats` builds after one
-whose peak of allocations is measured (tracing allocations slows a build down, so it is not timed).
+`python benchmarks/masks.py` prints two tables, and JSON with `--json`. The first two rows are what the project promises
+on 2 cores: a long packed causal window in under 1 s and 1 GB, and an opaque function in under 5 s. Each row is the best
+of `--repeats` builds. A build before them measures the peak of allocations; it is not timed, because tracing
+allocations slows it down.
 
 The second table binds regular masks and lowers jitted `sparse_attention`, forward and with its gradients: the promise
 is less than 1 s and 32 MB of program text, up to 1,048,576 tokens.

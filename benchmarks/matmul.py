@@ -1,10 +1,11 @@
-"""Block-sparse matrix products beside dense ones and every sparse peer that can be imported, on one device.
+"""Compares block-sparse matrix products with dense ones and every sparse peer that can be imported, on one device.
 
-Run as `python benchmarks/matmul.py`, or `python -m jax_bsk bench-matmul`. On a GPU W X for sizes from 4,096 to 32,768,
-50 % to 90 % of the blocks left out, blocks of 64 and 128 in bfloat16, and at 8,192 also X W and the two gradients; on a
-CPU matrices of 1,024 and 2,048 in float32 and bfloat16. The code is in `jax_bsk/benchmarking/matmul/`.
+`python benchmarks/matmul.py` and `python -m jax_bsk bench-matmul` are the same. On a GPU they measure W X for sizes
+from 4,096 to 32,768 with 50 % to 90 % of the blocks left out, blocks of 64 and 128, in bfloat16; at 8,192 also X W and
+the two gradients. On a CPU they measure matrices of 1,024 and 2,048 in float32 and bfloat16. The code is in
+`jax_bsk/qa/benchmarking/matmul/`.
 
-Exit status 1 where a result of any contender is wrong or jax_bsk fails, 2 where nothing can be measured.
+The exit status is 1 where a result of any contender is wrong or jax_bsk fails, and 2 where nothing can be measured.
 """
 
 from __future__ import annotations

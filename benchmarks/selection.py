@@ -1,6 +1,7 @@
-"""Patterns that depend on the data: what choosing costs beside the attention, and training steps beside dense cuDNN.
+"""Measures what selecting blocks from data costs beside the attention, and training steps beside dense cuDNN.
 
-Run as `python benchmarks/selection.py`. At batch 1, 16 heads of size 128, 32,768 tokens in blocks of 128, bfloat16:
+`python benchmarks/selection.py` measures three things at batch 1, 16 heads of size 128, 32,768 tokens in blocks of 128,
+bfloat16:
 
     selections   from scores, or from queries and keys, to the lists, and on to the key-major lists of the backward;
                  beside the forward of the attention over the lists of `from_topk` (16 blocks a row)

@@ -1,6 +1,6 @@
-"""A whole training step with `sparse_attention` beside the same step with cuDNN: time, memory, loss.
+"""Compares a whole training step with `sparse_attention` and the same step with cuDNN: time, memory and loss.
 
-Run as `python benchmarks/training_step.py`. A decoder transformer of Flax NNX with 123 M parameters takes steps of
+In `python benchmarks/training_step.py` a decoder transformer of Flax NNX with 123 M parameters takes steps of
 forward, backward and AdamW on one sequence of 16,384 tokens: packed documents, causal, a window of 1,024 tokens and the
 first 128 tokens of the sequence. The contenders start from equal parameters and see equal tokens:
 
@@ -10,9 +10,9 @@ first 128 tokens of the sequence. The contenders start from equal parameters and
     cudnn-causal        is_causal alone, cuDNN's fastest: attends across documents and beyond the window
 
 On a CPU XLA takes cuDNN's place; `--length 512 --layers 2 --width 64 --heads 2 --vocabulary 256 --steps 2` shows that
-everything runs. Each contender is measured in a process of its own, as the peak of memory is a process's.
+everything runs. Each contender is measured in a process of its own, because the peak of memory is that of a process.
 
-Exit status 1 where jax_bsk has no result or its losses are not those of another contender with the same mask.
+The exit status is 1 where jax_bsk has no result, or its losses differ from another contender's with the same mask.
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ memory is its own:
     full           every token before
     window         the last tokens, as many as MoBA chooses
     moba           MoBA (arXiv 2502.13189): the blocks with the most fitting keys, chosen anew in each layer and head
-    window+moba    as many: the query's own block, the one before it, and those that MoBA would choose first
-    sparsek        SparseK attention (arXiv 2406.16747): as many, the query's own block and the earlier ones of highest
-                   score; a score of each token, which no query takes part in, is learned with the rest
+    window+moba    as many blocks: the query's own block, the one before it, and those that MoBA would choose first
+    sparsek        SparseK attention (arXiv 2406.16747): as many blocks, the query's own one and the earlier ones of
+                   highest score; each token's score does not depend on the query and is learned with the rest
 
 A question is repeated until it fills a block of queries, because these choose their key blocks together.
 

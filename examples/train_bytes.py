@@ -8,7 +8,7 @@ the same mask (a causal window plus global tokens), the same initial parameters 
 is trained in a process of its own, so that its peak memory is its own. The losses are printed side by side and must
 agree.
 
-On a GPU the model and the sequence are larger, the computation is in bfloat16, and the CUDA kernels run by themselves.
+On a GPU the model and the sequence are larger, the computation is in bfloat16, and jax_bsk takes its CUDA kernels.
 """
 
 from __future__ import annotations

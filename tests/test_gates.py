@@ -320,7 +320,7 @@ def test_vmap(implementation):
     attend = gated(implementation, mask)
     one = jax.jit(attend)
     expected = jax.tree.map(lambda *x: jnp.stack(x), *(one(*inputs, g) for g in many))
-    assert_close(jax.jit(jax.vmap(lambda g: attend(*inputs, g)))(many), expected)
+    assert_close(jax.jit(jax.vmap(lambda g: attend(*inputs, gates=g)))(many), expected)
     stacked = [jnp.stack([x, x / 2, -x]) for x in inputs]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *(one(*x, g) for *x, g in zip(*stacked, many, strict=True)))
     assert_close(jax.jit(jax.vmap(attend))(*stacked, many), expected)

@@ -1,4 +1,4 @@
-"""Draws docs/masks.png, the masks shown in the README: `python tools/draw_masks.py`."""
+"""Draws the README's picture of masks, docs/masks.png. Usage: python tools/draw_masks.py"""
 
 from __future__ import annotations
 

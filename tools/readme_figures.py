@@ -1,10 +1,11 @@
-"""Writes the README's figures of GPUs from the committed reports, so that they cannot drift from what was measured.
+"""Writes the README's GPU figures from the committed reports, so that the figures are always those that were measured.
 
     python tools/readme_figures.py            # writes README.md
     python tools/readme_figures.py --check    # exit status 1 where it differs
 
-What stands between `<!-- figures: NAME -->` and `<!-- end of figures -->` is made here, from `reports/h200/report.json`
-(`python -m jax_bsk validate --full`) and, for what the validation tool does not measure, from `benchmarks/results/`.
+The tool replaces the text between `<!-- figures: NAME -->` and `<!-- end of figures -->`. It reads
+`reports/h200/report.json` (written by `python -m jax_bsk validate --full`), and `benchmarks/results/` for what the
+validation tool does not measure.
 """
 
 from __future__ import annotations

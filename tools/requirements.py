@@ -1,4 +1,4 @@
-"""Prints the requirements of pyproject.toml with the given extras, one a line: what a developer's environment needs.
+"""Prints the requirements of pyproject.toml with the given extras, one per line, for the Makefile to install.
 
 Usage: python tools/requirements.py dev,cuda
 """

@@ -1,11 +1,14 @@
-r"""How a training step scales over the devices of one host: `python tools/sharded_scaling.py --output scaling.json`.
+r"""Measures how a training step scales over the devices of one host.
 
-The same global problem on one device and on all of them (strong scaling), split over data and, apart, over heads:
-layers of query, key, value and output projections around `sparse_attention`, with SGD. Efficiency is t1 / (N tN). Also
-checked: attention and its gradients are bit-equal to one device's, and their compiled program has no collective (what
-the training step has is counted; its gradients or projections must be summed).
+    python tools/sharded_scaling.py --output scaling.json
 
-Without GPUs, to see that it runs:
+The tool runs the same global problem on one device and on all of them (strong scaling), once split over data and once
+over heads. The model has layers of query, key, value and output projections around `sparse_attention`, trained by SGD.
+Efficiency is t1 / (N tN). The tool also checks that attention and its gradients are bit-equal to those of one device,
+and that their compiled program has no collective. It counts the collectives of the training step, which must sum
+gradients or projections.
+
+This command shows without a GPU that everything runs:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python tools/sharded_scaling.py --dtype float32 \
         --length 256 --layers 1 --batch 2 --heads 4 --kv-heads 4 --head-dim 64 --window 64 --steps 3
