@@ -136,11 +136,11 @@ def matmul(a: BSR | HasShape, b: BSR | HasShape) -> Cost:
       TypeError: Neither or both are a `BSR`.
       ValueError: The other factor has another number of dimensions.
     """
-    if isinstance(a, BSR) == isinstance(b, BSR):
-        raise TypeError(f"one factor is a BSR and the other an array, got {type(a).__name__} and {type(b).__name__}")
-    if isinstance(a, BSR):
+    if isinstance(a, BSR) and not isinstance(b, BSR):
         return _of_matrix(a, _shape(b, "b", (2,))[1])
-    return _of_matrix(b, math.prod(_shape(a, "a", None)[:-1]))
+    if isinstance(b, BSR) and not isinstance(a, BSR):
+        return _of_matrix(b, math.prod(_shape(a, "a", None)[:-1]))
+    raise TypeError(f"one factor is a BSR and the other an array, got {type(a).__name__} and {type(b).__name__}")
 
 
 def sampled_matmul(a: HasShape, b: HasShape, pattern: BSR) -> Cost:

@@ -120,7 +120,7 @@ MISTAKES = {
     "a vector as a factor": (lambda: jnp.ones(48) * MATRIX, ValueError, r"factor must be a scalar"),
     "no blocks": (lambda: jax.tree.map(lambda _: None, MATRIX) @ X, TypeError, r"a must have an array of blocks"),
     "a placeholder": (
-        lambda: BSR(None, MATRIX.indptr, MATRIX.indices, (64, 48)),
+        lambda: BSR(None, MATRIX.indptr, MATRIX.indices, (64, 48)),  # pyright: ignore[reportArgumentType]
         TypeError,
         "data must be an array.*jax.tree.map",
     ),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
+from typing import Any, cast
 
 import flax.errors
 import jax
@@ -481,7 +481,7 @@ def test_mistakes_in_pruning_are_named():
     )
     for arguments, error, says in cases:
         with pytest.raises(error, match=says):
-            magnitude_mask(*arguments)
+            magnitude_mask(*cast(tuple[Any, ...], arguments))
     with pytest.raises(TypeError, match="outside of jit"):
         jax.jit(lambda kernel: prune(kernel, 0.5).data)(kernel)
     dense = nn.Dense(OUT)

@@ -321,10 +321,10 @@ def test_vmap(implementation):
     one = jax.jit(attend)
     expected = jax.tree.map(lambda *x: jnp.stack(x), *(one(*inputs, g) for g in many))
     assert_close(jax.jit(jax.vmap(lambda g: attend(*inputs, gates=g)))(many), expected)
-    stacked = [jnp.stack([x, x / 2, -x]) for x in inputs]
+    query, key, value = stacked = [jnp.stack([x, x / 2, -x]) for x in inputs]
     expected = jax.tree.map(lambda *x: jnp.stack(x), *(one(*x, g) for *x, g in zip(*stacked, many, strict=True)))
-    assert_close(jax.jit(jax.vmap(attend))(*stacked, many), expected)
-    moved = jax.vmap(attend, in_axes=(0, 0, 0, 2))(*stacked, jnp.moveaxis(many, 0, 2))
+    assert_close(jax.jit(jax.vmap(attend))(query, key, value, many), expected)
+    moved = jax.vmap(attend, in_axes=(0, 0, 0, 2))(query, key, value, jnp.moveaxis(many, 0, 2))
     assert_close(moved, expected)
 
     loss, every = loss_of(attend), (0, 1, 2, 3)

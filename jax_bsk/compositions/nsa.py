@@ -73,12 +73,12 @@ def nsa_attention(
         rounded to query's type. None takes means. Its gradient comes from the compressed branch alone.
       compressed_value: Floating array [B, C, K, Hv] ([C, K, Hv]) with value's head size Hv. None takes means.
       window: Number of tokens of the window, at least 1.
-      top_k: Number of selected blocks of each query block, as in `jax_bsk.selection.nsa`.
+      top_k: Number of selected blocks of each query block, initial and local ones included, at least 1.
       compression_block: Number l of tokens that one compressed key stands for.
       compression_stride: Number d of tokens between the beginnings of two compressed keys.
       selection_block: Number of tokens in a selected block.
       initial_blocks: Number of first blocks that are always selected.
-      local_blocks: Number of last blocks that are always selected.
+      local_blocks: Number of blocks up to the query's own that are always selected.
       block_size: Block size of the selected branch's mask, as in `BlockMask.from_mask`. The other branches have
         `sparse_attention`'s default.
       scale: Factor of the logits; the default is 1 / sqrt(H).

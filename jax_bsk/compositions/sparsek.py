@@ -71,8 +71,8 @@ def sparsek_attention(
       top_k: Number of selected key blocks of each query block, as in `jax_bsk.selection.sparsek`.
       window: Number of tokens of the sliding window, as in `jax_bsk.selection.sparsek`.
       gate: Kind of gate in the forward pass: "straight-through" or "soft".
-      candidates: Number of key blocks of highest score that are compared, as in `jax_bsk.selection.sparsek`. None
-        compares all.
+      candidates: Number of key blocks of highest score that thresholds are computed from, at least top_k, as in
+        `jax_bsk.selection.sparsek`. None takes all blocks.
       block_size: Block size of the mask: a number, or (query, key/value).
       scale: Factor of the logits, as in `sparse_attention`.
       implementation: Implementation of the attention, as in `sparse_attention`.

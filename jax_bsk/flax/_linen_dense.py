@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Self
 
 import jax
@@ -62,8 +62,8 @@ class BlockSparseDense(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
-    bias_init: jax.nn.initializers.Initializer = zeros_init()
+    kernel_init: Callable[..., Any] = lecun_normal()
+    bias_init: Callable[..., Any] = zeros_init()
 
     def __post_init__(self) -> None:
         if self.pattern is not None:  # hashable from here on, as jit wants a module to be

@@ -54,8 +54,8 @@ class NSASelfAttention(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
-    bias_init: jax.nn.initializers.Initializer = zeros_init()
+    kernel_init: Callable[..., Any] = lecun_normal()
+    bias_init: Callable[..., Any] = zeros_init()
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -57,9 +57,9 @@ class SparseKSelfAttention(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
-    bias_init: jax.nn.initializers.Initializer = zeros_init()
-    slope_init: jax.nn.initializers.Initializer = constant(0.1)
+    kernel_init: Callable[..., Any] = lecun_normal()
+    bias_init: Callable[..., Any] = zeros_init()
+    slope_init: Callable[..., Any] = constant(0.1)
 
     @nn.compact
     def __call__(self, inputs: jax.Array) -> jax.Array:

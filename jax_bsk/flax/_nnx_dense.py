@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -71,8 +72,8 @@ class BlockSparseDense(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        kernel_init: jax.nn.initializers.Initializer = lecun_normal(),  # noqa: B008  (initializers are pure functions)
-        bias_init: jax.nn.initializers.Initializer = zeros_init(),  # noqa: B008
+        kernel_init: Callable[..., Any] = lecun_normal(),  # noqa: B008  (initializers are pure functions)
+        bias_init: Callable[..., Any] = zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
     ) -> None:
         self.in_features, self.out_features = in_features, out_features

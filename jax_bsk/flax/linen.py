@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,8 +64,8 @@ class SparseSelfAttention(nn.Module):
     use_bias: bool = True
     dtype: DTypeLike | None = None
     param_dtype: DTypeLike = jnp.float32
-    kernel_init: jax.nn.initializers.Initializer = lecun_normal()
-    bias_init: jax.nn.initializers.Initializer = zeros_init()
+    kernel_init: Callable[..., Any] = lecun_normal()
+    bias_init: Callable[..., Any] = zeros_init()
 
     @nn.compact
     def __call__(

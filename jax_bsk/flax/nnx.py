@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,8 +71,8 @@ class SparseSelfAttention(nnx.Module):
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
-        kernel_init: jax.nn.initializers.Initializer = lecun_normal(),  # noqa: B008  (initializers are pure functions)
-        bias_init: jax.nn.initializers.Initializer = zeros_init(),  # noqa: B008
+        kernel_init: Callable[..., Any] = lecun_normal(),  # noqa: B008  (initializers are pure functions)
+        bias_init: Callable[..., Any] = zeros_init(),  # noqa: B008
         rngs: nnx.Rngs,
     ) -> None:
         head_dim = default_head_dim(head_dim, in_features, num_heads)

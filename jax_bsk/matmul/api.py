@@ -70,13 +70,15 @@ def sparse_matmul(
       >>> jax.grad(lambda w: sparse_matmul(x, w, implementation="cpu").sum())(weight)
       BSR(shape=(64, 96), block_size=(32, 32), entries=3, dtype=float32)
     """
-    if isinstance(a, BSR) == isinstance(b, BSR):
+    if isinstance(a, BSR) and not isinstance(b, BSR):
+        left, matrix, dense = False, a, jnp.asarray(b)
+    elif isinstance(b, BSR) and not isinstance(a, BSR):
+        left, matrix, dense = True, b, jnp.asarray(a)
+    else:
         raise TypeError(
             f"a and b must be one a BSR and the other an array, got {type(a).__name__} and {type(b).__name__}; of two "
             "BSRs make one dense with to_dense()"
         )
-    left = isinstance(b, BSR)
-    matrix, dense = (b, jnp.asarray(a)) if left else (a, jnp.asarray(b))
     matrix.need_blocks("b" if left else "a")
     m, k = matrix.shape[::-1] if transpose else matrix.shape
     if left:

@@ -113,9 +113,9 @@ def balanced_mask(rows: int, columns: int, density: float, seed: int = 0) -> np.
 
     Every input then takes part, every output has as many inputs as the others (so that one variance suits all
     weights), and no row takes longer than another. The function starts from diagonals, which fill both sides evenly,
-    and trades blocks between pairs of rows. Trades keep all counts and reach every such mask with the same probability:
-    the "curveball" algorithm of Strona et al., "A fast and unbiased procedure to randomize ecological binary matrices
-    with fixed row and column totals" (Nature Communications 5, 2014).
+    and trades blocks between pairs of rows. Trades keep all counts, and many of them make all such masks equally
+    likely: the "curveball" algorithm of Strona et al., "A fast and unbiased procedure to randomize ecological binary
+    matrices with fixed row and column totals" (Nature Communications 5, 2014).
 
     Args:
       rows: Number of rows of blocks.

@@ -36,7 +36,7 @@ Method = Literal["exact", "fast"]
 
 
 def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "exact") -> jax.Array:
-    r"""Selects k of n scores softly, with a gradient: SparseK (arXiv 2406.16747, section 3.2).
+    r"""Selects k of n scores softly, with a gradient: SparseK (arXiv 2406.16747).
 
     .. math:: p = \operatorname{argmin}_p \tfrac12 \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1, \ \sum p = k
 

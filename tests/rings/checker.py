@@ -542,6 +542,7 @@ class State:
         for (barriers, _), place in self.places.items():
             places.append((barriers.name, barriers.cta, place.latest - totals[barriers.counter], place))
         for (memory, _), buffer in self.buffers.items():
+            assert buffer.token is not None  # it was written or read
             use, version = buffer.token
             total = totals[version] if isinstance(version, str) else totals[memory.counter]
             buffers.append((memory.name, memory.cta, str(version), use - total, buffer))

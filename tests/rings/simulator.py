@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from tests.rings.checker import DEADLOCK, OVERWRITTEN, STALE, Barriers, Memory, Model
 
@@ -93,7 +94,8 @@ def simulate(model: Model, items: Sequence, seed: int) -> str:
         elif kind == "copy":
             writes, (ring, use), reads = rest
             # Contents are (memory, use) or (memory, use, version).
-            accesses = [("write", *(*x, 0)[:3]) for x in writes] + [("read", *(*x, 0)[:3]) for x in reads]
+            accesses: list[tuple[str, Memory, int, Any]] = [("write", *(*x, 0)[:3]) for x in writes]
+            accesses += [("read", *(*x, 0)[:3]) for x in reads]
             for access in accesses:
                 begin(*access)
 

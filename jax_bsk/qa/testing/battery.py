@@ -116,7 +116,7 @@ def from_public(implementation: str | None) -> AttentionFn:
     def attention(query, key, value, mask, *, bias, lengths, sinks, gates, scale, soft_cap):
         batch = query.shape[0]
         q_lengths, kv_lengths = (None, None) if lengths is None else jnp.broadcast_to(lengths, (batch, 2)).T
-        out, lse = sparse_attention(
+        out, lse = sparse_attention(  # pyright: ignore[reportCallIssue]
             query,
             key,
             value,
@@ -128,7 +128,7 @@ def from_public(implementation: str | None) -> AttentionFn:
             logits_soft_cap=soft_cap,
             sinks=sinks,
             gates=gates,
-            implementation=implementation,  # pyright: ignore[reportArgumentType]
+            implementation=implementation,
             return_residual=True,
         )
         return out, jnp.swapaxes(lse, 1, 2)

@@ -76,7 +76,7 @@ def call(
     """One call with its gradients; not jitted."""
 
     def forward(query, key, value, gates, sinks):
-        return sparse_attention(
+        return sparse_attention(  # pyright: ignore[reportCallIssue]
             query,
             key,
             value,
@@ -85,7 +85,7 @@ def call(
             key_value_seq_lengths=lengths[:, 1],
             gates=gates,
             sinks=sinks,
-            implementation=implementation,  # pyright: ignore[reportArgumentType]
+            implementation=implementation,
             return_residual=True,
         )
 
