@@ -78,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     if args.plot_dir is not None:
         importlib.import_module(
-            "jax_bsk.benchmarking.plots"
+            "jax_bsk.qa.benchmarking.plots"
         )  # matplotlib may be absent: not after minutes of measuring
     implementation = args.implementation or ("cuda" if platform == "cuda" else "cpu")
     reasons = dispatch.unavailable(implementation)
@@ -95,7 +95,7 @@ def run(argv: Sequence[str]) -> int:
     if output is not None:
         print(f"Wrote {output}")
     if args.plot_dir is not None:
-        for path in importlib.import_module("jax_bsk.benchmarking.plots").plot(result, args.plot_dir):
+        for path in importlib.import_module("jax_bsk.qa.benchmarking.plots").plot(result, args.plot_dir):
             print(f"Wrote {path}")
     return 0 if all(case["ok"] for case in result["cases"]) else 1
 

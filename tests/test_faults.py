@@ -1,4 +1,4 @@
-"""The fault table: every scenario of `jax_bsk.testing.faults` on every implementation that runs here, and its runner.
+"""The fault table: every scenario of `jax_bsk.qa.testing.faults` on every implementation that runs here, and its runner.
 
 Where a crash or a hang is conceivable, scenarios run in a process apart from this one, those of an implementation
 together; `tests/test_cuda.py` has the same for the CUDA kernels.
@@ -61,7 +61,7 @@ def test_one_scenario_in_a_process_of_its_own():
     assert outcome.seconds > 0
 
 
-# Stands in for `python -m jax_bsk.testing.faults`, without its scenarios.
+# Stands in for `python -m jax_bsk.qa.testing.faults`, without its scenarios.
 CHILD = """
 import os, sys, time
 for name in sys.argv[1:]:

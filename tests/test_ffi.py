@@ -27,7 +27,7 @@ PACKAGE = Path(jax_bsk.__file__).parent
 
 
 def test_leading_dimensions_count_as_batch():
-    """What the handlers must take; what they must refuse is in `jax_bsk.testing.faults.boundary`."""
+    """What the handlers must take; what they must refuse is in `jax_bsk.qa.testing.faults.boundary`."""
     call = direct.forward_call("cpu")
     lead = {name: call.operands[name].shape[1:] for name in ("query", "key", "value")}
     out = call(

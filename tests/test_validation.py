@@ -246,7 +246,7 @@ def test_a_worker_that_dies_or_hangs_is_a_failed_case(program, what, monkeypatch
     assert what in record["text"]
     check = numerics._judge("random", [record], "cpu", 1)
     assert check.verdict is Verdict.FAILED
-    assert "python -m jax_bsk.testing --seed 7 --draw 0" in check.detail
+    assert "python -m jax_bsk.qa.testing --seed 7 --draw 0" in check.detail
 
 
 def test_too_few_cases_are_not_a_pass():
@@ -287,7 +287,7 @@ def test_tasks_are_given_out_until_each_suite_has_enough(tmp_path):
         {"task": "matmul:7", "draw": 1, "ok": False, "gradients": True, "case": {}, "results": [], "text": ""},
     )
     check = numerics._judge("random", [record], "cuda", 1)
-    assert "python -m jax_bsk.testing.matmul --seed 7 --draw 1 --implementation cuda" in check.detail
+    assert "python -m jax_bsk.qa.testing.matmul --seed 7 --draw 1 --implementation cuda" in check.detail
 
 
 def test_programs_of_other_sources_are_no_evidence(tmp_path):

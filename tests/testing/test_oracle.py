@@ -160,7 +160,7 @@ def test_rule_catches(bug):
         case = dataclasses.replace(case, sinks=False)
     if bug.startswith("gates"):
         case = dataclasses.replace(case, gates=True)
-    with pytest.raises(Mismatch, match=r"repro: python -m jax_bsk.testing --case rule"):
+    with pytest.raises(Mismatch, match=r"repro: python -m jax_bsk.qa.testing --case rule"):
         run_case(case, BUGS[bug](sparse_attention_xla), gradients="gradients" in bug)
 
 
@@ -232,7 +232,7 @@ def test_command_line_repeats_a_case(capsys, monkeypatch):
         assert command_line.main(["--case", "one-token"]) == 0
         assert "out" in capsys.readouterr().out
         case = random_case(3, max_len=64)
-        assert case.repro == "python -m jax_bsk.testing --seed 3"
+        assert case.repro == "python -m jax_bsk.qa.testing --seed 3"
         monkeypatch.setattr(command_line, "from_public", lambda _: BUGS["lse in base 2"](sparse_attention_xla))
         assert command_line.main(["--seed", "3", "--max-len", "64"]) == 1
-        assert "repro: python -m jax_bsk.testing --seed 3 --implementation xla --max-len 64" in capsys.readouterr().out
+        assert "repro: python -m jax_bsk.qa.testing --seed 3 --implementation xla --max-len 64" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""``python -m jax_bsk.testing``: runs single cases over one implementation and prints their reports."""
+"""``python -m jax_bsk.qa.testing``: runs single cases over one implementation and prints their reports."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax_bsk.qa.testing.cases import CORNER_CASES, PERFORMANCE_CASES, random_cas
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m jax_bsk.testing", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m jax_bsk.qa.testing", description=__doc__)
     parser.add_argument("--seed", type=int, help="first random case")
     parser.add_argument("--count", type=int, default=1, help="random cases, of seeds counted up from --seed")
     parser.add_argument("--draw", type=int, default=0, help="which of a seed's cases of one shape, default the first")

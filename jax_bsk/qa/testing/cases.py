@@ -52,8 +52,8 @@ class Case:
         """The command that runs this case alone; append ``--implementation cpu`` and the like."""
         if self.name.startswith("seed-"):
             seed, _, draw = self.name.removeprefix("seed-").partition(".")
-            return f"python -m jax_bsk.testing --seed {seed}" + (f" --draw {draw}" if draw else "")
-        return f"python -m jax_bsk.testing --case {self.name}"
+            return f"python -m jax_bsk.qa.testing --seed {seed}" + (f" --draw {draw}" if draw else "")
+        return f"python -m jax_bsk.qa.testing --case {self.name}"
 
     def __str__(self) -> str:
         parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "name"]

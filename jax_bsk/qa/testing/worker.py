@@ -1,11 +1,11 @@
-"""`python -m jax_bsk.testing.worker IMPLEMENTATION`: judges cases that come on standard input, a line a task.
+"""`python -m jax_bsk.qa.testing.worker IMPLEMENTATION`: judges cases that come on standard input, a line a task.
 
 A task is `SEED` or the name of a corner case, with `matmul:` before those of block-sparse products, and `gradients`
 behind it if they count. It is answered by lines of JSON: one a case, {"task", "draw", "ok", "case", "results", "text"},
 where a result has its errors as shares of their bounds, or {"task", "draw", "refused"}; then `null`. A seed has a case
 for each draw of its shape (see `cases.redraw`): masks and lists are traced, so that they share two compiled programs,
 which take far longer than the rest. On CUDA each is judged once more on 1, 2, 3 or 7 multiprocessors. A process that
-dies takes a case with it, which its caller knows (`jax_bsk.validation.numerics`).
+dies takes a case with it, which its caller knows (`jax_bsk.qa.validation.numerics`).
 """
 
 from __future__ import annotations
@@ -99,10 +99,10 @@ def repro(task: str, draw: int, implementation: str, gradients: bool) -> str:
     name = task.removeprefix(PRODUCT)
     case = f"--case {name}" if task in CORNERS else f"--seed {name} --draw {draw}"
     if task.startswith(PRODUCT):
-        command = f"python -m jax_bsk.testing.matmul {case}"
+        command = f"python -m jax_bsk.qa.testing.matmul {case}"
     else:
         length = "" if task in CORNERS else f" --max-len {MAX_LEN}"
-        command = f"python -m jax_bsk.testing {case}{length} --traced-mask"
+        command = f"python -m jax_bsk.qa.testing {case}{length} --traced-mask"
     command += f" --implementation {implementation}" + ("" if gradients else " --no-gradients")
     multiprocessors = limit(task, draw, implementation)
     return command if multiprocessors is None else f"{command} --multiprocessors {multiprocessors}"

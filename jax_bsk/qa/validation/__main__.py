@@ -1,4 +1,4 @@
-"""`python -m jax_bsk.validation STAGE`: one stage in this process, settings on standard input; `runner` calls it."""
+"""`python -m jax_bsk.qa.validation STAGE`: one stage in this process, settings on standard input; `runner` calls it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def main() -> None:
     stage = STAGES[sys.argv[1]]
     settings = Settings.from_json(json.load(sys.stdin))
     clock = Clock(stage.budget[settings.level])
-    result = importlib.import_module(f"jax_bsk.validation.{stage.module}").run(settings, clock)
+    result = importlib.import_module(f"jax_bsk.qa.validation.{stage.module}").run(settings, clock)
     facts = provenance.collect() | {"level": settings.level.value}
     result = dataclasses.replace(result, seconds=clock.seconds, budget_seconds=clock.budget, provenance=facts)
     settings.results.mkdir(parents=True, exist_ok=True)

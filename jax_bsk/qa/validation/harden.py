@@ -86,7 +86,7 @@ def _repeats(settings: Settings, clock: Clock, implementation: str) -> tuple[lis
 def _products(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
     """Block-sparse products again and again, in a process that can be ended: CTAs of a cluster wait for each other."""
     count = PRODUCT_REPEATS[implementation, settings.level]
-    command = [sys.executable, "-m", "jax_bsk.testing.matmul.steady", implementation, "--repeats", str(count)]
+    command = [sys.executable, "-m", "jax_bsk.qa.testing.matmul.steady", implementation, "--repeats", str(count)]
     command += ["--load"] if implementation == "cuda" else []
     names = "bit-equal products", "memory of products"
     try:

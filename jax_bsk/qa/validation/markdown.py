@@ -113,7 +113,7 @@ def _numbers(data: dict[str, Any]) -> str:
     text = (
         f"{data['forward_cases']} random cases from seed {data['first_seed']}, {data['backward_cases']} of them with "
         f"gradients, of {data['shapes']} shapes; {data['refused_shapes']} more shapes were refused with a reason. "
-        "Errors against float64 as shares of their bounds (`jax_bsk/testing/tolerance.py`):"
+        "Errors against float64 as shares of their bounds (`jax_bsk/qa/testing/tolerance.py`):"
     )
     header = ["type", "cases", "largest share of a largest error's bound", "of a mean error's"]
     return f"{text}\n\n{table(header, rows)}"

@@ -172,7 +172,7 @@ def _tasks(seed: int, taken: dict[Suite, int]) -> Iterator[str]:
 
 
 class _Worker:
-    """A process of `jax_bsk.testing.worker`, begun on need and again after it died."""
+    """A process of `jax_bsk.qa.testing.worker`, begun on need and again after it died."""
 
     def __init__(self, implementation: str):
         self._implementation = implementation
@@ -218,7 +218,7 @@ class _Worker:
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags} | threads
         return subprocess.Popen(
-            [sys.executable, "-m", "jax_bsk.testing.worker", self._implementation],
+            [sys.executable, "-m", "jax_bsk.qa.testing.worker", self._implementation],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

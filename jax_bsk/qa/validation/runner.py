@@ -35,7 +35,7 @@ def _run(settings: Settings, name: str) -> StageResult:
     # PyTorch shares the GPU in one stage, worker processes in others.
     environment = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
     process = subprocess.Popen(
-        [sys.executable, "-m", "jax_bsk.validation", name],
+        [sys.executable, "-m", "jax_bsk.qa.validation", name],
         stdin=subprocess.PIPE,
         text=True,
         env=environment,

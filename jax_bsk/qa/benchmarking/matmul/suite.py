@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, results: Path | None = None) -> int:
 
 def _plotter() -> Any:
     try:
-        return importlib.import_module("jax_bsk.benchmarking.matmul.plots").plot
+        return importlib.import_module("jax_bsk.qa.benchmarking.matmul.plots").plot
     except ImportError as error:
         raise ImportError("--plot-dir needs matplotlib; install it with `pip install matplotlib`") from error
 

@@ -1,6 +1,6 @@
 """The fault table as runnable scenarios: what must happen when something is wrong with a call.
 
-Not on the path of a call. Shared by the tests and by validation on other machines; `python -m jax_bsk.testing.faults`
+Not on the path of a call. Shared by the tests and by validation on other machines; `python -m jax_bsk.qa.testing.faults`
 runs scenarios by name. One module a group of rows; each scenario ends with a valid call that must be right.
 """
 

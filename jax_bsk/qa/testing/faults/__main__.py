@@ -1,4 +1,4 @@
-"""`python -m jax_bsk.testing.faults`: runs scenarios of the fault table in this process, a line each.
+"""`python -m jax_bsk.qa.testing.faults`: runs scenarios of the fault table in this process, a line each.
 
 One that must start with an environment of its own gets a process of its own. The last line is `survived`.
 """
@@ -18,7 +18,7 @@ from jax_bsk.qa.testing.faults.process import SURVIVED
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 all passed, 1 some did not, 2 nothing could be run."""
-    parser = argparse.ArgumentParser(prog="python -m jax_bsk.testing.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m jax_bsk.qa.testing.faults", description=__doc__)
     parser.add_argument("names", metavar="NAME", nargs="*", help="by default all that apply to the implementation")
     parser.add_argument("--implementation", default="xla", choices=dispatch.IMPLEMENTATIONS)
     parser.add_argument("--list", action="store_true", help="names the scenarios and what must happen")

@@ -39,7 +39,7 @@ for name in {modules}:
     module.build_info = lambda: {info}
     module.registrations = lambda: dict.fromkeys({targets})  # not to be registered: None is no handler"""
 AFTER_IMPORT = """
-from jax_bsk.testing.faults import installation
+from jax_bsk.qa.testing.faults import installation
 installation.check_refusals({names}, {words!r})"""
 
 

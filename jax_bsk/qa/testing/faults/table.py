@@ -50,7 +50,7 @@ def run_all_in_subprocesses(names: Sequence[str], implementation: str, timeout: 
     groups: dict[tuple, list[str]] = {}
     for name in names:
         groups.setdefault(tuple(sorted(SCENARIOS[name].environment.items())), []).append(name)
-    command = [sys.executable, "-m", "jax_bsk.testing.faults", "--implementation", implementation]
+    command = [sys.executable, "-m", "jax_bsk.qa.testing.faults", "--implementation", implementation]
     outcomes: dict[str, Outcome] = {}
     for variables, group in groups.items():
         outcomes |= run_commands(command, group, child_environment(implementation, dict(variables)), timeout)

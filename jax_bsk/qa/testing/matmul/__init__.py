@@ -1,6 +1,6 @@
 """Numeric test kit of the block-sparse products: cases, oracle, and one battery for every implementation.
 
-As `jax_bsk.testing` is for attention, with which it shares judgements, workers and the module of tolerance rules.
+As `jax_bsk.qa.testing` is for attention, with which it shares judgements, workers and the module of tolerance rules.
 """
 
 from jax_bsk.qa.testing.matmul.battery import judge_case as judge_case

@@ -70,8 +70,8 @@ class Case:
         """The command that runs this case alone; append `--implementation cpu` and the like."""
         if self.name.startswith("seed-"):
             seed, _, draw = self.name.removeprefix("seed-").partition(".")
-            return f"python -m jax_bsk.testing.matmul --seed {seed}" + (f" --draw {draw}" if draw else "")
-        return f"python -m jax_bsk.testing.matmul --case {self.name}"
+            return f"python -m jax_bsk.qa.testing.matmul --seed {seed}" + (f" --draw {draw}" if draw else "")
+        return f"python -m jax_bsk.qa.testing.matmul --case {self.name}"
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""`python -m jax_bsk.testing.matmul.steady IMPLEMENTATION [--repeats N] [--load]`: products again and again.
+"""`python -m jax_bsk.qa.testing.matmul.steady IMPLEMENTATION [--repeats N] [--load]`: products again and again.
 
 Every bit must be the same, whatever else the machine does meanwhile, and the process must not grow. In a process of
 its own, so that one which hangs can be ended. It prints one line of JSON: {"unequal": [names], "repeats", "shapes",
@@ -120,7 +120,7 @@ def growth(implementation: str) -> tuple[int, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m jax_bsk.testing.matmul.steady", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m jax_bsk.qa.testing.matmul.steady", description=__doc__)
     parser.add_argument("implementation", choices=["xla", "cpu", "cuda"])
     parser.add_argument("--repeats", type=int, default=100)
     parser.add_argument("--load", action="store_true", help="other work on the GPU meanwhile")
