@@ -18,7 +18,7 @@ os.environ["XLA_FLAGS"] = " ".join(
     [
         "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0",
         "--xla_cpu_parallel_codegen_split_count=1",
-        "--xla_gpu_enable_command_buffer=",  # a graph keeps the grid of its first launch: see jax_bsk/qa/testing/grid.py
+        "--xla_gpu_enable_command_buffer=",  # a graph keeps its first launch's grid: jax_bsk/qa/testing/grid.py
         "--xla_cpu_use_fusion_emitters=false" if jaxlib.version.__version_info__ < (0, 11) else "",
         os.environ.get("XLA_FLAGS", ""),
     ]

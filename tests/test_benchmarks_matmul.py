@@ -18,8 +18,10 @@ import pytest
 
 from jax_bsk.__main__ import main
 from jax_bsk.core import dispatch
+from jax_bsk.qa.benchmarking import contender, suite
 from jax_bsk.qa.benchmarking.check import verdict
-from jax_bsk.qa.benchmarking.matmul import cases, check, contender, contenders, jax_products, measure, suite
+from jax_bsk.qa.benchmarking.matmul import cases, jax_products, operation
+from jax_bsk.qa.benchmarking.matmul import references as check
 from jax_bsk.qa.benchmarking.matmul.cases import Case, Config, Operation
 from jax_bsk.qa.benchmarking.matmul.operands import Operands
 
@@ -41,6 +43,14 @@ def script(monkeypatch):
 @pytest.fixture(scope="module")
 def operands():
     return Operands(SMALL, seed=0)
+
+
+def measured(case: Case, operands: Operands, *names: str, rates: suite.Rates | None = None, **limits: float) -> dict:
+    """The record of a case with these contenders."""
+    products = operation.Products(NATIVE, lambda case: names)
+    for name, value in limits.items():
+        setattr(products, name, value)
+    return suite.measure(products, case, operands, rates or suite.Rates(), rounds=1, seed=0)
 
 
 def run(script, path, *options) -> tuple[int, dict]:
@@ -94,29 +104,29 @@ def test_every_operation_against_the_whole_product(operands):
     operands.matrix.check()
     spots = check.choose_spots(SMALL.size, 3)
     assert len(spots.rows) == len(spots.columns) == SMALL.size
-    makers = contenders.makers(NATIVE)
-    for operation in Operation:
-        reference = check.make_reference(operands, operation, spots)
-        np.testing.assert_allclose(reference.values, whole[operation][spots.rows][:, spots.columns], atol=1e-11)
-        for name in ("jax_bsk-constant" if operation is Operation.LAYER else "jax_bsk", "dense"):
-            made = makers[name](Case(SMALL, operation), operands)
-            result = reference.check(*made.pick(made.once(), spots))
-            assert result["ok"], (operation, name, result)
+    makers = operation.makers(NATIVE)
+    for which in Operation:
+        reference = check.make_reference(operands, which, spots)
+        np.testing.assert_allclose(reference.values, whole[which][spots.rows][:, spots.columns], atol=1e-11)
+        for name in ("jax_bsk-constant" if which is Operation.LAYER else "jax_bsk", "dense"):
+            made = makers[name](Case(SMALL, which), operands)
+            result = reference.check(*made.pick(made.once()[0], spots))
+            assert result["ok"], (which, name, result)
 
 
 def test_a_dense_product_of_random_numbers(operands):
-    makers = {name: contenders.makers(NATIVE)[name] for name in ("dense", "dense-random")}
-    record = measure.measure(Case(SMALL, Operation.LAYER), operands, makers, measure.Rates(), rounds=1, seed=0)
+    makers, names = operation.makers(NATIVE), ("dense", "dense-random")
+    record = measured(Case(SMALL, Operation.LAYER), operands, *names)
     found = record["contenders"]["dense-random"]
     assert found["check"]["ok"]
     assert found["variant"] == "dense, random numbers"
     weights = operands.random_weights()
     assert (weights != 0).all()
     made = makers["dense-random"](Case(SMALL, Operation.LAYER), operands)
-    np.testing.assert_allclose(made.once(), operands.x @ weights, atol=1e-4)
+    np.testing.assert_allclose(made.once()[0], operands.x @ weights, atol=1e-4)
     other = check.make_reference(operands, Operation.LAYER, check.choose_spots(SMALL.size, 0))
-    assert not other.check(*made.pick(made.once(), other.spots))["ok"]
-    record = measure.measure(Case(SMALL, Operation.DATA_GRADIENT), operands, makers, measure.Rates(), rounds=1, seed=0)
+    assert not other.check(*made.pick(made.once()[0], other.spots))["ok"]
+    record = measured(Case(SMALL, Operation.DATA_GRADIENT), operands, *names)
     assert "random numbers" in record["contenders"]["dense-random"]["refused"]
 
 
@@ -130,10 +140,10 @@ def test_spots_meet_every_tile():
 
 def test_chained_calls(operands):
     case = Case(SMALL, Operation.LAYER, calls=3)
-    made = contenders.makers(NATIVE)["jax_bsk"](case, operands)
+    made = operation.makers(NATIVE)["jax_bsk"](case, operands)
     w, x = np.asarray(operands.dense, np.float64), np.asarray(operands.x, np.float64)
     np.testing.assert_allclose(made.dispatch(0), x @ w @ w @ w, atol=1e-4)
-    np.testing.assert_allclose(made.once(), x @ w, atol=1e-4)
+    np.testing.assert_allclose(made.once()[0], x @ w, atol=1e-4)
     assert made.calls == 3
 
 
@@ -223,38 +233,30 @@ def test_warnings_are_in_the_report(script, monkeypatch, capsys, tmp_path):
     assert "Note: jax_bsk (forward 256" in capsys.readouterr().out
 
 
-def test_slow_calls_are_measured_once_or_left_out(operands, monkeypatch):
-    monkeypatch.setattr(measure, "SLOW_SECONDS", 0.0)
-    monkeypatch.setattr(measure, "MOST_SECONDS", 1e-9)
-    makers, rates = {"dense": contenders.makers(NATIVE)["dense"]}, measure.Rates()
-    first, second = (
-        measure.measure(Case(SMALL, Operation.FORWARD), operands, makers, rates, rounds=3, seed=0)["contenders"][
-            "dense"
-        ]
-        for _ in range(2)
-    )
+def test_slow_calls_are_measured_once_or_left_out(operands):
+    rates, limits = suite.Rates(), {"slow_seconds": 0.0, "most_seconds": 1e-9}
+    case = Case(SMALL, Operation.FORWARD)
+    first, second = (measured(case, operands, "dense", rates=rates, **limits)["contenders"]["dense"] for _ in range(2))
     assert len(first["samples"]) == first["calls_per_sample"] == 1
     assert "would take" in second["refused"]
 
 
 def test_memory_is_estimated_first(operands, monkeypatch):
     monkeypatch.setattr(contender, "MOST_SCRATCH", {"cpu": 1000, "gpu": 1000})
-    case = Case(SMALL, Operation.FORWARD)
-    makers = {"bcoo": contenders.makers(NATIVE)["bcoo"]}
-    record = measure.measure(case, operands, makers, measure.Rates(), rounds=1, seed=0)
+    record = measured(Case(SMALL, Operation.FORWARD), operands, "bcoo")
     assert "scratch memory" in record["contenders"]["bcoo"]["refused"]
 
 
 def test_what_was_measured_is_kept(script, monkeypatch, tmp_path):
     path = tmp_path / "matmul.json"
 
-    def interrupted(case, *args, **kwargs):
+    def interrupted(products, case, *args, **kwargs):
         if case.config.size == 128:
             raise KeyboardInterrupt
         return {"name": case.name, "size": case.config.size, "contenders": {}, "ok": True}
 
-    monkeypatch.setattr(suite.measure, "measure", interrupted)
-    monkeypatch.setattr(suite, "Operands", lambda config, seed: argparse.Namespace(config=config))
+    monkeypatch.setattr(suite, "measure", interrupted)
+    monkeypatch.setattr(operation, "Operands", lambda config, seed: argparse.Namespace(config=config))
     with pytest.raises(KeyboardInterrupt):
         run(script, path, "--sizes", "64", "128")
     assert [case["size"] for case in json.loads(path.read_text())["cases"]] == [64]
@@ -265,7 +267,7 @@ def test_a_case_without_operands_and_a_budget(script, monkeypatch, capsys, tmp_p
     def no_memory(config, seed):
         raise MemoryError("no memory")
 
-    monkeypatch.setattr(suite, "Operands", no_memory)
+    monkeypatch.setattr(operation, "Operands", no_memory)
     status, report = run(script, tmp_path / "matmul.json")
     assert status == 1
     assert "no memory" in report["cases"][0]["contenders"]["jax_bsk"]["failed"]
@@ -293,7 +295,7 @@ def test_the_command_line(capsys):
 
 def test_pictures(tmp_path):
     pytest.importorskip("matplotlib")
-    from jax_bsk.qa.benchmarking.matmul import plots
+    from jax_bsk.qa.benchmarking import plots
 
     record = {"seconds": 1.0, "useful_flops_per_second": 4e14}
     found = {"jax_bsk": record, "dense": record, "bcoo": {"refused": "no memory"}}

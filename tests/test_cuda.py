@@ -17,7 +17,6 @@ from jax_bsk.qa.testing import battery, cases, faults, grid, steady
 from jax_bsk.qa.testing.gpu_load import concurrent_load
 from jax_bsk.qa.testing.matmul import battery as product_battery
 from jax_bsk.qa.testing.matmul import cases as product_cases
-from jax_bsk.qa.testing.matmul import steady as steady_products
 from tests.util import loss_of, random_inputs, random_mask
 
 pytestmark = pytest.mark.gpu
@@ -60,10 +59,10 @@ def test_random_product(random_seed):
     product_battery.run_case(case, "cuda", multiprocessors=grid.LIMITS[random_seed % len(grid.LIMITS)])
 
 
-@pytest.mark.parametrize("name", steady_products.GPU)
+@pytest.mark.parametrize("name", steady.PRODUCTS["cuda"])
 def test_products_beside_other_work_give_the_same_bits(name):
     with concurrent_load():
-        assert steady_products.repeats_are_equal(steady_products.GPU[name], "cuda", 500)
+        assert steady.repeats_are_equal(steady.PRODUCTS["cuda"][name], "cuda", 500)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +90,7 @@ def test_a_thousand_steps_give_the_same_bits(dtype):
     assert all(same(first, step(*inputs)).all() for _ in range(1000))
 
 
-@pytest.mark.parametrize("name", steady.STEADY)
+@pytest.mark.parametrize("name", steady.ATTENTION)
 def test_a_thousand_gradients_beside_other_work_give_the_same_bits(name):
     with concurrent_load():
         assert steady.repeats_are_equal(steady.STEADY[name], "cuda", 1000)

@@ -1,4 +1,4 @@
-"""The fault table: every scenario of `jax_bsk.qa.testing.faults` on every implementation that runs here, and its runner.
+"""The fault table: every scenario of `qa.testing.faults` on every implementation that runs here, and its runner.
 
 Where a crash or a hang is conceivable, scenarios run in a process apart from this one, those of an implementation
 together; `tests/test_cuda.py` has the same for the CUDA kernels.
@@ -7,7 +7,6 @@ together; `tests/test_cuda.py` has the same for the CUDA kernels.
 from __future__ import annotations
 
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -16,17 +15,17 @@ import numpy as np
 import pytest
 
 import jax_bsk
+from jax_bsk.qa.testing import worker
 from jax_bsk.qa.testing.faults import (
     SCENARIOS,
     Outcome,
     calls,
     lists,
     run_all_in_subprocesses,
-    run_in_subprocess,
 )
 from jax_bsk.qa.testing.faults.__main__ import main
-from jax_bsk.qa.testing.faults.process import run_commands
 from jax_bsk.qa.testing.faults.scenario import scenario
+from jax_bsk.qa.testing.isolate import Worker
 
 EVERYWHERE = [s.name for s in SCENARIOS.values() if {"cpu", "xla"} <= set(s.platforms)]
 NATIVE = [s.name for s in SCENARIOS.values() if "cpu" in s.platforms and "xla" not in s.platforms]
@@ -54,49 +53,46 @@ def test_scenario_of_native_kernels(name):
     assert outcome.passed, outcome
 
 
-def test_one_scenario_in_a_process_of_its_own():
-    outcome = run_in_subprocess("id-huge", "cpu")
-    assert outcome.passed, outcome
-    assert (outcome.name, outcome.detail) == ("id-huge", "")
-    assert outcome.seconds > 0
-
-
-# Stands in for `python -m jax_bsk.qa.testing.faults`, without its scenarios.
+# Stands in for `python -m jax_bsk.qa.testing.worker`, without its tasks.
 CHILD = """
 import os, sys, time
-for name in sys.argv[1:]:
+for line in sys.stdin:
+    name = line.split()[0]
     if name == "crash": os.abort()
     if name == "hang": time.sleep(60)
     if name == "leave": os._exit(0)
     if name == "raise": raise RuntimeError("out of ideas")
-    print(f"{name}: {'FAILED (1.00 s) 3 is not 4' if name == 'wrong' else 'ok (0.25 s)'}", flush=True)
-print("survived")
-if "crash-late" in sys.argv: sys.stdout.flush(); os.abort()
+    print('{"task": "%s", "ok": %s, "text": ""}' % (name, "false" if name == "wrong" else "true"))
+    print("null", flush=True)
+if name == "crash-late": os.abort()
 """
 
 
-def run_child(*names: str, timeout: float = 20) -> dict[str, Outcome]:
-    return run_commands([sys.executable, "-c", CHILD], names, os.environ, timeout)
+def child(seconds: float = 20) -> Worker:
+    return Worker("cpu", seconds, command=[sys.executable, "-c", CHILD])
 
 
 def test_a_crash_a_hang_and_a_wrong_answer_are_told_apart():
-    found = run_child("first", "wrong", "crash", "second", "leave", "third", "raise", "fourth")
-    assert [name for name, outcome in found.items() if outcome.passed] == ["first", "second", "third", "fourth"]
-    assert found["wrong"] == Outcome("wrong", False, "3 is not 4", 1.0)
-    assert found["first"] == Outcome("first", True, "", 0.25)
-    assert "crashed: SIGABRT" in found["crash"].detail
-    assert "ended early: exit status 0" in found["leave"].detail
-    assert "ended early: exit status 1" in found["raise"].detail
-    assert "out of ideas" in found["raise"].detail
-    hung = run_child("hang", timeout=1)["hang"]
-    assert not hung.passed
-    assert "hung: no end after 1 s" in hung.detail
+    worker = child()
+    names = ("first", "wrong", "crash", "second", "leave", "third", "raise", "fourth")
+    found = {name: record for name in names for record in worker.ask(name)}
+    assert worker.close() == ""
+    assert [name for name, record in found.items() if record["ok"]] == ["first", "second", "third", "fourth"]
+    assert found["wrong"] == {"task": "wrong", "ok": False, "text": ""}
+    assert "crashed: SIGABRT" in found["crash"]["text"]
+    assert "ended early with status 0" in found["leave"]["text"]
+    assert "ended early with status 1" in found["raise"]["text"]
+    assert "out of ideas" in found["raise"]["text"]
+    (hung,) = child(seconds=1).ask("hang")
+    assert not hung["ok"]
+    assert "does not end (limit 1 s)" in hung["text"]
 
 
-def test_a_process_that_dies_after_its_scenarios_fails_the_last():
-    found = run_child("first", "crash-late")
-    assert found["first"].passed
-    assert "crashed: SIGABRT" in found["crash-late"].detail
+def test_a_process_that_dies_after_its_tasks_says_so():
+    worker = child()
+    (record,) = worker.ask("crash-late")
+    assert record["ok"]
+    assert "status -6 after its last task" in worker.close()
 
 
 def test_scenarios_fail_when_the_fault_changes_nothing(monkeypatch):
@@ -111,24 +107,30 @@ def test_scenarios_fail_when_the_fault_changes_nothing(monkeypatch):
 
 
 def test_scenarios_fail_when_the_next_call_is_wrong(monkeypatch):
-    attend = calls.attend
-    monkeypatch.setattr(calls, "attend", lambda *a: {name: 1.01 * x for name, x in attend(*a).items()})
+    def wrong(*args, **kwargs):
+        out, lse = calls.battery.from_public("cpu")(*args, **kwargs)
+        return 1.01 * out, lse
+
+    monkeypatch.setattr(calls, "_valid_call", lambda implementation: wrong)
     with pytest.raises(AssertionError, match="the next valid call is wrong"):
         SCENARIOS["wrong-rank"].run("cpu")
 
 
-def test_command_line(capsys, monkeypatch):
-    assert main(["wrong-rank", "mismatched-shapes", "--implementation", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split(" (")[0] for line in lines] == ["wrong-rank: ok", "mismatched-shapes: ok", "survived"]
-
+def test_scenarios_are_tasks_of_workers(monkeypatch):
     @scenario("sum", "arithmetic", "three and four are seven")
     def wrong(implementation):
         assert 3 + 4 == 8, f"3 + 4 is\n{3 + 4}"
 
     monkeypatch.setitem(SCENARIOS, "sum", wrong)
-    assert main(["sum"]) == 1
-    assert re.fullmatch(r"sum: FAILED \(.* s\) 3 \+ 4 is 7.*\nsurvived\n", capsys.readouterr().out)
+    (right,), (record,) = worker.answer("fault:wrong-rank", "cpu"), worker.answer("fault:sum", "cpu")
+    assert (right["ok"], right["text"]) == (True, "")
+    assert not record["ok"]
+    assert re.fullmatch(r"3 \+ 4 is 7.*", record["text"])
+
+
+def test_command_line(capsys):
+    assert main(["wrong-rank", "id-huge", "--implementation", "cpu"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["wrong-rank: ok", "id-huge: ok"]
     assert main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(SCENARIOS)
 

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from jax_bsk.core import dispatch
-from jax_bsk.qa.testing import tolerance, worker
+from jax_bsk.qa.testing import steady, tolerance, worker
 from jax_bsk.qa.testing.judgement import Mismatch
-from jax_bsk.qa.testing.matmul import battery, cases, steady
+from jax_bsk.qa.testing.matmul import battery, cases
 from jax_bsk.qa.testing.matmul.oracle import oracle
 
 # Programs are compiled for each, so the slower "xla", which has its own tests, gets some; gradients are of some, too.
@@ -91,7 +91,7 @@ def test_what_is_wrong_is_found(wrong, monkeypatch):
 
     battery._kept.cache_clear()
     monkeypatch.setattr(battery, "sparse_matmul", sparse_matmul)
-    with pytest.raises(Mismatch, match=r"python -m jax_bsk.qa.testing.matmul --case x --implementation xla"):
+    with pytest.raises(Mismatch, match=r"python -m jax_bsk.qa.testing matmul --case x --implementation xla"):
         battery.run_case(case, "xla", gradients=False)
     battery._kept.cache_clear()
 
@@ -140,13 +140,13 @@ def test_tasks_of_workers():
     (record,) = worker.judge("matmul:float32", "cuda", gradients=False)
     assert "refused" in record
     command = worker.repro("matmul:7", 3, "cuda", gradients=False)
-    case = "python -m jax_bsk.qa.testing.matmul --seed 7 --draw 3 --implementation cuda --no-gradients"
+    case = "python -m jax_bsk.qa.testing matmul --seed 7 --draw 3 --implementation cuda --no-gradients"
     assert command == f"{case} --multiprocessors 3"
     assert worker.repro("matmul:7", 3, "cpu", gradients=False) == case.replace("cuda", "cpu")
 
 
 def test_a_case_alone():
-    command = [sys.executable, "-m", "jax_bsk.qa.testing.matmul", "--case", "no-blocks", "--no-gradients"]
+    command = [sys.executable, "-m", "jax_bsk.qa.testing", "matmul", "--case", "no-blocks", "--no-gradients"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("out    ok")
@@ -163,4 +163,4 @@ def test_what_a_gpu_gets_is_what_its_kernels_take():
 
 def test_repeats():
     native = "xla" if dispatch.unavailable("cpu") else "cpu"
-    assert steady.repeats_are_equal(steady.CPU["32-empty-rows"], native, 3)
+    assert steady.repeats_are_equal(steady.PRODUCTS["cpu"]["32-empty-rows"], native, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 from jax_bsk.__main__ import main
 from jax_bsk.core import library
-from jax_bsk.qa.benchmarking import grid
+from jax_bsk.qa.benchmarking.attention import cases as grid
+from jax_bsk.qa.benchmarking.attention.passes import Pass
 from jax_bsk.qa.benchmarking.matmul import goals
 from jax_bsk.qa.benchmarking.matmul.cases import Operation
-from jax_bsk.qa.benchmarking.passes import Pass
 from jax_bsk.qa.support.git_tree import tree_hash
+from jax_bsk.qa.testing.isolate import Worker
 from jax_bsk.qa.validation import (
     benchmark,
     harden,
@@ -231,17 +233,11 @@ def test_a_stage_that_crashes_fails_alone(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("program", "what"),
-    [("import sys; sys.stdin.readline(); sys.exit(3)", "status"), ("import time; time.sleep(60)", "does not end")],
+    [("import sys; sys.stdin.readline(); sys.exit(3)", "status 3"), ("import time; time.sleep(60)", "does not end")],
 )
-def test_a_worker_that_dies_or_hangs_is_a_failed_case(program, what, monkeypatch):
-    monkeypatch.setattr(numerics, "CASE_SECONDS", 1.0)
-
-    def start(self):
-        command = [sys.executable, "-c", program]
-        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    monkeypatch.setattr(numerics._Worker, "_start", start)
-    (record,) = list(numerics._Worker("cpu").judge("7", gradients=True))
+def test_a_worker_that_dies_or_hangs_is_a_failed_case(program, what):
+    worker = Worker("cpu", 1.0, command=[sys.executable, "-c", program])
+    (record,) = list(numerics._records(worker, "7", gradients=True))
     assert not record["ok"]
     assert what in record["text"]
     check = numerics._judge("random", [record], "cpu", 1)
@@ -287,7 +283,7 @@ def test_tasks_are_given_out_until_each_suite_has_enough(tmp_path):
         {"task": "matmul:7", "draw": 1, "ok": False, "gradients": True, "case": {}, "results": [], "text": ""},
     )
     check = numerics._judge("random", [record], "cuda", 1)
-    assert "python -m jax_bsk.qa.testing.matmul --seed 7 --draw 1 --implementation cuda" in check.detail
+    assert "python -m jax_bsk.qa.testing matmul --seed 7 --draw 1 --implementation cuda" in check.detail
 
 
 def test_programs_of_other_sources_are_no_evidence(tmp_path):
@@ -352,15 +348,14 @@ def test_cases_of_one_name_are_measured_in_every_pass(tmp_path, monkeypatch):
 
 
 def test_products_that_hang_or_crash_fail(tmp_path, monkeypatch):
-    def hangs(command, seconds):
-        raise subprocess.TimeoutExpired(command, seconds)
-
-    crashed = subprocess.CompletedProcess([], 1, "", "illegal memory access")
-    for run, word in ((hangs, "hangs"), (lambda *a: crashed, "illegal memory access")):
-        monkeypatch.setattr(harden, "_run", run)
-        checks, data = harden._products(Settings(tmp_path), Clock(60), "cuda")
-        assert all(check.verdict is Verdict.FAILED and word in check.detail for check in checks)
-        assert data == {}
+    program = "import sys; sys.stdin.readline(); sys.exit('illegal memory access')"
+    broken = functools.partial(Worker, command=[sys.executable, "-c", program])
+    monkeypatch.setattr(harden, "Worker", broken)
+    checks, data = harden._products(Settings(tmp_path), Clock(60), "cuda")
+    assert [check.name for check in checks] == ["bit-equal products", "memory of products"]
+    assert all(check.verdict is Verdict.FAILED and "illegal memory access" in check.detail for check in checks)
+    assert data["unequal"] == data["shapes"]
+    assert "device_growth_bytes" not in data
 
 
 # ---- Arithmetic

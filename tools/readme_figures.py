@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jax_bsk.qa.benchmarking.contender import OURS
 from jax_bsk.qa.benchmarking.matmul.cases import Operation
-from jax_bsk.qa.benchmarking.matmul.contenders import DENSE_RANDOM, OURS
+from jax_bsk.qa.benchmarking.matmul.operation import DENSE_RANDOM
 from jax_bsk.qa.validation import products
 from jax_bsk.qa.validation.markdown import milliseconds, share, table
 

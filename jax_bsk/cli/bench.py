@@ -1,31 +1,43 @@
-"""`python -m jax_bsk bench`: `sparse_attention` beside `jax.nn.dot_product_attention`, timed and checked."""
+"""`python -m jax_bsk bench`: `sparse_attention` beside `jax.nn.dot_product_attention`, timed and checked.
+
+The suite of `jax_bsk.qa.benchmarking` with cases of the options' sizes. `benchmarks/attention.py` has more peers.
+"""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
-import math
 import os
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from jax_bsk.attention import refusals
-from jax_bsk.cli import attention_bench
 from jax_bsk.core import compat, dispatch
 from jax_bsk.core.errors import UnsupportedError
-from jax_bsk.qa.benchmarking import ceilings, timing
+from jax_bsk.qa.benchmarking import ceilings, report, suite, timing
+from jax_bsk.qa.benchmarking.attention.cases import Case, Pattern
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.operation import Attention
+from jax_bsk.qa.benchmarking.attention.passes import Pass, of_jax
+from jax_bsk.qa.benchmarking.attention.peers import jax_nn
+from jax_bsk.qa.benchmarking.attention.tables import time_of
+from jax_bsk.qa.benchmarking.contender import OURS, Contender
+from jax_bsk.qa.benchmarking.suite import Maker, positive
 from jax_bsk.qa.support import environment
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.support.table import table
 
+PASSES = {"forward": Pass.FORWARD, "forward+backward": Pass.TRAINING}
 METHOD = (
-    "Each call is jitted, checked against the reference on fresh random inputs, and then timed in rounds that visit "
-    "every contender in turn. A time is the median of its samples; a sample is one call, or as many as fill "
+    "Each call is jitted, checked on random inputs, and then timed in rounds that visit every contender in turn. The "
+    "check compares rows of three heads with float64: all rows of sequences up to 1,024 tokens, 64 of longer ones; and "
+    f"every element must be finite. A time is the median of its samples; a sample is one call, or as many as fill "
     f"{timing.SAMPLE_SECONDS * 1e3:.0f} ms. The mask is an argument, built beforehand. Useful FLOPs: "
     "4 B N T S H density for the forward, 3.5 times that with the backward. A ratio is the peer's time / jax_bsk's."
 )
@@ -75,33 +87,26 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         shown = [" ".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in values]
         parser.add_argument(name, help=f"{text}; default {shown[0]} ({shown[1]})", **kwargs)
 
-    option("--lengths", "tokens", nargs="+", type=_positive, metavar="S")
+    option("--lengths", "tokens", nargs="+", type=positive, metavar="S")
     option("--densities", "shares of blocks for the random pattern", nargs="+", type=_share, metavar="P")
     option("--patterns", "masks", nargs="+", choices=("random", "causal", "window", "dense"))
-    option("--batch", "examples", type=_positive)
-    option("--heads", "query heads", type=_positive)
-    parser.add_argument("--kv-heads", help="key/value heads; default as many as query heads", type=_positive)
-    option("--head-dim", "head size", type=_positive)
+    option("--batch", "examples", type=positive)
+    option("--heads", "query heads", type=positive)
+    parser.add_argument("--kv-heads", help="key/value heads; default as many as query heads", type=positive)
+    option("--head-dim", "head size", type=positive)
     option("--dtype", "type of the inputs", choices=("float32", "bfloat16", "float16"))
-    option("--block-size", "tokens of a mask's block", type=_positive)
-    option("--window", "tokens to the left in the window pattern", type=_positive)
+    option("--block-size", "tokens of a mask's block", type=positive)
+    option("--window", "tokens to the left in the window pattern", type=positive)
     parser.add_argument("--implementation", choices=dispatch.IMPLEMENTATIONS, help="default: chosen as in any call")
     passes = parser.add_mutually_exclusive_group()
     passes.add_argument("--forward-only", action="store_true", help="do not time the backward")
     passes.add_argument("--backward", action="store_true", help="time forward and forward with backward (the default)")
-    parser.add_argument("--repeats", type=_positive, help="samples of each time; default 5, or 3 of very long calls")
+    parser.add_argument("--repeats", type=positive, help="samples of each time; default 5, or 3 of very long calls")
     parser.add_argument("--seed", type=int, help="of inputs and masks; default a fresh one, written in the output")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="write all numbers there")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw useful FLOP/s against density")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     return parser
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return number
 
 
 def _share(text: str) -> float:
@@ -113,29 +118,75 @@ def _share(text: str) -> float:
 
 def run(args: argparse.Namespace) -> int:
     try:
-        plot = _plotter() if args.plot is not None else None  # not after minutes of measuring
-        report = measure(args)
+        pictures = None if args.plot is None else suite.plotter()
+        found = measure(args)
     except (ImportError, UnsupportedError, ValueError) as error:
         print(f"bench: {error}", file=sys.stderr)
         return 2
-    print(render(report))
+    print(report.render(found, tables(found)))
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(_finite(report), indent=1) + "\n")
+        report.write(found, args.output)
         print(f"Wrote {args.output}")
-    if plot is not None and args.plot is not None:
+    if pictures is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
-        plot(report, args.plot)
-        print(f"Wrote {args.plot}")
-    return 0 if all(case["ok"] for case in report["cases"]) else 1
+        panels = pictures.grouped(found["cases"], lambda case: f"{case['pass']}, {case['length']:,} tokens")
+        if panels:
+            pictures.density(found, panels, args.plot, _sizes(found["options"]))
+            print(f"Wrote {args.plot}")
+    return 0 if all(case["ok"] for case in found["cases"]) else 1
 
 
-def _plotter() -> Callable[[dict[str, Any], Path], None]:
-    try:
-        from jax_bsk.cli.bench_plot import plot
-    except ImportError as error:
-        raise ImportError("--plot needs matplotlib; install it with `pip install matplotlib`") from error
-    return plot
+# ---- What is measured
+
+
+class BesideJax(Attention):
+    """The suite's attention whose peers are of `jax.nn`: with the dense mask, and cuDNN also with masks of its own."""
+
+    whole = ahead = True
+
+    def peers(self, case: Case) -> Iterator[tuple[str, Maker]]:
+        on_gpu = compat.default_platform() == "cuda"
+        for name in ("xla", "cudnn") if on_gpu else ("xla",):
+            yield name, lambda case, inputs, name=name: _masked(name, case, inputs)
+        if on_gpu and jax_nn.native(case) is not None:
+            yield "cudnn native", lambda case, inputs: jax_nn.make("cudnn", case, inputs)
+
+
+def _masked(name: Any, case: Case, inputs: Inputs) -> Contender:
+    """`jax.nn.dot_product_attention` with the dense mask."""
+
+    def attend(query, key, value, mask):
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation=name)
+
+    return of_jax(case, inputs, attend, jax_nn.dense_mask(case), variant="dense mask", ahead=True)
+
+
+def random_blocks(count: int, density: float, rng: np.random.Generator) -> np.ndarray:
+    """Random blocks and the diagonal, bool [count, count], of that density on average (at least the diagonal's)."""
+    diagonal = 1 / count
+    chance = max(0.0, (density - diagonal) / (1 - diagonal)) if count > 1 else 1.0
+    return (rng.uniform(size=(count, count)) < chance) | np.eye(count, dtype=bool)
+
+
+def make_cases(options: dict[str, Any], length: int, rng: np.random.Generator) -> list[Case]:
+    """The cases of one length, pass by pass; "random" gives one a density."""
+    count = -(-length // options["block_size"])
+    patterns: list[tuple[str, Pattern]] = []
+    for name in options["patterns"]:
+        if name == "random":
+            possible = dict.fromkeys(max(density, 1 / count) for density in options["densities"])
+            draws = (random_blocks(count, density, rng) for density in possible)  # at least the diagonal
+            size = options["block_size"]
+            patterns += [("random", Pattern("random", blocks=blocks, block_size=size)) for blocks in draws]
+        else:
+            label = f"window {options['window']}" if name == "window" else name
+            patterns.append((label, Pattern(name, window=options["window"])))
+    sizes = {name: options[name] for name in ("batch", "heads", "kv_heads", "head_dim", "dtype", "block_size")}
+    return [
+        Case(label, length=length, pattern=pattern, measured=PASSES[which], columns=True, **sizes)
+        for which in options["passes"]
+        for label, pattern in patterns
+    ]
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -145,41 +196,43 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         field.name: getattr(defaults, field.name) if getattr(args, field.name) is None else getattr(args, field.name)
         for field in dataclasses.fields(Defaults)
     }
-    kv_heads = args.kv_heads or options["heads"]
-    if options["heads"] % kv_heads:
-        raise ValueError(f"--heads must be a multiple of --kv-heads, got {options['heads']} and {kv_heads}")
+    options |= {"kv_heads": args.kv_heads or options["heads"], "repeats": args.repeats}
+    options["passes"] = list(PASSES)[:1] if args.forward_only else list(PASSES)
+    if options["heads"] % options["kv_heads"]:
+        raise ValueError(f"--heads must be a multiple of --kv-heads, got {options['heads']} and {options['kv_heads']}")
     implementation = _implementation(args.implementation, options)
-    passes = attention_bench.PASSES[:1] if args.forward_only else attention_bench.PASSES
     seed = int.from_bytes(os.urandom(4), "little") >> 1 if args.seed is None else args.seed
     rng = np.random.default_rng(seed)
-    masks = sum(len(options["densities"]) if pattern == "random" else 1 for pattern in options["patterns"])
-    report: dict[str, Any] = {
+    cases = [case for length in options["lengths"] for case in make_cases(options, length, rng)]
+    found: dict[str, Any] = {
         "benchmark": "attention",
         "versions": environment.versions(),
         "devices": environment.devices(),
         "implementation": implementation,
-        "options": options | {"kv_heads": kv_heads, "repeats": args.repeats, "passes": passes},
+        "options": options,
         "seed": seed,
         "method": METHOD,
         "matrix_product_flops_per_second": ceilings.matrix_product_rate(options["dtype"], seed),
         "cases": [],
     }
-    total = attention_bench.steps(masks, len(options["lengths"]), passes, args.repeats)
-    with Progress(total, args.quiet) as progress:
-        for length in options["lengths"]:
-            sizes = {name: options[name] for name in ("batch", "heads", "head_dim", "dtype", "block_size")}
-            work = attention_bench.Workload(length=length, kv_heads=kv_heads, **sizes)
-            cases = attention_bench.make_cases(work, options["patterns"], options["densities"], options["window"], rng)
-            report["cases"] += attention_bench.measure(
-                work,
-                cases,
-                implementation=args.implementation,
-                passes=passes,
-                repeats=args.repeats,
-                seed=seed,
-                progress=progress,
-            )
-    return report
+    names = {which: name for name, which in PASSES.items()}
+    build_seconds: list[float] = []
+    with Progress(len(cases), args.quiet) as progress:
+
+        def begin(case: Case) -> None:
+            progress.step(f"{case.length} tokens, {case.name}, {names[case.measured]}")
+            start = time.perf_counter()
+            assert case.mask.q_len == case.length  # it is built here, and the case keeps it
+            build_seconds.append(time.perf_counter() - start)
+
+        operation = BesideJax(args.implementation, with_peers=True)
+        of_cases = suite.records(operation, cases, rounds=args.repeats, seed=seed, on_case=begin)
+        for case, record in zip(cases, of_cases, strict=True):
+            assert isinstance(record, dict)  # there is no deadline
+            about = {"name": f"{case.length} tokens, {case.name}", "pattern": case.name, "pass": names[case.measured]}
+            times = {"mask_build_seconds": build_seconds[-1]}
+            found["cases"].append({"length": case.length, **record, **about, **times})
+    return found
 
 
 def _implementation(named: str | None, options: dict[str, Any]) -> str:
@@ -195,64 +248,46 @@ def _implementation(named: str | None, options: dict[str, Any]) -> str:
     return dispatch.choose(named, facts)[0]
 
 
-def render(report: dict[str, Any]) -> str:
+# ---- How it is shown
+
+
+def tables(found: dict[str, Any]) -> list[str]:
     """The table and what is needed to read it."""
-    options = report["options"]
-    unit, factor = ("TFLOP/s", 1e12) if report["devices"][0]["platform"] == "cuda" else ("GFLOP/s", 1e9)
-    peers = list(dict.fromkeys(name for case in report["cases"] for name in case["peers"]))
+    unit, factor = report.unit_of(found)
+    peers = list(dict.fromkeys(name for case in found["cases"] for name in case["peers"]))
     header = ["length", "pattern", "density", "pass", "ms", unit, "temp MB"]
     for name in peers:
         header += [f"{name} ms", "temp MB", "speed-up"]
-    header += ["largest difference", "check"]
-    rows, notes = [], []
-    for case in sorted(report["cases"], key=lambda c: c["length"]):
-        mine = case["jax_bsk"]
-        row = [str(case["length"]), case["pattern"], f"{case['density']:.3f}", case["pass"], *_cells(mine)[:1]]
-        row += [f"{mine['useful_flops_per_second'] / factor:.1f}" if "seconds" in mine else "-", _cells(mine)[1]]
+    rows = []
+    for case in sorted(found["cases"], key=lambda case: case["length"]):
+        mine = case[OURS]
+        row = [str(case["length"]), case["pattern"], f"{case['density']:.3f}" if "density" in case else "-"]
+        row += [case["pass"], time_of(mine)]
+        row += [f"{mine['useful_flops_per_second'] / factor:.1f}" if "seconds" in mine else "-", _memory(mine)]
         for name in peers:
             record = case["peers"].get(name, {})
-            row += [*_cells(record), f"{record['ratio']:.2f}x" if "ratio" in record else "-"]
-            if "failed" in record:
-                notes.append(f"{name}, length {case['length']}, {case['pass']}: {record['failed']}")
-        if "failed" in mine:
-            notes.append(f"jax_bsk, length {case['length']}, {case['pattern']}, {case['pass']}: {mine['failed']}")
-        row += [f"{mine['largest_relative_error']:.1e}" if "seconds" in mine else "-", "ok" if case["ok"] else "WRONG"]
-        rows.append(row)
-    sizes = (
-        f"B {options['batch']}, heads {options['heads']} (key/value {options['kv_heads']}), head size "
-        f"{options['head_dim']}, {options['dtype']}, blocks of {options['block_size']}"
-    )
-    versions = report["versions"]
-    lines = [
-        f"jax_bsk {versions['jax_bsk']} ({report['implementation']}) beside jax.nn.dot_product_attention, "
-        f"jax {versions['jax']}, {environment.describe_device(report['devices'][0])}",
-        f"{sizes}; a plain matrix product runs at {report['matrix_product_flops_per_second'] / factor:.0f} {unit}",
+            row += [time_of(record), _memory(record), f"{record['ratio']:.2f}x" if "ratio" in record else "-"]
+        check = mine.get("check", {})
+        row += ["-" if check.get("largest_error") is None else f"{check['largest_error']:.1e}"]
+        rows.append([*row, "ok" if case["ok"] else "WRONG"])
+    ceiling = f"{found['matrix_product_flops_per_second'] / factor:.0f} {unit}"
+    return [
+        f"{report.where(found)}; beside jax.nn.dot_product_attention",
+        f"{_sizes(found['options'])}; a plain matrix product runs at {ceiling}",
         "",
-        table(header, rows),
+        table([*header, "largest error", "check"], rows),
         "",
         f"ms: median. {unit}: useful ones (attended elements only). temp MB: scratch that XLA allocates. speed-up: "
-        "peer's time / jax_bsk's.",
-        "largest difference: of any result from the float32 reference, as a share of its largest number.",
+        "peer's time / jax_bsk's. largest error: of jax_bsk's results, in the rows that were compared with float64.",
     ]
-    lines += [f"Not run: {note}" for note in dict.fromkeys(notes)]
-    wrong = sum(not case["ok"] for case in report["cases"])
-    if wrong:
-        lines.append(f"WRONG: {wrong} of {len(rows)} results of jax_bsk are NaN, beyond the tolerance, or not there.")
-    return "\n".join(lines)
 
 
-def _cells(record: dict[str, Any]) -> tuple[str, str]:
-    """Time and memory of one contender."""
-    if "seconds" not in record:
-        return "-", "-"
-    memory = record["temp_bytes"]
-    return f"{record['seconds'] * 1e3:.3f}", "-" if memory is None else f"{memory / 1e6:.1f}"
+def _sizes(options: dict[str, Any]) -> str:
+    return (
+        f"batch {options['batch']}, heads {options['heads']} (key/value {options['kv_heads']}), head size "
+        f"{options['head_dim']}, {options['dtype']}, blocks of {options['block_size']}"
+    )
 
 
-def _finite(x: Any) -> Any:
-    """JSON has no NaN; it is written as a string."""
-    if isinstance(x, dict):
-        return {key: _finite(value) for key, value in x.items()}
-    if isinstance(x, list | tuple):
-        return [_finite(value) for value in x]
-    return str(x) if isinstance(x, float) and not math.isfinite(x) else x
+def _memory(record: dict[str, Any]) -> str:
+    return f"{record['temp_bytes'] / 1e6:.1f}" if "temp_bytes" in record else "-"

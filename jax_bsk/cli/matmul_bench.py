@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from jax_bsk.qa.benchmarking.matmul import options, suite
+from jax_bsk.qa.benchmarking.matmul import operation
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
-        "bench-matmul", help="compare sparse_matmul with dense and sparse products", description=options.DESCRIPTION
+        "bench-matmul", help="compare sparse_matmul with dense and sparse products", description=operation.DESCRIPTION
     )
-    options.add_options(parser)
+    operation.add_options(parser)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    return suite.run(args)
+    return operation.run(args)

@@ -235,4 +235,6 @@ def test_command_line_repeats_a_case(capsys, monkeypatch):
         assert case.repro == "python -m jax_bsk.qa.testing --seed 3"
         monkeypatch.setattr(command_line, "from_public", lambda _: BUGS["lse in base 2"](sparse_attention_xla))
         assert command_line.main(["--seed", "3", "--max-len", "64"]) == 1
-        assert "repro: python -m jax_bsk.qa.testing --seed 3 --implementation xla --max-len 64" in capsys.readouterr().out
+        assert (
+            "repro: python -m jax_bsk.qa.testing --seed 3 --implementation xla --max-len 64" in capsys.readouterr().out
+        )

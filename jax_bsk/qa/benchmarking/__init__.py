@@ -1,1 +1,5 @@
-"""The attention benchmark: cases, goals, contenders, check, measurement, report; `benchmarks/attention.py` runs it."""
+"""One benchmark suite: every contender of a case is checked, then all are timed in turn, then reported.
+
+`suite` does that for any operation; `attention` and `matmul` say what is measured: cases, operands, contenders, what a
+result must be. `report` and `plots` show what came of it.
+"""

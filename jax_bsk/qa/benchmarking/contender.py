@@ -9,14 +9,12 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
-import jax
 import numpy as np
 
 from jax_bsk.core import compat
-from jax_bsk.qa.benchmarking.cases import Case, Pattern
-from jax_bsk.qa.benchmarking.check import Spots, pick
-from jax_bsk.qa.benchmarking.inputs import Inputs
-from jax_bsk.qa.benchmarking.passes import program
+
+OURS = "jax_bsk"
+MOST_SCRATCH = {"gpu": 40e9, "cpu": 2e9}  # bytes that a peer may take beyond its operands
 
 
 class Refused(Exception):
@@ -25,54 +23,25 @@ class Refused(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """One implementation with the inputs of a case.
+    """One implementation with the operands of a case.
 
     Attributes:
-      once: one call; its results in the order of the pass (`Pass.results`), ready.
-      rows: the spots' rows of one such result as float64 [n, r, D], and whether all of it is finite.
+      once: one call; its results in the order of the operation, ready.
+      pick: the spots of one such result as float64, and whether all of it is finite.
       dispatch: queues dispatch number i and returns something that `jax.block_until_ready` waits for.
       calls: calls in a dispatch.
-      pattern: what it computes; the case's, except of a peer that is measured without a mask.
-      variant: how it is told of the mask, for the report.
+      variant: how it is told of the sparsity, for the report.
+      instead: what it computes in place of the case's own: a pattern without the mask, a dense W of other numbers.
+      temp_bytes: scratch memory of one call, where it was asked for and is known.
     """
 
     once: Callable[[], tuple[Any, ...]]
-    rows: Callable[[Any, Spots], tuple[np.ndarray, bool]]
+    pick: Callable[[Any, Any], tuple[np.ndarray, bool]]
     dispatch: Callable[[int], Any]
     calls: int
-    pattern: Pattern
     variant: str
-
-
-def of_jax(
-    case: Case,
-    inputs: Inputs,
-    attention: Callable[..., jax.Array],
-    operand: Any = None,
-    *,
-    variant: str,
-    pattern: Pattern | None = None,
-    calls: int | None = None,
-) -> Contender:
-    """A contender of a JAX function, in the pass that the case measures.
-
-    Args:
-      attention: (query, key, value, operand) -> out, all [B, S, H, D].
-      operand: an argument of the jit, whatever the mask is made of.
-      variant: as in `Contender`.
-      pattern: as in `Contender`; the case's by default.
-      calls: calls chained in one jit; the case's by default.
-    """
-    calls = case.calls if calls is None else calls
-    run = program(case.measured, attention, inputs.of(case.measured), operand, calls)
-    return Contender(
-        once=lambda: jax.block_until_ready(run.once()),
-        rows=pick,
-        dispatch=lambda i: run.dispatch(),
-        calls=calls,
-        pattern=case.pattern if pattern is None else pattern,
-        variant=variant,
-    )
+    instead: Any = None
+    temp_bytes: int | None = None
 
 
 @functools.cache
@@ -101,6 +70,13 @@ def need_gpu() -> None:
     """Raises `Refused` where JAX runs on no NVIDIA GPU."""
     if compat.default_platform() != "cuda":
         raise Refused("it is measured on an NVIDIA GPU only")
+
+
+def need_memory(count: float, what: str) -> None:
+    """Raises `Refused` where that many bytes are too many."""
+    most = MOST_SCRATCH["cpu" if compat.default_platform() == "cpu" else "gpu"]
+    if count > most:
+        raise Refused(f"{what} takes {count / 1e9:.1f} GB of scratch memory, more than {most / 1e9:g} GB")
 
 
 def first_line(error: BaseException) -> str:

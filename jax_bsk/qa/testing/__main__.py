@@ -1,60 +1,75 @@
-"""``python -m jax_bsk.qa.testing``: runs single cases over one implementation and prints their reports."""
+"""`python -m jax_bsk.qa.testing [matmul]`: judges single cases of one implementation and prints their reports."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from typing import Any
 
-from jax_bsk.qa.testing.battery import Mismatch, from_public, run_case
-from jax_bsk.qa.testing.cases import CORNER_CASES, PERFORMANCE_CASES, random_case, redraw
+import jax
+
+from jax_bsk.qa.testing import battery, cases
+from jax_bsk.qa.testing.battery import from_public
+from jax_bsk.qa.testing.judgement import Judgement
+from jax_bsk.qa.testing.matmul import battery as products
+from jax_bsk.qa.testing.matmul import cases as product_cases
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where a case is outside the tolerance rule."""
     parser = argparse.ArgumentParser(prog="python -m jax_bsk.qa.testing", description=__doc__)
+    parser.add_argument("operation", nargs="?", choices=["attention", "matmul"], default="attention")
     parser.add_argument("--seed", type=int, help="first random case")
     parser.add_argument("--count", type=int, default=1, help="random cases, of seeds counted up from --seed")
     parser.add_argument("--draw", type=int, default=0, help="which of a seed's cases of one shape, default the first")
-    parser.add_argument("--case", choices=[*CORNER_CASES, *PERFORMANCE_CASES, "corners"], help="a named case")
-    parser.add_argument("--max-len", type=int, default=1024, help="of random cases")
+    parser.add_argument("--case", metavar="NAME", help="a named case, or `corners` for all of them")
+    parser.add_argument("--max-len", type=int, default=1024, help="of random cases of attention")
     parser.add_argument("--implementation", default="xla", choices=["xla", "cpu", "cuda"])
     parser.add_argument("--no-gradients", action="store_true")
-    parser.add_argument("--traced-mask", action="store_true", help="the mask as an argument of the jitted function")
+    parser.add_argument("--traced-mask", action="store_true", help="attention: the mask as an argument of the jit")
     parser.add_argument("--multiprocessors", type=int, help="on CUDA, judge it once more on so many")
     args = parser.parse_args(argv)
     if (args.seed is None) == (args.case is None):
         parser.error("give one of --seed and --case")
+    of_products = args.operation == "matmul"
+    kit: Any = product_cases if of_products else cases
+    named = kit.CORNER_CASES | (cases.PERFORMANCE_CASES if not of_products else {})
     if args.seed is not None:
         seeds = range(args.seed, args.seed + args.count)
-        cases = [redraw(random_case(seed, max_len=args.max_len), args.draw) for seed in seeds]
+        options = {"implementation": args.implementation} if of_products else {"max_len": args.max_len}
+        chosen = [kit.redraw(kit.random_case(seed, **options), args.draw) for seed in seeds]
     elif args.case == "corners":
-        cases = list(CORNER_CASES.values())
+        chosen = list(kit.CORNER_CASES.values())
+    elif args.case in named:
+        chosen = [named[args.case]]
     else:
-        cases = [(CORNER_CASES | PERFORMANCE_CASES)[args.case]]
-    attention = from_public(args.implementation)
+        parser.error(f"no case {args.case!r}; there are corners, {', '.join(named)}")
+
     command = f"--implementation {args.implementation}"
     if args.seed is not None and args.max_len != parser.get_default("max_len"):
         command += f" --max-len {args.max_len}"
-    if args.traced_mask:
-        command += " --traced-mask"
-    if args.multiprocessors is not None:
-        command += f" --multiprocessors {args.multiprocessors}"
+    command += " --traced-mask" if args.traced_mask else ""
+    command += " --no-gradients" if args.no_gradients else ""
+    command += "" if args.multiprocessors is None else f" --multiprocessors {args.multiprocessors}"
+    attention = from_public(args.implementation)
+    options = {"gradients": not args.no_gradients, "multiprocessors": args.multiprocessors}
+
+    def judge(case: Any) -> Judgement:
+        if of_products:
+            with jax.numpy_dtype_promotion("standard"):
+                return products.judge_case(case, args.implementation, **options)
+        return battery.judge_case(case, attention, traced_mask=args.traced_mask, **options)
+
     failures = 0
-    for case in cases:
+    for case in chosen:
         try:
-            report = run_case(
-                case,
-                attention,
-                gradients=not args.no_gradients,
-                traced_mask=args.traced_mask,
-                multiprocessors=args.multiprocessors,
-                command=command,
-            )
-            print(report if len(cases) == 1 else f"{case.name} ok", flush=True)
-        except Mismatch as error:
+            text = judge(case).report(command)
+            print(text if len(chosen) == 1 else f"{case.name} ok", flush=True)
+        except Exception as error:  # outside the rule, or it does not run at all: the others may
             failures += 1
             print(error, flush=True)
-    if len(cases) > 1:
-        print(f"{len(cases) - failures} of {len(cases)} cases passed")
+    if len(chosen) > 1:
+        print(f"{len(chosen) - failures} of {len(chosen)} cases passed")
     return 1 if failures else 0
 
 

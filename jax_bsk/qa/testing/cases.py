@@ -1,7 +1,4 @@
-"""Test cases of sparse attention as data: named corners, performance sizes, and random ones from a seed.
-
-A ``Case`` holds everything that decides its inputs, so its one line of text repeats it anywhere.
-"""
+"""Test cases of sparse attention as data: named corners, performance sizes, and random ones from a seed."""
 
 from __future__ import annotations
 
@@ -14,15 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.masks import BlockMask
+from jax_bsk.qa.testing.judgement import NamedCase
 
 Tag = Literal["regular", "corner", "performance"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """One call of sparse attention. ``name`` is its key on the command line (``--seed N`` or ``--case name``)."""
+class Case(NamedCase):
+    """One call of sparse attention."""
 
-    name: str
     batch: int = 1
     q_len: int = 128
     kv_len: int = 128
@@ -46,18 +43,6 @@ class Case:
     amplitude: float = 1.0  # of queries: large ones make peaked softmaxes and lse far from 0
     seed: int = 0
     tag: Tag = "regular"
-
-    @property
-    def repro(self) -> str:
-        """The command that runs this case alone; append ``--implementation cpu`` and the like."""
-        if self.name.startswith("seed-"):
-            seed, _, draw = self.name.removeprefix("seed-").partition(".")
-            return f"python -m jax_bsk.qa.testing --seed {seed}" + (f" --draw {draw}" if draw else "")
-        return f"python -m jax_bsk.qa.testing --case {self.name}"
-
-    def __str__(self) -> str:
-        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "name"]
-        return f"{self.name}: {' '.join(parts)}"
 
 
 class Inputs(NamedTuple):

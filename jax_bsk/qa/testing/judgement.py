@@ -1,11 +1,36 @@
-"""What a battery says of one case, whichever operation it is of."""
+"""What a case is, and what a battery says of it, whichever operation it is of."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jax_bsk.qa.testing import tolerance
+
+
+@dataclasses.dataclass(frozen=True)
+class NamedCase:
+    """Data that decide all inputs of one call, so that its line of text repeats it anywhere.
+
+    Attributes:
+      name: its key on the command line (`--seed N` or `--case name`).
+    """
+
+    name: str
+
+    kit = ""  # the operation, for the command line
+
+    @property
+    def repro(self) -> str:
+        """The command that runs this case alone; append `--implementation cpu` and the like."""
+        command = f"python -m jax_bsk.qa.testing {self.kit}".rstrip()
+        if not self.name.startswith("seed-"):
+            return f"{command} --case {self.name}"
+        seed, _, draw = self.name.removeprefix("seed-").partition(".")
+        return f"{command} --seed {seed}" + (f" --draw {draw}" if draw else "")
+
+    def __str__(self) -> str:
+        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "name"]
+        return f"{self.name}: {' '.join(parts)}"
 
 
 class Mismatch(AssertionError):
@@ -16,7 +41,7 @@ class Mismatch(AssertionError):
 class Judgement:
     """What the tolerance rule says of one case: a comparison a result, and what else is wrong (dtypes, other bits)."""
 
-    case: Any
+    case: NamedCase
     comparisons: tuple[tolerance.Comparison, ...]
     problems: tuple[str, ...]
 

@@ -1,27 +1,37 @@
-"""`python -m jax_bsk.qa.testing.worker IMPLEMENTATION`: judges cases that come on standard input, a line a task.
+"""`python -m jax_bsk.qa.testing.worker IMPLEMENTATION`: does tasks that come on standard input, a line each.
 
-A task is `SEED` or the name of a corner case, with `matmul:` before those of block-sparse products, and `gradients`
-behind it if they count. It is answered by lines of JSON: one a case, {"task", "draw", "ok", "case", "results", "text"},
-where a result has its errors as shares of their bounds, or {"task", "draw", "refused"}; then `null`. A seed has a case
-for each draw of its shape (see `cases.redraw`): masks and lists are traced, so that they share two compiled programs,
-which take far longer than the rest. On CUDA each is judged once more on 1, 2, 3 or 7 multiprocessors. A process that
-dies takes a case with it, which its caller knows (`jax_bsk.qa.validation.numerics`).
+Each is answered by lines of JSON, records that have "task", "ok" and "text" at least, and then `null`:
+
+    SEED, NAME [gradients]        random cases of attention, or a corner case, judged by `battery`
+    matmul:SEED, matmul:NAME ..   the same of block-sparse products
+    fault:NAME                    a scenario of the fault table
+    steady:NAME COUNT [load]      a call again and again, beside other work on the GPU: "ok" where all bits are the same
+    growth:NAME COUNT             what so many calls add: "host_growth_kib", "device_growth_bytes"
+
+Records of cases have "draw", "gradients", "case" and "results" too, whose errors are shares of their bounds, or
+"refused" with the reason. A seed has a case for each draw of its shape (see `cases.redraw`): masks and lists are
+traced, so that they share two compiled programs, which take far longer than the rest. On CUDA each is judged once more
+on 1, 2, 3 or 7 multiprocessors. A process that dies takes a task with it, which its caller knows (`isolate`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import sys
-from collections.abc import Iterable, Iterator
+import time
+import traceback
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jax_bsk import UnsupportedError
-from jax_bsk.qa.testing import battery, cases, grid
+from jax_bsk.qa.testing import battery, cases, faults, grid, steady
+from jax_bsk.qa.testing.gpu_load import concurrent_load
 from jax_bsk.qa.testing.judgement import Judgement
 from jax_bsk.qa.testing.matmul import battery as products
 from jax_bsk.qa.testing.matmul import cases as product_cases
@@ -32,8 +42,34 @@ CORNERS = frozenset([*cases.CORNER_CASES, *(PRODUCT + name for name in product_c
 _attention = functools.cache(battery.from_public)
 
 
-def judge(task: str, implementation: str, gradients: bool) -> Iterator[dict[str, Any]]:
+def answer(task: str, implementation: str, words: Sequence[str] = ()) -> Iterator[dict[str, Any]]:
     """The records of one task."""
+    kind, _, name = task.partition(":")
+    if kind == "fault":
+        yield {"task": task} | _fault(faults.SCENARIOS[name], implementation)
+    elif kind == "steady":
+        with concurrent_load() if "load" in words else contextlib.nullcontext():
+            same = steady.repeats_are_equal(steady.STEADY[name], implementation, int(words[0]))
+        yield {"task": task, "ok": same, "text": "" if same else "other bits"}
+    elif kind == "growth":
+        host, device = steady.growth(steady.STEADY[name], implementation, int(words[0]))
+        yield {"task": task, "ok": True, "text": "", "host_growth_kib": host, "device_growth_bytes": device}
+    else:
+        yield from judge(task, implementation, gradients="gradients" in words)
+
+
+def _fault(scenario: faults.Scenario, implementation: str) -> dict[str, Any]:
+    start, text = time.perf_counter(), ""
+    try:
+        scenario.run(implementation)
+    except AssertionError as error:
+        traceback.print_exc()
+        text = " ".join((str(error) or "AssertionError").split())
+    return {"ok": not text, "text": text, "seconds": time.perf_counter() - start}
+
+
+def judge(task: str, implementation: str, gradients: bool) -> Iterator[dict[str, Any]]:
+    """The records of the cases of one task."""
     for draw, case in enumerate(_cases(task, implementation)):
         record = _judge(task, draw, case, implementation, gradients)
         yield record
@@ -99,21 +135,22 @@ def repro(task: str, draw: int, implementation: str, gradients: bool) -> str:
     name = task.removeprefix(PRODUCT)
     case = f"--case {name}" if task in CORNERS else f"--seed {name} --draw {draw}"
     if task.startswith(PRODUCT):
-        command = f"python -m jax_bsk.qa.testing.matmul {case}"
+        case = f"matmul {case}"
     else:
-        length = "" if task in CORNERS else f" --max-len {MAX_LEN}"
-        command = f"python -m jax_bsk.qa.testing {case}{length} --traced-mask"
-    command += f" --implementation {implementation}" + ("" if gradients else " --no-gradients")
+        case += ("" if task in CORNERS else f" --max-len {MAX_LEN}") + " --traced-mask"
+    command = f"python -m jax_bsk.qa.testing {case} --implementation {implementation}"
+    command += "" if gradients else " --no-gradients"
     multiprocessors = limit(task, draw, implementation)
     return command if multiprocessors is None else f"{command} --multiprocessors {multiprocessors}"
 
 
 def main() -> None:
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever else is printed is no answer
     with jax.numpy_dtype_promotion("standard"), jax.default_matmul_precision("highest"):
         for line in sys.stdin:
-            task, *rest = line.split()
-            for record in itertools.chain(judge(task, sys.argv[1], bool(rest)), [None]):
-                print(json.dumps(record), flush=True)
+            task, *words = line.split()
+            for record in itertools.chain(answer(task, sys.argv[1], words), [None]):
+                print(json.dumps(record), file=answers, flush=True)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,22 @@ In one process; the products (`products`) have the last part of the stage's time
 from __future__ import annotations
 
 import csv
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from jax_bsk.qa.benchmarking import ceilings, gradient_cases, grid, measure, report, runs, tables
-from jax_bsk.qa.benchmarking.cases import Case
-from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.benchmarking import ceilings, report, suite
+from jax_bsk.qa.benchmarking.attention import cases as tables
+from jax_bsk.qa.benchmarking.attention import goals
+from jax_bsk.qa.benchmarking.attention.cases import Case
+from jax_bsk.qa.benchmarking.attention.operation import Attention
+from jax_bsk.qa.benchmarking.attention.passes import Pass
+from jax_bsk.qa.benchmarking.attention.tables import method
+from jax_bsk.qa.benchmarking.contender import OURS
+from jax_bsk.qa.benchmarking.matmul import goals as product_goals
+from jax_bsk.qa.benchmarking.matmul import tables as product_tables
+from jax_bsk.qa.benchmarking.matmul.operation import Products
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.validation import products, provenance, targets
 from jax_bsk.qa.validation.measured import Measured
@@ -33,15 +43,15 @@ def case_sets(level: Level, on_gpu: bool, seed: int) -> dict[str, list[Case]]:
         }
     if not on_gpu:
         return {"forward": forward, "backward": backward}
-    training = [case for case in gradient_cases.gpu_cases(seed, Pass.TRAINING) if "S8192 D128" in case.name]
+    training = [case for case in tables.table(Pass.TRAINING, seed, on_gpu) if "S8192 D128" in case.name]
     return {
         "forward": forward,
         "backward": backward,
         "forward and backward": training,
-        "micro": grid.micro(seed),
-        "grid, forward": grid.grid(seed, Pass.FORWARD),
-        "grid, backward": grid.grid(seed, Pass.BACKWARD),
-        "tiers": grid.tiers(seed),
+        "micro": tables.micro(seed),
+        "grid, forward": tables.grid(seed, Pass.FORWARD),
+        "grid, backward": tables.grid(seed, Pass.BACKWARD),
+        "tiers": tables.tiers(seed),
     }
 
 
@@ -56,74 +66,100 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     }
     bandwidth = ceilings.copy_bandwidth()
     surroundings = report.surroundings()
-    records: list[dict[str, Any]] = []
-    options = {"with_peers": settings.peers, "rounds": ROUNDS[settings.level], "seed": settings.seed}
-    named = [(name, case) for name, cases in sets.items() for case in cases]
-    kept = Measured(settings)
+    device = surroundings["devices"][0]
     # A case has the same name in the sets of each pass.
-    missing = [case for name, case in named if f"{name}: {case.name}" not in kept]
-    new = runs.records(missing, implementation=implementation, **options)
+    named = [(f"{name}: {case.name}", case) for name, cases in sets.items() for case in cases]
+    of_products = products.chosen(settings.level, on_gpu)
+    kept = Measured(settings)
     reserved = products.SECONDS[settings.level]
-    with Progress(len(named) + len(products.chosen(settings.level, on_gpu)), settings.quiet) as progress:
-        for name, case in named:
-            key = f"{name}: {case.name}"
-            progress.step(key)
-            if key not in kept:
-                record = next(new)
-                if "seconds" in record["jax_bsk"]:
-                    kept.keep(key, record)
-            else:
-                record = kept[key]
-            measure.judge(record, surroundings["devices"][0]["name"], case.measured)
+    records: list[dict[str, Any]] = []
+    with Progress(len(named) + len(of_products), settings.quiet) as progress:
+        operation = Attention(implementation, with_peers=settings.peers)
+        for (key, case), record in zip(named, _records(settings, kept, operation, named, progress.step), strict=False):
+            goals.judge(record, device["name"], case.measured)
             if "useful_flops" in record:
                 record["floor"] = targets.floor(record, rates[case.dtype], bandwidth)
-            records.append({"set": name, **record})
+            records.append({"set": key.removesuffix(f": {case.name}"), **record})
             if clock.left < reserved:
                 break
-        device = surroundings["devices"][0]
-        found, of_products = products.measure(settings, clock, implementation, device, kept, progress.step)
+        by_name = [(case.name, case) for case in of_products]
+        matmul = Products(implementation, lambda case: products.contenders(case, peers=settings.peers))
+        deadline = time.perf_counter() + max(0.0, min(reserved, clock.left))
+        told = lambda name: progress.step(f"products: {name}")  # noqa: E731
+        found = list(_records(settings, kept, matmul, by_name, told, deadline))
+    not_measured = [record for record in found if isinstance(record, str)]
+    measured = [record for record in found if not isinstance(record, str)]
     _write(settings.out / "benchmark.csv", records)
+    product_tables.write_csv(measured, settings.out / "matmul.csv")
     data: dict[str, Any] = surroundings | {
         "implementation": implementation,
-        "method": {which.value: report.method(which) for which in Pass},
+        "method": {which.value: method(which) for which in Pass},
         "matrix_flops_per_second": rates,
         "copy_bytes_per_second": bandwidth,
-        "cases": [_without_samples(record) for record in records],
-        "tiers": grid.met_tiers([record for record in records if record["set"] == "tiers"]),
-        "matmul": of_products,
+        "cases": [report.without_samples(record) for record in records],
+        "tiers": tables.met_tiers([record for record in records if record["set"] == "tiers"]),
+        "matmul": {
+            "method": product_tables.METHOD,
+            "cases": [report.without_samples(record) for record in measured],
+            "not_measured": not_measured,
+            # A quick run measures no case that has one.
+            "goals": product_goals.judge(measured, device) if settings.level is Level.FULL else [],
+        },
         "taken_up": kept.taken_up,  # cases of an earlier run that was cut short
     }
-    return StageResult("benchmark", (*_judge(records, len(named), data), *found), data)
-
-
-def _judge(records: list[dict[str, Any]], total: int, data: dict[str, Any]) -> list[Check]:
-    checks = []
-    wrong = [r["name"] for r in records if "seconds" not in r["jax_bsk"]]
-    if wrong:
-        checks.append(failed("results of jax_bsk", f"wrong or none in {len(wrong)} of {len(records)}: {wrong[0]}"))
-    elif len(records) < total:
-        checks.append(skipped("results of jax_bsk", f"the time was over after {len(records)} of {total} cases"))
-    else:
-        checks.append(passed("results of jax_bsk", f"right in all {total} cases, checked before they were timed"))
-    goals = {word: [r["name"] for r in records if r.get("verdict") == word] for word in ("met", "missed", "open")}
-    data["goals"] = goals
-    if any(goals.values()):
-        text = ", ".join(f"{len(names)} {word}" for word, names in goals.items() if names)
-        checks.append(passed("goals were judged", f"{text}; see the report's tables"))
-    timed = {name for r in records for name, peer in r["peers"].items() if "seconds" in peer}
+    data["goals"] = {
+        word: [record["name"] for record in records if record.get("verdict") == word]
+        for word in ("met", "missed", "open")
+    }
+    checks = [_results("results of jax_bsk", records, len(named))]
+    checks += _goals("goals", [record["verdict"] for record in records if record.get("verdict")])
+    timed = {name for record in records for name, peer in record["peers"].items() if "seconds" in peer}
     if timed:
         checks.append(passed("peers", f"in the same run: {', '.join(sorted(timed))}"))
     else:
         checks.append(skipped("peers", "none could be measured", required=False))
-    return checks
+    checks.append(_results("results of the products", measured, len(of_products)))
+    checks += _goals("goals of the products", [row["verdict"] for row in data["matmul"]["goals"]])
+    return StageResult("benchmark", tuple(checks), data)
 
 
-def _without_samples(record: dict[str, Any]) -> dict[str, Any]:
-    def bare(one: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in one.items() if key not in ("samples", "check", "calls_per_sample")}
+def _records(
+    settings: Settings,
+    kept: Measured,
+    operation: Any,
+    named: Sequence[tuple[str, Any]],
+    on_case: Callable[[str], None],
+    deadline: float | None = None,
+) -> Iterator[Any]:
+    """The record of each case, from the run that is resumed where it has one; and why the rest was not begun."""
+    missing = [case for key, case in named if key not in kept]
+    new = suite.records(
+        operation, missing, rounds=ROUNDS[settings.level], seed=settings.seed, deadline=deadline
+    )  # fmt: skip
+    for key, _ in named:
+        on_case(key)
+        if key in kept:
+            yield kept[key]
+            continue
+        record = next(new, None)
+        if isinstance(record, dict) and "seconds" in report.contenders(record).get(OURS, {}):
+            kept.keep(key, record)
+        if record is not None:
+            yield record
 
-    peers = {name: bare(peer) for name, peer in record["peers"].items()}
-    return record | {"jax_bsk": bare(record["jax_bsk"]), "peers": peers}
+
+def _results(name: str, records: Sequence[dict[str, Any]], total: int) -> Check:
+    wrong = [record["name"] for record in records if "seconds" not in report.contenders(record).get(OURS, {})]
+    if wrong:
+        return failed(name, f"wrong or none in {len(wrong)} of {len(records)}: {wrong[0]}")
+    if len(records) < total:
+        return skipped(name, f"the time was over after {len(records)} of {total} cases")
+    return passed(name, f"right in all {total} cases, checked before they were timed")
+
+
+def _goals(name: str, verdicts: Sequence[str]) -> list[Check]:
+    judged = passed(f"{name} were judged", f"{report.counts(verdicts)}; see the report's tables")
+    return [judged] if verdicts else []
 
 
 def _write(path: Path, records: list[dict[str, Any]]) -> None:
@@ -136,11 +172,11 @@ def _write(path: Path, records: list[dict[str, Any]]) -> None:
         numbers = ("seconds", "least_seconds", "tflops", "peer_over_ours")
         writer.writerow([*fields, "contender", "variant", *numbers, *floors])
         for record in records:
-            for name, one in {"jax_bsk": record["jax_bsk"], **record["peers"]}.items():
+            for name, one in report.contenders(record).items():
                 if "seconds" not in one:
                     continue
                 row = [*(record.get(field, "") for field in fields), name, one["variant"]]
                 row += [f"{one[key]:.4g}" for key in ("seconds", "least_seconds")]
                 row += [f"{one['useful_flops_per_second'] / 1e12:.2f}", f"{one['ratio']:.3f}" if "ratio" in one else ""]
-                row += [f"{record['floor'][key]:.4g}" if name == "jax_bsk" else "" for key in floors]
+                row += [f"{record['floor'][key]:.4g}" if name == OURS else "" for key in floors]
                 writer.writerow(row)

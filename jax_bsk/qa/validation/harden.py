@@ -5,32 +5,24 @@ What could crash runs in processes of its own.
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jax_bsk.qa.support import environment
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.testing import faults, steady
-from jax_bsk.qa.testing.gpu_load import concurrent_load
+from jax_bsk.qa.testing.isolate import Worker, child_environment
 from jax_bsk.qa.validation import kernels, provenance
 from jax_bsk.qa.validation.outcome import Check, StageResult, failed, judged, skipped
 from jax_bsk.qa.validation.settings import Clock, Level, Settings
 
 REPEATS = {("cuda", Level.QUICK): 100, ("cuda", Level.FULL): 500, ("cpu", Level.QUICK): 10, ("cpu", Level.FULL): 100}
-PRODUCT_REPEATS = {
-    ("cuda", Level.QUICK): 100,
-    ("cuda", Level.FULL): 500,
-    ("cpu", Level.QUICK): 10,
-    ("cpu", Level.FULL): 100,
-}
-PRODUCT_SECONDS = 180  # after which they hang
 CALLS = {Level.QUICK: 1000, Level.FULL: 5000}  # while memory is watched
+PRODUCT_CALLS = 300  # the same of products
+TASK_SECONDS = 180  # after which repeated calls hang
 GROWTH_KIB = 20_000  # that a process may have grown by then: allocators keep some
 
 
@@ -66,45 +58,50 @@ def run(settings: Settings, clock: Clock) -> StageResult:
 
 
 def _repeats(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
-    """Gradients again and again, on a GPU beside work that holds its multiprocessors."""
-    count = REPEATS[implementation, settings.level]
-    chosen = list(steady.STEADY)
+    """Gradients of attention again and again, on a GPU beside work that holds its multiprocessors."""
+    chosen = list(steady.ATTENTION)
     if implementation == "cpu" or settings.level is Level.QUICK:
         chosen = ["d128-gqa", "d64-blocks-64", "float32"]
-    load = concurrent_load if implementation == "cuda" else contextlib.nullcontext
-    unequal, data = [], {}
-    for name in chosen:
-        with load():
-            data[name] = steady.repeats_are_equal(steady.STEADY[name], implementation, count)
-        if not data[name]:
-            unequal.append(name)
-    detail = f"{count} repeats of {len(chosen)} shapes" + (" beside other work" if implementation == "cuda" else "")
-    detail += f"; other bits in {', '.join(unequal)}" if unequal else ""
-    return [judged("bit-equal gradients", not unequal, detail)], data
+    worker = Worker(implementation, TASK_SECONDS)
+    check, records = _steady("bit-equal gradients", worker, chosen, "shapes", implementation, settings.level)
+    worker.close()
+    return [check], {name: record["ok"] for name, record in records.items()}
 
 
 def _products(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
-    """Block-sparse products again and again, in a process that can be ended: CTAs of a cluster wait for each other."""
-    count = PRODUCT_REPEATS[implementation, settings.level]
-    command = [sys.executable, "-m", "jax_bsk.qa.testing.matmul.steady", implementation, "--repeats", str(count)]
-    command += ["--load"] if implementation == "cuda" else []
-    names = "bit-equal products", "memory of products"
-    try:
-        result = _run(command, PRODUCT_SECONDS)
-    except subprocess.TimeoutExpired:
-        return [failed(name, f"not done after {PRODUCT_SECONDS} s: it hangs") for name in names], {}
-    if result.returncode:
-        return [failed(name, result.stderr[-500:]) for name in names], {}
-    data = json.loads(result.stdout.splitlines()[-1])
-    detail = f"{count} repeats of all products and gradients of {len(data['shapes'])} matrices, rows uneven and empty"
-    detail += " beside other work" if implementation == "cuda" else ""
-    detail += f"; other bits in {', '.join(data['unequal'])}" if data["unequal"] else ""
-    host, device = data["host_growth_kib"], data["device_growth_bytes"]
-    grown = f"{data['calls']} calls grew the process by {host} KiB and the device's memory by {device} bytes"
-    return [
-        judged(names[0], not data["unequal"], detail),
-        judged(names[1], host < GROWTH_KIB and device <= 0, grown),
-    ], data
+    """Block-sparse products again and again: the CTAs of a cluster wait for each other, and could wait for ever."""
+    chosen = list(steady.PRODUCTS[implementation])
+    worker = Worker(implementation, TASK_SECONDS)
+    what = "matrices, their products and gradients, rows uneven and empty"
+    tasks = [f"matmul:{name}" for name in chosen]
+    check, records = _steady("bit-equal products", worker, tasks, what, implementation, settings.level)
+    memory, grown = _growth("memory of products", worker, "matmul:small", PRODUCT_CALLS)
+    worker.close()
+    unequal = [name.removeprefix("matmul:") for name, record in records.items() if not record["ok"]]
+    data = {"unequal": unequal, "repeats": REPEATS[implementation, settings.level], "shapes": chosen}
+    return [check, memory], data | grown
+
+
+def _steady(
+    name: str, worker: Worker, cases: Sequence[str], what: str, implementation: str, level: Level
+) -> tuple[Check, dict[str, dict[str, Any]]]:
+    count = REPEATS[implementation, level]
+    words = [str(count), *(["load"] if implementation == "cuda" else [])]
+    records = {case: record for case in cases for record in worker.ask(f"steady:{case}", *words)}
+    detail = f"{count} repeats of {len(cases)} {what}" + (" beside other work" if implementation == "cuda" else "")
+    wrong = [f"{case}: {record['text']}" for case, record in records.items() if not record["ok"]]
+    return judged(name, not wrong, "; ".join([detail, *wrong])), records
+
+
+def _growth(name: str, worker: Worker, case: str, calls: int) -> tuple[Check, dict[str, Any]]:
+    """Whether the process and the device's memory grow by calls that were made before."""
+    (record,) = worker.ask(f"growth:{case}", str(calls))
+    if not record["ok"]:
+        return failed(name, record["text"]), {}
+    host, device = record["host_growth_kib"], record["device_growth_bytes"]
+    detail = f"{calls} calls grew the process by {host} KiB and the device's memory by {device} bytes"
+    data = {"calls": calls, "host_growth_kib": host, "device_growth_bytes": device}
+    return judged(name, host < GROWTH_KIB and device <= 0, detail), data
 
 
 # ---- Faults
@@ -137,21 +134,6 @@ def _faults(settings: Settings, clock: Clock, implementation: str) -> tuple[list
 
 # ---- Memory and teardown
 
-_MEMORY = """
-import resource, sys, jax, jax.numpy as jnp, jax_bsk
-x = jnp.ones((1, 256, 2, 64), jnp.float32)
-f = jax.jit(jax.grad(lambda x: jax_bsk.sparse_attention(
-    x, x, x, is_causal=True, implementation=sys.argv[1]).sum()))
-def run(n):
-    for _ in range(n): y = f(x)
-    jax.block_until_ready(y)
-    del y
-    stats = jax.devices()[0].memory_stats() or {}
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, stats.get("bytes_in_use", 0)
-before = run(1000)
-after = run(int(sys.argv[2]))
-print(after[0] - before[0], after[1] - before[1])
-"""
 _TEARDOWN = """
 import sys, jax, jax.numpy as jnp, jax_bsk
 x = jnp.ones((1, 256, 2, 64), jnp.float32)
@@ -164,27 +146,15 @@ if sys.argv[2] == "raise": raise SystemExit(7)
 
 def _processes(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
     """Whether a process grows, and whether it ends."""
-    calls = CALLS[settings.level]
-    result = _python(_MEMORY, implementation, str(calls))
-    if result.returncode:
-        checks, data = [failed("memory", result.stderr[-500:])], {}
-    else:
-        host_kib, device_bytes = map(int, result.stdout.split()[-2:])
-        data = {"calls": calls, "host_growth_kib": host_kib, "device_growth_bytes": device_bytes}
-        detail = f"{calls} calls grew the process by {host_kib} KiB and the device's memory by {device_bytes} bytes"
-        checks = [judged("memory", host_kib < GROWTH_KIB and device_bytes <= 0, detail)]
+    worker = Worker(implementation, 300)
+    check, data = _growth("memory", worker, "small", CALLS[settings.level])
+    worker.close()
+    checks = [check]
     for how, status in (("end", 0), ("raise", 7)):
-        result = _python(_TEARDOWN, implementation, how)
+        command = [sys.executable, "-c", _TEARDOWN, implementation, how]
+        more = child_environment(implementation)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=more, check=False)
         clean = result.returncode == status and "Error" not in result.stderr
         detail = f"exit status {result.returncode}" + ("" if clean else f": {result.stderr[-300:]}")
         checks.append(judged(f"teardown ({how})", clean, detail))
     return checks, data
-
-
-def _python(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return _run([sys.executable, "-c", code, *arguments], 300)
-
-
-def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=os.environ | more, check=False)

@@ -7,15 +7,11 @@ worker goes on.
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import dataclasses
 import itertools
-import json
 import os
 import queue
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,6 +21,7 @@ from jax_bsk.qa.support import environment
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.testing import worker
 from jax_bsk.qa.testing.cases import CORNER_CASES
+from jax_bsk.qa.testing.isolate import Worker
 from jax_bsk.qa.testing.matmul.cases import CORNER_CASES as PRODUCT_CORNERS
 from jax_bsk.qa.validation import provenance
 from jax_bsk.qa.validation.outcome import Check, StageResult, failed, passed, skipped
@@ -132,14 +129,14 @@ def _answers(settings: Settings, clock: Clock, implementation: str, both: Sequen
     stop, lock = threading.Event(), threading.Lock()
 
     def work() -> None:
-        process = _Worker(implementation)
+        process = _worker(implementation)
         while not stop.is_set():
             with lock:
                 task = next(tasks, None)
             if task is None:
                 break
             even = task in worker.CORNERS or int(task.removeprefix(worker.PRODUCT)) % 2 == 0
-            for record in process.judge(task, gradients=even):
+            for record in _records(process, task, gradients=even):
                 done.put(record)
         process.close()
         done.put(None)
@@ -171,86 +168,19 @@ def _tasks(seed: int, taken: dict[Suite, int]) -> Iterator[str]:
         yield from (f"{suite.prefix}{number}" for suite in open_ones)
 
 
-class _Worker:
-    """A process of `jax_bsk.qa.testing.worker`, begun on need and again after it died."""
+def _worker(implementation: str) -> Worker:
+    # Workers share the GPU: autotuning the reference's products tells nothing here. A captured graph would keep the
+    # grid of its first launch.
+    flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer="
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    return Worker(implementation, CASE_SECONDS, {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}"} | threads)
 
-    def __init__(self, implementation: str):
-        self._implementation = implementation
-        self._process: subprocess.Popen[str] | None = None
 
-    def judge(self, task: str, gradients: bool) -> Iterator[dict[str, Any]]:
-        """The records of a task; the last one is the process's failure where it died or hung."""
-        if self._process is None:
-            self._process = self._start()
-        process = self._process
-        assert process.stdin is not None
-        draw, line = 0, ""
-        try:
-            process.stdin.write(f"{task} gradients\n" if gradients else f"{task}\n")
-            process.stdin.flush()
-            while line := self._answer(process):
-                record = json.loads(line)
-                if record is None:
-                    return
-                yield record
-                draw += 1
-        except BrokenPipeError:
-            line = ""
-        self.close()
-        text = f"its process ended with status {process.returncode}"
-        if line is None:
-            text = f"it does not end (limit {CASE_SECONDS} s)"
-        yield {
-            "task": task,
-            "draw": draw,
-            "gradients": gradients,
-            "ok": False,
-            "case": {},
-            "results": [],
-            "text": text,
-        }
-
-    def _start(self) -> subprocess.Popen[str]:
-        # Workers share the GPU: none takes most of its memory; autotuning the reference's products tells nothing here.
-        # A captured graph would keep the grid of its first launch.
-        flags = "--xla_gpu_autotune_level=0 --xla_gpu_enable_command_buffer="
-        flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip()
-        threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
-        more = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "XLA_FLAGS": flags} | threads
-        return subprocess.Popen(
-            [sys.executable, "-m", "jax_bsk.qa.testing.worker", self._implementation],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=os.environ | more,
-        )
-
-    @staticmethod
-    def _answer(process: subprocess.Popen[str]) -> str | None:
-        """The next line; empty where the process died, None where it hung and was killed."""
-        hung = threading.Event()
-
-        def kill() -> None:
-            hung.set()
-            process.kill()
-
-        watchdog = threading.Timer(CASE_SECONDS, kill)
-        watchdog.start()
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        watchdog.cancel()
-        return line or (None if hung.is_set() else "")
-
-    def close(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            for stream in (self._process.stdin, self._process.stdout):
-                with contextlib.suppress(BrokenPipeError):
-                    assert stream is not None
-                    stream.close()
-            self._process = None
+def _records(process: Worker, task: str, gradients: bool) -> Iterator[dict[str, Any]]:
+    """The records of a task; the last one is the process's failure where it died or hung."""
+    blank = {"gradients": gradients, "case": {}, "results": []}
+    for draw, record in enumerate(process.ask(task, *(["gradients"] if gradients else []))):
+        yield {"draw": draw} | blank | record
 
 
 # ---- What came of them

@@ -10,11 +10,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from jax_bsk.qa.benchmarking import plots as tables
-from jax_bsk.qa.benchmarking.matmul import plots as product_plots
-from jax_bsk.qa.benchmarking.report import unit_of
+from jax_bsk.qa.benchmarking.report import contenders
 
 _COLOURS = {"forward": "#c0392b", "backward": "#2471a3"}
-_SETS = {"forward": "forward", "backward": "backward"}
 
 
 def draw(report: dict[str, Any], folder: Path) -> list[str]:
@@ -32,19 +30,21 @@ def draw(report: dict[str, Any], folder: Path) -> list[str]:
     return written
 
 
-def _figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Any]]:
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)  # not pyplot: no global state, no display
-    return figure, list(figure.subplots(1, columns, squeeze=False, sharey=True)[0])
+    return figure, figure.subplots()
 
 
-def _save(figure: Figure, path: Path) -> str:
+def _save(figure: Figure, ax: Any, path: Path, columns: int = 1) -> str:
+    ax.grid(color="#e4e4e0")
+    ax.legend(fontsize=8, frameon=False, ncols=columns)
     figure.savefig(path)
     return path.name
 
 
 def _roofline(data: dict[str, Any], path: Path) -> str:
-    figure, (ax,) = _figure(7, 4.5)
+    figure, ax = _figure(7, 4.5)
     rate, bandwidth = max(data["matrix_flops_per_second"].values()), data["copy_bytes_per_second"]
     intensities = [point["intensity"] for point in data["points"]]
     x = np.geomspace(min(*intensities, rate / bandwidth) / 2, max(*intensities, rate / bandwidth) * 2, 100)
@@ -58,29 +58,25 @@ def _roofline(data: dict[str, Any], path: Path) -> str:
     ax.set_yscale("log")
     ax.set_xlabel("useful FLOP a byte that must move")
     ax.set_ylabel("useful TFLOP/s")
-    ax.grid(color="#e4e4e0")
-    ax.legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    return _save(figure, ax, path)
 
 
 def _errors(data: dict[str, Any], path: Path) -> str:
     histogram = data["histogram"]
-    figure, (ax,) = _figure(7, 3.6)
+    figure, ax = _figure(7, 3.6)
     edges = np.linspace(0, 1, histogram["bins"] + 1)
     for name, counts in histogram["counts"].items():
         ax.stairs(counts, edges, label=name, linewidth=1.4)
     ax.set_yscale("symlog", linthresh=1)
     ax.set_xlabel("largest error of a result as a share of its bound (1: not right)")
     ax.set_ylabel("cases")
-    ax.grid(color="#e4e4e0")
-    ax.legend(fontsize=8, frameon=False, ncols=3)
-    return _save(figure, path)
+    return _save(figure, ax, path, columns=3)
 
 
 def _benchmark(data: dict[str, Any], folder: Path) -> list[str]:
     written = []
-    for name, which in _SETS.items():
-        cases = [case for case in data["cases"] if case["set"] == name and "seconds" in case["jax_bsk"]]
+    for which in _COLOURS:
+        cases = [case for case in data["cases"] if case["set"] == which and "seconds" in case["jax_bsk"]]
         if cases:
             dtype = cases[0]["dtype"]
             part = {
@@ -91,7 +87,7 @@ def _benchmark(data: dict[str, Any], folder: Path) -> list[str]:
                 "cases": cases,
             }
             written += [path.name for path in tables.plot(part, folder)]
-    grids = {w: [c for c in data["cases"] if c["set"] == f"grid, {w}"] for w in ("forward", "backward")}
+    grids = {which: [c for c in data["cases"] if c["set"] == f"grid, {which}"] for which in _COLOURS}
     if any(grids.values()):
         written.append(_grid(grids, data, folder / "grid.png"))
     return written
@@ -100,47 +96,34 @@ def _benchmark(data: dict[str, Any], folder: Path) -> list[str]:
 def _products(data: dict[str, Any], path: Path) -> list[str]:
     """Y = W X of one size against the stored share, a panel a block: the size with most sparsities."""
     forward = [case for case in data["matmul"]["cases"] if case["operation"] == "forward" and "density" in case]
-    groups = {(case["size"], case["dtype"]): [] for case in forward}
-    for case in forward:
-        groups[case["size"], case["dtype"]].append(case)
+    groups = tables.grouped(forward, lambda case: (case["size"], case["dtype"]))
     if not groups:
         return []
     (size, dtype), cases = max(groups.items(), key=lambda group: (len(group[1]), group[0]))
-    blocks = sorted({case["block"] for case in cases})
-    unit, factor = unit_of(data)
-    figure, axes = _figure(2 + 4 * len(blocks), 4.2, len(blocks))
-    for ax, block in zip(axes, blocks, strict=True):
-        here = sorted((case for case in cases if case["block"] == block), key=lambda case: case["density"])
-        product_plots.lines(ax, here, factor)
-        ax.set_title(f"W X, {size:,}, blocks of {block}, {dtype}", fontsize=10)
-        ax.set_xlabel("stored share of the blocks")
-        ax.grid(color="#e4e4e0")
-    axes[0].set_ylabel(f"useful {unit}")
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8, frameon=False)
-    return [_save(figure, path)]
+    blocks = {f"blocks of {n}": some for n, some in sorted(tables.grouped(cases, lambda case: case["block"]).items())}
+    tables.stored({"devices": data["devices"]}, blocks, path, f"{dtype}: W X, {size:,}")
+    return [path.name]
 
 
 def _grid(grids: dict[str, list[dict[str, Any]]], data: dict[str, Any], path: Path) -> str:
     """Useful TFLOP/s against the share of blocks that are skipped, a line a length; dashed: FlexAttention."""
-    figure, axes = _figure(10, 4.2, 2)
-    for ax, (which, cases) in zip(axes, grids.items(), strict=True):
+    report = {
+        "devices": data["devices"],
+        "matrix_product_flops_per_second": max(data["matrix_flops_per_second"].values()),
+    }
+    figure, axes = tables.panels(report, [f"{which} (dashed: FlexAttention)" for which in grids])
+    for ax, cases in zip(axes, grids.values(), strict=True):
         for i, length in enumerate(sorted({case["length"] for case in cases})):
             here = sorted((c for c in cases if c["length"] == length), key=lambda case: case["density"])
             for name, style in (("jax_bsk", "-o"), ("flex", "--s")):
-                points = []
-                for case in here:
-                    one = case["jax_bsk"] if name == "jax_bsk" else case["peers"].get(name, {})
-                    if "seconds" in one:
-                        points.append((1 - case["density"], one["useful_flops_per_second"] / 1e12))
+                points = [
+                    (1 - case["density"], one["useful_flops_per_second"] / tables.unit_of(report)[1])
+                    for case in here
+                    if "seconds" in (one := contenders(case).get(name, {}))
+                ]
                 if points:
                     label = f"{length:,} tokens" if name == "jax_bsk" else None
                     ax.plot(*zip(*points, strict=True), style, color=f"C{i}", markersize=4, label=label)
-        ax.axhline(max(data["matrix_flops_per_second"].values()) / 1e12, color="#999999", linewidth=0.8)
-        ax.set_title(f"{which} (dashed: FlexAttention)", fontsize=10)
         ax.set_xlabel("share of blocks skipped")
-        ax.grid(color="#e4e4e0")
-    axes[0].set_ylabel("useful TFLOP/s")
-    axes[0].set_ylim(bottom=0)
-    axes[0].legend(fontsize=8, frameon=False)
-    return _save(figure, path)
+    tables.save(report, figure, axes, path, "lengths by sparsities")
+    return path.name

@@ -1,22 +1,18 @@
-"""The block-sparse products' part of the stage benchmark, and how a report shows it."""
+"""Which block-sparse products the stage benchmark measures, and how a report shows them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jax_bsk.core.dispatch import Implementation
-from jax_bsk.qa.benchmarking.matmul import cases, goals, report, suite
+from jax_bsk.qa.benchmarking.contender import OURS
+from jax_bsk.qa.benchmarking.matmul import cases
 from jax_bsk.qa.benchmarking.matmul.cases import Case, Config, Grid, Operation
-from jax_bsk.qa.benchmarking.matmul.contenders import CUSPARSE, DENSE, DENSE_RANDOM, OURS, TORCH_BSR
-from jax_bsk.qa.validation.measured import Measured
-from jax_bsk.qa.validation.outcome import Check, failed, passed, skipped
-from jax_bsk.qa.validation.settings import Clock, Level, Settings
+from jax_bsk.qa.benchmarking.matmul.operation import CUSPARSE, DENSE, DENSE_RANDOM, TORCH_BSR
+from jax_bsk.qa.validation.settings import Level
 
 # Of the stage's time; on an H200 compiling and checking take most of it.
 SECONDS = {Level.QUICK: 30.0, Level.FULL: 90.0}
-ROUNDS = {Level.QUICK: 2, Level.FULL: 5}
 SIZE, SPARSITY, BLOCKS = 8192, 0.78, (128, 64)  # of the goals
 
 
@@ -44,74 +40,6 @@ def contenders(case: Case, *, peers: bool) -> tuple[str, ...]:
         if case.operation is Operation.FORWARD and config.block == BLOCKS[0]:
             names.append(CUSPARSE)
     return tuple(names)
-
-
-def measure(
-    settings: Settings,
-    clock: Clock,
-    implementation: Implementation,
-    device: dict[str, Any],
-    kept: Measured,
-    on_case: Callable[[str], None],
-) -> tuple[list[Check], dict[str, Any]]:
-    """Measures while there is time; the checks, and what the report has of them."""
-    wanted = chosen(settings.level, implementation == "cuda")
-    seconds = max(0.0, min(SECONDS[settings.level], clock.left))
-    records: list[dict[str, Any]] = []
-    not_measured: list[str] = []
-    new = suite.records(
-        [case for case in wanted if case.name not in kept],
-        lambda case: contenders(case, peers=settings.peers),
-        implementation,
-        rounds=ROUNDS[settings.level],
-        seed=settings.seed,
-        deadline=time.perf_counter() + seconds,
-    )
-    for case in wanted:
-        on_case(f"products: {case.name}")
-        record = kept[case.name] if case.name in kept else next(new, None)
-        if isinstance(record, dict):
-            if case.name not in kept and "seconds" in record["contenders"].get(OURS, {}):
-                kept.keep(case.name, record)
-            records.append(record)
-        elif record is not None:  # why this one and those after it were not begun
-            not_measured.append(record)
-    report.write_csv(records, settings.out / "matmul.csv")
-    # A quick run measures no case that has one.
-    rows = goals.judge(records, device) if settings.level is Level.FULL else []
-    data = {
-        "method": report.METHOD,
-        "cases": [_without_samples(record) for record in records],
-        "not_measured": not_measured,
-        "goals": rows,
-    }
-    return _judge(records, len(wanted), rows), data
-
-
-def _judge(records: Sequence[dict[str, Any]], total: int, rows: Sequence[dict[str, Any]]) -> list[Check]:
-    name = "results of the products"
-    wrong = [record["name"] for record in records if "seconds" not in record["contenders"].get(OURS, {})]
-    if wrong:
-        checks = [failed(name, f"wrong or none in {len(wrong)} of {len(records)}: {wrong[0]}")]
-    elif len(records) < total:
-        checks = [skipped(name, f"the time was over after {len(records)} of {total} cases")]
-    else:
-        checks = [passed(name, f"right in all {total} cases, checked before they were timed")]
-    if rows:
-        verdicts = [row["verdict"] for row in rows]
-        counts = {word: verdicts.count(word) for word in ("met", "missed", "open")}
-        text = ", ".join(f"{n} {word}" for word, n in counts.items() if n)
-        checks.append(passed("goals of the products were judged", f"{text}; see the report's tables"))
-    return checks
-
-
-def _without_samples(record: dict[str, Any]) -> dict[str, Any]:
-    left_out = ("samples", "check", "calls_per_sample")
-    bare = {
-        name: {key: value for key, value in one.items() if key not in left_out}
-        for name, one in record["contenders"].items()
-    }
-    return record | {"contenders": bare}
 
 
 # ---- For people

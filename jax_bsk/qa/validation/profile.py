@@ -7,9 +7,10 @@ import io
 import subprocess
 from typing import Any
 
-from jax_bsk.qa.benchmarking import ceilings, runs, tables
-from jax_bsk.qa.benchmarking.cases import Case
-from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.benchmarking import ceilings, suite
+from jax_bsk.qa.benchmarking.attention.cases import Case, table
+from jax_bsk.qa.benchmarking.attention.operation import Attention
+from jax_bsk.qa.benchmarking.attention.passes import Pass
 from jax_bsk.qa.support.cuda_tools import find_tool
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.validation import programs, provenance, runner, targets
@@ -73,9 +74,10 @@ def _measure(settings: Settings, on_gpu: bool) -> dict[str, Any]:
     cases = chosen(settings, on_gpu)
     rates = {dtype: ceilings.matrix_product_rate(dtype, settings.seed) for dtype in {case.dtype for case in cases}}
     bandwidth = ceilings.copy_bandwidth()
-    implementation = provenance.implementation()
+    alone = Attention(provenance.implementation(), with_peers=False)
     records = []
-    for record in runs.records(cases, implementation=implementation, with_peers=False, rounds=3, seed=settings.seed):
+    for record in suite.records(alone, cases, rounds=3, seed=settings.seed):
+        assert isinstance(record, dict)  # there is no deadline
         if "useful_flops" in record:
             record["floor"] = targets.floor(record, rates[record["dtype"]], bandwidth)
         records.append(record)
@@ -87,7 +89,7 @@ def chosen(settings: Settings, on_gpu: bool) -> list[Case]:
     cases = [
         case
         for which in (Pass.FORWARD, Pass.BACKWARD)
-        for case in tables.table(which, settings.seed, on_gpu)
+        for case in table(which, settings.seed, on_gpu)
         if case.calls == 1 and not case.traced
     ]
     return cases if settings.level is Level.FULL else cases[:2] + [c for c in cases if c.measured is Pass.BACKWARD][:1]

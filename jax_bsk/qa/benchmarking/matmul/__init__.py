@@ -1,4 +1,1 @@
-"""The benchmark of block-sparse matrix products: cases, contenders, check, measurement, report, suite.
-
-`benchmarks/matmul.py` and `python -m jax_bsk bench-matmul` run it.
-"""
+"""The benchmark of block-sparse matrix products: cases, goals, operands, contenders, and what a result must be."""

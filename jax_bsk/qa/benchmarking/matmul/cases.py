@@ -89,6 +89,15 @@ class Case:
         return f"{self.operation.value} {c.size} sparsity {c.sparsity:g} block {c.block} {c.dtype}"
 
     @property
+    def useful_flops(self) -> float:
+        return self.config.useful_flops
+
+    @property
+    def kind(self) -> tuple[Operation, str]:
+        """What else cases share whose speed can be compared."""
+        return self.operation, self.config.dtype
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a record says of its case, also where nothing could be measured."""
         return {"name": self.name, "operation": self.operation.value, **dataclasses.asdict(self.config)}

@@ -11,8 +11,9 @@ import enum
 from collections.abc import Sequence
 from typing import Any
 
+from jax_bsk.qa.benchmarking.contender import OURS
 from jax_bsk.qa.benchmarking.matmul.cases import Config, Operation
-from jax_bsk.qa.benchmarking.matmul.contenders import CUSPARSE, DENSE, DENSE_RANDOM, OURS, TORCH_BSR
+from jax_bsk.qa.benchmarking.matmul.operation import CUSPARSE, DENSE, DENSE_RANDOM, TORCH_BSR
 
 H200 = "NVIDIA H200"
 

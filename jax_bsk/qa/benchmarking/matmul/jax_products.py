@@ -1,4 +1,7 @@
-"""The contenders that are JAX functions: jax_bsk, the dense product, and `jax.experimental.sparse`."""
+"""The contenders that are JAX functions: jax_bsk, the dense product, and `jax.experimental.sparse`.
+
+A `Product` becomes a contender of each operation by `of_jax`.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,115 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import sparse
 
 from jax_bsk import BSR, sparse_matmul
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.qa.benchmarking.contender import Refused
-from jax_bsk.qa.benchmarking.matmul.cases import Operation
-from jax_bsk.qa.benchmarking.matmul.contender import Product, need_memory
+from jax_bsk.qa.benchmarking.contender import Contender, Refused, need_memory
+from jax_bsk.qa.benchmarking.matmul.cases import Case, Operation
 from jax_bsk.qa.benchmarking.matmul.operands import Operands
+from jax_bsk.qa.benchmarking.matmul.references import Spots, pick
 
 _PLAIN = (((1,), (0,)), ((), ()))  # dimension numbers of a @ b
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """Products of a sparse matrix in JAX, differentiable in its numbers.
+
+    Attributes:
+      left: (values, places, x) -> W X.
+      right: (x, values, places) -> X W.
+      values: the numbers of W, one array.
+      places: where they stand, a pytree of arrays.
+      dense: (values, places) -> [size, size], for the check of gradients with respect to the values.
+      variant: as in `Contender`.
+      chains: whether its calls are short enough for a chain to tell anything.
+      shared: whether its programs are the same for every sparsity, and compiled once.
+      weights: the dense W that it multiplies, where that is not the case's.
+    """
+
+    left: Callable[[Any, Any, Any], jax.Array]
+    right: Callable[[Any, Any, Any], jax.Array]
+    values: Any
+    places: Any
+    dense: Callable[[Any, Any], jax.Array]
+    variant: str
+    chains: bool = True
+    shared: bool = False
+    weights: jax.Array | None = None
+
+
+_Program = Callable[..., jax.Array]
+_SHARED: dict[tuple[Any, ...], _Program] = {}  # by variant, operation, size, type and calls
+
+
+def of_jax(case: Case, operands: Operands, product: Product) -> Contender:
+    """The contender of a product in the operation of a case.
+
+    Raises:
+      Refused: it needs more memory than `contender.MOST_SCRATCH`.
+    """
+    step, fixed = _step(case.operation, product, operands)
+    moving = operands.moving(case.operation)
+    calls = case.calls if product.chains else 1
+
+    def compiled(function: _Program, calls: int) -> _Program:
+        if not product.shared:
+            return _compile(function, moving, fixed)
+        key = "dense", case.operation, case.config.size, case.config.dtype, calls
+        if key not in _SHARED:
+            _SHARED[key] = _compile(function, moving, fixed)
+        return _SHARED[key]
+
+    once = compiled(step, 1)
+
+    def chain(moving, *fixed):
+        for _ in range(calls):
+            moving = step(moving, *fixed)
+        return moving
+
+    many = once if calls == 1 else compiled(chain, calls)
+
+    def picked(result: jax.Array, spots: Spots) -> tuple[np.ndarray, bool]:
+        if case.operation is Operation.DATA_GRADIENT:
+            result = jax.jit(product.dense)(result, product.places)
+        return pick(result, spots)
+
+    return Contender(
+        once=lambda: (jax.block_until_ready(once(moving, *fixed)),),
+        pick=picked,
+        dispatch=lambda i: many(moving, *fixed),
+        calls=calls,
+        variant=product.variant,
+        instead=product.weights,
+    )
+
+
+def _step(operation: Operation, product: Product, operands: Operands) -> tuple[_Program, list[Any]]:
+    """The operation as a function of the operand that moves and of others, and those others."""
+    x, values, places = operands.x, product.values, product.places
+    if operation is Operation.FORWARD:
+        return lambda x, values, places: product.left(values, places, x), [values, places]
+    if operation is Operation.LAYER:
+        return product.right, [values, places]
+
+    # A gradient alone, of what `jax.vjp` keeps: as in the attention benchmark, its leaves are arguments of the jit.
+    @jax.jit
+    def forward(x, values, places):
+        if operation is Operation.DENSE_GRADIENT:
+            return jax.vjp(lambda x: product.left(values, places, x), x)[1]
+        return jax.vjp(lambda values: product.left(values, places, x), values)[1]
+
+    kept, tree = jax.tree.flatten(forward(x, values, places))
+    return lambda dy, *kept: jax.tree.unflatten(tree, kept)(dy)[0], kept
+
+
+def _compile(function: _Program, moving: jax.Array, fixed: list[Any]) -> _Program:
+    compiled = jax.jit(function).lower(moving, *fixed).compile()
+    need_memory(getattr(compiled.memory_analysis(), "temp_size_in_bytes", 0), "XLA's program")
+    return compiled
 
 
 def ours(operands: Operands, implementation: Implementation | None, constant: bool) -> Product:

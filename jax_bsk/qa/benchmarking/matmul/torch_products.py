@@ -13,12 +13,11 @@ from typing import Any
 import numpy as np
 
 from jax_bsk import BSR
-from jax_bsk.qa.benchmarking.contender import Refused, first_line, need, need_gpu
+from jax_bsk.qa.benchmarking.attention.peers.torch_peers import Wait, from_jax
+from jax_bsk.qa.benchmarking.contender import Contender, Refused, first_line, need, need_gpu, need_memory
 from jax_bsk.qa.benchmarking.matmul.cases import Case, Operation
-from jax_bsk.qa.benchmarking.matmul.check import Spots
-from jax_bsk.qa.benchmarking.matmul.contender import Contender, need_memory
 from jax_bsk.qa.benchmarking.matmul.operands import Operands
-from jax_bsk.qa.benchmarking.peers.torch_peers import Wait, from_jax
+from jax_bsk.qa.benchmarking.matmul.references import Spots
 
 DEVICE = "cuda"
 # (columns of a tile, warps, stages) that the tuned contender tries. PyTorch has options of its own for the A100 alone,
@@ -180,10 +179,10 @@ def _contender(torch: Any, case: Case, step: Step, moving: Any, variant: str, ch
             replay()
         return wait
 
-    def once() -> Any:
+    def once() -> tuple[Any, ...]:
         result = step(moving)
         wait.block_until_ready()
-        return result
+        return (result,)
 
     return Contender(once, _pick, dispatch, calls, variant)
 

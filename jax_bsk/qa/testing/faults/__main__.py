@@ -1,19 +1,13 @@
-"""`python -m jax_bsk.qa.testing.faults`: runs scenarios of the fault table in this process, a line each.
-
-One that must start with an environment of its own gets a process of its own. The last line is `survived`.
-"""
+"""`python -m jax_bsk.qa.testing.faults`: runs scenarios of the fault table in processes apart, a line each."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-import time
-import traceback
 from collections.abc import Sequence
 
 from jax_bsk.core import dispatch
-from jax_bsk.qa.testing.faults import SCENARIOS, Outcome, Scenario, run_in_subprocess
-from jax_bsk.qa.testing.faults.process import SURVIVED
+from jax_bsk.qa.testing.faults.table import SCENARIOS, run_all_in_subprocesses
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,26 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reasons := dispatch.unavailable(args.implementation):
         print(f"implementation {args.implementation} cannot run here: {' '.join(reasons)}", file=sys.stderr)
         return 2
-    failures = 0
-    for name in names:
-        outcome = _run(SCENARIOS[name], args.implementation)
-        failures += not outcome.passed
-        print(outcome, flush=True)
-    print(SURVIVED)
-    return 1 if failures else 0
-
-
-def _run(scenario: Scenario, implementation: str) -> Outcome:
-    if not scenario.environment_holds():
-        return run_in_subprocess(scenario.name, implementation)
-    start = time.perf_counter()
-    try:
-        scenario.run(implementation)
-        detail = ""
-    except AssertionError as error:
-        traceback.print_exc()
-        detail = str(error) or "AssertionError"
-    return Outcome(scenario.name, not detail, detail, time.perf_counter() - start)
+    outcomes = run_all_in_subprocesses(names, args.implementation)
+    print("\n".join(map(str, outcomes)))
+    return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
 if __name__ == "__main__":

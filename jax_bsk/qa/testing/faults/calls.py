@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -16,12 +17,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import BlockMask, sparse_attention
-from jax_bsk.qa.testing import tolerance
-from jax_bsk.qa.testing.cases import Case, make_inputs
+from jax_bsk.qa.testing import battery
+from jax_bsk.qa.testing.cases import Case
 from jax_bsk.qa.testing.oracle import attention_oracle
 
 BLOCK = 64  # every implementation takes it
 HEAD_SIZE = 16
+Results = dict[str, np.ndarray]
 RESULTS: tuple[str, ...] = ("out", "lse", "dq", "dk", "dv")
 
 
@@ -96,6 +98,27 @@ def call(
     return {name: x for name, x in results if x is not None}
 
 
+def listed(
+    mask: BlockMask, implementation: str, gates: np.ndarray | None = None, *, as_if: BlockMask | None = None
+) -> Iterator[tuple[str, Results, Results]]:
+    """For each type: its name, results of a call with random operands, and what they must be.
+
+    Args:
+      mask: its lists, square and of heads and examples alike.
+      implementation: "xla", "cpu" or "cuda".
+      gates: as in `attend`.
+      as_if: the mask whose lists say what the results must be; by default the same.
+    """
+    for dtype in dtypes(implementation):
+        operands = Operands.random(dtype, mask.q_len, mask.kv_len)
+        results = (
+            attend(operands, mask, implementation, None, gates)
+            if gates is not None
+            else attend(operands, mask, implementation)
+        )
+        yield dtype, results, as_listed(operands, mask if as_if is None else as_if, gates)
+
+
 def as_listed(operands: Operands, mask: BlockMask, gates: np.ndarray | None = None) -> dict[str, np.ndarray]:
     """float64 results of a mask's lists followed to the letter: duplicates count twice, the order of ids is free.
 
@@ -165,50 +188,19 @@ def _bits(mask: BlockMask, tile: int) -> np.ndarray:
 def check_valid_call(implementation: str) -> None:
     """A call without a fault, values and gradients, against the oracle by the tolerance rule."""
     for dtype in dtypes(implementation):
-        case, operands, mask, oracle, reference = _valid_call(dtype)
-        results = attend(operands, mask, implementation)
-        comparisons = [
-            tolerance.compare(
-                name,
-                results[name],
-                expected,
-                reference[name],
-                oracle.magnitudes[name],
-                dtype="float32" if name == "lse" else dtype,
-                gradient=name not in ("out", "lse"),
-                reach=oracle.reach[name],
-            )
-            for name, expected in oracle.values.items()
-        ]
-        report = "\n".join(str(c) for c in comparisons)
-        assert all(c.ok for c in comparisons), f"the next valid call is wrong ({dtype})\n{report}\n{case}"
+        case = dataclasses.replace(_VALID, dtype=dtype)
+        judged = battery.judge_case(case, _valid_call(implementation), traced_mask=True)
+        assert judged.ok, f"the next valid call is wrong ({dtype})\n{judged}\n{case}"
 
 
-@functools.cache
-def _valid_call(dtype: str):
-    case = Case(
-        "valid call",
-        q_len=2 * BLOCK + 2,
-        kv_len=3 * BLOCK - 2,
-        kv_heads=1,
-        head_size=HEAD_SIZE,
-        value_size=HEAD_SIZE,
-        dtype=dtype,
-        block_q=BLOCK,
-        block_kv=BLOCK,
-    )
-    inputs = make_inputs(case)
-    operands = Operands(inputs.query, inputs.key, inputs.value, inputs.dout)
-    arrays = (inputs.query, inputs.key, inputs.value)
-    oracle = attention_oracle(*arrays, inputs.dense, scale=inputs.scale, dout=inputs.dout)
-
-    @jax.jit
-    def dense(mask, dout, *arrays):
-        def forward(query, key, value):
-            return tolerance.dense_attention(query, key, value, mask, scale=inputs.scale)
-
-        (out, lse), pullback = jax.vjp(forward, *arrays)
-        return out, lse, *pullback((dout, jnp.zeros_like(lse)))
-
-    reference = dict(zip(RESULTS, map(np.asarray, dense(inputs.dense, inputs.dout, *arrays)), strict=True))
-    return case, operands, inputs.mask, oracle, reference
+_VALID = Case(
+    "valid call",
+    q_len=2 * BLOCK + 2,
+    kv_len=3 * BLOCK - 2,
+    kv_heads=1,
+    head_size=HEAD_SIZE,
+    value_size=HEAD_SIZE,
+    block_q=BLOCK,
+    block_kv=BLOCK,
+)
+_valid_call = functools.cache(battery.from_public)  # one function, so that its compiled programs are kept

@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from jax_bsk.qa.testing.faults import calls, checks
-from jax_bsk.qa.testing.faults.calls import Operands
-from jax_bsk.qa.testing.faults.lists import BIG, FAULT, LENGTH, block_mask, check_keys, check_rows, positions
+from jax_bsk.qa.testing.faults.lists import BIG, FAULT, block_mask, check_keys, check_rows, positions
 from jax_bsk.qa.testing.faults.scenario import scenario
 
 # The lists that a fault changes, and the key block that it poisons.
@@ -36,13 +35,10 @@ OF_COLUMNS = f"{FAULT} (of the key-major lists)"
     may_crash=True,
 )
 def bad_columns(implementation: str) -> None:
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        expected = calls.as_listed(operands, block_mask())
-        for fault, (changes, poisoned) in POISON.items():
-            results = calls.attend(operands, block_mask(**changes), implementation)
+    read = implementation != "xla"
+    for fault, (changes, poisoned) in POISON.items():
+        for dtype, results, expected in calls.listed(block_mask(**changes), implementation, as_if=block_mask()):
             check_rows(results, expected, [], dtype)
-            read = implementation != "xla"
             check_keys(results, expected, [b for b in range(4) if not (read and b == poisoned)], dtype)
             for name in ("dk", "dv") if read else ():
                 what = f"{fault}: {name} of key block {poisoned} ({dtype})"
@@ -56,10 +52,7 @@ def bad_columns(implementation: str) -> None:
     may_crash=True,
 )
 def columns_disagree(implementation: str) -> None:
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        expected = calls.as_listed(operands, block_mask())
-        results = calls.attend(operands, block_mask(**DISAGREEING), implementation)
+    for dtype, results, expected in calls.listed(block_mask(**DISAGREEING), implementation, as_if=block_mask()):
         check_rows(results, expected, [], dtype)
         check_keys(results, expected, [0, 2, 3], dtype)
 

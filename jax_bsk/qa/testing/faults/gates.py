@@ -34,10 +34,7 @@ def gates_of_bad_lists(implementation: str) -> None:
         listed = set(block_mask().kv_blocks[0, 0, 2 * row : 2 * row + 2])
         row_of_entry = np.arange(ids.size) // 2
         spared = (row_of_entry != row) & ~np.isin(ids, list(listed))
-        for dtype in calls.dtypes(implementation):
-            operands = Operands.random(dtype, LENGTH, LENGTH)
-            expected = calls.as_listed(operands, mask, gates)
-            results = calls.attend(operands, mask, implementation, gates=gates)
+        for dtype, results, expected in calls.listed(mask, implementation, gates):
             check_rows(results, expected, [row], dtype)
             check_keys(results, expected, set(range(BLOCKS)) - listed, dtype)
             actual, wanted = results["dgates"], expected["dgates"]
@@ -57,10 +54,7 @@ def gates_of_padding(implementation: str) -> None:
     mask = block_mask(**rows)
     gates = _gates(mask)
     gates[..., 7:] = np.nan
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        results = calls.attend(operands, mask, implementation, gates=gates)
-        expected = calls.as_listed(operands, mask, gates)
+    for dtype, results, expected in calls.listed(mask, implementation, gates):
         check_rows(results, expected, [], dtype)
         check_keys(results, expected, range(BLOCKS), dtype)
         checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)
@@ -73,11 +67,7 @@ def gates_of_duplicates(implementation: str) -> None:
     longer = {**rows, "row_offsets": [0, 6, 7, 8, 8]}  # than there are blocks of keys
     longest = {**longer, "kv_blocks": [2] * 8}  # a column that is longer than there are blocks of queries, too
     for mask in (block_mask(**rows), block_mask(**longer), block_mask(**longest)):
-        gates = _gates(mask)
-        for dtype in calls.dtypes(implementation):
-            operands = Operands.random(dtype, LENGTH, LENGTH)
-            results = calls.attend(operands, mask, implementation, gates=gates)
-            expected = calls.as_listed(operands, mask, gates)
+        for dtype, results, expected in calls.listed(mask, implementation, _gates(mask)):
             check_rows(results, expected, [], dtype)
             check_keys(results, expected, range(BLOCKS), dtype)
             checks.check_close(f"dgates ({dtype})", results["dgates"], expected["dgates"], dtype)

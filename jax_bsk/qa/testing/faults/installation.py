@@ -23,8 +23,8 @@ import jax_bsk
 from jax_bsk import UnsupportedError, sparse_attention
 from jax_bsk.core import compat, dispatch, library
 from jax_bsk.qa.testing.faults import calls, checks
-from jax_bsk.qa.testing.faults.process import child_environment
 from jax_bsk.qa.testing.faults.scenario import NATIVE, Scenario, scenario
+from jax_bsk.qa.testing.isolate import child_environment
 
 FAULT = "unsupported GPU, no CUDA build, older jaxlib"
 EXPECTED = "import works; the call by name says what to do; the automatic choice warns and is right"

@@ -94,9 +94,7 @@ def _poison(implementation: str, *, fault: str) -> None:
     mask = block_mask(**changes)
     # Key blocks that the poisoned row lists may get NaN from it; the others may not.
     spared = set(range(LENGTH // BLOCK)) - set(ROW_LISTS["kv_blocks"][2 * row : 2 * row + 2])
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        expected, results = calls.as_listed(operands, mask), calls.attend(operands, mask, implementation)
+    for dtype, results, expected in calls.listed(mask, implementation):
         poisoned = [row]
         if fault == "decreasing-offsets":
             # The rows after it share entries: together they may name more than there are, which may poison them too.
@@ -140,10 +138,8 @@ def no_room(implementation: str) -> None:
     build = functools.partial(BlockMask.from_block_mask, q_len=LENGTH, block_size=BLOCK)
     blocks = np.tri(LENGTH // BLOCK, dtype=bool)  # rows of 1, 2, 3 and 4; there is room for the first three
     mask = jax.jit(functools.partial(build, max_blocks=6))(blocks)
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        expected = calls.as_listed(operands, build(blocks))
-        check_rows(calls.attend(operands, mask, implementation), expected, [3], dtype)
+    for dtype, results, expected in calls.listed(mask, implementation, as_if=build(blocks)):
+        check_rows(results, expected, [3], dtype)
     check_named(mask, 3)
 
 
@@ -152,10 +148,8 @@ def count_disagrees(implementation: str) -> None:
     """Traced index lists with a count above their width and a negative one."""
     ids = np.array([[0, 1], [1, 2], [2, 3], [0, 3]])
     mask = _from_indices(ids, np.array([2, 5, -1, 2]))
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        expected = calls.as_listed(operands, _from_indices(ids, np.full(4, 2)))
-        check_rows(calls.attend(operands, mask, implementation), expected, [1, 2], dtype)
+    for dtype, results, expected in calls.listed(mask, implementation, as_if=_from_indices(ids, np.full(4, 2))):
+        check_rows(results, expected, [1, 2], dtype)
     check_named(mask, 1)
 
 
@@ -179,9 +173,7 @@ def duplicates_when_traced(implementation: str) -> None:
     mask = _from_indices(np.array(rows), np.array(counts))
     listed = [[i for i, _ in calls.listed_entries(mask, row) or []] for row in range(4)]
     assert listed == [ids[:n] for ids, n in zip(rows, counts, strict=True)], f"the lists hold {listed}"
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        results, expected = calls.attend(operands, mask, implementation), calls.as_listed(operands, mask)
+    for dtype, results, expected in calls.listed(mask, implementation):
         check_rows(results, expected, [], dtype)
         check_keys(results, expected, range(4), dtype)
 
@@ -194,9 +186,7 @@ def empty_row(implementation: str) -> None:
     dense[:, positions(2)] = dense[:, 7] = False
     empty, unseen = ~dense.any(1), ~dense.any(0)
     mask = BlockMask.from_dense(dense, block_size=BLOCK)
-    for dtype in calls.dtypes(implementation):
-        operands = Operands.random(dtype, LENGTH, LENGTH)
-        results, expected = calls.attend(operands, mask, implementation), calls.as_listed(operands, mask)
+    for dtype, results, expected in calls.listed(mask, implementation):
         for name, where in (("out", empty), ("dq", empty), ("dk", unseen), ("dv", unseen)):
             checks.check_equal(f"{name} ({dtype})", results[name][:, where], 0)
         checks.check_equal(f"lse ({dtype})", results["lse"][..., empty], -np.inf)

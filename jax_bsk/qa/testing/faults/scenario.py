@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import os
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,7 +28,7 @@ class Scenario:
       platforms: the implementations for which the fault can be provoked.
       environment: variables its process must start with, because JAX reads them once.
       may_crash: whether a wrong answer to the fault can be the end of the process or no answer at all: then it belongs
-        in a process of its own (`run_in_subprocess`).
+        in a process of its own (`run_all_in_subprocesses`).
     """
 
     name: str
@@ -39,10 +38,6 @@ class Scenario:
     platforms: tuple[str, ...] = EVERYWHERE
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
     may_crash: bool = False
-
-    def environment_holds(self) -> bool:
-        """Whether this process has the scenario's environment."""
-        return all(os.environ.get(name) == value for name, value in self.environment.items())
 
 
 def scenario(name: str, fault: str, expected: str, **fields: Any) -> Callable[[Callable[[str], None]], Scenario]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
 from collections.abc import Sequence
 
 from jax_bsk.qa.testing.faults import (
@@ -16,8 +16,8 @@ from jax_bsk.qa.testing.faults import (
     sizes,
     values,
 )
-from jax_bsk.qa.testing.faults.process import Outcome, child_environment, run_commands
 from jax_bsk.qa.testing.faults.scenario import Scenario
+from jax_bsk.qa.testing.isolate import Worker
 
 _GROUPS = (lists, columns, gates, sizes, arguments, boundary, values, memory, installation)
 
@@ -25,33 +25,45 @@ SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for group in _GROUPS f
 assert len(SCENARIOS) == sum(len(group.SCENARIOS) for group in _GROUPS), "two scenarios have one name"
 
 
-def run_in_subprocess(name: str, implementation: str, timeout: float = 180) -> Outcome:
-    """Runs one scenario in a process of its own, with its environment.
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What came of a scenario.
 
-    Args:
+    Attributes:
       name: the scenario's.
-      implementation: "xla", "cpu" or "cuda".
-      timeout: seconds after which the process counts as hung.
+      passed: whether what must happen did, and the process lived.
+      detail: what happened instead; empty where it passed.
     """
-    return run_all_in_subprocesses([name], implementation, timeout)[0]
+
+    name: str
+    passed: bool
+    detail: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {'ok' if self.passed else 'FAILED'} {self.detail}".rstrip()
 
 
 def run_all_in_subprocesses(names: Sequence[str], implementation: str, timeout: float = 180) -> list[Outcome]:
     """Runs scenarios in as few processes as they allow, in order.
 
     Scenarios of the same environment share a process, and with it JAX's start and the compilations. One that ends the
-    process or hangs is blamed alone: those after it go on in a fresh one.
+    process or hangs is blamed alone: those after it go on in a fresh one. What is wrong when a process goes away is the
+    last one's.
 
     Args:
       names: the scenarios'.
       implementation: "xla", "cpu" or "cuda".
-      timeout: seconds for a process that runs one scenario; each further one gives it a quarter more.
+      timeout: seconds for each scenario, the start of its process included.
     """
     groups: dict[tuple, list[str]] = {}
     for name in names:
         groups.setdefault(tuple(sorted(SCENARIOS[name].environment.items())), []).append(name)
-    command = [sys.executable, "-m", "jax_bsk.qa.testing.faults", "--implementation", implementation]
     outcomes: dict[str, Outcome] = {}
     for variables, group in groups.items():
-        outcomes |= run_commands(command, group, child_environment(implementation, dict(variables)), timeout)
+        worker = Worker(implementation, timeout, dict(variables))
+        for name in group:
+            (record,) = worker.ask(f"fault:{name}")
+            outcomes[name] = Outcome(name, record["ok"], record["text"])
+        if problem := worker.close():
+            outcomes[group[-1]] = Outcome(group[-1], False, problem)
     return [outcomes[name] for name in names]

@@ -1,7 +1,6 @@
 """Test cases of block-sparse products as data: named corners, and random ones from a seed.
 
-A `Case` holds everything that decides its inputs, so its one line of text repeats it anywhere. Blocks' numbers outside
-of the matrix, and blocks in room that no row uses, are NaN: a product must not look at them.
+Blocks' numbers outside of the matrix, and blocks in room that no row uses, are NaN: a product must not look at them.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+
+from jax_bsk.qa.testing.judgement import NamedCase
 
 Form = Literal["A B", "A^T B", "X A", "X A^T", "sampled"]
 FORMS: tuple[Form, ...] = ("A B", "A^T B", "X A", "X A^T", "sampled")
@@ -29,11 +30,10 @@ SPARE = 3  # entries of room beyond a block for every place
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Case(NamedCase):
     """One call of `sparse_matmul` or `sampled_matmul`.
 
     Attributes:
-      name: its key on the command line (`--seed N` or `--case name`).
       form: which product.
       rows, columns: of the sparse matrix.
       width: columns of the dense factor (rows, where it is on the left; the contracted length of a sampled product).
@@ -49,7 +49,6 @@ class Case:
       seed: of all numbers.
     """
 
-    name: str
     form: Form = "A B"
     rows: int = 256
     columns: int = 192
@@ -65,13 +64,7 @@ class Case:
     fault: Fault | None = None
     seed: int = 0
 
-    @property
-    def repro(self) -> str:
-        """The command that runs this case alone; append `--implementation cpu` and the like."""
-        if self.name.startswith("seed-"):
-            seed, _, draw = self.name.removeprefix("seed-").partition(".")
-            return f"python -m jax_bsk.qa.testing.matmul --seed {seed}" + (f" --draw {draw}" if draw else "")
-        return f"python -m jax_bsk.qa.testing.matmul --case {self.name}"
+    kit = "matmul"
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -105,10 +98,6 @@ class Case:
     @property
     def result_dtype(self) -> str:
         return "float32" if self.wide and self.dtype != "float64" else self.dtype
-
-    def __str__(self) -> str:
-        parts = [f"{f.name}={getattr(self, f.name)!r}" for f in dataclasses.fields(self) if f.name != "name"]
-        return f"{self.name}: {' '.join(parts)}"
 
 
 class Inputs(NamedTuple):

@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_bsk.qa.benchmarking.cases import DENSE, Case
-from jax_bsk.qa.benchmarking.contender import Contender, Refused, need_gpu, of_jax
-from jax_bsk.qa.benchmarking.inputs import Inputs
-from jax_bsk.qa.benchmarking.ours import segment_ids
-from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.benchmarking.attention.cases import DENSE, Case
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.ours import segment_ids
+from jax_bsk.qa.benchmarking.attention.passes import Pass, of_jax
+from jax_bsk.qa.benchmarking.contender import Contender, Refused, need_gpu
 
 MOST_LOGITS = 20e9  # bytes of float32 logits that XLA may hold
 # A dense mask is S^2 numbers, and a bias of as many in cuDNN: with gradients more time and memory than it tells.

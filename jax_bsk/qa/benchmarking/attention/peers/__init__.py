@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-from jax_bsk.qa.benchmarking.cases import Case
+from jax_bsk.qa.benchmarking.attention.cases import Case
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.peers import fa4_peer, flash_attn3_peer, jax_nn, tokamax_peer, torch_peers
 from jax_bsk.qa.benchmarking.contender import Contender
-from jax_bsk.qa.benchmarking.inputs import Inputs
-from jax_bsk.qa.benchmarking.peers import fa4_peer, flash_attn3_peer, jax_nn, tokamax_peer, torch_peers
 
 _MODULES = (jax_nn, torch_peers, flash_attn3_peer, fa4_peer, tokamax_peer)
 

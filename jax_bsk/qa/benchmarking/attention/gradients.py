@@ -21,10 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.qa.benchmarking.cases import Case, Pattern
-from jax_bsk.qa.benchmarking.check import Reference, Spots, rounding_of, whole_heads
-from jax_bsk.qa.benchmarking.inputs import Inputs
-from jax_bsk.qa.benchmarking.passes import GRADIENTS
+from jax_bsk.qa.benchmarking.attention.cases import Case, Pattern
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.passes import GRADIENTS
+from jax_bsk.qa.benchmarking.attention.spots import Spots, whole_heads
+from jax_bsk.qa.benchmarking.check import Reference, rounded, rounding_of
 
 CHUNK = 1024  # queries at a time: 270 MB of float64 logits at 32,768 keys
 ROUNDINGS = 3
@@ -57,15 +58,16 @@ class GradientReferences:
 
     def _make(self, pattern: Pattern) -> dict[str, Reference]:
         exact: dict[str, list[np.ndarray]] = {name: [] for name in GRADIENTS}
-        rounded: dict[str, list[np.ndarray]] = {name: [] for name in GRADIENTS}
+        of_type: dict[str, list[np.ndarray]] = {name: [] for name in GRADIENTS}
         for i in range(len(self._spots.heads)):
             lse, delta, rounded_delta = self._statistics(i, pattern)
-            for made, delta_of, to_type in ((exact, delta, _as_is), (rounded, rounded_delta, self._round)):
-                for name, rows in zip(GRADIENTS, self._rows(i, pattern, lse, delta_of, to_type), strict=True):
+            to_type = functools.partial(rounded, dtype=self._dtype)
+            for made, delta_of, kept in ((exact, delta, lambda x: x), (of_type, rounded_delta, to_type)):
+                for name, rows in zip(GRADIENTS, self._rows(i, pattern, lse, delta_of, kept), strict=True):
                     made[name].append(rows)
         kv_spots = self._spots.of_kv(self._group)
         return {
-            name: self._reference(self._spots if name == "dquery" else kv_spots, exact[name], rounded[name])
+            name: self._reference(self._spots if name == "dquery" else kv_spots, exact[name], of_type[name])
             for name in GRADIENTS
         }
 
@@ -109,19 +111,12 @@ class GradientReferences:
         dvalue = np.einsum("gqk,gqd->kd", to_type(p), dout)
         return tuple(to_type(x) for x in (dquery, dkey, dvalue))
 
-    def _reference(self, spots: Spots, exact: list[np.ndarray], rounded: list[np.ndarray]) -> Reference:
+    def _reference(self, spots: Spots, exact: list[np.ndarray], of_type: list[np.ndarray]) -> Reference:
         rows = np.stack(exact)
-        error = np.abs(np.stack(rounded) - rows).max(-1)
+        error = np.abs(np.stack(of_type) - rows).max(-1)
         largest = np.abs(rows).max(-1)
         largest = np.maximum(largest, np.median(largest))
         return Reference(spots, rows, ROUNDINGS * error + rounding_of(self._dtype) * largest)
-
-    def _round(self, x: np.ndarray) -> np.ndarray:
-        return x.astype(np.float32).astype(self._dtype).astype(np.float64)
-
-
-def _as_is(x: np.ndarray) -> np.ndarray:
-    return x
 
 
 def _float64(x: jax.Array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""What the benchmark measures: patterns, sizes, goals, and the cases of the forward. Data, no measuring.
+"""What the attention benchmark measures: patterns, sizes, and the tables of every pass. Data, no measuring.
 
 A pattern says twice what may attend to what: as a `BlockMask`, which jax_bsk gets, and as a predicate of positions,
 which the check and every dense mask are made of, so that a wrong block list does not hide in its own reference.
@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, SegmentMask
-from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.benchmarking.attention.passes import Pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,7 @@ class Pattern:
       kind: "random", "causal", "window", "dense" or "documents".
       window: tokens to the left (window).
       blocks: bool [n, n] (random).
+      block_size: tokens of each of them; 0 for length / n.
       ids: int32 [length], never decreasing (documents, causal inside each).
     """
 
@@ -32,6 +32,7 @@ class Pattern:
     window: int = 0
     blocks: np.ndarray | None = None
     ids: np.ndarray | None = None
+    block_size: int = 0
 
     def attends(self, q: Any, kv: Any, length: int, xp: Any = np) -> Any:
         """Whether positions q attend to positions kv, broadcast; `xp` is numpy or jax.numpy."""
@@ -45,7 +46,7 @@ class Pattern:
             ids = xp.asarray(self.ids)
             return (kv <= q) & (ids[q] == ids[kv])
         blocks = xp.asarray(self.blocks)
-        size = length // blocks.shape[0]
+        size = self.block_size or length // blocks.shape[0]
         return blocks[q // size, kv // size]
 
     def block_mask(self, length: int, block_size: int) -> BlockMask:
@@ -63,21 +64,6 @@ DENSE = Pattern("dense")
 
 
 @dataclasses.dataclass(frozen=True)
-class Goal:
-    """What jax_bsk must reach in a case on one H200; every part that is given counts.
-
-    Attributes:
-      flops_per_second: at least so many useful ones.
-      seconds: at most so long a call.
-      ratios: peer -> at least so many times its time.
-    """
-
-    flops_per_second: float | None = None
-    seconds: float | None = None
-    ratios: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-
-@dataclasses.dataclass(frozen=True)
 class Case:
     """One row.
 
@@ -91,6 +77,7 @@ class Case:
       series: its line in the picture against length, None for none.
       kv_heads: of key and value; None for as many as heads.
       measured: the pass.
+      columns: whether the mask has its key-major lists beside the others, which a backward else makes in every call.
     """
 
     name: str
@@ -107,6 +94,7 @@ class Case:
     series: str | None = None
     kv_heads: int | None = None
     measured: Pass = Pass.FORWARD
+    columns: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -125,7 +113,8 @@ class Case:
 
     @functools.cached_property
     def mask(self) -> BlockMask:
-        return self.pattern.block_mask(self.length, self.block_size)
+        mask = self.pattern.block_mask(self.length, self.block_size)
+        return mask.transpose() if self.columns else mask
 
     @functools.cached_property
     def density(self) -> float:
@@ -138,31 +127,25 @@ class Case:
         pairs = self.batch * self.heads * self.length**2 * self.density
         return self.measured.flops_of(pairs, self.head_dim)
 
+    @property
+    def kind(self) -> tuple[Pass, str]:
+        """What else cases share whose speed can be compared."""
+        return self.measured, self.dtype
 
-# The goals of the Hopper forward, and the peer's time of 5.9 ms that the documents are held against (10 times faster).
-GOALS: dict[str, Goal] = {
-    "B4 H32 S8192 D128 random .22": Goal(flops_per_second=620e12, ratios={"flex": 1.55}),
-    "B4 H32 S8192 D128 random .10": Goal(flops_per_second=570e12),
-    "B4 H32 S8192 D128 random .03": Goal(flops_per_second=480e12),
-    "B4 H32 S8192 D128 causal": Goal(flops_per_second=600e12),
-    "B4 H32 S8192 D128 dense": Goal(flops_per_second=660e12),
-    "B4 H32 S8192 D128 window 1024": Goal(ratios={"flex": 1.5}),
-    "B1 H16 S32768 D128 random .22": Goal(flops_per_second=650e12),
-    "B1 H16 S32768 D128 random .10": Goal(flops_per_second=630e12),
-    "B1 H16 S32768 D128 random .03": Goal(flops_per_second=570e12),
-    "B16 H96 S4096 D128 random .23": Goal(seconds=5.8e-3),
-    "B16 H96 S4096 D128 random .10": Goal(seconds=3.3e-3),
-    "B4 H32 S8192 D64 random .22": Goal(flops_per_second=440e12, ratios={"flex": 1.2}),
-    "B1 H8 S512 D64 half of 64-blocks": Goal(seconds=5e-6),
-    "B1 H8 S512 D64 half of 128-blocks": Goal(seconds=5e-6),
-    "B1 H16 S1024 D64 half of 64-blocks": Goal(seconds=10e-6),
-    "B1 H16 S1024 D64 half of 128-blocks": Goal(seconds=10e-6),
-    "B1 H32 S2048 D64 half of 64-blocks": Goal(seconds=35e-6),
-    "B1 H32 S2048 D64 half of 128-blocks": Goal(seconds=35e-6),
-    "B1 H8 S512 D128 half of 64-blocks": Goal(seconds=8e-6),
-    "B1 H8 S512 D128 half of 128-blocks": Goal(seconds=8e-6),
-    "B4 H32 S8192 D128 documents, mask in jit": Goal(seconds=0.59e-3, ratios={"fa4-jax": 10}),
-}
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a record says of its case."""
+        sizes = ("batch", "heads", "length", "head_dim", "dtype", "block_size", "panel", "series")
+        return {name: getattr(self, name) for name in sizes} | {
+            "name": self.name,
+            "pass": self.measured.value,
+            "kv_heads": self.kv_heads or self.heads,
+            "pattern": self.pattern.kind,
+            "density": self.density,
+            "block_density": self.mask.density,
+            "chained_calls": self.calls,
+            "useful_flops": self.useful_flops,
+        }
 
 
 def drawn_blocks(count: int, chance: float, density: float, rng: np.random.Generator) -> np.ndarray:
@@ -286,3 +269,101 @@ def cpu_cases(seed: int) -> list[Case]:
         make.half((1, 2, 256, 32), 64, calls=3),
         *make.lengths([(2, 2, 256, 32), sizes], 0.4, 64),
     ]
+
+
+def gradient_gpu_cases(seed: int, measured: Pass) -> list[Case]:
+    """The table of a pass with gradients, cases of one shape beside each other."""
+    make = Maker("bfloat16", seed, measured)
+    middle, long = (4, 32, 8192, 128), (1, 16, 32768, 128)
+    return [
+        make.random(middle, ".50", 0.515, panel=panel(middle)),
+        make.random(middle, ".22", 0.237, panel=panel(middle)),
+        make.random(middle, ".10", 0.118, panel=panel(middle)),
+        make.random(middle, ".03", 0.047, panel=panel(middle)),
+        make.case(middle, "causal", Pattern("causal"), 128, panel=panel(middle)),
+        make.case(middle, "dense", DENSE, 128, panel=panel(middle)),
+        make.case(middle, "window 1024", Pattern("window", window=1024), 128, panel=panel(middle)),
+        make.random(middle, ".22", 0.237, kv_heads=8),
+        make.random(long, ".22", 0.221, panel=panel(long)),
+        make.random(long, ".10", 0.103, panel=panel(long)),
+        make.random(long, ".03", 0.034, panel=panel(long)),
+        make.random((4, 32, 8192, 64), ".22", 0.237),
+        make.random((2, 16, 8192, 256), ".22", 0.237),
+        # The last: PyTorch's share in it is a captured graph, and a capture that fails may leave its context unusable.
+        make.half((1, 8, 2048, 64), 64, calls=20),
+    ]
+
+
+def gradient_cpu_cases(seed: int, measured: Pass) -> list[Case]:
+    """The same where there is no GPU: one small case of each sort."""
+    make = Maker("float32", seed, measured)
+    sizes = (1, 2, 512, 32)
+    return [
+        *small_patterns(make, sizes),
+        make.documents(sizes, 100, 64)[1],
+        make.random((2, 4, 256, 32), ".4", 0.5, 64, kv_heads=2),
+        make.half((1, 2, 256, 32), 64, calls=3),
+    ]
+
+
+def table(measured: Pass, seed: int, on_gpu: bool) -> list[Case]:
+    """The cases of a pass on a GPU or a CPU."""
+    if measured is Pass.FORWARD:
+        return (gpu_cases if on_gpu else cpu_cases)(seed)
+    return (gradient_gpu_cases if on_gpu else gradient_cpu_cases)(seed, measured)
+
+
+# ---- What the validation tool measures beyond the tables: small calls, lengths by sparsities, time tiers
+
+LENGTHS = (4096, 8192, 16384, 32768)
+SPARSITIES = (0.5, 0.7, 0.78, 0.9)  # shares of blocks that are skipped
+TOKENS, HEADS, HEAD_DIM = 32768, 32, 128  # of every case of the grid: batch x length is constant
+MICRO_HEADS = (8, 16, 32, 64, 128)
+
+# Milliseconds in which the shape of the tiers is to be done, and the densities at which it is measured.
+TIER_SHAPE: Sizes = (16, 96, 4096, 128)
+TIERS = (14.0, 10.0, 7.0, 5.0)
+TIER_DENSITIES = (0.7, 0.5, 0.4, 0.3, 0.22, 0.15, 0.1)
+
+
+def micro(seed: int) -> list[Case]:
+    """Short sequences of many heads, half of their blocks, 20 calls in one jit."""
+    make = Maker("bfloat16", seed)
+    return [make.half((16, heads, 512, 64), 64, calls=20) for heads in MICRO_HEADS]
+
+
+def grid(seed: int, measured: Pass) -> list[Case]:
+    """Every length with every sparsity, as long as a pass takes them."""
+    make = Maker("bfloat16", seed, measured)
+    return [
+        make.exact((TOKENS // length, HEADS, length, HEAD_DIM), 1 - sparsity, f"sparsity {sparsity:g}")
+        for length in LENGTHS
+        for sparsity in SPARSITIES
+    ]
+
+
+def tiers(seed: int) -> list[Case]:
+    """The shape of the tiers in float16, dense and at falling densities."""
+    make = Maker("float16", seed)
+    random = [make.exact(TIER_SHAPE, density, f"density {density:g}") for density in TIER_DENSITIES]
+    return [make.case(TIER_SHAPE, "dense", DENSE, 128), *random]
+
+
+def met_tiers(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """For each tier the largest density measured within it, and where the line to the next one crosses it.
+
+    Args:
+      records: of `tiers`' cases; those without a time are left out.
+    """
+    points = sorted((r["density"], r["jax_bsk"]["seconds"] * 1e3) for r in records if "seconds" in r["jax_bsk"])
+    found = []
+    for tier in TIERS:
+        within = [point for point in points if point[1] <= tier]
+        beyond = [point for point in points if point[1] > tier]
+        entry: dict[str, Any] = {"milliseconds": tier, "met_at_density": within[-1][0] if within else None}
+        entry["measured_milliseconds"] = within[-1][1] if within else None
+        if within and beyond:
+            (d0, t0), (d1, t1) = within[-1], beyond[0]
+            entry["interpolated_density"] = d0 + (d1 - d0) * (tier - t0) / (t1 - t0)
+        found.append(entry)
+    return found

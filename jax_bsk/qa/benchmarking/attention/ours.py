@@ -10,13 +10,14 @@ import numpy as np
 
 from jax_bsk import sparse_attention
 from jax_bsk.masks import CausalMask, SegmentMask
-from jax_bsk.qa.benchmarking.cases import Case
-from jax_bsk.qa.benchmarking.contender import Contender, of_jax
-from jax_bsk.qa.benchmarking.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.cases import Case
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.passes import of_jax
+from jax_bsk.qa.benchmarking.contender import Contender
 
 
-def make(case: Case, inputs: Inputs, implementation: str) -> Contender:
-    """`sparse_attention` of a named implementation: it raises rather than fall back to a slower one."""
+def make(case: Case, inputs: Inputs, implementation: str | None, *, ahead: bool = False) -> Contender:
+    """`sparse_attention` of a named implementation, which raises rather than fall back to a slower one."""
     if case.traced:
 
         def packed(query, key, value, ids):
@@ -24,12 +25,12 @@ def make(case: Case, inputs: Inputs, implementation: str) -> Contender:
             bound = mask.bind(case.length, block_size=case.block_size)
             return sparse_attention(query, key, value, mask=bound, implementation=implementation)  # type: ignore[arg-type]
 
-        return of_jax(case, inputs, packed, segment_ids(case), variant="mask built in the jit")
+        return of_jax(case, inputs, packed, segment_ids(case), variant="mask built in the jit", ahead=ahead)
 
     def masked(query, key, value, mask):
         return sparse_attention(query, key, value, mask=mask, implementation=implementation)  # type: ignore[arg-type]
 
-    return of_jax(case, inputs, masked, jax.device_put(case.mask), variant="block mask")
+    return of_jax(case, inputs, masked, jax.device_put(case.mask), variant="block mask", ahead=ahead)
 
 
 @functools.lru_cache(maxsize=1)

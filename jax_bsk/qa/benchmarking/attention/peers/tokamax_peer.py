@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from jax_bsk.qa.benchmarking.cases import Case
-from jax_bsk.qa.benchmarking.contender import Contender, Refused, need, need_gpu, of_jax
-from jax_bsk.qa.benchmarking.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.cases import Case
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.passes import of_jax
+from jax_bsk.qa.benchmarking.contender import Contender, Refused, need, need_gpu
 
 from .jax_nn import dense_mask, native
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from jax_bsk.qa.benchmarking.cases import DENSE, Case
-from jax_bsk.qa.benchmarking.contender import Contender, Refused, need, need_gpu, of_jax
-from jax_bsk.qa.benchmarking.inputs import Inputs
-from jax_bsk.qa.benchmarking.ours import segment_ids
+from jax_bsk.qa.benchmarking.attention.cases import DENSE, Case
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.ours import segment_ids
+from jax_bsk.qa.benchmarking.attention.passes import of_jax
+from jax_bsk.qa.benchmarking.contender import Contender, Refused, need, need_gpu
 
 NAME = "fa4-jax"
 

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jax_bsk.qa.benchmarking.cases import Case
-from jax_bsk.qa.benchmarking.passes import Pass
+from jax_bsk.qa.benchmarking.attention.cases import Case
+from jax_bsk.qa.benchmarking.attention.passes import Pass
 
 
 class Inputs:

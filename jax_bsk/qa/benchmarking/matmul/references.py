@@ -1,4 +1,4 @@
-"""The check before any timing: some rows and columns of the result against float64, and every number finite.
+"""What a product must be: some rows and columns of the result in float64.
 
 A row and a column are drawn from each of many equal strips, so that no tile of the result goes unseen. The tolerance
 of a row is that of the attention benchmark: twice the error of the exact row rounded to the type, and one rounding of
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.qa.benchmarking.check import rounding_of, verdict
+from jax_bsk.qa.benchmarking.check import Reference, rounded, rounding_of
 from jax_bsk.qa.benchmarking.matmul.cases import Operation
 from jax_bsk.qa.benchmarking.matmul.operands import Operands
 
@@ -55,27 +55,6 @@ def pick(x: jax.Array, spots: Spots) -> tuple[np.ndarray, bool]:
     return np.asarray(values).astype(np.float64), bool(finite)
 
 
-@dataclasses.dataclass(frozen=True)
-class Reference:
-    """What a result must be at the spots.
-
-    Attributes:
-      spots: where.
-      values: float64 [r, c].
-      tolerance: [r].
-      wanted: bool [r, c], where a result counts: stored blocks in the gradient of the data.
-    """
-
-    spots: Spots
-    values: np.ndarray
-    tolerance: np.ndarray
-    wanted: np.ndarray
-
-    def check(self, values: np.ndarray, finite: bool) -> dict[str, Any]:
-        """As `check.verdict`; what is not wanted is not looked at."""
-        return verdict(np.where(self.wanted, values, 0), self.values, self.tolerance, finite)
-
-
 def make_reference(
     operands: Operands, operation: Operation, spots: Spots, weights: jax.Array | None = None
 ) -> Reference:
@@ -94,8 +73,7 @@ def make_reference(
 
 def tolerance_of(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """What each row of exact values may be off by as a result of that type (bfloat16 too: JAX's is numpy's)."""
-    rounded = values.astype(np.float32).astype(dtype).astype(np.float64)
-    return 2 * np.abs(rounded - values).max(-1) + rounding_of(dtype) * np.abs(values).max(-1)
+    return 2 * np.abs(rounded(values, dtype) - values).max(-1) + rounding_of(dtype) * np.abs(values).max(-1)
 
 
 def _lines(x: jax.Array, places: np.ndarray, columns: bool) -> np.ndarray:

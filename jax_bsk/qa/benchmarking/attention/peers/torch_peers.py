@@ -13,11 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jax_bsk.qa.benchmarking.cases import DENSE, Case
-from jax_bsk.qa.benchmarking.check import Spots
+from jax_bsk.qa.benchmarking.attention.cases import DENSE, Case
+from jax_bsk.qa.benchmarking.attention.inputs import Inputs
+from jax_bsk.qa.benchmarking.attention.passes import Pass
+from jax_bsk.qa.benchmarking.attention.spots import Spots
 from jax_bsk.qa.benchmarking.contender import Contender, Refused, need, need_gpu
-from jax_bsk.qa.benchmarking.inputs import Inputs
-from jax_bsk.qa.benchmarking.passes import Pass
 
 _SDPA = {"sdpa-flash": "FLASH_ATTENTION", "sdpa-cudnn": "CUDNN_ATTENTION"}
 
@@ -73,7 +73,7 @@ def contender(name: str, case: Case, inputs: Inputs, device: str) -> Contender:
         wait.block_until_ready()
         return results
 
-    return Contender(once, _rows, dispatch, case.calls, DENSE if unmasked else case.pattern, variant)
+    return Contender(once, _rows, dispatch, case.calls, variant, DENSE if unmasked else None)
 
 
 def _step(

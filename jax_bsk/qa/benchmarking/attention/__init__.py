@@ -1,0 +1,1 @@
+"""The attention benchmark: patterns and cases, goals, passes, contenders, and what a result must be."""
