@@ -20,16 +20,10 @@ result is wrong. `--quick` shows on any machine that everything runs.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-# cuDNN's workspace and XLA's own share the GPU.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import jax.numpy as jnp
@@ -38,13 +32,12 @@ import jax_bsk
 from jax_bsk import selection
 from jax_bsk.core import compat
 from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.qa.benchmarking import timing
+from jax_bsk.qa.benchmarking import report, suite, timing
 from jax_bsk.qa.support import environment
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.support.table import table
 
 RESULTS = Path(__file__).parent / "results"
-ROUNDS, QUICK_ROUNDS = 5, 2
 TOP_K = 16
 SIZES = {"length": 32_768, "heads": 16, "head_dim": 128, "block": 128}
 QUICK_SIZES = {"length": 1_024, "heads": 2, "head_dim": 64, "block": 64}
@@ -205,12 +198,13 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: into results/ after a run on a GPU")
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     args = parser.parse_args(argv)
+    suite.share_the_gpu()  # cuDNN's workspace and XLA's own share it
     on_gpu = compat.default_platform() == "cuda"
     sizes, dtype = (QUICK_SIZES, "float32") if args.quick else (SIZES, "bfloat16")
 
     errors = check(sizes, args.seed)
     wrong = {name: error for name, error in errors.items() if not error <= 2e-4}
-    times = measure(sizes, dtype, QUICK_ROUNDS if args.quick else ROUNDS, args.seed, args.quiet)
+    times = measure(sizes, dtype, suite.QUICK_ROUNDS if args.quick else suite.ROUNDS, args.seed, args.quiet)
     found = ratios(times)
     device = environment.devices()[0]["name"]
     result = {
@@ -231,10 +225,9 @@ def run(argv: Sequence[str]) -> int:
         print(f"wrong: {name} differs from plain JAX by {error:.1e} of its largest number")
     output = args.output
     if output is None and on_gpu and not args.quick:
-        output = RESULTS / f"selection-{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+        output = suite.results_path(RESULTS, "selection")
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+        report.write(result, output)
         print(f"Wrote {output}")
     return 1 if wrong else 0
 

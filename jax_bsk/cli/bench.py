@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is not None:
         report.write(found, args.output)
         print(f"Wrote {args.output}")
-    if pictures is not None:
+    if pictures is not None and args.plot is not None:
         args.plot.parent.mkdir(parents=True, exist_ok=True)
         panels = pictures.grouped(found["cases"], lambda case: f"{case['pass']}, {case['length']:,} tokens")
         if panels:
@@ -230,8 +230,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         for case, record in zip(cases, of_cases, strict=True):
             assert isinstance(record, dict)  # there is no deadline
             about = {"name": f"{case.length} tokens, {case.name}", "pattern": case.name, "pass": names[case.measured]}
-            times = {"mask_build_seconds": build_seconds[-1]}
-            found["cases"].append({"length": case.length, **record, **about, **times})
+            # A peer that is wrong is told, and is not this command's failure.
+            ours = {"mask_build_seconds": build_seconds[-1], "ok": "seconds" in record[OURS]}
+            found["cases"].append({"length": case.length, **record, **about, **ours})
     return found
 
 
