@@ -58,7 +58,7 @@ int64_t ListsChoose(const Sizes& sizes) {
                {"rows", &params.rows},
                {"blocks", &params.blocks},
                {"width", &params.width},
-               {"unit", &params.unit}});
+               {"group", &params.group}});
   return 4 * lists::cuda::ChooseWorkspace(params);
 }
 

@@ -28,7 +28,7 @@ SPECIAL = np.array([np.nan, np.inf, -np.inf, 0.0, -0.0, 3.4028235e38, -3.4028235
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Scores [tables.., nq, units] and what is known before them."""
+    """Scores [tables.., nq, groups] and what is known before them."""
 
     scores: np.ndarray
     k: int
@@ -37,22 +37,22 @@ class Case:
 
 
 def make(seed: int, tables: tuple[int, ...] = (2, 3)) -> Case:
-    """Rows of random sizes with ties, numbers that are none, few open units, and more required than k."""
+    """Rows of random sizes with ties, numbers that are none, few open groups, and more required than k."""
     rng = np.random.default_rng(seed)
-    nq, unit = int(rng.integers(0, 20)), int(rng.integers(1, 4)) if seed % 2 else 1
+    nq, group = int(rng.integers(0, 20)), int(rng.integers(1, 4)) if seed % 2 else 1
     nk = int(rng.integers(0, 70))
     tiles = rng.choice([EMPTY, FULL, 0, 2], (nq, nk), p=[0.2, 0.6, 0.1, 0.1]).astype(np.int32)
     if seed % 3:
         tiles = np.where(np.arange(nk) * nq > np.arange(nq)[:, None] * nk, EMPTY, tiles)  # causal
-    candidates = Candidates(tiles, np.zeros((1, 1, 3, 32, 1), np.uint32), nq * 32, nk * 32, 32, 32, unit)
-    units = candidates.open_groups.shape[1]
-    scores = rng.normal(size=(*tables, nq, units)).astype(np.float32)
+    candidates = Candidates(tiles, np.zeros((1, 1, 3, 32, 1), np.uint32), nq * 32, nk * 32, 32, 32, group)
+    groups = candidates.open_groups.shape[1]
+    scores = rng.normal(size=(*tables, nq, groups)).astype(np.float32)
     kinds = rng.integers(0, 4, (*tables, nq, 1))
     scores = np.where(kinds == 1, np.round(scores * 2), scores)  # ties
     special = rng.choice(SPECIAL, scores.shape)
     scores = np.where((kinds == 2) & (rng.random(scores.shape) < 0.5), special, scores)
     scores = np.where((kinds == 3) & (rng.random(scores.shape) < 0.9), -np.inf, scores).astype(np.float32)
-    required = None if seed % 4 == 0 else rng.random((nq, units)) < 0.1
+    required = None if seed % 4 == 0 else rng.random((nq, groups)) < 0.1
     return Case(scores, int(rng.integers(1, 12)), required, candidates)
 
 
@@ -75,18 +75,18 @@ def in_jax(case: Case, monkeypatch):
 def plainest(case: Case):
     """A row at a time. XLA takes subnormal numbers as 0 on the CPU."""
     tiny = np.finfo(np.float32).tiny if compat.default_platform() == "cpu" else 0
-    tables, (nq, nk), unit = case.scores.shape[:2], case.candidates.tiles.shape, case.candidates.group
-    open_units = case.candidates.open_groups
+    tables, (nq, nk), group = case.scores.shape[:2], case.candidates.tiles.shape, case.candidates.group
+    open_groups = case.candidates.open_groups
     lists = []
     for at in np.ndindex(tables):
         offsets, entries = [0], []
         for i in range(nq):
             row = case.scores[at][i].astype(np.float64)
             row = np.where(np.abs(row) < tiny, 0, np.minimum(row, np.finfo(np.float32).max))
-            must = (np.zeros_like(open_units) if case.required is None else case.required)[i] & open_units[i]
-            may = [j for j in np.argsort(-row, kind="stable") if open_units[i, j] and not must[j] and row[j] > -np.inf]
+            must = (np.zeros_like(open_groups) if case.required is None else case.required)[i] & open_groups[i]
+            may = [j for j in np.argsort(-row, kind="stable") if open_groups[i, j] and not must[j] and row[j] > -np.inf]
             chosen = [*np.flatnonzero(must), *may[: max(0, case.k - must.sum())]]
-            blocks = [b for j in chosen for b in range(j * unit, min(j * unit + unit, nk))]
+            blocks = [b for j in chosen for b in range(j * group, min(j * group + group, nk))]
             row_tiles = case.candidates.tiles[i]
             ordered = sorted((row_tiles[b] == FULL, b) for b in blocks if row_tiles[b] != EMPTY)
             entries += [(b, row_tiles[b]) for _, b in ordered]
@@ -132,7 +132,7 @@ def test_nothing_to_choose_from(tables, nq, nk, k, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [5, 2**40])
-def test_k_beyond_all_units(k, monkeypatch):
+def test_k_beyond_all_groups(k, monkeypatch):
     case = dataclasses.replace(make(8), k=k)
     got = choose(dataclasses.replace(case, k=case.scores.shape[-1]))
     jax.tree.map(np.testing.assert_array_equal, choose(dataclasses.replace(case, k=2**40)), got)
@@ -213,9 +213,9 @@ def test_partly_manual_shard_map():
     jax.tree.map(np.testing.assert_array_equal, jax.jit(mapped)(placed), choose(case))
 
 
-def lowered(platform, units=20, dtype=jnp.float32):
-    scores = jax.ShapeDtypeStruct((1, 2, 10, units), dtype)
-    function = jax.jit(lambda x: fields(from_topk(x, 3, q_len=320, kv_len=32 * units, block_size=32)))
+def lowered(platform, groups=20, dtype=jnp.float32):
+    scores = jax.ShapeDtypeStruct((1, 2, 10, groups), dtype)
+    function = jax.jit(lambda x: fields(from_topk(x, 3, q_len=320, kv_len=32 * groups, block_size=32)))
     checks = jax_bsk.export_checks()
     return jax.export.export(function, platforms=[platform], disabled_checks=checks)(scores).mlir_module()
 
@@ -228,12 +228,12 @@ def test_other_platforms_types_and_sizes_have_plain_jax(monkeypatch):
     with jax.enable_x64(True):
         assert CALL not in lowered("cpu", dtype=jnp.float64)
     # As a CUDA library says of itself, whose rows are in shared memory.
-    limited = library.Library("cuda", {"lists_max_units": 100}, None)
+    limited = library.Library("cuda", {"lists_max_groups": 100}, None)
     monkeypatch.setattr(library, "load", lambda platform: limited)
-    assert CALL in lowered("cuda", units=100)
+    assert CALL in lowered("cuda", groups=100)
     # Entries and counts of 2 x 10 rows, two words each, behind the results.
     assert "tensor<160xi32>" in lowered("cuda")
-    assert CALL not in lowered("cuda", units=101)
+    assert CALL not in lowered("cuda", groups=101)
     monkeypatch.setattr(library, "load", lambda platform: library.Library(platform, {}, "not built"))
     assert CALL not in lowered("cuda")
 
@@ -286,25 +286,25 @@ def test_a_mask_of_several_tiles_is_plain_jax(monkeypatch):
 
 # ---- the custom call itself -----------------------------------------------------------------------------------------
 
-TABLES, ROWS, UNITS, UNIT, BLOCKS, CAPACITY = 2, 3, 4, 2, 7, 12
+TABLES, ROWS, GROUPS, GROUP, BLOCKS, CAPACITY = 2, 3, 4, 2, 7, 12
 
 
 def direct() -> DirectCall:
-    """Units of two blocks, the last of one; every row chooses the last two."""
-    scores = jnp.broadcast_to(jnp.arange(UNITS, dtype=jnp.float32), (1, TABLES, ROWS, UNITS))
+    """Groups of two blocks, the last of one; every row chooses the last two."""
+    scores = jnp.broadcast_to(jnp.arange(GROUPS, dtype=jnp.float32), (1, TABLES, ROWS, GROUPS))
     operands = {
         "scores": scores,
-        "states": jnp.ones((ROWS, UNITS), jnp.int8),
-        "outline": jnp.full((ROWS, BLOCKS), FULL, jnp.int32),
+        "states": jnp.ones((ROWS, GROUPS), jnp.int8),
+        "candidates": jnp.full((ROWS, BLOCKS), FULL, jnp.int32),
     }
     results = {
         "row_offsets": shape("int32", 1, TABLES, ROWS + 1),
         "kv_blocks": shape("int32", 1, TABLES, CAPACITY),
         "tiles": shape("int32", 1, TABLES, CAPACITY),
     }
-    static = native.ChooseCall(2, 2, UNIT, CAPACITY, 0, choice.choose_in_jax)
+    static = native.ChooseCall(2, 2, GROUP, CAPACITY, 0, choice.choose_in_jax)
     if compat.default_platform() == "cuda":
-        results["workspace"] = shape("int32", ffi.choose_workspace(scores.shape, BLOCKS, 2, UNIT) // 4)
+        results["workspace"] = shape("int32", ffi.choose_workspace(scores.shape, BLOCKS, 2, GROUP) // 4)
     return DirectCall(ffi.LISTS_CHOOSE, operands, results, native.CHOOSE.attributes(static))
 
 
@@ -331,29 +331,29 @@ def test_leading_dimensions_count_as_tables():
 def test_what_does_not_fit_is_refused():
     call = direct()
     changes = {
-        "scores rank": {"scores": shape("float32", UNITS)},
-        "scores type": {"scores": shape("float16", 1, TABLES, ROWS, UNITS)},
-        "scores units": {"scores": shape("float32", 1, TABLES, ROWS, UNITS + 1)},
-        "states type": {"states": shape("int32", ROWS, UNITS)},
-        "states rows": {"states": shape("int8", ROWS - 1, UNITS)},
-        "outline rank": {"outline": shape("int32", BLOCKS)},
-        "outline rows": {"outline": shape("int32", 1, BLOCKS)},
-        "outline blocks": {"outline": shape("int32", ROWS, BLOCKS + 2)},
-        "outline type": {"outline": shape("int8", ROWS, BLOCKS)},
-        "an operand less": {"outline": None},
+        "scores rank": {"scores": shape("float32", GROUPS)},
+        "scores type": {"scores": shape("float16", 1, TABLES, ROWS, GROUPS)},
+        "scores groups": {"scores": shape("float32", 1, TABLES, ROWS, GROUPS + 1)},
+        "states type": {"states": shape("int32", ROWS, GROUPS)},
+        "states rows": {"states": shape("int8", ROWS - 1, GROUPS)},
+        "candidates rank": {"candidates": shape("int32", BLOCKS)},
+        "candidates rows": {"candidates": shape("int32", 1, BLOCKS)},
+        "candidates blocks": {"candidates": shape("int32", ROWS, BLOCKS + 2)},
+        "candidates type": {"candidates": shape("int8", ROWS, BLOCKS)},
+        "an operand less": {"candidates": None},
         "offsets length": {"row_offsets": shape("int32", 1, TABLES, ROWS)},
         "offsets type": {"row_offsets": shape("float32", 1, TABLES, ROWS + 1)},
         "ids tables": {"kv_blocks": shape("int32", 1, TABLES - 1, CAPACITY)},
         "ids rank": {"kv_blocks": shape("int32")},
         "tiles capacity": {"tiles": shape("int32", 1, TABLES, CAPACITY - 1)},
         "no tiles": {"tiles": None},
-        "unit of other blocks": {"unit": np.int64(UNIT + 1)},
-        "unit of nothing": {"unit": np.int64(0)},
-        "negative unit": {"unit": np.int64(-2)},
-        "huge unit": {"unit": np.int64(2**63 - 1)},
+        "group of other blocks": {"group": np.int64(GROUP + 1)},
+        "group of nothing": {"group": np.int64(0)},
+        "negative group": {"group": np.int64(-2)},
+        "huge group": {"group": np.int64(2**63 - 1)},
         "negative k": {"k": np.int64(-1)},
         "negative width": {"width": np.int64(-1)},
-        "more width than units": {"width": np.int64(UNITS + 1)},
+        "more width than groups": {"width": np.int64(GROUPS + 1)},
         "width of 32 bits": {"width": np.int32(2)},
         "no k": {"k": None},
         "another version": {"version": "0.0.0"},
@@ -365,12 +365,12 @@ def test_what_does_not_fit_is_refused():
 def test_static_tables_are_not_trusted():
     """A lowering with other tables than the shapes were made for: what is too much is not listed."""
     call = direct()
-    required = jnp.full((ROWS, UNITS), native.REQUIRED, jnp.int8)
+    required = jnp.full((ROWS, GROUPS), native.REQUIRED, jnp.int8)
     got = call(states=required, kv_blocks=shape("int32", 1, TABLES, 5), tiles=shape("int32", 1, TABLES, 5))
-    np.testing.assert_array_equal(got["row_offsets"][0], [[0, 4, 5, 5]] * TABLES)  # no more than two units a row
+    np.testing.assert_array_equal(got["row_offsets"][0], [[0, 4, 5, 5]] * TABLES)  # no more than two groups a row
     np.testing.assert_array_equal(got["kv_blocks"][0], [[0, 1, 2, 3, 0]] * TABLES)
     strange = jnp.full((ROWS, BLOCKS), FULL, jnp.int32).at[:, 5].set(-(2**31)).at[:, 4].set(2**31 - 1)
-    got = call(outline=strange, states=jnp.ones((ROWS, UNITS), jnp.int8).at[:, 0].set(-3))
+    got = call(candidates=strange, states=jnp.ones((ROWS, GROUPS), jnp.int8).at[:, 0].set(-3))
     np.testing.assert_array_equal(got["row_offsets"][0], [[0, 2, 4, 6]] * TABLES)
     np.testing.assert_array_equal(got["kv_blocks"][0, :, :2], [[4, 6]] * TABLES)
     np.testing.assert_array_equal(got["tiles"][0, :, :2], [[2**31 - 1, -1]] * TABLES)

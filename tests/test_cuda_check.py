@@ -55,7 +55,7 @@ NAMES += [f"regimes-{first}-{first + EACH - 1}" for first in range(0, REGIMES, E
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
 SANITIZED = re.compile(
-    r"(gates-)?instance-|gates-(nan-value|bad-first-col)|choose(-(units|many-units|one-row))?(-bad)?$|"
+    r"(gates-)?instance-|gates-(nan-value|bad-first-col)|choose(-(groups|many-groups|one-row))?(-bad)?$|"
     r"lists(-bad)?$|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
     r"matmul-sampled-(whole|wild)"
 )

@@ -18,7 +18,7 @@ from jax_bsk.qa.testing.faults.direct import DirectCall, shape
 from tests.util import text_of
 
 CALL = "custom_call @jax_bsk_lists_transpose("
-FIELDS = ("col_offsets", "q_blocks", "col_tiles", "entries", "places")
+FIELDS = ("col_offsets", "q_blocks", "col_tiles", "to_columns", "to_rows")
 
 
 def make(seed: int, tables: tuple[int, ...] = (2, 3)):
@@ -133,7 +133,7 @@ def test_what_does_not_fit_is_refused():
         "tiles": jnp.full((1, 1, capacity), -1, jnp.int32),
     }
     lengths = {"col_offsets": columns + 1, "q_blocks": capacity, "col_tiles": capacity}
-    lengths |= {"entries": capacity, "places": capacity}
+    lengths |= {"to_columns": capacity, "to_rows": capacity}
     results = {name: shape("int32", 1, 1, length) for name, length in lengths.items()}
     attributes = {"columns": np.int64(columns), "version": jax_bsk.__version__}
     call = DirectCall(ffi.LISTS_TRANSPOSE, operands, results, attributes)
@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_refused():
         "no offsets": {"row_offsets": shape("int32", 1, 1, 0)},
         "ids type": {"kv_blocks": shape("float32", 1, 1, capacity)},
         "tiles capacity": {"tiles": shape("int32", 1, 1, capacity + 1)},
-        "places tables": {"places": shape("int32", 1, 2, capacity)},
+        "to_rows tables": {"to_rows": shape("int32", 1, 2, capacity)},
         "another version": {"version": "0.0.0"},
     }
     check_refused(call, changes)

@@ -48,17 +48,17 @@ struct Workspace {
 
 constexpr int kChooseWarps = 4;
 
-// The units that a row chooses from.
+// The groups that a row chooses from.
 struct Row {
-  int units;
+  int groups;
   const float* scores;
   const int8_t* states;
 
-  // Keys of the units first + lane, first + lane + 32 and so on, 0 past the last unit. All loads are on their way
+  // Keys of the groups first + lane, first + lane + 32 and so on, 0 past the last group. All loads are on their way
   // before the first is waited for.
   template <int kValues>
   __device__ void Read(int first, uint32_t (&keys)[kValues]) const {
-    const int at = first + Lane(), left = units - at;
+    const int at = first + Lane(), left = groups - at;
     int states_of[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
@@ -73,12 +73,12 @@ struct Row {
   }
 };
 
-// A row's keys. ForEach calls visit(unit, key) in the order of units, for 32 neighbours at a time; all lanes come
-// along, with a key of 0 past the last unit.
+// A row's keys. ForEach calls visit(group, key) in the order of groups, for 32 neighbours at a time; all lanes come
+// along, with a key of 0 past the last group.
 template <int kValues>
 class KeysInRegisters {
  public:
-  static constexpr int kMaxUnits = 32 * kValues;
+  static constexpr int kMaxGroups = 32 * kValues;
 
   __device__ KeysInRegisters(const Row& row, uint32_t*) { row.Read(0, keys_); }
   template <class Visit>
@@ -91,33 +91,33 @@ class KeysInRegisters {
   uint32_t keys_[kValues];
 };
 
-// The same in a warp's words of shared memory. Visitors may write to those of units that have been visited.
+// The same in a warp's words of shared memory. Visitors may write to those of groups that have been visited.
 class KeysInSharedMemory {
  public:
-  __device__ KeysInSharedMemory(const Row& row, uint32_t* words) : units_(row.units), words_(words) {
+  __device__ KeysInSharedMemory(const Row& row, uint32_t* words) : groups_(row.groups), words_(words) {
     constexpr int kValues = 8;
-    for (int first = 0; first < units_; first += 32 * kValues) {
+    for (int first = 0; first < groups_; first += 32 * kValues) {
       uint32_t keys[kValues];
       row.Read(first, keys);
 #pragma unroll
       for (int i = 0; i < kValues; ++i) {
-        if (first + 32 * i < units_) words[first + 32 * i + Lane()] = keys[i];
+        if (first + 32 * i < groups_) words[first + 32 * i + Lane()] = keys[i];
       }
     }
   }
   template <class Visit>
   __device__ void ForEach(const Visit& visit) const {
 #pragma unroll 4
-    for (int first = 0; first < units_; first += 32) visit(first + Lane(), words_[first + Lane()]);
+    for (int first = 0; first < groups_; first += 32) visit(first + Lane(), words_[first + Lane()]);
   }
 
  private:
-  int units_;
+  int groups_;
   const uint32_t* words_;
 };
 
 // Words of shared memory for a row: of whole warps.
-__host__ __device__ constexpr int64_t RowWords(int64_t units) { return (units + 31) / 32 * 32; }
+__host__ __device__ constexpr int64_t RowWords(int64_t groups) { return (groups + 31) / 32 * 32; }
 
 // Keys from `least` upwards are chosen, of those equal to it the first `ties`.
 struct Choice {
@@ -170,37 +170,37 @@ __global__ void __launch_bounds__(32 * kChooseWarps)
   const unsigned number = blockIdx.x * (blockDim.x / 32) + warp, rows = static_cast<unsigned>(params.rows);
   if (number >= params.tables * rows) return;
   const int64_t of_table = number % rows;
-  const int units = static_cast<int>(params.units), blocks = static_cast<int>(params.blocks);
-  const Row row{units, params.scores + number * params.units, params.states + of_table * params.units};
-  uint32_t* const chosen = words + warp * static_cast<int>(RowWords(units));
+  const int groups = static_cast<int>(params.groups), blocks = static_cast<int>(params.blocks);
+  const Row row{groups, params.scores + number * params.groups, params.states + of_table * params.groups};
+  uint32_t* const chosen = words + warp * static_cast<int>(RowWords(groups));
 
-  // ---- The chosen units, ascending; they may take the place of keys.
+  // ---- The chosen groups, ascending; they may take the place of keys.
   const Keys keys(row, chosen);
   const Choice choice = FindLeast(keys, static_cast<int>(params.k), static_cast<int>(params.width));
   int count = 0, ties = 0;
-  keys.ForEach([&](int unit, uint32_t key) {
+  keys.ForEach([&](int group, uint32_t key) {
     const unsigned equal = __ballot_sync(kAll, key == choice.least);
     const bool early = ties + __popc(Below(equal)) < choice.ties;
     const bool take = key > choice.least || (key == choice.least && early);
     const unsigned taken = __ballot_sync(kAll, take);
     __syncwarp();  // all have read their keys
-    if (take) chosen[count + __popc(Below(taken))] = static_cast<uint32_t>(unit);
+    if (take) chosen[count + __popc(Below(taken))] = static_cast<uint32_t>(group);
     count += __popc(taken);
     ties += __popc(equal);
   });
   __syncwarp();
 
   // ---- Their blocks.
-  const int32_t* const outline = params.outline + of_table * params.blocks;
+  const int32_t* const candidates = params.candidates + of_table * params.blocks;
   Entry* const entries = workspace.entries + static_cast<int64_t>(number) * workspace.room;
-  const auto unit_blocks = static_cast<unsigned>(min(params.unit, max(params.blocks, int64_t{1})));
-  const unsigned all = count * unit_blocks;
+  const auto group_blocks = static_cast<unsigned>(min(params.group, max(params.blocks, int64_t{1})));
+  const unsigned all = count * group_blocks;
   int partial = 0, full = 0;
   for (unsigned first = 0; first < all; first += 32) {
     const unsigned i = first + Lane();
     int block = blocks, tile = -2;
-    if (i < all) block = static_cast<int>(chosen[i / unit_blocks] * unit_blocks + i % unit_blocks);
-    if (block < blocks) tile = __ldg(outline + block);
+    if (i < all) block = static_cast<int>(chosen[i / group_blocks] * group_blocks + i % group_blocks);
+    if (block < blocks) tile = __ldg(candidates + block);
     const unsigned tiled = __ballot_sync(kAll, tile >= 0), untiled = __ballot_sync(kAll, tile == -1);
     const int front = partial + __popc(Below(tiled)), back = full + __popc(Below(untiled));
     if (tile >= -1) entries[tile >= 0 ? front : workspace.room - 1 - back] = {block, tile};
@@ -287,7 +287,7 @@ __global__ void __launch_bounds__(kPlaceThreads)
 template <class Keys>
 cudaError_t LaunchChooseKernel(const ChooseParams& params, const Workspace& workspace, int shared_bytes,
                                cudaStream_t stream) {
-  const int64_t warp_bytes = 4 * std::max<int64_t>(RowWords(params.units), 32);
+  const int64_t warp_bytes = 4 * std::max<int64_t>(RowWords(params.groups), 32);
   const int64_t warps = std::min<int64_t>(shared_bytes / warp_bytes, kChooseWarps), bytes = warps * warp_bytes;
   if (bytes > 48 * 1024) {
     // The most there is, whatever this call takes: the attribute is the kernel's, and other threads launch it, too.
@@ -304,9 +304,9 @@ cudaError_t LaunchChooseKernel(const ChooseParams& params, const Workspace& work
 }  // namespace
 
 std::string ChooseRefusal(const ChooseParams& params) {
-  if (params.units > Limits::kMaxUnits) {
-    return "the CUDA kernels choose among up to " + std::to_string(Limits::kMaxUnits) + " units of key blocks, not " +
-           std::to_string(params.units);
+  if (params.groups > Limits::kMaxGroups) {
+    return "the CUDA kernels choose among up to " + std::to_string(Limits::kMaxGroups) + " groups of key blocks, not " +
+           std::to_string(params.groups);
   }
   constexpr int64_t kMost = device::kMaxInt / 4;
   const int64_t room = std::max<int64_t>(RowCapacity(params), 1);
@@ -329,8 +329,8 @@ cudaError_t LaunchChoose(const ChooseParams& params, int32_t* words, int device,
   if (params.rows > 0) {
     using Launch = cudaError_t (*)(const ChooseParams&, const Workspace&, int, cudaStream_t);
     const auto launch = [&]() -> Launch {
-      if (params.units <= KeysInRegisters<8>::kMaxUnits) return LaunchChooseKernel<KeysInRegisters<8>>;
-      if (params.units <= KeysInRegisters<16>::kMaxUnits) return LaunchChooseKernel<KeysInRegisters<16>>;
+      if (params.groups <= KeysInRegisters<8>::kMaxGroups) return LaunchChooseKernel<KeysInRegisters<8>>;
+      if (params.groups <= KeysInRegisters<16>::kMaxGroups) return LaunchChooseKernel<KeysInRegisters<16>>;
       return LaunchChooseKernel<KeysInSharedMemory>;
     }();
     if (const cudaError_t error = launch(params, workspace, facts.shared_bytes, stream); error != cudaSuccess) {

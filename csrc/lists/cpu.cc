@@ -32,7 +32,7 @@ void TransposeTable(const TransposeParams& p, int64_t table, int32_t* places) {
   int32_t* const col_offsets = p.col_offsets + table * (p.columns + 1);
   int32_t* const row_ids = p.row_ids + table * p.capacity;
   int32_t* const col_tiles = p.col_tiles + table * p.capacity;
-  int32_t* const entries = p.entries + table * p.capacity;
+  int32_t* const entries = p.to_columns + table * p.capacity;
 
   // --- Where each key begins.
   std::fill_n(places, 2 * p.columns + 1, 0);
@@ -52,7 +52,7 @@ void TransposeTable(const TransposeParams& p, int64_t table, int32_t* places) {
     row_ids[place] = listed ? static_cast<int32_t>(row) : -1;
     col_tiles[place] = listed ? p.tiles[table * p.capacity + entry] : -1;
     entries[place] = static_cast<int32_t>(entry);
-    p.places[table * p.capacity + entry] = place;
+    p.to_rows[table * p.capacity + entry] = place;
   });
 }
 

@@ -44,7 +44,7 @@ CallBuffers Buffers() {
 }
 
 Facts BuildInfo() {
-  return {{"lists_max_units", cuda::Limits::kMaxUnits}, {"lists_max_words", cuda::Limits::kMaxWords}};
+  return {{"lists_max_groups", cuda::Limits::kMaxGroups}, {"lists_max_words", cuda::Limits::kMaxWords}};
 }
 
 }  // namespace jax_bsk::lists

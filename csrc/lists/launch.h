@@ -11,11 +11,11 @@
 
 namespace jax_bsk::lists::cuda {
 
-// For build_info(): a table's offsets and counters, and the units that a row chooses from, are kept in shared memory,
+// For build_info(): a table's offsets and counters, and the groups that a row chooses from, are kept in shared memory,
 // of which every device since sm_80 gives a CTA this much.
 struct Limits {
   static constexpr int64_t kMaxWords = 24000;  // rows + 4 columns + 3
-  static constexpr int64_t kMaxUnits = 24000;
+  static constexpr int64_t kMaxGroups = 24000;
 };
 
 // Why the kernels cannot take this problem, in one sentence; empty when they can.

@@ -11,7 +11,7 @@
 
 namespace jax_bsk::lists {
 
-// Keys of units that a row must take; no score has it. One that it never takes has 0.
+// Keys of groups that a row must take; no score has it. One that it never takes has 0.
 constexpr uint32_t kRequiredKey = 0xFFFFFFFFu;
 
 // Key of a float32's bits; magnitudes below `tiny` count as 0. So do -0 and, in XLA's sort on the CPU but not on GPUs,

@@ -13,7 +13,7 @@ constexpr int kMaxWarps = 16;  // 32 would have too few registers
 struct Table {
   int rows, keys, capacity;  // keys: 2 column, + 1 without a tile; the last for entries of no row or column
   const int32_t *offsets, *ids, *tiles;
-  int32_t *col_offsets, *row_ids, *col_tiles, *entries, *places;
+  int32_t *col_offsets, *row_ids, *col_tiles, *to_columns, *to_rows;
 
   __device__ Table(const TransposeParams& p, int64_t table)
       : rows(static_cast<int>(p.rows)),
@@ -25,8 +25,8 @@ struct Table {
         col_offsets(p.col_offsets + table * (p.columns + 1)),
         row_ids(p.row_ids + table * p.capacity),
         col_tiles(p.col_tiles + table * p.capacity),
-        entries(p.entries + table * p.capacity),
-        places(p.places + table * p.capacity) {}
+        to_columns(p.to_columns + table * p.capacity),
+        to_rows(p.to_rows + table * p.capacity) {}
 
   // The sort key of an entry: its column and class, when entries of rows are [begin, end). Others come last.
   __device__ int Key(int entry, int begin, int end, int& tile) const {
@@ -79,7 +79,7 @@ __device__ Entry ReadEntry(const Table& table, int entry, int last, int begin, i
   Entry found{-1, -1, -1};
   if (entry < last) {
     found.key = table.Key(entry, begin, end, found.tile);
-    if (entry >= begin && entry < end) found.row = table.places[entry];
+    if (entry >= begin && entry < end) found.row = table.to_rows[entry];
   }
   return found;
 }
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
   const int part = ((table.capacity + warps - 1) / warps + 31) / 32 * 32;
   const int first = warp * part, last = min(table.capacity, first + part);
   for (int row = warp; row < table.rows; row += warps) {
-    for (int entry = offsets[row] + lane; entry < offsets[row + 1]; entry += 32) table.places[entry] = row;
+    for (int entry = offsets[row] + lane; entry < offsets[row + 1]; entry += 32) table.to_rows[entry] = row;
   }
 #pragma unroll 4
   for (int entry = first + lane; entry < last; entry += 32) {
@@ -148,8 +148,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps) TransposeKernel(const Transpos
     const bool listed = now.key < table.keys - 1;
     table.row_ids[place] = listed ? now.row : -1;
     table.col_tiles[place] = listed ? now.tile : -1;
-    table.entries[place] = entry;
-    table.places[entry] = place;
+    table.to_columns[place] = entry;
+    table.to_rows[entry] = place;
   }
 }
 

@@ -10,7 +10,7 @@
 namespace jax_bsk::lists::cuda {
 
 // Entries that a row may have.
-inline int64_t RowCapacity(const ChooseParams& params) { return std::min(params.width * params.unit, params.blocks); }
+inline int64_t RowCapacity(const ChooseParams& params) { return std::min(params.width * params.group, params.blocks); }
 
 // Words of the workspace: for each row two counts, and two words for each entry that it may have.
 inline int64_t ChooseWorkspace(const ChooseParams& params) {

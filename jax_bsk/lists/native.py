@@ -61,14 +61,14 @@ def transpose(lists: tuple[Any, Any, Any], call: TransposeCall) -> tuple[Any, ..
       call: Static part.
 
     Returns:
-      col_offsets [.., columns + 1]; q_blocks, col_tiles, entries and places, all [.., capacity].
+      col_offsets [.., columns + 1]; q_blocks, col_tiles, to_columns and to_rows, all [.., capacity].
     """
     return TRANSPOSE(call, *lists)
 
 
 # ---- choice ---------------------------------------------------------------------------------------------------------
 
-# States of a unit, of key blocks that are chosen together; `UnitState` in csrc/lists/params.h.
+# States of a group, of key blocks that are chosen together; `GroupState` in csrc/lists/params.h.
 CLOSED, OPEN, REQUIRED = 0, 1, 2
 
 
@@ -77,25 +77,25 @@ class ChooseCall:
     """Static part of a call; hashable.
 
     Attributes:
-      k: Units a row, and where more are required, these.
-      width: Units that no row exceeds.
-      unit: Key blocks of a unit; the last may have fewer.
+      k: Groups a row, and where more are required, these.
+      width: Groups that no row exceeds.
+      group: Key blocks of a group; the last may have fewer.
       capacity: Of the lists; entries past it are dropped.
-      n_tiles: Bit tiles that the outline refers to, for the fallback.
-      fallback: The same of one table in plain JAX, `fallback(scores, states, outline, call)`, for what has no native
+      n_tiles: Bit tiles that the candidates refers to, for the fallback.
+      fallback: The same of one table in plain JAX, `fallback(scores, states, candidates, call)`, for what has no native
         kernel.
     """
 
     k: int
     width: int
-    unit: int
+    group: int
     capacity: int
     n_tiles: int
     fallback: Callable[..., tuple[Any, ...]]
 
 
-def _choose_shapes(scores, states, outline, *, call: ChooseCall):
-    del states, outline
+def _choose_shapes(scores, states, candidates, *, call: ChooseCall):
+    del states, candidates
     lead, rows = scores.shape[:-2], scores.shape[-2]
     dims = [*range(len(lead)), -1]
     return tuple(like(scores, (*lead, n), np.int32, dims) for n in (rows + 1, call.capacity, call.capacity))
@@ -103,32 +103,32 @@ def _choose_shapes(scores, states, outline, *, call: ChooseCall):
 
 def _choose_refusals(platform: str, avals: Sequence[Any], call: ChooseCall) -> list[str]:
     del call
-    return ffi.choose_refusals(platform, avals[0].dtype, units=avals[0].shape[-1])
+    return ffi.choose_refusals(platform, avals[0].dtype, groups=avals[0].shape[-1])
 
 
 CHOOSE = NativeCall(
     ffi.LISTS_CHOOSE,
     dims=lambda call: ffi.CHOOSE,
     shapes=_choose_shapes,
-    attributes=lambda call: {name: np.int64(getattr(call, name)) for name in ("k", "width", "unit")},
-    workspace=lambda avals, call: ffi.choose_workspace(avals[0].shape, avals[2].shape[1], call.width, call.unit),
+    attributes=lambda call: {name: np.int64(getattr(call, name)) for name in ("k", "width", "group")},
+    workspace=lambda avals, call: ffi.choose_workspace(avals[0].shape, avals[2].shape[1], call.width, call.group),
     refusals=_choose_refusals,
     fallback=lambda call, *operands: call.fallback(*operands, call),
 )
 
 
-def choose(scores: Any, states: Any, outline: Any, call: ChooseCall) -> tuple[Any, Any, Any]:
-    """Query-major lists of each row's required units and the best others, less what the outline leaves empty.
+def choose(scores: Any, states: Any, candidates: Any, call: ChooseCall) -> tuple[Any, Any, Any]:
+    """Query-major lists of each row's required groups and the best others, less what the candidates leaves empty.
 
     Args:
-      scores: float32 or float64 [tables.., rows, units]; NaN and -inf are never chosen, of equal ones the lower unit.
-      states: int8 [rows, units]: `CLOSED` units are never chosen, `REQUIRED` ones first, whatever their score.
-      outline: int32 [rows, blocks]: the block's bit tile, -1 for a full one, below that an empty one.
+      scores: float32 or float64 [tables.., rows, groups]; NaN and -inf are never chosen, of equal ones the lower group.
+      states: int8 [rows, groups]: `CLOSED` groups are never chosen, `REQUIRED` ones first, whatever their score.
+      candidates: int32 [rows, blocks]: the block's bit tile, -1 for a full one, below that an empty one.
       call: Static part.
 
     Returns:
       int32 row_offsets [tables.., rows + 1], kv_blocks and tiles [tables.., capacity]: in each row first those with a
       bit tile, ascending, then full ones, ascending; -1 past the lists' ends.
     """
-    row_offsets, kv_blocks, tiles = CHOOSE(call, scores, states, outline)
+    row_offsets, kv_blocks, tiles = CHOOSE(call, scores, states, candidates)
     return row_offsets, kv_blocks, tiles

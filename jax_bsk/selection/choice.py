@@ -80,7 +80,7 @@ def choose_in_jax(
     limits = jnp.maximum(required.sum(1, dtype=jnp.int32), call.k)
     ids, allowed = (x[:, : call.width] for x in ranked(scores, required, states != native.CLOSED))
     chosen = allowed & (np.arange(call.width, dtype=np.int32)[None] < limits[:, None])
-    encoded, counts = _encoded_rows(ids, chosen, candidates, call.unit, call.n_tiles)
+    encoded, counts = _encoded_rows(ids, chosen, candidates, call.group, call.n_tiles)
     offsets, encoded = packed_rows(encoded, counts)
     return offsets, *_decoded(encoded[: call.capacity], call.n_tiles)
 

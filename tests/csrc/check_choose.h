@@ -17,44 +17,45 @@ struct ChooseCase {
   lists::ChooseParams params{};
   std::vector<float> scores;
   std::vector<int8_t> states;
-  std::vector<int32_t> outline;
+  std::vector<int32_t> candidates;
 
-  // Causal: a row's units end where the row does, and its own is required. Without `plain` some rows have ties,
-  // infinities and so on, and some blocks are empty; with `spoiled` states, outline, width and capacity make no sense.
-  ChooseCase(int64_t tables, int64_t rows, int64_t units, int64_t unit, int64_t k, bool plain, bool spoiled,
+  // Causal: a row's groups end where the row does, and its own is required. Without `plain` some rows have ties,
+  // infinities and so on, and some blocks are empty; with `spoiled` states, candidates, width and capacity make no
+  // sense.
+  ChooseCase(int64_t tables, int64_t rows, int64_t groups, int64_t group, int64_t k, bool plain, bool spoiled,
              uint64_t seed)
       : rng_(seed) {
-    const int64_t blocks = units == 0 ? 0 : units * unit - Pick(0, unit - 1);
-    params.tables = tables, params.rows = rows, params.units = units, params.blocks = blocks, params.unit = unit;
+    const int64_t blocks = groups == 0 ? 0 : groups * group - Pick(0, group - 1);
+    params.tables = tables, params.rows = rows, params.groups = groups, params.blocks = blocks, params.group = group;
     params.k = k;
     int64_t listed = 0;
     for (int64_t row = 0; row < rows; ++row) {
-      const int64_t own = (row + 1) * units / rows - 1, extra = plain ? 0 : Pick(0, 3) == 0 ? Pick(0, k) : 0;
+      const int64_t own = (row + 1) * groups / rows - 1, extra = plain ? 0 : Pick(0, 3) == 0 ? Pick(0, k) : 0;
       int64_t required = 0;
-      for (int64_t n = 0; n < units; ++n) {
+      for (int64_t n = 0; n < groups; ++n) {
         const bool must = n == own || (n < own && n >= own - extra);
-        const lists::UnitState state = must ? lists::kRequired : n < own ? lists::kOpen : lists::kClosed;
+        const lists::GroupState state = must ? lists::kRequired : n < own ? lists::kOpen : lists::kClosed;
         states.push_back(static_cast<int8_t>(spoiled && Pick(0, 4) == 0 ? Pick(-128, 127) : int64_t{state}));
         required += must;
       }
-      params.width = std::max(params.width, std::min(std::max(required, k), units));
+      params.width = std::max(params.width, std::min(std::max(required, k), groups));
       for (int64_t block = 0; block < blocks; ++block) {
-        const int64_t at = block / unit;
-        const int64_t other = plain || Pick(0, 5) != 0 ? -1 : Pick(-2, 2);  // with a tile, or empty in an open unit
+        const int64_t at = block / group;
+        const int64_t other = plain || Pick(0, 5) != 0 ? -1 : Pick(-2, 2);  // with a tile, or empty in an open group
         const int64_t tile = at > own ? -2 : at == own ? 0 : other;
-        outline.push_back(static_cast<int32_t>(spoiled && Pick(0, 4) == 0 ? Pick(INT32_MIN, INT32_MAX) : tile));
+        candidates.push_back(static_cast<int32_t>(spoiled && Pick(0, 4) == 0 ? Pick(INT32_MIN, INT32_MAX) : tile));
       }
     }
     for (int64_t row = 0; row < rows; ++row) {
-      const auto first = outline.begin() + row * blocks;
+      const auto first = candidates.begin() + row * blocks;
       const int64_t there = std::count_if(first, first + blocks, [](int32_t tile) { return tile >= -1; });
-      listed += std::min(there, params.width * unit);
+      listed += std::min(there, params.width * group);
     }
     params.capacity = spoiled ? Pick(0, listed) : std::max<int64_t>(listed, 1);
-    if (spoiled) params.width = Pick(0, units);
+    if (spoiled) params.width = Pick(0, groups);
     for (int64_t row = 0; row < tables * rows; ++row) {
       const int64_t kind = plain ? 0 : Pick(0, 5);
-      for (int64_t n = 0; n < units; ++n) scores.push_back(Score(kind));
+      for (int64_t n = 0; n < groups; ++n) scores.push_back(Score(kind));
     }
   }
 
@@ -81,9 +82,9 @@ struct ChooseCase {
       for (int64_t row = 0; row < p.rows; ++row) {
         std::vector<std::pair<double, int64_t>> may;  // by minus the score
         int64_t required = 0;
-        for (int64_t n = 0; n < p.units; ++n) {
-          const int8_t state = states[row * p.units + n];
-          double score = scores[(table * p.rows + row) * p.units + n];
+        for (int64_t n = 0; n < p.groups; ++n) {
+          const int8_t state = states[row * p.groups + n];
+          double score = scores[(table * p.rows + row) * p.groups + n];
           if (!subnormal && std::abs(score) < std::numeric_limits<float>::min()) score = 0;
           score = score > std::numeric_limits<float>::max() ? std::numeric_limits<float>::max() : score;
           if (state == lists::kRequired) {
@@ -97,8 +98,8 @@ struct ChooseCase {
         may.resize(std::min<size_t>(may.size(), std::min(std::max(p.k, required), p.width)));
         std::vector<std::pair<bool, int64_t>> blocks;  // full or not, number
         for (const auto& [score, n] : may) {
-          for (int64_t block = n * p.unit; block < std::min((n + 1) * p.unit, p.blocks); ++block) {
-            const int32_t tile = outline[row * p.blocks + block];
+          for (int64_t block = n * p.group; block < std::min((n + 1) * p.group, p.blocks); ++block) {
+            const int32_t tile = candidates[row * p.blocks + block];
             if (tile >= -1) blocks.push_back({tile == -1, block});
           }
         }
@@ -106,7 +107,7 @@ struct ChooseCase {
         for (const auto& [full, block] : blocks) {
           if (end == p.capacity) break;
           wanted.kv_blocks[table * p.capacity + end] = static_cast<int32_t>(block);
-          wanted.tiles[table * p.capacity + end++] = outline[row * p.blocks + block];
+          wanted.tiles[table * p.capacity + end++] = candidates[row * p.blocks + block];
         }
         wanted.row_offsets[table * (p.rows + 1) + row + 1] = static_cast<int32_t>(end);
       }
@@ -118,7 +119,7 @@ struct ChooseCase {
   lists::ChooseParams With(const float* scores_at, const int8_t* states_at, const int32_t* outline_at,
                            int32_t* row_offsets, int32_t* kv_blocks, int32_t* tiles) const {
     lists::ChooseParams p = params;
-    p.scores = scores_at, p.states = states_at, p.outline = outline_at;
+    p.scores = scores_at, p.states = states_at, p.candidates = outline_at;
     p.row_offsets = row_offsets, p.kv_blocks = kv_blocks, p.tiles = tiles;
     return p;
   }

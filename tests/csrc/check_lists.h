@@ -91,7 +91,8 @@ struct ListCase {
                               int32_t* places) const {
     lists::TransposeParams p = params;
     p.offsets = offsets_at, p.ids = ids_at, p.tiles = tiles_at;
-    p.col_offsets = col_offsets, p.row_ids = row_ids, p.col_tiles = col_tiles, p.entries = entries, p.places = places;
+    p.col_offsets = col_offsets, p.row_ids = row_ids, p.col_tiles = col_tiles, p.to_columns = entries,
+    p.to_rows = places;
     return p;
   }
 };

@@ -16,16 +16,16 @@ bool CheckChoose(uint64_t seed) {
   ChooseCase::Results got = c.Empty();
   const auto scores = Exact(c.scores);
   const auto states = Exact(c.states);
-  const auto outline = Exact(c.outline);
-  const auto params =
-      c.With(scores.get(), states.get(), outline.get(), got.row_offsets.data(), got.kv_blocks.data(), got.tiles.data());
+  const auto candidates = Exact(c.candidates);
+  const auto params = c.With(scores.get(), states.get(), candidates.get(), got.row_offsets.data(), got.kv_blocks.data(),
+                             got.tiles.data());
   std::atomic<int64_t> next{0};
   std::thread other([&] { lists::cpu::RunChooseTasks(params, next); });
   const bool ran = lists::cpu::RunChooseTasks(params, next);
   other.join();
   if (ran && got == c.Wanted(false)) return true;
-  std::printf("seed %lu: choice for %ld lists of %ld rows, %ld units of %ld, %ld a row is wrong\n", seed,
-              c.params.tables, c.params.rows, c.params.units, c.params.unit, c.params.k);
+  std::printf("seed %lu: choice for %ld lists of %ld rows, %ld groups of %ld, %ld a row is wrong\n", seed,
+              c.params.tables, c.params.rows, c.params.groups, c.params.group, c.params.k);
   return false;
 }
 

@@ -8,7 +8,7 @@ namespace {
 
 struct Named {
   const char* name;
-  int64_t tables, rows, units, unit, k;
+  int64_t tables, rows, groups, group, k;
   bool plain, spoiled;
 };
 const Named kCases[] = {
@@ -16,30 +16,30 @@ const Named kCases[] = {
     {"choose-bad", 12, 37, 45, 1, 5, false, true},
     {"choose-topk", 16, 256, 256, 1, 16, true, false},
     {"choose-one-row", 300, 1, 500, 1, 40, false, false},
-    {"choose-units", 3, 70, 33, 4, 6, false, false},
-    {"choose-units-bad", 3, 70, 33, 3, 6, false, true},
-    {"choose-one-unit", 2, 9, 1, 7, 3, false, false},
+    {"choose-groups", 3, 70, 33, 4, 6, false, false},
+    {"choose-groups-bad", 3, 70, 33, 3, 6, false, true},
+    {"choose-one-group", 2, 9, 1, 7, 3, false, false},
     {"choose-most", 2, 50, 300, 1, 1000, false, false},
-    {"choose-many-units", 2, 20, 5000, 1, 700, false, false},
-    {"choose-many-units-bad", 2, 20, 5000, 2, 700, false, true},
+    {"choose-many-groups", 2, 20, 5000, 1, 700, false, false},
+    {"choose-many-groups-bad", 2, 20, 5000, 2, 700, false, true},
     {"choose-largest", 1, 5, 24000, 1, 100, false, false},  // two warps' keys fill the shared memory
     {"choose-many-rows", 2, 40000, 33, 1, 3, false, false},
     {"choose-required", 2, 9, 7, 1, 0, false, false},
-    {"choose-no-units", 3, 9, 0, 1, 2, false, false},
+    {"choose-no-groups", 3, 9, 0, 1, 2, false, false},
     {"choose-no-rows", 3, 0, 9, 1, 2, false, false},
     {"choose-no-lists", 0, 9, 7, 1, 2, false, false},
 };
 
 bool Run(const Named& named) {
-  const ChooseCase c(named.tables, named.rows, named.units, named.unit, named.k, named.plain, named.spoiled, 5);
-  const Exact scores(c.scores), states(c.states), outline(c.outline);
+  const ChooseCase c(named.tables, named.rows, named.groups, named.group, named.k, named.plain, named.spoiled, 5);
+  const Exact scores(c.scores), states(c.states), candidates(c.candidates);
   const ChooseCase::Results empty = c.Empty();
   Device row_offsets(empty.row_offsets), kv_blocks(empty.kv_blocks), tiles(empty.tiles);
   const std::vector<Device*> results = {&row_offsets, &kv_blocks, &tiles};
   const auto words = [](const Device& array) { return static_cast<int32_t*>(array.data()); };
   const auto params =
       c.With(static_cast<const float*>(scores.data()), static_cast<const int8_t*>(states.data()),
-             static_cast<const int32_t*>(outline.data()), words(row_offsets), words(kv_blocks), words(tiles));
+             static_cast<const int32_t*>(candidates.data()), words(row_offsets), words(kv_blocks), words(tiles));
   if (const std::string refusal = lists::cuda::ChooseRefusal(params); !refusal.empty()) {
     std::printf("REFUSED: %s\n", refusal.c_str());
     std::exit(3);

@@ -870,7 +870,7 @@ LISTS_KERNELS = (
     ),
     Mutation(
         name="choose-ties",
-        what="of equal scores among 32 the later units are taken",
+        what="of equal scores among 32 the later groups are taken",
         file="lists/choose.cu",
         before="ties + __popc(Below(equal)) < choice.ties",
         after="ties + __popc(equal & ~Below(equal)) - 1 < choice.ties",
@@ -879,7 +879,7 @@ LISTS_KERNELS = (
     ),
     Mutation(
         name="choose-required",
-        what="required units are chosen by their score",
+        what="required groups are chosen by their score",
         file="lists/choose.cu",
         before="states_of[i] == kRequired ? kRequiredKey : 0",
         after="states_of[i] == kRequired ? key : 0",
@@ -906,7 +906,7 @@ LISTS_KERNELS = (
     ),
     Mutation(
         name="cpu-choose-ties",
-        what="units whose score is that of the last one chosen are left out",
+        what="groups whose score is that of the last one chosen are left out",
         file="lists/cpu_choose.cc",
         before="return key > least;",
         after="return key >= least;",
