@@ -422,13 +422,6 @@ def test_a_call_without_gates_is_told_of_none_when_lowered():
     assert explicit.lower(*inputs).as_text() == text
 
 
-def test_a_call_without_gates_has_the_operands_it_had():
-    jaxpr = str(
-        jax.make_jaxpr(lambda *a: sparse_attention(*a, mask=bind(16), implementation="cpu"))(*random_inputs(16))
-    )
-    assert "1,1,0]" not in jaxpr
-
-
 # ---- export
 
 
@@ -474,7 +467,8 @@ def test_workspace_has_room_for_partial_sums_of_gates():
 def shuffled_columns(mask: BlockMask, seed=0) -> BlockMask:
     """The mask with key-major lists whose columns have their entries in another order."""
     mask = mask.transpose()
-    q_blocks, col_tiles = mask.q_blocks.copy(), mask.col_tiles.copy()
+    assert mask.col_offsets is not None
+    q_blocks, col_tiles = np.array(mask.q_blocks), np.array(mask.col_tiles)
     rng = np.random.default_rng(seed)
     for b, h in np.ndindex(q_blocks.shape[:2]):
         for begin, end in zip(mask.col_offsets[b, h, :-1], mask.col_offsets[b, h, 1:], strict=True):
@@ -482,7 +476,7 @@ def shuffled_columns(mask: BlockMask, seed=0) -> BlockMask:
             q_blocks[b, h, begin:end], col_tiles[b, h, begin:end] = q_blocks[b, h, turned], col_tiles[b, h, turned]
     shuffled = dataclasses.replace(mask, q_blocks=q_blocks, col_tiles=col_tiles)
     shuffled.check()
-    assert not np.array_equal(shuffled.q_blocks, mask.q_blocks)
+    assert not np.array_equal(q_blocks, np.asarray(mask.q_blocks))
     return shuffled
 
 

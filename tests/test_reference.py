@@ -109,7 +109,7 @@ def test_schedules_visit_the_lists(density, monkeypatch):
     mask = block_grid(1024, density)
     row = np.repeat(np.arange(mask.nq), np.diff(mask.row_offsets[0, 0]))
     wanted = np.stack([row, mask.kv_blocks[0, 0], mask.tiles[0, 0], np.arange(row.size)], 1)
-    lists = schedule.Lists(*(x[:, :, None] for x in (mask.row_offsets, mask.kv_blocks, mask.tiles)))
+    lists = schedule.Lists(*(jnp.asarray(x)[:, :, None] for x in (mask.row_offsets, mask.kv_blocks, mask.tiles)))
     traced = jax.jit(lambda lists: schedule.schedule(lists, mask.nk, mask.bit_tiles.shape[2]))
     computed, used, invalid = traced(lists)
     assert int(used[0, 0, 0]) == row.size

@@ -190,7 +190,7 @@ BAD = [
     (lambda: m.PrefixLMMask(np.ones((2, 2), int)), ValueError, "PrefixLMMask: prefix must be an int or an integer"),
     (lambda: m.GlobalMask([-1]), ValueError, "negative position -1"),
     (lambda: m.GlobalMask(np.ones(3, bool)), ValueError, r"np.flatnonzero\(flags\)"),
-    (lambda: m.GlobalMask(1.0), TypeError, "GlobalMask: tokens must be an int"),
+    (lambda: m.GlobalMask(1.0), TypeError, "GlobalMask: tokens must be an int"),  # pyright: ignore[reportArgumentType]
     (lambda: m.DilatedMask(0), ValueError, "DilatedMask: dilation must be at least 1"),
     (lambda: m.BigBirdMask(window=2), ValueError, "window must be odd"),
     (lambda: m.BigBirdMask(0), ValueError, "BigBirdMask: block must be at least 1"),
@@ -206,8 +206,8 @@ BAD = [
     (lambda: m.FunctionMask(lambda q, k: q + k).bind(4), TypeError, "fn must return booleans, given int32"),
     (lambda: m.FunctionMask(lambda q, k: np.ones(3, bool)).bind(4), ValueError, "is it elementwise"),
     (lambda: m.MultiHeadMask([]), ValueError, "masks is empty"),
-    (lambda: m.MultiHeadMask(m.FullMask()), TypeError, "must be a list of masks"),
-    (lambda: m.MultiHeadMask([np.zeros((3, 3), bool)]), TypeError, r"masks\[0\] is a ndarray"),
+    (lambda: m.MultiHeadMask(m.FullMask()), TypeError, "must be a list of masks"),  # pyright: ignore[reportArgumentType]
+    (lambda: m.MultiHeadMask([np.zeros((3, 3), bool)]), TypeError, r"masks\[0\] is a ndarray"),  # pyright: ignore[reportArgumentType]
     (lambda: m.MultiHeadMask([m.MultiHeadMask([m.FullMask()] * 2)]), ValueError, "has 2 heads itself"),
     (lambda: m.BlockArrayMask(np.ones((2, 2), bool), 64).bind(128), ValueError, "block_size is"),
     (lambda: m.BlockArrayMask(np.ones((2, 2), bool), 64).bind(256, block_size=64), ValueError, r"dimensions \(4, 4\)"),

@@ -57,6 +57,9 @@ def simulate(model: Model, items: Sequence, seed: int) -> str:
     def barrier(ring: Barriers, use: int) -> _Barrier:
         return barriers.setdefault((ring, use % ring.size), _Barrier(ring.count))
 
+    def access(kind: str, memory: Memory, use: int, version: Any = 0) -> tuple[str, Memory, int, Any]:
+        return kind, memory, use, version
+
     def begin(access: str, memory: Memory, use: int, version):
         buffer, token = buffers.setdefault((memory, use % memory.size), _Buffer()), (use, version)
         if access == "write":
@@ -93,15 +96,13 @@ def simulate(model: Model, items: Sequence, seed: int) -> str:
             barrier(rest[0], rest[1]).expect(rest[2])
         elif kind == "copy":
             writes, (ring, use), reads = rest
-            # Contents are (memory, use) or (memory, use, version).
-            accesses: list[tuple[str, Memory, int, Any]] = [("write", *(*x, 0)[:3]) for x in writes]
-            accesses += [("read", *(*x, 0)[:3]) for x in reads]
-            for access in accesses:
-                begin(*access)
+            accesses = [access("write", *x) for x in writes] + [access("read", *x) for x in reads]
+            for each in accesses:
+                begin(*each)
 
             def land():
-                for access in accesses:
-                    end(*access)
+                for each in accesses:
+                    end(*each)
                 barrier(ring, use).expect(-1)
 
             flying.append((-1, land))

@@ -5,6 +5,7 @@ Their arrays are pytree leaves and may be traced: then the block lists are compu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,13 @@ class SegmentMask(Mask):
     kv_ids: Array | None
     contiguous: bool
 
-    def __init__(self, q_ids: ArrayLike, kv_ids: ArrayLike | None = None, *, contiguous: bool = False) -> None:
+    def __init__(
+        self,
+        q_ids: ArrayLike | Sequence[Any],
+        kv_ids: ArrayLike | Sequence[Any] | None = None,
+        *,
+        contiguous: bool = False,
+    ) -> None:
         q, k = _ids(q_ids, "q_ids"), None if kv_ids is None else _ids(kv_ids, "kv_ids")
         if k is not None:
             sizes = {x.shape[0] for x in (q, k) if x.ndim == 2} - {1}
@@ -98,7 +105,7 @@ class SegmentMask(Mask):
         return min(2 * (grid.nq + grid.nk), grid.nq * grid.nk) if self.contiguous else grid.nq * grid.nk
 
 
-def _ids(given: ArrayLike, name: str) -> Array:
+def _ids(given: ArrayLike | Sequence[Any], name: str) -> Array:
     ids = as_array(given)
     if not np.issubdtype(ids.dtype, np.integer):
         raise TypeError(f"SegmentMask: {name} must hold integers, given {ids.dtype}{ids.shape}")
@@ -127,7 +134,7 @@ class ArrayMask(Mask):
     _data_fields = ("array",)
     array: Array
 
-    def __init__(self, array: ArrayLike) -> None:
+    def __init__(self, array: ArrayLike | Sequence[Any]) -> None:
         self._set(array=_booleans(array, "ArrayMask", "array", "[T, S], [H|1, T, S] or [B|1, H|1, T, S]"))
 
     def _leaf_dims(self, name: str) -> str:
@@ -173,7 +180,7 @@ class ArrayMask(Mask):
         return self.array[grid.clip_q(q), grid.clip_kv(k)]
 
 
-def _booleans(given: ArrayLike, who: str, name: str, shapes: str) -> Array:
+def _booleans(given: ArrayLike | Sequence[Any], who: str, name: str, shapes: str) -> Array:
     array = as_array(given)
     if array.dtype != np.bool_:
         raise TypeError(
@@ -207,7 +214,7 @@ class BlockArrayMask(Mask):
     blocks: Array
     block_size: tuple[int, int]
 
-    def __init__(self, blocks: ArrayLike, block_size: int | tuple[int, int] = 128) -> None:
+    def __init__(self, blocks: ArrayLike | Sequence[Any], block_size: int | tuple[int, int] = 128) -> None:
         size = (block_size, block_size) if isinstance(block_size, int) else tuple(block_size)
         shapes = "[nq, nk], [H|1, nq, nk] or [B|1, H|1, nq, nk]"
         self._set(blocks=_booleans(blocks, "BlockArrayMask", "blocks", shapes), block_size=size)

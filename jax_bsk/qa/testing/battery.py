@@ -6,12 +6,13 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.qa.testing import grid, tolerance
 from jax_bsk.qa.testing.cases import Case, Inputs, make_inputs
 from jax_bsk.qa.testing.judgement import Judgement
@@ -116,7 +117,7 @@ def from_public(implementation: str | None) -> AttentionFn:
     def attention(query, key, value, mask, *, bias, lengths, sinks, gates, scale, soft_cap):
         batch = query.shape[0]
         q_lengths, kv_lengths = (None, None) if lengths is None else jnp.broadcast_to(lengths, (batch, 2)).T
-        out, lse = sparse_attention(  # pyright: ignore[reportCallIssue]
+        out, lse = sparse_attention(
             query,
             key,
             value,
@@ -128,7 +129,7 @@ def from_public(implementation: str | None) -> AttentionFn:
             logits_soft_cap=soft_cap,
             sinks=sinks,
             gates=gates,
-            implementation=implementation,
+            implementation=cast(Implementation | None, implementation),
             return_residual=True,
         )
         return out, jnp.swapaxes(lse, 1, 2)

@@ -52,10 +52,12 @@ class Pattern:
     def block_mask(self, length: int, block_size: int) -> BlockMask:
         """The same as block lists, on the host."""
         if self.kind == "random":
+            assert self.blocks is not None
             return BlockMask.from_block_mask(self.blocks, q_len=length, block_size=block_size)
         if self.kind == "window":
             return LocalMask((self.window, 0)).bind(length, block_size=block_size)
         if self.kind == "documents":
+            assert self.ids is not None
             return (CausalMask() & SegmentMask(self.ids, contiguous=True)).bind(length, block_size=block_size)
         return (CausalMask() if self.kind == "causal" else FullMask()).bind(length, block_size=block_size)
 

@@ -10,13 +10,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import BlockMask, sparse_attention
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.qa.testing import battery
 from jax_bsk.qa.testing.cases import Case
 from jax_bsk.qa.testing.oracle import attention_oracle
@@ -78,7 +79,7 @@ def call(
     """One call with its gradients; not jitted."""
 
     def forward(query, key, value, gates, sinks):
-        return sparse_attention(  # pyright: ignore[reportCallIssue]
+        return sparse_attention(
             query,
             key,
             value,
@@ -87,7 +88,7 @@ def call(
             key_value_seq_lengths=lengths[:, 1],
             gates=gates,
             sinks=sinks,
-            implementation=implementation,
+            implementation=cast(Implementation | None, implementation),
             return_residual=True,
         )
 
