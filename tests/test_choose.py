@@ -378,7 +378,7 @@ def test_static_tables_are_not_trusted():
 
 @pytest.mark.gpu
 def test_a_wrong_workspace_is_refused():
-    """The kernels write there without looking. (A call without it crashes in XLA of jaxlib 0.11.2: no handler sees it.)"""
+    """The kernels write there without looking. (A call without it crashes in XLA, jaxlib 0.11.2, before any handler.)"""
     call = direct()
     (words,) = call.results["workspace"].shape
     changes = {
