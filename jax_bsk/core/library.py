@@ -102,7 +102,7 @@ def _missing(platform: str) -> str:
     if platform == "cuda":
         remedy = "install the CUDA toolkit's nvcc (or the PyPI wheels named in the README) and build again with"
         return f"this jax_bsk was built without its CUDA library; {remedy} " + (
-            "`make build`." if in_source_tree else "`pip install --force-reinstall --no-cache-dir jax_bsk`."
+            "`make build CUDA=1`." if in_source_tree else "`pip install --force-reinstall --no-cache-dir jax_bsk`."
         )
     if in_source_tree:
         return (

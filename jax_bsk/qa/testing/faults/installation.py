@@ -105,7 +105,7 @@ def _no_device(*_: Any) -> list[Any]:
 
 
 SCENARIOS = (
-    _without_libraries("no-native-library", MISSING, "`make build`|reinstall"),
+    _without_libraries("no-native-library", MISSING, "`make build|reinstall"),
     _without_libraries("older-jaxlib", NEWER, r"FFI API 0\.99.*install a newer jaxlib"),
     _with_devices(
         "unsupported-gpu",
