@@ -378,7 +378,7 @@ def test_static_tables_are_not_trusted():
 
 @pytest.mark.gpu
 def test_a_wrong_workspace_is_refused():
-    """The kernels write there without looking. (A call without it crashes in XLA, jaxlib 0.11.2, before any handler.)"""
+    """The kernels write there without looking. (Without it XLA crashes, jaxlib 0.11.2, before it calls a handler.)"""
     call = direct()
     (words,) = call.results["workspace"].shape
     changes = {
