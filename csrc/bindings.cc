@@ -30,6 +30,6 @@ NB_MODULE(JAX_BSK_MODULE, m) {
     info["ffi_api"] = std::vector<int64_t>{XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
     return info;
   });
-  // For tests (jax_bsk/testing/grid.py); nothing of the CPU's heeds it.
+  // For tests (jax_bsk/qa/testing/grid.py); nothing of the CPU's heeds it.
   m.def("limit_grid", [](int ctas) { jax_bsk::grid_limit = ctas; }, nb::arg("ctas"));
 }

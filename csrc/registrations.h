@@ -12,7 +12,8 @@
 
 namespace jax_bsk {
 
-// Names of the custom calls, on every platform; jax_bsk/_ffi.py has them too and compares when it loads a library.
+// Names of the custom calls, on every platform; the ffi.py of each operation has them too, and jax_bsk/core/library.py
+// compares when it loads a library.
 inline constexpr const char* kAttentionForward = "jax_bsk_attention_forward";
 inline constexpr const char* kAttentionBackward = "jax_bsk_attention_backward";
 inline constexpr const char* kListsChoose = "jax_bsk_lists_choose";

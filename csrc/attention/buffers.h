@@ -1,6 +1,6 @@
 // XLA buffers -> checked kernel parameters of the attention custom calls, shared by the CPU and the CUDA handlers. The
-// order of the buffers is that of the tables below (`jax_bsk/_ffi.py` is the one place where it is written). Operands
-// may carry leading dimensions in front of the ones named here; they count as part of the batch.
+// order of the buffers is that of the tables below (`jax_bsk/attention/ffi.py` is the one place where it is written).
+// Operands may carry leading dimensions in front of the ones named here; they count as part of the batch.
 #pragma once
 
 #include <string>

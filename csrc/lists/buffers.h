@@ -1,6 +1,6 @@
 // XLA buffers -> checked parameters of the list calls, shared by the CPU and the CUDA handlers. The order of the
-// buffers is that of the tables below (`jax_bsk/_ffi.py` is the one place where it is written). All leading dimensions
-// count as tables.
+// buffers is that of the tables below (`jax_bsk/lists/ffi.py` is the one place where it is written). All leading
+// dimensions count as tables.
 #pragma once
 
 #include <algorithm>

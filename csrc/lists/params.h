@@ -27,7 +27,7 @@ struct TransposeParams {
   int32_t* to_rows;        // [tables, capacity]: the inverse, where each entry stands
 };
 
-// States of a group, which is some key blocks that are chosen together; jax_bsk/_lists_op.py has them too. Any other
+// States of a group, which is some key blocks that are chosen together; jax_bsk/lists/native.py has them too. Any other
 // number is kClosed.
 enum GroupState : int8_t { kClosed = 0, kOpen = 1, kRequired = 2 };
 

@@ -1,6 +1,6 @@
 // XLA buffers -> checked kernel parameters of the product calls, shared by the CPU and the CUDA handlers. The order of
-// the buffers is that of the tables below (`jax_bsk/_ffi.py` is the one place where it is written). Operands may carry
-// leading dimensions in front of the ones named here; they are the batch, of which an operand has all or one.
+// the buffers is that of the tables below (`jax_bsk/matmul/ffi.py` is the one place where it is written). Operands may
+// carry leading dimensions in front of the ones named here; they are the batch, of which an operand has all or one.
 #pragma once
 
 #include <string>

@@ -7,7 +7,7 @@ left to compile and run.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,7 @@ import numpy as np
 from jax import Array
 
 from jax_bsk.core.arrays import known
-
-if TYPE_CHECKING:
-    from jax_bsk.masks import BlockMask
+from jax_bsk.masks import BlockMask
 
 FULL, NOTHING = -1, -2  # among the numbers of bit tiles: every pair attends; none does
 # So many blocks are computed in one step, without a loop: a quarter of it to compile, and the size of dense attention

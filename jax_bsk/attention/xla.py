@@ -20,7 +20,7 @@ it.
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,9 +40,8 @@ from jax_bsk.attention.schedule import (
 )
 from jax_bsk.core import compat, explicit_mesh
 from jax_bsk.core.arrays import of_rank
-
-if TYPE_CHECKING:
-    from jax_bsk.masks import BlockMask
+from jax_bsk.core.dtypes import statistics_dtype
+from jax_bsk.masks import BlockMask
 
 
 def sparse_attention_xla(
@@ -81,7 +80,7 @@ def sparse_attention_xla(
     """
     batch, q_len, heads, _ = query.shape
     kv_len, kv_heads, v_size = key.shape[1], key.shape[2], value.shape[-1]
-    stats_dtype = _softmax_dtype(query.dtype)
+    stats_dtype = statistics_dtype(query.dtype)
     if 0 in (batch, q_len, heads, kv_heads):
         lse = jnp.zeros((batch, heads, q_len), stats_dtype) if with_lse else None
         return jnp.zeros((batch, q_len, heads, v_size), query.dtype), lse
@@ -109,10 +108,6 @@ def sparse_attention_xla(
     partitioned: Any = jax.sharding.auto_axes(attend, out_sharding=shardings)
     with explicit_mesh.mesh_of(arrays):
         return partitioned(*arguments, *lists)
-
-
-def _softmax_dtype(dtype: Any) -> np.dtype:
-    return np.dtype(np.float64 if dtype == np.float64 else np.float32)
 
 
 class _Operands(NamedTuple):
@@ -171,7 +166,7 @@ def _attention(
     batch, q_len, heads, _ = query.shape
     kv_heads = key.shape[2]
     group = heads // kv_heads
-    dtype = _softmax_dtype(query.dtype)
+    dtype = statistics_dtype(query.dtype)
     nq, nk = -(-q_len // block_q), -(-key.shape[1] // block_kv)
     split = functools.partial(split_heads, heads=(kv_heads, group))
 

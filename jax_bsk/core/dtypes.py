@@ -8,7 +8,7 @@ import numpy as np
 
 
 def statistics_dtype(*dtypes: Any) -> np.dtype:
-    """The statistics type: that of log-sum-exps, sums, scores and gates.
+    """The statistics type: that of log-sum-exps, sums of products, scores and gates.
 
     Args:
       dtypes: types of the inputs, of which there is at least one.

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jax_bsk.core import compat
 from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.matmul.bsr import grid_of
 
 ENTRIES_AT_A_TIME = 32
@@ -51,13 +51,8 @@ class Matrix(NamedTuple):
         return self.data.shape[0]
 
 
-def accumulator(*dtypes: Any) -> np.dtype:
-    """Type that products are summed in."""
-    return np.dtype(np.float64 if np.dtype(np.float64) in map(np.dtype, dtypes) else np.float32)
-
-
 def sparse_times_dense(a: Matrix, b: jax.Array, *, transposed: bool) -> jax.Array:
-    """A B, or A^T B: [M or K, N] in the accumulator's type, from b [K or M, N].
+    """A B, or A^T B: [M or K, N] in the statistics type, from b [K or M, N].
 
     A row of blocks whose lists cannot be followed is NaN (transposed: a column of blocks that names no row of b).
     """
@@ -65,7 +60,7 @@ def sparse_times_dense(a: Matrix, b: jax.Array, *, transposed: bool) -> jax.Arra
     out_size, in_size = (bk, bm) if transposed else (bm, bk)
     outs, ins = (columns, rows) if transposed else (rows, columns)
     length = a.shape[1] if transposed else a.shape[0]
-    dtype = accumulator(a.data.dtype, b.dtype)
+    dtype = statistics_dtype(a.data.dtype, b.dtype)
     row_ids, sound = _places(a)
     into, out_of = (a.indices, row_ids) if transposed else (row_ids, a.indices)
     listed = row_ids >= 0
@@ -97,12 +92,12 @@ def sparse_times_dense(a: Matrix, b: jax.Array, *, transposed: bool) -> jax.Arra
 
 
 def sampled(a: jax.Array, b: jax.Array, pattern: Matrix) -> jax.Array:
-    """The blocks of A B at the places of a pattern: [entries, bm, bk] in the accumulator's type.
+    """The blocks of A B at the places of a pattern: [entries, bm, bk] in the statistics type.
 
     a is [M, L], b is [L, K]. Entries that belong to no row, or name no column, are 0.
     """
     (rows, columns), (bm, bk) = pattern.grid, pattern.block_size
-    dtype = accumulator(a.dtype, b.dtype)
+    dtype = statistics_dtype(a.dtype, b.dtype)
     row_ids, sound = _places(pattern)
     use = (row_ids >= 0) & sound
     rows, columns = max(rows, 1), max(columns, 1)

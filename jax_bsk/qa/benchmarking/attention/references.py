@@ -17,7 +17,8 @@ from jax_bsk.qa.benchmarking.attention.spots import Spots, pick, whole_heads
 from jax_bsk.qa.benchmarking.check import Reference, rounded, rounding_of
 
 HEADS, ROWS = 3, 8
-WHOLE = 1024  # tokens up to which every row of these heads can be looked at
+WHOLE = 1024  # tokens up to which every row of so many heads can be looked at
+WHOLE_HEADS = 16  # their logits take 134 MB in float64
 
 
 def choose_spots(case: Case, seed: int, *, whole: bool = False) -> Spots:
@@ -26,13 +27,16 @@ def choose_spots(case: Case, seed: int, *, whole: bool = False) -> Spots:
     Args:
       case: its sizes count.
       seed: seed of the draw.
-      whole: whether all rows of short sequences are looked at, and eight times as many of long ones.
+      whole: whether all rows of short sequences are looked at, of all heads up to `WHOLE_HEADS`, and eight times as
+        many rows of long ones.
     """
     rng = np.random.default_rng([seed, *case.shape])
-    flat = np.array([0, case.batch * case.heads - 1, rng.integers(case.batch * case.heads)][:HEADS])
+    count = case.batch * case.heads
     if whole and case.length <= WHOLE:
-        rows = np.tile(np.arange(case.length), (HEADS, 1))
+        flat = np.sort(rng.choice(count, min(count, WHOLE_HEADS), replace=False))
+        rows = np.tile(np.arange(case.length), (flat.size, 1))
     else:
+        flat = np.array([0, count - 1, rng.integers(count)][:HEADS])
         rows = rng.integers(case.length, size=(HEADS, 8 * ROWS if whole else ROWS))
         rows[:, :2] = 0, case.length - 1
     return Spots(flat // case.heads, flat % case.heads, rows)
