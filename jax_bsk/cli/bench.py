@@ -36,7 +36,7 @@ from jax_bsk.qa.support.table import table
 PASSES = {"forward": Pass.FORWARD, "forward+backward": Pass.TRAINING}
 METHOD = (
     "Each call is jitted, checked on random inputs, and then timed in rounds that visit every contender in turn. The "
-    "check compares rows with float64: up to 1,024 tokens all rows of 16 heads (of all heads where there are fewer), of "
+    "check compares rows with float64: up to 1,024 tokens all rows of 16 heads (of all, where there are fewer), of "
     "longer sequences 64 rows of three heads; and every element must be finite. A time is the median of its samples; a "
     f"sample is one call, or as many as fill {timing.SAMPLE_SECONDS * 1e3:.0f} ms. The mask is an argument, built "
     "beforehand. Useful FLOPs: 4 B N T S H density for the forward, 3.5 times that with the backward. A ratio is the "
