@@ -24,7 +24,7 @@ comma  := ,
 NEEDS  := $(if $(filter-out demo,$(MAKECMDGOALS))$(wildcard $(VENV)/.installed-dev*),dev,build$(comma)demo)
 EXTRAS := $(NEEDS)$(if $(GPU),$(comma)cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
 
-.PHONY: help demo test build lint format bench asan sass clean
+.PHONY: help demo test build lint format bench docs docs-serve asan sass clean
 .DEFAULT_GOAL := help
 # There is one stamp per set of extras, so that asking for another set installs it.
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -34,6 +34,7 @@ help:
 	@echo "make test    runs the tests"
 	@echo "make build   compiles the native libraries and installs jax_bsk in $(VENV); only what changed is compiled"
 	@echo "make bench   compares with jax.nn.dot_product_attention on this machine"
+	@echo "make docs    builds the documentation site in site/          make docs-serve  shows it while you write"
 	@echo "make lint    runs ruff, clang-format and pyright        make format   applies the formatters"
 	@echo "make asan    checks the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sass    compiles and disassembles the CUDA library: matrix and copy instructions are there, and no spills"
@@ -65,6 +66,12 @@ $(STAMP): pyproject.toml
 	@echo "Installs Python packages in $(VENV)"
 	@$(PIP) install --no-compile -r $(VENV)/requirements.txt
 	@touch $@
+
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet
+
+docs-serve: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs serve
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

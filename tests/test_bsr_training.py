@@ -1,4 +1,4 @@
-"""Training with other libraries: Equinox modules, Optax and Orbax checkpoints, and the examples of the docs."""
+"""Training with other libraries: Equinox modules, Optax and Orbax checkpoints."""
 
 from __future__ import annotations
 
@@ -16,8 +16,6 @@ import pytest
 import jax_bsk
 from jax_bsk import BSR, sparse_attention
 from jax_bsk.masks import SegmentMask
-
-PAGE = Path(jax_bsk.__file__).parents[1] / "docs" / "matmul.md"
 
 
 @pytest.fixture(autouse=True)
@@ -92,12 +90,3 @@ def test_equinox_takes_a_module_apart_and_maps_over_it():
     assert jax.tree.structure(joined) == jax.tree.structure(model)
     batched = eqx.filter_vmap(lambda model, x: model(x), in_axes=(None, 0))(joined, x)
     np.testing.assert_allclose(batched[1], model(x[1]), atol=1e-5)
-
-
-def test_the_examples_of_the_page_run():
-    names: dict = {}
-    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) >= 4
-    for block in blocks:
-        exec(block, names)
-    assert names["losses"][-1] < names["losses"][0] / 2

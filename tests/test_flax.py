@@ -363,14 +363,6 @@ def test_mixed_precision(framework):
     assert error <= 2 * bound + np.finfo(np.float32).eps
 
 
-def test_documented_examples_run():
-    page = (pathlib.Path(__file__).parents[1] / "docs" / "flax.md").read_text()
-    names: dict = {}
-    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
-        exec(code, names)
-        assert np.all(np.isfinite(np.asarray(names["out"], np.float32)))
-
-
 # ---- training -------------------------------------------------------------------------------------------------------
 
 TARGETS = jnp.asarray(np.random.default_rng(9).standard_normal((BATCH, LENGTH, FEATURES)), jnp.float32)

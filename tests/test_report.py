@@ -11,7 +11,7 @@ import pytest
 from jax_bsk.qa.validation import report
 from jax_bsk.qa.validation.outcome import StageResult, Verdict
 from jax_bsk.qa.validation.settings import STAGES, Level, Settings
-from tools import readme_figures
+from tools import figures
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "reports" / "h200"
@@ -23,28 +23,28 @@ def committed() -> dict:
 
 
 def test_the_readme_has_the_reports_figures(capsys):
-    assert readme_figures.main(["--check"]) == 0, capsys.readouterr().err
+    assert figures.main(["--check"]) == 0, capsys.readouterr().err
 
 
 def test_figures_that_drifted_are_found():
     text = (ROOT / "README.md").read_text()
     drifted, count = re.subn(r"\d+ TFLOP/s \|", "999 TFLOP/s |", text, count=1)
     assert count == 1
-    assert readme_figures.written(drifted) == text
+    assert figures.written(drifted) == text
     with pytest.raises(KeyError):
-        readme_figures.written("<!-- figures: nothing -->\n<!-- end of figures -->")
+        figures.written("<!-- figures: nothing -->\n<!-- end of figures -->")
 
 
 def test_a_report_of_before_the_products_were_measured(committed, monkeypatch):
     data = committed["stages"]["benchmark"]["data"]
     if "matmul" not in data:
-        assert readme_figures.matmul() == "not in this report"
+        assert figures.matmul() == "not in this report"
     one = {"seconds": 3e-4, "useful_flops_per_second": 6.7e14}
     config = {"operation": "forward", "size": 8192, "sparsity": 0.78, "block": 128, "dtype": "bfloat16"}
     goal = {"case": "a case", "measure": "useful TFLOP/s", "least": 650, "measured": 600.0, "verdict": "missed"}
     later = {"cases": [config | {"contenders": {"jax_bsk": one, "dense": {"seconds": 1.2e-3}}}], "goals": [goal]}
-    monkeypatch.setattr(readme_figures, "benchmark", lambda: data | {"matmul": later})
-    text = readme_figures.matmul()
+    monkeypatch.setattr(figures, "benchmark", lambda: data | {"matmul": later})
+    text = figures.matmul()
     assert "| 0.3 ms | 670 | 0.88 | 4.00x | - | - | - |" in text
     assert text.endswith("Of 1 goals: 1 missed. Not met: a case: useful TFLOP/s >= 650.")
 

@@ -1,4 +1,4 @@
-"""Draws the README's picture of masks, docs/masks.png. Usage: python tools/draw_masks.py"""
+"""Draws the README's picture of masks, docs/images/masks.png. Usage: python tools/draw_masks.py"""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def main() -> None:
     for axis, (title, mask) in zip(axes.flat, MASKS.items(), strict=True):
         mask.bind(LENGTH, block_size=64).plot(axis)
         axis.set_title(title, fontsize=9)
-    path = Path(__file__).parents[1] / "docs" / "masks.png"
+    path = Path(__file__).parents[1] / "docs" / "images" / "masks.png"
     figure.savefig(path, dpi=80)
     print(path)
 

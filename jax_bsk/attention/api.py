@@ -1,7 +1,7 @@
 """`sparse_attention`: checks and canonicalises a call, binds its mask, and hands it to an implementation.
 
 This is the top of the path of a call: `attention.api` -> `masks` -> `core.dispatch` -> `attention.derivatives` ->
-`attention.native` -> `core.native_call` -> `csrc/attention/` (docs/architecture.md).
+`attention.native` -> `core.native_call` -> `csrc/attention/` (docs/design/architecture.md).
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 // BSR x dense on Hopper (sm_90a): a scheduler, a producer that walks the block lists, two consumer warpgroups; clusters
-// of two CTAs share the blocks. The design and what each choice was worth: docs/hopper_matmul.md.
+// of two CTAs share the blocks. The design and what each choice was worth: docs/design/hopper-products.md.
 #pragma once
 
 #include "device/ptx/barrier.cuh"

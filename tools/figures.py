@@ -1,7 +1,7 @@
-"""Writes the README's GPU figures from the committed reports, so that the figures are always those that were measured.
+"""Writes the figures of the README and of the pages in docs/ from the committed reports, so that they are those measured.
 
-    python tools/readme_figures.py            # writes README.md
-    python tools/readme_figures.py --check    # exit status 1 where it differs
+    python tools/figures.py            # writes README.md and docs/**/*.md
+    python tools/figures.py --check    # exit status 1 where one of them differs
 
 The tool replaces the text between `<!-- figures: NAME -->` and `<!-- end of figures -->`. It reads
 `reports/h200/report.json` (written by `python -m jax_bsk validate --full`), and `benchmarks/results/` for what the
@@ -232,8 +232,12 @@ FIGURES: dict[str, Callable[[], str]] = {
 }
 
 
+def pages() -> list[Path]:
+    return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
 def written(text: str) -> str:
-    """The README with its figures as they are measured.
+    """A page with its figures as they are measured.
 
     Raises:
       KeyError: it names figures that there are not.
@@ -243,17 +247,21 @@ def written(text: str) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where the README differs")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit status 1 where a page differs")
     options = parser.parse_args(arguments)
-    path = ROOT / "README.md"
-    text = path.read_text()
-    new = written(text)
-    if options.check:
-        if new != text:
-            print("README.md has other figures than the reports: run python tools/readme_figures.py", file=sys.stderr)
-        return int(new != text)
-    path.write_text(new)
-    return 0
+    differ = 0
+    for path in pages():
+        text = path.read_text()
+        new = written(text)
+        if new == text:
+            continue
+        if options.check:
+            name = path.relative_to(ROOT)
+            print(f"{name} has other figures than the reports: run python tools/figures.py", file=sys.stderr)
+            differ = 1
+        else:
+            path.write_text(new)
+    return differ
 
 
 if __name__ == "__main__":
