@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path
-
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -13,7 +10,6 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-import jax_bsk
 from jax_bsk import BSR, sparse_attention
 from jax_bsk.masks import SegmentMask
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import pathlib
-import re
 import subprocess
 import sys
 from typing import Any

@@ -1,4 +1,4 @@
-"""Writes the figures of the README and of the pages in docs/ from the committed reports, so that they are those measured.
+"""Writes the figures of the README and of the pages in docs/ from the committed reports, so that no figure is made up.
 
     python tools/figures.py            # writes README.md and docs/**/*.md
     python tools/figures.py --check    # exit status 1 where one of them differs
