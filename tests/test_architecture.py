@@ -11,12 +11,13 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jax_bsk"
 
 # Rooms, and the rooms below each, which it may import from.
-OPERATIONS = {"core", "lists", "masks", "attention", "selection", "matmul", "compositions"}
+OPERATIONS = {"core", "lists", "masks", "context", "attention", "selection", "matmul", "compositions"}
 ROOMS = {
     "core": set[str](),
     "lists": {"core"},
     "masks": {"core", "lists"},
-    "attention": {"core", "masks"},
+    "context": {"core", "masks"},
+    "attention": {"core", "masks", "context"},
     "selection": {"core", "lists", "masks"},
     "matmul": {"core"},
     "compositions": {"core", "masks", "attention", "selection"},
@@ -44,16 +45,24 @@ LAYERS = {
         ["builders._combine"],
         ["builders._host", "builders._traced", "builders._topk", "algebra.patterns", "algebra.function_mask"],
         ["builders._descent", "algebra._offsets", "algebra.data_masks", "views._checks"],
+        ["orders.permutation"],
         ["run_lists", "algebra.mask", "builders.indices", "orders.entry_order", "views._reading", "views._plot"],
         ["block_lists"],
-        ["orders._transpose", "algebra._node", "_tiles"],
+        ["orders.column_lists", "algebra._node", "_tiles"],
         ["grid", "_runs", "_text", "_export"],
+    ],
+    "context": [
+        ["describe"],
+        ["plan", "exchange"],
+        ["balance"],
+        ["visits"],
     ],
     "attention": [
         ["api"],
         ["derivatives"],
         ["native", "xla"],
         ["ffi", "refusals", "sharding", "schedule"],
+        ["sequence"],
     ],
     "matmul": [
         ["api"],

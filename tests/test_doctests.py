@@ -32,6 +32,7 @@ OBJECTS: dict[str, Any] = {
             "flops",
         )
     },
+    **{f"context.{name}": getattr(jax_bsk.context, name) for name in ("plan", "describe")},
     "flax.attention_fn": jax_bsk.flax.attention_fn,
     **{
         f"flax.{library.__name__.rpartition('.')[2]}.{name}": getattr(library, name)

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import jax_bsk
 from jax_bsk.core import library
 from jax_bsk.lists import ffi, native
-from jax_bsk.masks.orders._transpose import ordered_transpose_traced, transpose_host, transpose_in_jax
+from jax_bsk.masks.orders.column_lists import ordered_transpose_traced, transpose_host, transpose_in_jax
 from jax_bsk.qa.testing.faults.boundary import check_refused
 from jax_bsk.qa.testing.faults.direct import DirectCall, shape
 from tests.util import text_of

@@ -20,6 +20,7 @@ from jax_bsk.attention import derivatives, refusals
 from jax_bsk.attention.ffi import AttentionAttributes
 from jax_bsk.attention.native import AttentionCall
 from jax_bsk.attention.xla import sparse_attention_xla
+from jax_bsk.context.visits import visits_of_shards
 from jax_bsk.core import arrays, checks, dispatch, inputs, scalars
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dispatch import Implementation
@@ -223,7 +224,8 @@ def sparse_attention(
         )
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
-        call = AttentionCall(attributes, platform=chosen if named else None)
+        visits = None if key_value_seq_lengths is not None else visits_of_shards(block_mask, query)
+        call = AttentionCall(attributes, chosen if named else None, visits)
         stats = statistics_dtype(query.dtype)
         if traced_scale is not None:
             query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)

@@ -23,33 +23,34 @@ ATTENTION_BACKWARD = "jax_bsk_attention_backward"
 NO_GATES = (1, 1, 0)
 NO_SINKS = (1, 0)
 
-# Letters: B examples, N query heads, K key/value heads (see `core.dims`). Gates are one number per entry of the lists.
+# Letters: B examples, T queries, S keys, N query heads, K key/value heads (see `core.dims`). Gates are one number per
+# entry of the lists.
 _ROWS = {"row_offsets": "bn.", "kv_blocks": "bn.", "tiles": "bn."}
 _COLUMNS = {"col_offsets": "bn.", "q_blocks": "bn.", "col_tiles": "bn."}
 _REST = {"bit_tiles": "bn...", "lengths": "b."}
 
 FORWARD = Dims(
-    operands={"query": "B.N.", "key": "B.K.", "value": "B.K.", **_ROWS, **_REST, "sinks": "bn", "gates": "bn."},
-    results={"out": "B.N.", "lse": "BN.", "lse_rest": "BN."},
+    operands={"query": "BTN.", "key": "BSK.", "value": "BSK.", **_ROWS, **_REST, "sinks": "bn", "gates": "bn."},
+    results={"out": "BTN.", "lse": "BNT", "lse_rest": "BNT"},
     shared=(tuple(_ROWS), ("bit_tiles",), ("lengths",), ("sinks",)),
     follow=("query",),
 )
 BACKWARD = Dims(
     operands={
-        "dout": "B.N.",
-        "query": "B.N.",
-        "key": "B.K.",
-        "value": "B.K.",
-        "lse": "BN.",
-        "lse_rest": "BN.",
-        "delta": "BN.",
+        "dout": "BTN.",
+        "query": "BTN.",
+        "key": "BSK.",
+        "value": "BSK.",
+        "lse": "BNT",
+        "lse_rest": "BNT",
+        "delta": "BNT",
         **_ROWS,
         **_COLUMNS,
         **_REST,
         "row_gates": "bn.",
         "col_gates": "bn.",
     },
-    results={"dquery": "B.N.", "dkey": "B.K.", "dvalue": "B.K.", "dgates": "bn."},
+    results={"dquery": "BTN.", "dkey": "BSK.", "dvalue": "BSK.", "dgates": "bn."},
     # Kernels read the lists of both orders with one count of examples.
     shared=((*_ROWS, *_COLUMNS), ("bit_tiles",), ("lengths",)),
     follow=("query",),

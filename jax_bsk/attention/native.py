@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jax_bsk.attention import ffi, refusals
-from jax_bsk.attention.sharding import HeadSplitting
+from jax_bsk.attention.sharding import AttentionSplitting
+from jax_bsk.context.visits import Visits
 from jax_bsk.core import library
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import Avals, NativeCall, like
@@ -25,10 +26,12 @@ class AttentionCall:
     Attributes:
       attributes: Numbers that travel to the kernel.
       platform: The only platform the call may be lowered for, or None for whichever has a native kernel.
+      visits: Which key blocks the lists visit, or None where that is not known, or no shard may rely on it.
     """
 
     attributes: ffi.AttentionAttributes
     platform: str | None = None
+    visits: Visits | None = None
 
 
 def _forward_shapes(query: Any, key: Any, value: Any, *others: Any, call: AttentionCall) -> tuple[Any, ...]:
@@ -70,7 +73,7 @@ FORWARD = NativeCall(
     attributes=lambda call: call.attributes.encode(),
     workspace=lambda avals, call: ffi.forward_workspace(avals[0].shape),
     refusals=lambda platform, avals, call: _refusals(platform, avals[0], avals[2], call),
-    splitting=HeadSplitting(),
+    splitting=AttentionSplitting(),
 )
 BACKWARD = NativeCall(
     ffi.ATTENTION_BACKWARD,
@@ -80,5 +83,5 @@ BACKWARD = NativeCall(
     workspace=_backward_workspace,
     workspace_dtype=np.uint8,
     refusals=lambda platform, avals, call: _refusals(platform, avals[1], avals[3], call),
-    splitting=HeadSplitting(),
+    splitting=AttentionSplitting(),
 )

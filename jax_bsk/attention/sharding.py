@@ -1,4 +1,7 @@
-"""How the attention calls split over a device mesh: batch and heads without a collective, everything else whole."""
+"""How the attention calls split over a device mesh: batch and heads without a collective, and the sequence.
+
+`sequence` says what a shard of the sequence computes, and what travels.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jax_bsk.attention.sequence import SequenceShards
 from jax_bsk.core import compat
 from jax_bsk.core.dims import Axes, Bind, Dims, Factors, Run, Splitting, axis_size
 
 
-class HeadSplitting(Splitting):
-    """Query heads N and key/value heads K split together, as far as the groups of grouped-query attention allow."""
+class AttentionSplitting(Splitting):
+    """Heads N and K split together, as far as the groups of grouped-query attention allow; so do queries T and keys S.
+
+    Queries split where each shard has whole query blocks. Keys split with them where they are as many and each shard
+    has whole key blocks, too; otherwise all shards are given all keys.
+    """
 
     def factors(self, call: Any, sizes: Mapping[str, int], mesh: Mesh) -> Factors:
-        """Shardy factors of the query heads and of the key/value heads.
+        """Shardy factors of the heads and of the sequence.
+
+        Queries and keys of one length are one factor: of two, Shardy would let only one split over a mesh axis. Heads:
 
         - MHA: one factor for both.
         - GQA: the query heads are the compound (key/value head, member of the group), split by key/value head.
@@ -27,13 +37,31 @@ class HeadSplitting(Splitting):
         """
         del call
         heads, kv_heads = sizes["N"], sizes["K"]
+        together = sizes["T"] == sizes["S"]
+        keys, whole = ({"S": "t"}, frozenset[str]()) if together else ({}, frozenset("S"))
         if heads == kv_heads:
-            return Factors(names={"K": "n"})
+            return Factors(names={"K": "n", **keys}, whole=whole)
         if kv_heads > 1 and all(size == 1 or kv_heads % size == 0 for size in mesh.shape.values()):
-            return Factors(names={"N": "(k g)"}, sizes={"g": heads // kv_heads})
-        return Factors(replicated=frozenset("k"))
+            return Factors(names={"N": "(k g)", **keys}, sizes={"g": heads // kv_heads}, whole=whole)
+        return Factors(names=keys, replicated=frozenset("k"), whole=whole)
+
+    def splits(self, call: Any, letter: str, sizes: Mapping[str, int], shards: int) -> bool:
+        """Queries split into whole blocks; batch and heads always."""
+        return letter != "T" or sizes["T"] % (shards * call.attributes.block_q) == 0
 
     def shard(
+        self, call: Any, dims: Dims, sizes: Mapping[str, int], axes: dict[str, Axes], mesh: Mesh
+    ) -> tuple[dict[str, Axes], Run]:
+        """Keys follow the queries, and key/value heads the query heads."""
+        axes, run = self._of_heads(call, dims, sizes, axes, mesh)
+        shards = axis_size(mesh, axes.get("T"))
+        if shards == 1:
+            return axes, run
+        keys_split = sizes["S"] == sizes["T"] and sizes["S"] % (shards * call.attributes.block_kv) == 0
+        axes = {**axes, "S": axes["T"] if keys_split else None}
+        return axes, SequenceShards(call, dims, axes["T"], shards, keys_split, run).run
+
+    def _of_heads(
         self, call: Any, dims: Dims, sizes: Mapping[str, int], axes: dict[str, Axes], mesh: Mesh
     ) -> tuple[dict[str, Axes], Run]:
         """The key/value heads follow the query heads; if these split further, each shard sees all key/value heads."""

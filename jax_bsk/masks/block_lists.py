@@ -14,9 +14,10 @@ import numpy as np
 
 from jax_bsk.core import compat
 from jax_bsk.core.arrays import Array, is_traced
+from jax_bsk.masks import _runs
 from jax_bsk.masks._text import short
 from jax_bsk.masks.grid import Grid
-from jax_bsk.masks.orders._transpose import ColumnLists, rows_of_entries, transpose_host, transpose_traced
+from jax_bsk.masks.orders.column_lists import ColumnLists, rows_of_entries, transpose_host, transpose_traced
 
 
 class RowLists(NamedTuple):
@@ -64,6 +65,7 @@ class BlockLists:
         *("row_offsets", "kv_blocks", "tiles", "bit_tiles"),
         *("col_offsets", "q_blocks", "col_tiles"),
     )
+    _row_names: ClassVar[tuple[str, ...]] = _stored[:3]
     _size_names: ClassVar[tuple[str, ...]] = ("block_q", "block_kv", "q_len", "kv_len")
 
     # ---- sizes --------------------------------------------------------------------------------------------------
@@ -134,8 +136,9 @@ class BlockLists:
         """The arrays that it holds, by name."""
         return {name: getattr(self, name) for name in self._stored}
 
-    def _is_host(self) -> bool:
-        """Whether every array is a numpy array."""
+    @property
+    def is_host(self) -> bool:
+        """Whether every array is a numpy array, so that its values are known when a program is compiled."""
         return all(x is None or isinstance(x, np.ndarray) for x in self._arrays().values())
 
     def _with_arrays(self, **changes: Array | None) -> Self:
@@ -153,7 +156,7 @@ class BlockLists:
         """
         if self.is_traced:
             raise TypeError(f"BlockMask.{what} needs values, but this mask is traced; call it outside of jit")
-        if self._is_host():
+        if self.is_host:
             return self
         return self._with_arrays(**{n: None if x is None else np.asarray(x) for n, x in self._arrays().items()})
 
@@ -193,6 +196,15 @@ class BlockLists:
         rows = rows_of_entries(of_table(self.row_offsets, b, h), ids.shape[0])
         valid = np.flatnonzero((rows >= 0) & (ids >= 0) & (ids < self.nk) & (tiles < self.bit_tiles.shape[2]))
         return Entries(rows[valid], ids[valid], tiles[valid], np.ones(valid.size, np.int64))
+
+    def row_arrays(self) -> dict[str, Array | None]:
+        """The arrays that say which key blocks each query block visits, by name."""
+        return {name: getattr(self, name) for name in self._row_names}
+
+    def row_segments(self, b: int, h: int) -> _runs.Segments:
+        """The visited key blocks of one example and head of a host mask, those of a run together."""
+        rows, columns, tiles, weights = self._entries(b, h)
+        return _runs.Segments(rows, columns, weights, tiles)
 
     def _weighted_entries(self, b: int, h: int) -> Entries:
         """The same entries in as few elements as the mask holds: those of a run may be counted by one of them."""

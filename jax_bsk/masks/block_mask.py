@@ -258,6 +258,10 @@ class BlockMask(BlockLists):
             max_tiles=max_tiles if traced else None,
         )
 
+    def with_rows(self, lists: RowLists | RowRuns) -> BlockMask:
+        """The mask of these query-major lists, of the same lengths and block sizes; nothing is checked."""
+        return BlockMask._of(lists, self._grid)
+
     @classmethod
     def _of(cls, lists: RowLists | RowRuns, grid: Grid) -> Any:
         if isinstance(lists, RowRuns):

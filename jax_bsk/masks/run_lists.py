@@ -48,6 +48,7 @@ class RunLists(BlockLists):
     """
 
     _stored = (*_ROWS, "bit_tiles", *_COLUMNS)
+    _row_names = _ROWS
     _size_names = ("block_q", "block_kv", "q_len", "kv_len", "capacity")
 
     row_starts: Array
@@ -161,12 +162,16 @@ class RunLists(BlockLists):
         """See `BlockLists.transpose`; the runs of a host mask are transposed as runs."""
         if self.col_offsets is not None:
             return self
-        if not self._is_host():
+        if not self.is_host:
             return self._plain().transpose()
         if "_transposed" not in self.__dict__:
             columns = _transpose([getattr(self, name) for name in _ROWS], self.nk, self.capacity)
             self.__dict__["_transposed"] = self._with_arrays(**dict(zip(_COLUMNS, columns, strict=True)))
         return self.__dict__["_transposed"]
+
+    def row_segments(self, b: int, h: int) -> _runs.Segments:
+        """See `BlockLists.row_segments`."""
+        return _runs.to_segments(self._row_runs(b, h))
 
     def _weighted_entries(self, b: int, h: int) -> Entries:
         """Two entries per run: its last one, which may reach past the keys' end, and the others, of which none does."""

@@ -327,12 +327,12 @@ def test_device_copies_are_made_once(form):
     first, second = jax.tree.leaves(mask), jax.tree.leaves(mask)
     assert all(isinstance(x, jax.Array) for x in first)
     assert all(x is y for x, y in zip(first, second, strict=True))
-    assert mask._is_host(), "the mask itself is as it was built"
+    assert mask.is_host, "the mask itself is as it was built"
     inside = []
     jax.jit(lambda: inside.extend(jax.tree.leaves(mask)) or 0)()
     assert all(isinstance(x, np.ndarray) for x in inside), "in a trace they are constants, whose values are known"
     back = pickle.loads(pickle.dumps(mask))
-    assert back._is_host()
+    assert back.is_host
     assert set(back.__dict__) == {*mask._stored, *mask._size_names}
     with jax.default_device(jax.devices()[1]):
         assert jax.tree.leaves(mask)[0].devices() == {jax.devices()[1]}

@@ -23,7 +23,7 @@ from jax_bsk.masks.block_lists import BlockLists, RowLists
 from jax_bsk.masks.builders import _traced
 from jax_bsk.masks.builders._host import on_host, tiles_of
 from jax_bsk.masks.grid import EMPTY, FULL, OWN, Grid
-from jax_bsk.masks.orders._transpose import rows_of_entries
+from jax_bsk.masks.orders.column_lists import rows_of_entries
 
 # A number of no tile: kernels give NaN for a row that refers to it.
 _NO_TILE = np.int32(2**31 - 1)

@@ -1,6 +1,6 @@
 """The order of a BlockMask's entries: numbers that belong to entries (gates) go to the key-major order and back.
 
-Beside `_transpose`, which makes the key-major lists in this order; only a call with gates asks for it.
+Beside `column_lists`, which makes the key-major lists in this order; only a call with gates asks for it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from jax_bsk.core import explicit_mesh
 from jax_bsk.core.arrays import Array, of_rank
 from jax_bsk.masks.block_lists import BlockLists
-from jax_bsk.masks.orders._transpose import ColumnLists, column_entries, ordered_transpose_traced, rows_of_entries
+from jax_bsk.masks.orders.column_lists import ColumnLists, column_entries, ordered_transpose_traced, rows_of_entries
 
 
 class EntryOrder(NamedTuple):

@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_bsk.masks import _runs
 from jax_bsk.masks.block_lists import BlockLists, of_table
-from jax_bsk.masks.orders._transpose import rows_of_entries
+from jax_bsk.masks.orders.column_lists import rows_of_entries
 from jax_bsk.masks.run_lists import RunLists
 
 _TRANSPOSED_OTHERWISE = (

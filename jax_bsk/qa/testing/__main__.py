@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--no-gradients", action="store_true")
     parser.add_argument("--traced-mask", action="store_true", help="attention: the mask as an argument of the jit")
     parser.add_argument("--multiprocessors", type=int, help="on CUDA, judge it once more on so many")
+    parser.add_argument("--sequence-shards", type=int, help="attention: over so many devices, which JAX must see")
     args = parser.parse_args(argv)
     if (args.seed is None) == (args.case is None):
         parser.error("give one of --seed and --case")
@@ -51,7 +52,11 @@ def main(argv: list[str] | None = None) -> int:
     command += " --traced-mask" if args.traced_mask else ""
     command += " --no-gradients" if args.no_gradients else ""
     command += "" if args.multiprocessors is None else f" --multiprocessors {args.multiprocessors}"
+    command += "" if args.sequence_shards is None else f" --sequence-shards {args.sequence_shards}"
     attention = from_public(args.implementation)
+    if args.sequence_shards is not None:
+        attention = battery.with_sharded_sequence(attention, args.sequence_shards)
+        chosen = [cases.for_shards(case, args.sequence_shards) for case in chosen]
     options = {"gradients": not args.no_gradients, "multiprocessors": args.multiprocessors}
 
     def judge(case: Any) -> Judgement:

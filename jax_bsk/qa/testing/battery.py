@@ -11,6 +11,7 @@ from typing import Any, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.qa.testing import grid, tolerance
@@ -133,6 +134,21 @@ def from_public(implementation: str | None) -> AttentionFn:
             return_residual=True,
         )
         return out, jnp.swapaxes(lse, 1, 2)
+
+    return attention
+
+
+def with_sharded_sequence(attention_fn: AttentionFn, shards: int) -> AttentionFn:
+    """The same of a query, key and value whose sequences are sharded over `shards` devices, as is the output."""
+    mesh = jax.make_mesh((shards,), ("sequence",), devices=jax.devices()[:shards], axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "sequence"))
+
+    def sharded(x: Any) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def attention(query, key, value, mask, **options):
+        out, lse = attention_fn(sharded(query), sharded(key), sharded(value), mask, **options)
+        return sharded(out), lse
 
     return attention
 

@@ -344,6 +344,16 @@ def redraw(case: Case, draw: int) -> Case:
     )
 
 
+def for_shards(case: Case, shards: int) -> Case:
+    """The same case with lengths that split over so many devices: in most cases into whole blocks."""
+    rng = np.random.default_rng(case.seed)
+    whole = rng.random() < 0.8
+    q_unit, kv_unit = (shards * (block if whole else 1) for block in (case.block_q, case.block_kv))
+    q_len = -(-case.q_len // q_unit) * q_unit
+    kv_len = q_len if rng.random() < 0.7 and q_len % kv_unit == 0 else -(-case.kv_len // kv_unit) * kv_unit
+    return dataclasses.replace(case, q_len=q_len, kv_len=kv_len)
+
+
 def _corner(name: str, **fields: Any) -> Case:
     return Case(name=name, tag="corner", **fields)
 

@@ -1,0 +1,239 @@
+"""How the key blocks of a sharded sequence travel: to the shards whose queries visit them, and their gradients back.
+
+Shard i of n has the key blocks [i m, (i + 1) m). An `Exchange` is fixed when a program is compiled:
+
+- Blocks that most shards visit (those of global tokens) are gathered by all.
+- The others travel in at most n - 1 steps. In step s each shard i sends to shard i + s what that one needs of it, so
+  that all links are busy at once and one step's blocks have one shape. A pair of shards that shares nothing takes no
+  part, and a step without pairs does not exist.
+- Where nearly everything is wanted, or where the lists have no values yet, all keys are gathered instead.
+
+A shard's keys are then its own, followed by what came; `slots` says where a block lies among them, and the ids in the
+shard's lists are replaced by it. A row visits the same blocks in the same order as on one device, so outputs and the
+gradients of queries have the same bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jax_bsk.context.visits import Visits
+from jax_bsk.core.dims import Axes
+from jax_bsk.core.dtypes import statistics_dtype
+
+# Share of all foreign blocks from which on all keys are gathered: that sends a little more, in one call.
+GATHER_FROM = 0.9
+# What a step costs beside its blocks, as a number of blocks: some 20 us of latency, in which 300 GB/s bring as many of
+# 128 tokens, 8 heads and 128 numbers in bfloat16, keys and values.
+STEP_BLOCKS = 10
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+    """What travels at once.
+
+    Attributes:
+      pairs: (from, to) of each transfer; none where all shards gather the blocks.
+      blocks: int32 [shards, count], the sender's own blocks that it sends, ascending; past their end `m`, which is no
+        block.
+    """
+
+    pairs: tuple[tuple[int, int], ...]
+    blocks: np.ndarray
+
+    @property
+    def gathers(self) -> bool:
+        """Whether every shard receives the blocks of all."""
+        return not self.pairs
+
+    @property
+    def count(self) -> int:
+        """Number of key blocks by which a shard's keys grow."""
+        shards, count = self.blocks.shape
+        return shards * count if self.gathers else count
+
+    # ---- within a shard's program -----------------------------------------------------------------------------------
+
+    def send(self, blocks: jax.Array, axis: Axes, shard: jax.Array) -> jax.Array:
+        """What comes to a shard, [.., count, block, K, H], from its own blocks, [.., m, block, K, H]."""
+        sent = jnp.take(blocks, jnp.asarray(self.blocks)[shard], axis=-4, mode="clip")
+        if self.gathers:
+            return jax.lax.all_gather(sent, axis, axis=sent.ndim - 4, tiled=True)
+        return jax.lax.ppermute(sent, axis, self.pairs)
+
+    def send_back(self, parts: jax.Array, axis: Axes, shards: int) -> list[jax.Array]:
+        """The parts of the gradients of a shard's own blocks that others made, from those of what came to it."""
+        if not self.gathers:
+            return [jax.lax.ppermute(parts, axis, [(to, source) for source, to in self.pairs])]
+        at = parts.ndim - 4
+        came = jax.lax.all_to_all(parts, axis, split_axis=at, concat_axis=at, tiled=True)
+        return jnp.split(came, shards, axis=at)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Exchange:
+    """The steps of an exchange.
+
+    Attributes:
+      shards: Number of shards, n.
+      own: Key blocks of a shard, m.
+      steps: Steps of the exchange.
+      slots: int32 [shards, n m], place of each key block among a shard's keys; -1 where it does not come.
+      returned: int32 [shards, count], the shard's own blocks that travel; past their end `m`.
+    """
+
+    shards: int
+    own: int
+    steps: tuple[Step, ...]
+    slots: np.ndarray
+    returned: np.ndarray
+
+    def received(self) -> np.ndarray:
+        """int64 [shards]: key blocks that each shard receives from others, padding included."""
+        counts = np.zeros(self.shards, np.int64)
+        for step in self.steps:
+            size = step.blocks.shape[1]
+            counts += (self.shards - 1) * size if step.gathers else 0
+            for _, to in step.pairs:
+                counts[to] += size
+        return counts
+
+    # ---- within a shard's program -----------------------------------------------------------------------------------
+
+    def ids(self, ids: jax.Array, shard: jax.Array) -> jax.Array:
+        """The ids of a shard's lists as places among its keys; ids that are out of range stay so."""
+        slots = jnp.asarray(self.slots)[shard]
+        known = (ids >= 0) & (ids < slots.shape[0])
+        found = slots[jnp.clip(ids, 0, slots.shape[0] - 1)]
+        return jnp.where(known & (found >= 0), found, jnp.int32(2**31 - 1))
+
+    def columns(self, shard: jax.Array) -> jax.Array:
+        """int32 [blocks]: the key block at each place among a shard's keys; -1 where there is only padding."""
+        table = np.full((self.shards, self.own + sum(step.count for step in self.steps)), -1, np.int32)
+        shards, blocks = np.nonzero(self.slots >= 0)
+        table[shards, self.slots[shards, blocks]] = blocks
+        return jnp.asarray(table)[shard]
+
+    def bring(self, x: jax.Array, axis: Axes, shard: jax.Array) -> jax.Array:
+        """The keys or values that a shard needs, [.., S', K, H], from its own, [.., S / n, K, H]."""
+        blocks = self._blocks(x)
+        found, end = x, x.shape[-3]
+        if self.steps:
+            # Room first: the shard's own keys are copied while the others' are on their way.
+            more = sum(step.count for step in self.steps) * blocks.shape[-3]
+            found = jnp.pad(x, [(0, more if axis == x.ndim - 3 else 0) for axis in range(x.ndim)])
+        for step in self.steps:
+            came = step.send(blocks, axis, shard).reshape(*x.shape[:-3], -1, *x.shape[-2:])
+            found = jax.lax.dynamic_update_slice_in_dim(found, came, end, axis=-3)
+            end += came.shape[-3]
+        return found
+
+    def give_back(self, dx: jax.Array, axis: Axes, shard: jax.Array) -> jax.Array:
+        """The gradient of a shard's own keys or values, [.., S / n, K, H], from those of all it had, [.., S', K, H].
+
+        Each block's parts are summed in float32: first the shard's own, then the others', in the order of the steps.
+        """
+        counts = [self.own, *(step.count for step in self.steps)]
+        size = dx.shape[-3] // sum(counts)
+        own, *others = jnp.split(dx, [int(n) * size for n in np.cumsum(counts)[:-1]], axis=-3)
+        if not self.steps:
+            return own
+        mine = jnp.asarray(self.returned)[shard]
+        wide = statistics_dtype(dx.dtype)
+        blocks = self._blocks(own)
+        total = jnp.take(blocks, mine, axis=-4, mode="clip").astype(wide)
+        for step, parts in zip(self.steps, others, strict=True):
+            sent = jnp.asarray(step.blocks)[shard]
+            # Their places among `mine`, which holds them all, ascending; padding is dropped.
+            places = jnp.where(sent < self.own, jnp.searchsorted(mine, sent).astype(jnp.int32), mine.shape[0])
+            parts = parts.reshape(*blocks.shape[:-4], -1, *blocks.shape[-3:])
+            for came in step.send_back(parts, axis, self.shards):
+                total = total.at[..., places, :, :, :].add(came.astype(wide), mode="drop", unique_indices=True)
+        blocks = blocks.at[..., mine, :, :, :].set(total.astype(dx.dtype), mode="drop", unique_indices=True)
+        return blocks.reshape(own.shape)
+
+    def _blocks(self, x: jax.Array) -> jax.Array:
+        """[.., m blocks, K, H] to [.., m, block, K, H]."""
+        return x.reshape(*x.shape[:-3], self.own, x.shape[-3] // self.own, *x.shape[-2:])
+
+
+@functools.lru_cache(64)
+def exchange_of(visits: Visits, shards: int) -> Exchange | None:
+    """The exchange of a host mask's keys, or None where all are better gathered."""
+    found = min((exchange(visits.needs(shards), popular) for popular in (False, True)), key=cost)
+    return None if cost(found) > GATHER_FROM * (shards - 1) * found.own + STEP_BLOCKS else found
+
+
+def cost(found: Exchange) -> float:
+    """How long an exchange takes, in blocks that one shard receives."""
+    return int(found.received().max(initial=0)) + STEP_BLOCKS * len(found.steps)
+
+
+def exchange(needs: np.ndarray, popular: bool = False) -> Exchange:
+    """The exchange that brings each shard what it needs.
+
+    Args:
+      needs: bool [shards, key blocks], with the shards' own ones or without.
+      popular: Whether blocks that more than half of the shards visit are gathered by all.
+    """
+    shards, columns = needs.shape
+    own = columns // shards
+    everyone = np.arange(shards)
+    wanted = needs.reshape(shards, shards, own).copy()  # [to, from, block]
+    wanted[everyone, everyone] = False
+    travels = wanted.any(0)
+    slots = np.full((shards, shards, own), -1, np.int32)  # [to, from, block]
+    slots[everyone, everyone] = np.arange(own)
+    steps, end = [], own
+    if popular and (gathered := wanted.sum(0) > shards // 2).any():
+        blocks = _table(gathered, own)
+        place = np.cumsum(gathered, axis=1) - 1 + end + everyone[:, None] * blocks.shape[1]
+        foreign = gathered & ~np.eye(shards, dtype=bool)[:, :, None]
+        slots = np.where(foreign, place, slots)
+        wanted &= ~gathered
+        steps.append(Step((), blocks))
+        end += shards * blocks.shape[1]
+    for shift in range(1, shards):
+        to = (everyone + shift) % shards
+        sent = wanted[to, everyone]  # [from, block]
+        if not sent.any():
+            continue
+        blocks = _table(sent, own)
+        slots[to, everyone] = np.where(sent, np.cumsum(sent, axis=1) - 1 + end, slots[to, everyone])
+        steps.append(Step(tuple((int(i), int(to[i])) for i in np.flatnonzero(sent.any(1))), blocks))
+        end += blocks.shape[1]
+    slots = slots.reshape(shards, columns).astype(np.int32)
+    return Exchange(shards, own, tuple(steps), slots, _table(np.asarray(travels), own))
+
+
+def _table(chosen: np.ndarray, fill: int) -> np.ndarray:
+    """int32 [shards, most]: the numbers of the chosen blocks of each shard, ascending, then `fill`."""
+    counts = chosen.sum(1)
+    order = np.argsort(~chosen, axis=1, kind="stable")[:, : counts.max()]
+    return np.where(np.arange(order.shape[1]) < counts[:, None], order, fill).astype(np.int32)
+
+
+# ---- all keys -----------------------------------------------------------------------------------------------------
+
+
+def gather(x: jax.Array, axis: Axes) -> jax.Array:
+    """All keys or values, [.., S, K, H], from a shard's own."""
+    return jax.lax.all_gather(x, axis, axis=x.ndim - 3, tiled=True)
+
+
+def sum_of_shards(dx: jax.Array, axis: Axes, shards: int) -> jax.Array:
+    """The gradient of a shard's own keys or values from each shard's part of all of them.
+
+    The parts travel in their own type and are summed in float32, in the order of the shards.
+    """
+    *lead, length, heads, size = dx.shape
+    parts: Any = dx.reshape(*lead, shards, length // shards, heads, size)
+    parts = jax.lax.all_to_all(parts, axis, split_axis=len(lead), concat_axis=len(lead), tiled=True)
+    wide = statistics_dtype(dx.dtype)
+    return parts.astype(wide).sum(len(lead)).astype(dx.dtype)
