@@ -78,6 +78,8 @@ def run(settings: Settings, clock: Clock) -> StageResult:
             if progress.done <= STEPS and (len(records) - first) * STEPS >= progress.done * total:
                 progress.step(f"{total} random cases")
             records.append(record)
+            if len(records) < first:
+                progress.note(f"{len(records)} of {first} done")
     checks, data = [], {}
     for suite in both:
         mine = [record for record in records if suite.has(record)]
