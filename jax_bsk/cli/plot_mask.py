@@ -97,8 +97,10 @@ def bound(expression: str, q_len: int, kv_len: int | None, block_size: int) -> B
 
 def _big_birds(mask: Mask) -> list[BigBirdMask]:
     """The BigBirdMasks in a mask, found among the nodes that hold masks."""
-    inner = getattr(mask, "masks", ()) or ((mask.mask,) if hasattr(mask, "mask") else ())
-    return ([mask] if isinstance(mask, BigBirdMask) else []) + [found for one in inner for found in _big_birds(one)]
+    inner = getattr(mask, "masks", ()) or (getattr(mask, "mask", None),)
+    return ([mask] if isinstance(mask, BigBirdMask) else []) + [
+        found for one in inner if one is not None for found in _big_birds(one)
+    ]
 
 
 def _heads(mask: BlockMask, wanted: int | None) -> Sequence[int]:
@@ -127,8 +129,8 @@ def _draw(mask: BlockMask, heads: Sequence[int], path: Path) -> str:
         rows = -(-len(heads) // columns)
         figure = Figure(figsize=(4.2 * columns, 4.8 * rows), dpi=120, layout="constrained")
         FigureCanvasAgg(figure)
-        for place, head in enumerate(heads):
-            mask.plot(figure.add_subplot(rows, columns, place + 1), head=head, title=f"head {head}")
+        for head in heads:
+            mask.plot(figure.add_subplot(rows, columns, head + 1), head=head, title=f"head {head}")
         figure.savefig(path)
     except ImportError:
         return "a picture needs matplotlib; install it with `pip install matplotlib`. Above is the same as text"
@@ -173,8 +175,8 @@ def picture(mask: BlockMask, head: int = 0, encoding: str | None = None) -> str:
         marks = MARKS["ascii"]
     width = len(f"{mask.q_len:,}")
     lines = [f"{'':{width}}  keys 0 to {mask.kv_len - 1:,}"]
-    for place, row in enumerate(cells):
-        label = f"{place * side * mask.block_q:,}" if place % 4 == 0 else ""
+    for number, row in enumerate(cells):
+        label = f"{number * side * mask.block_q:,}" if number % 4 == 0 else ""
         lines.append(f"{label:>{width}}  " + "".join(marks[cell] for cell in row))
     empty, partial, full = marks
     cell = f"{side * mask.block_q:,} queries x {side * mask.block_kv:,} keys"

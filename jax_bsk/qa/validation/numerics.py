@@ -216,8 +216,8 @@ def _histogram(accepted: list[dict[str, Any]]) -> dict[str, Any]:
     counts: dict[str, list[int]] = {}
     for record in accepted:
         for result in record["results"]:
-            place = min(int(result["max_share"] * BINS), BINS - 1)
-            counts.setdefault(result["name"], [0] * BINS)[place] += 1
+            column = min(int(result["max_share"] * BINS), BINS - 1)
+            counts.setdefault(result["name"], [0] * BINS)[column] += 1
     return {"bins": BINS, "counts": counts}
 
 
