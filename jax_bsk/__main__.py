@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jax_bsk.cli import bench, info, matmul_bench, validate
+from jax_bsk.cli import bench, info, matmul_bench, plot_mask, validate
 from jax_bsk.core.version import __version__
 
-COMMANDS = (info, bench, matmul_bench, validate)
+COMMANDS = (info, bench, matmul_bench, validate, plot_mask)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from jax_bsk.__main__ import main
-from jax_bsk.core import dispatch
+from jax_bsk.core import compat, dispatch
 from jax_bsk.qa.benchmarking import contender, suite
 from jax_bsk.qa.benchmarking.check import verdict
 from jax_bsk.qa.benchmarking.matmul import cases, jax_products, operation
@@ -26,9 +26,10 @@ from jax_bsk.qa.benchmarking.matmul.cases import Case, Config, Operation
 from jax_bsk.qa.benchmarking.matmul.operands import Operands
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-SMALL = Config(256, 0.78, 32, "float32")  # of --quick, so that programs are compiled once
+SMALL = Config(256, 0.78, 32, "float32")
 NATIVE = "xla" if dispatch.unavailable("cpu") else "cpu"
-OPTIONS = ["--implementation", NATIVE, "--quick", "--quiet", "--dtypes", "float32"]
+OPTIONS = ["--implementation", NATIVE, "--quick", "--quiet", "--dtypes", SMALL.dtype, "--sizes", str(SMALL.size)]
+OPTIONS += ["--blocks", str(SMALL.block), "--sparsities", str(SMALL.sparsity)]  # programs are compiled once
 FORWARD = [*OPTIONS, "--operations", "forward", "--contenders", "jax_bsk", "dense"]
 
 
@@ -288,7 +289,12 @@ def test_the_cases_of_a_gpu():
 
 def test_the_command_line(capsys):
     assert main(["bench-matmul", "--quick", "--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == 8
+    names = capsys.readouterr().out.splitlines()
+    assert len(names) == 8
+    if compat.default_platform() == "cpu":
+        assert {tuple(name.split()[1:]) for name in names} == {
+            ("1024", "sparsity", sparsity, "block", "64", "float32") for sparsity in ("0.5", "0.9")
+        }
     assert main(["bench-matmul", "--sizes", "100", "--blocks", "64"]) == 2
     assert "multiples" in capsys.readouterr().err
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -21,6 +23,7 @@ from jax_bsk.cli import bench as bench_command
 from jax_bsk.core import dispatch, library
 from jax_bsk.qa.benchmarking import ceilings, timing
 from jax_bsk.qa.benchmarking.attention import ours
+from jax_bsk.qa.support import progress
 from jax_bsk.qa.support.table import table
 
 TINY = ["--lengths", "128", "--densities", "1", "--batch", "1", "--heads", "2", "--head-dim", "32"]
@@ -152,6 +155,50 @@ def test_bench_prints_and_writes_everything(capsys, tmp_path):
     assert causal["block_density"] == 0.75
 
 
+def found_by_bench(**changes) -> dict:
+    """A made-up report of `bench`, as far as its last lines read it."""
+    peers = {"xla": {"ratio": 3.0}, "cudnn": {"refused": "no GPU"}}
+    mine = {"seconds": 1e-3, "useful_flops_per_second": 4e10}
+    case = {"name": "128 tokens, random", "pass": "forward", "ok": True, "jax_bsk": mine, "peers": peers}
+    found = {
+        "implementation": "cpu",
+        "options": {"block_size": 64, "passes": ["forward", "forward+backward"]},
+        "devices": [{"platform": "cpu"}],
+        "matrix_product_flops_per_second": 1e11,
+        "cases": [case, case | {"pass": "forward+backward"}],
+    }
+    return found | changes
+
+
+def test_what_to_try_next():
+    usual = bench_command.next_steps(found_by_bench())
+    assert len(usual) == 2
+    assert "`--block-size 128`" in usual[0]
+    assert "of 128 tokens, random, was 40% of a plain matrix product's" in usual[0]
+    assert usual[1] == (
+        "`python -m jax_bsk validate --quick` checks results, repeats and faults of the CPU kernels; the CUDA kernels "
+        "need an NVIDIA GPU."
+    )
+    on_gpu = {"block_size": 128, "passes": ["forward", "forward+backward"]}
+    steps = bench_command.next_steps(found_by_bench(options=on_gpu, devices=[{"platform": "cuda"}]))
+    assert "`--block-size 64`" in steps[0]
+    assert steps[1].endswith("this GPU's kernels.")
+    forward_only = bench_command.next_steps(found_by_bench(options={"block_size": 64, "passes": ["forward"]}))
+    assert forward_only[1] == "The same with `--backward` times the gradients, too."
+    lost = found_by_bench()
+    lost["cases"][0] = lost["cases"][0] | {"peers": {"xla": {"ratio": 0.5}}}
+    assert "where xla won (128 tokens, random, forward: 0.50x)" in bench_command.next_steps(lost)[0]
+    fallback = found_by_bench(implementation="xla")
+    assert len(bench_command.next_steps(fallback)) == 3
+    assert "`python -m jax_bsk info` says why" in bench_command.next_steps(fallback)[0]
+    assert bench_command.next_steps(fallback, named="xla") == usual
+    wrong = found_by_bench()
+    wrong["cases"][0] = wrong["cases"][0] | {"ok": False}
+    assert "--stage validate` finds" in bench_command.next_steps(wrong)[0]
+    nothing = found_by_bench(cases=[])
+    assert bench_command.next_steps(nothing) == usual[1:]
+
+
 @pytest.mark.parametrize("options", [["--dtype", "bfloat16", "--kv-heads", "1"], ["--implementation", "xla"]])
 def test_bench_accepts_right_results(options, capsys):
     assert bench(*options) == 0, capsys.readouterr().out
@@ -161,9 +208,11 @@ def test_matrix_product_rate_is_a_rate():
     assert 1e8 < MATRIX_PRODUCT_RATE("float32", 0) < 1e16
 
 
-def test_forward_only(tmp_path):
+def test_forward_only(tmp_path, capsys):
     path = tmp_path / "bench.json"
     assert bench("--forward-only", "--output", str(path)) == 0
+    last = capsys.readouterr().out.split("\nNext:\n")[1].splitlines()
+    assert last[1] == "  The same with `--backward` times the gradients, too."
     assert {case["pass"] for case in json.loads(path.read_text())["cases"]} == {"forward"}
 
 
@@ -244,6 +293,48 @@ def test_densities_below_the_diagonal_are_one_case():
     options |= {"patterns": ["random"], "densities": [0.05, 0.1, 1.0], "passes": ["forward"]}
     cases = bench_command.make_cases(options, 128, np.random.default_rng(0))
     assert [case.density for case in cases] == [0.5, 1.0]
+
+
+# --- progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_without_a_terminal(capsys, monkeypatch):
+    with progress.Progress(2) as bar:
+        bar.step("one")
+        bar.note("a")  # too soon after the step
+        monkeypatch.setattr(progress, "NOTE_SECONDS", 0.0)
+        bar.note("b")
+        bar.step("two")
+        assert bar.done == 2
+    assert capsys.readouterr().err.splitlines() == ["[1/2, 0 s] one", "[1/2, 0 s] one: b", "[2/2, 0 s] two"]
+    with progress.Progress(1, quiet=True) as bar:
+        bar.step("one")
+        bar.note("a")
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_on_a_terminal_is_a_bar_whose_clock_moves(monkeypatch):
+    pytest.importorskip("tqdm")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(progress, "REDRAW_SECONDS", 0.01)
+    with progress.Progress(2) as bar:
+        bar.step("one")
+        bar.note("a")
+        before = terminal.tell()
+        deadline = time.perf_counter() + 10
+        while terminal.tell() == before and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        assert terminal.tell() > before
+        bar.step("two")
+    text = terminal.getvalue()
+    assert "one: a:   0%" in text
+    assert "two:  50%" in text
 
 
 # --- parts

@@ -23,6 +23,7 @@ from jax_bsk.qa.benchmarking.matmul.cases import Operation
 from jax_bsk.qa.support.git_tree import tree_hash
 from jax_bsk.qa.testing.isolate import Worker
 from jax_bsk.qa.validation import (
+    analyse,
     benchmark,
     harden,
     markdown,
@@ -113,6 +114,7 @@ def test_what_is_cleared():
     assert (raised["verdict"], raised["settings"]["level"]) == ("cleared (quick)", "quick")
     mixed = stages_that_passed() | {"harden": stages_that_passed(Level.QUICK)["harden"]}
     assert report.assemble(full, mixed)["verdict"] == "not cleared"
+    assert all(word not in report.CPU_PASSED for word in ("cleared", "CLEARED"))
     missing = stages_that_passed()
     del missing["harden"]
     assert report.assemble(full, missing)["reasons"] == ["stage harden was not run"]
@@ -125,6 +127,75 @@ def test_what_is_cleared():
     other = stages_that_passed()
     other["validate"] = dataclasses.replace(other["validate"], provenance=FACTS | {"csrc_tree": "older"})
     assert report.assemble(full, other)["reasons"] == ["the stages are of different code or machines"]
+
+
+def stages_without_a_gpu(level: Level = Level.QUICK) -> dict[str, StageResult]:
+    stages = stages_that_passed(level)
+    return stages | {"analyse": dataclasses.replace(stages["analyse"], checks=(analyse.gpu_check(False), passed("x")))}
+
+
+@pytest.mark.parametrize("level", Level)
+def test_without_a_gpu_the_verdict_is_of_the_cpu(level):
+    found = report.assemble(Settings(Path("x"), level), stages_without_a_gpu(level))
+    assert found["verdict"] == "CPU: passed; CUDA: not looked at"
+    assert found["reasons"] == ["the CUDA kernels were not looked at, because JAX runs on no NVIDIA GPU here"]
+    assert found["settings"]["level"] == level.value
+
+
+@pytest.mark.parametrize(
+    ("check", "word"),
+    [(skipped("cases", "the time was over"), "skipped: cases"), (failed("cases", "bad"), "failed: cases")],
+)
+def test_without_a_gpu_all_the_rest_must_have_passed(check, word):
+    gpu = "stage analyse skipped: a GPU"
+    stages = stages_without_a_gpu()
+    stages["validate"] = dataclasses.replace(stages["validate"], checks=(passed("y"), check))
+    found = report.assemble(Settings(Path("x")), stages)
+    assert (found["verdict"], found["reasons"]) == ("not cleared", [gpu, f"stage validate {word}"])
+    stages = stages_without_a_gpu()
+    del stages["harden"]
+    found = report.assemble(Settings(Path("x")), stages)
+    assert (found["verdict"], found["reasons"]) == ("not cleared", ["stage harden was not run", gpu])
+    # Another check of the same stage that was skipped is not excused by the missing GPU.
+    stages = stages_without_a_gpu()
+    checks = (*stages["analyse"].checks, skipped("copy bandwidth", "no time"))
+    stages["analyse"] = dataclasses.replace(stages["analyse"], checks=checks)
+    assert report.assemble(Settings(Path("x")), stages)["verdict"] == "not cleared"
+
+
+def test_a_gpu_can_be_required(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    assert runner.platform() == "cpu"
+    assert main(["validate", "--require-gpu", "--out", str(tmp_path / "out")]) == 2
+    assert "runs on cpu here" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(runner, "platform", lambda: "cuda")
+    monkeypatch.setattr(runner, "run", lambda settings, stages, on_result: [StageResult("report", (passed("x"),))])
+    assert main(["validate", "--require-gpu", "--out", str(tmp_path / "out")]) == 0
+
+
+@pytest.mark.parametrize(("check", "status"), [(passed("x"), 0), (failed("x", "wrong"), 1)])
+def test_the_exit_status_without_a_gpu(check, status, tmp_path, monkeypatch, capsys):
+    """The stages are made up; the report of them is real."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr("jax_bsk.qa.validation.plots.draw", lambda report, folder: [])
+
+    def run(settings: Settings, stages: list[str], *, on_result: Any) -> list[StageResult]:
+        settings.results.mkdir(parents=True)
+        results = stages_without_a_gpu()
+        results["harden"] = dataclasses.replace(results["harden"], checks=(check,))
+        device = {"platform": "cpu", "id": 0, "name": "a processor"}
+        for name, result in results.items():
+            whole = dataclasses.replace(result, provenance=result.provenance | {"versions": {}, "device": device})
+            (settings.results / f"{name}.json").write_text(json.dumps(whole.to_json()))
+        return [*results.values(), report.run(settings, Clock(60))]
+
+    monkeypatch.setattr(runner, "run", run)
+    assert main(["validate", "--quick", "--out", str(tmp_path)]) == status
+    text = capsys.readouterr().out
+    assert ("CPU: PASSED; CUDA: NOT LOOKED AT" in text) == (status == 0)
+    assert ("NOT CLEARED" in text) == (status == 1)
+    assert json.loads((tmp_path / "report.json").read_text())["verdict"] in (report.CPU_PASSED, "not cleared")
 
 
 def test_results_survive_json():

@@ -43,7 +43,7 @@ class Schedule(NamedTuple):
     rows: Any  # int32 [..., steps, chunk] query block, ascending; None where aligned
     cols: Any  # int32 [..., steps, chunk, width] key block
     tiles: Any  # int32 [..., steps, chunk, width] bit tile, FULL, or NOTHING (padding, entries of poisoned rows)
-    places: Any  # int32 [..., steps, chunk, width] where the entry stands in the list; None where nobody asks
+    positions: Any  # int32 [..., steps, chunk, width] where the entry stands in the list; None where nobody asks
 
 
 def split_heads(x: Any, axis: int, heads: tuple[int, int]) -> Any:
@@ -98,26 +98,26 @@ def known_schedule(mask: BlockMask, heads: tuple[int, int], kv_len: int) -> Sche
     if few or is_even(nq * longest, used):
         width = max(longest, 1) if few else 1
         shape = (*lead, longest // width, nq, width)
-        place = offsets[..., None, :-1, None] + np.arange(longest, dtype=np.int32).reshape(-1, 1, width)
-        listed, rows = place < offsets[..., None, 1:, None], None
+        position = offsets[..., None, :-1, None] + np.arange(longest, dtype=np.int32).reshape(-1, 1, width)
+        listed, rows = position < offsets[..., None, 1:, None], None
     else:
         chunk = _chunk(nq, used)
         shape = (*lead, -(-used // chunk), chunk, 1)
-        place = np.arange(shape[2] * chunk, dtype=np.int32)
-        listed = (place < offsets[..., -1:]).reshape(shape)
-        place = place.reshape(shape[2:])
-        rows = np.full((*lead, place.size), nq - 1, np.int32)
+        position = np.arange(shape[2] * chunk, dtype=np.int32)
+        listed = (position < offsets[..., -1:]).reshape(shape)
+        position = position.reshape(shape[2:])
+        rows = np.full((*lead, position.size), nq - 1, np.int32)
         for index in np.ndindex(*lead):
             own = np.repeat(np.arange(nq, dtype=np.int32), counts[index])
             rows[index][: own.size] = own
         rows = rows.reshape(shape[:-1])
-    place = np.where(listed, place, 0)
+    position = np.where(listed, position, 0)
 
     def look_up(x: np.ndarray, rest: int) -> np.ndarray:
-        found = np.take_along_axis(x, place.reshape(*lead, -1), axis=-1) if used else x
+        found = np.take_along_axis(x, position.reshape(*lead, -1), axis=-1) if used else x
         return np.where(listed, found.reshape(shape), np.int32(rest))
 
-    fields = rows, look_up(kv_blocks, 0), look_up(tiles, NOTHING), place.astype(np.int32)
+    fields = rows, look_up(kv_blocks, 0), look_up(tiles, NOTHING), position.astype(np.int32)
     return Schedule(*(None if x is None else split_heads(x, 1, heads) for x in fields))
 
 
@@ -148,15 +148,15 @@ def schedule(lists: Lists, nk: int, n_tiles: int) -> tuple[Schedule, Array, Arra
             return Schedule(empty[..., 0], empty, empty, empty), ends[-1], bad_row
         rows = jnp.searchsorted(ends, slot, side="right", method=method).astype(jnp.int32)
         rows = jnp.minimum(rows, nq - 1)
-        place = jnp.clip(take(start - ends + counts, rows) + slot, 0, capacity - 1)
-        cols, tiles = take(kv_blocks, place), take(tiles, place)
+        position = jnp.clip(take(start - ends + counts, rows) + slot, 0, capacity - 1)
+        cols, tiles = take(kv_blocks, position), take(tiles, position)
         visit = slot < ends[-1]
         bad_entry = visit & ((cols < 0) | (cols >= nk) | (tiles < FULL) | (tiles >= n_tiles))
         bad_row = bad_row.at[rows].max(bad_entry, **IN_BOUNDS)
         visit &= ~take(bad_row, rows)
         tiles = jnp.where(visit, tiles, NOTHING)
-        cols, tiles, place = (x.reshape(steps, chunk, 1) for x in (jnp.clip(cols, 0, nk - 1), tiles, place))
-        return Schedule(rows.reshape(steps, chunk), cols, tiles, place), ends[-1], bad_row
+        cols, tiles, position = (x.reshape(steps, chunk, 1) for x in (jnp.clip(cols, 0, nk - 1), tiles, position))
+        return Schedule(rows.reshape(steps, chunk), cols, tiles, position), ends[-1], bad_row
 
     return jax.vmap(jax.vmap(jax.vmap(one)))(*lists)
 

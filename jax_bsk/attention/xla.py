@@ -220,7 +220,7 @@ def _attention(
         steps, chunk, _ = order.cols.shape[-3:]
         active = jnp.arange(steps, dtype=jnp.int32) * chunk < used.max()
     if gates is None:
-        order = order._replace(places=None)
+        order = order._replace(positions=None)
     row_max, total, acc = _map_lists(_walk, order, operands, soft_cap, active)
 
     if sinks is not None:
@@ -298,9 +298,9 @@ def _walk(order: Schedule, operands: _Operands, soft_cap, active) -> tuple[Array
         bias = bias[:, :, :, rows[..., None], :, order.cols, :]  # [steps, chunk, width, b, k, g, block_q, block_kv]
     gates = operands.gates
     if gates is not None:  # likewise
-        gates = jnp.moveaxis(gates[..., order.places], (-3, -2, -1), (0, 1, 2))  # [steps, chunk, width, b, k, g]
+        gates = jnp.moveaxis(gates[..., order.positions], (-3, -2, -1), (0, 1, 2))  # [steps, chunk, width, b, k, g]
     operands = operands._replace(bias=None, gates=None)
-    xs = (order._replace(places=None), bias, gates, active)
+    xs = (order._replace(positions=None), bias, gates, active)
     steps = order.cols.shape[0]
 
     def scan(body, init):

@@ -125,6 +125,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"bench: {error}", file=sys.stderr)
         return 2
     print(report.render(found, tables(found)))
+    print("\n" + "\n".join(["Next:", *(f"  {line}" for line in next_steps(found, named=args.implementation))]))
     if args.output is not None:
         report.write(found, args.output)
         print(f"Wrote {args.output}")
@@ -213,12 +214,13 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         "options": options,
         "seed": seed,
         "method": METHOD,
-        "matrix_product_flops_per_second": ceilings.matrix_product_rate(options["dtype"], seed),
         "cases": [],
     }
     names = {which: name for name, which in PASSES.items()}
     build_seconds: list[float] = []
-    with Progress(len(cases), args.quiet) as progress:
+    with Progress(1 + len(cases), args.quiet) as progress:
+        progress.step("a plain matrix product")
+        found["matrix_product_flops_per_second"] = ceilings.matrix_product_rate(options["dtype"], seed)
 
         def begin(case: Case) -> None:
             progress.step(f"{case.length} tokens, {case.name}, {names[case.measured]}")
@@ -282,6 +284,59 @@ def tables(found: dict[str, Any]) -> list[str]:
         f"ms: median. {unit}: useful ones (attended elements only). temp MB: scratch that XLA allocates. speed-up: "
         "peer's time / jax_bsk's. largest error: of jax_bsk's results, in the rows that were compared with float64.",
     ]
+
+
+def next_steps(found: dict[str, Any], named: str | None = None) -> list[str]:
+    """What to run next, in one to three lines that depend on what was measured.
+
+    Args:
+      found: the report of `measure`.
+      named: the implementation that the call named; None where it was chosen.
+    """
+    cases, options = found["cases"], found["options"]
+    if not all(case["ok"] for case in cases):
+        return [
+            "`python -m jax_bsk validate --quick --stage validate` finds the random cases that are wrong here.",
+            "Report them with what `python -m jax_bsk info` prints.",
+        ]
+    lines = []
+    if found["implementation"] == "xla" and named is None:
+        lines.append("`python -m jax_bsk info` says why the native kernels, which are faster, were not used.")
+    ratios = [(peer["ratio"], name, case) for case in cases for name, peer in case["peers"].items() if "ratio" in peer]
+    ratio, name, case = min(ratios, key=lambda of_peer: of_peer[0], default=(1.0, "", {}))
+    block = options["block_size"]
+    other = f"The same with `--block-size {128 if block < 128 else 64}`"
+    if ratio < 1:
+        lines.append(
+            f"{other} may gain where {name} won ({case['name']}, {case['pass']}: {ratio:.2f}x); where it does not, "
+            "take dense attention."
+        )
+    elif (slowest := _slowest(found)) is not None:
+        share, case = slowest
+        lines.append(
+            f"{other} measures other blocks: with {block} the lowest rate, of {case['name']}, was {share:.0%} of a "
+            "plain matrix product's."
+        )
+    if len(options["passes"]) == 1:
+        lines.append("The same with `--backward` times the gradients, too.")
+    else:
+        kernels = "the CPU kernels; the CUDA kernels need an NVIDIA GPU." if _on_cpu(found) else "this GPU's kernels."
+        lines.append(f"`python -m jax_bsk validate --quick` checks results, repeats and faults of {kernels}")
+    return lines
+
+
+def _slowest(found: dict[str, Any]) -> tuple[float, dict[str, Any]] | None:
+    """The forward that is furthest from the rate of a plain matrix product, and that share; None without a time."""
+    rates = [
+        (case[OURS]["useful_flops_per_second"] / found["matrix_product_flops_per_second"], case)
+        for case in found["cases"]
+        if case["pass"] == "forward" and "seconds" in case[OURS]
+    ]
+    return min(rates, key=lambda rate: rate[0], default=None)
+
+
+def _on_cpu(found: dict[str, Any]) -> bool:
+    return found["devices"][0]["platform"] == "cpu"
 
 
 def _sizes(options: dict[str, Any]) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jax_bsk.qa.validation import runner
 from jax_bsk.qa.validation.outcome import StageResult, Verdict
+from jax_bsk.qa.validation.report import CPU_PASSED
 from jax_bsk.qa.validation.settings import STAGES, Level, Settings
 
 MARKS = {Verdict.PASSED: "passed ", Verdict.FAILED: "FAILED ", Verdict.SKIPPED: "skipped"}
@@ -20,12 +21,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "validate",
         help="whether jax_bsk is right, safe and fast on this machine, with a report",
-        description=f"Seven stages. {stages} Exit status 0 where everything that ran passed (the verdict is 'cleared' "
-        "only on a GPU with every stage run), 1 where something failed.",
+        description=f"Seven stages. {stages} Exit status 0 where everything that ran passed, 1 where something failed, "
+        "2 where --require-gpu finds no GPU. The verdict is 'cleared' only on a GPU with every stage run; on a machine "
+        f"without one it is '{CPU_PASSED}' where all stages passed. report.json has it as `verdict`.",
     )
     level = parser.add_mutually_exclusive_group()
     level.add_argument("--quick", action="store_true", help="a few minutes (the default)")
     level.add_argument("--full", action="store_true", help="what a release is judged by: thousands of cases")
+    parser.add_argument(
+        "--require-gpu", action="store_true", help="run nothing where JAX finds no NVIDIA GPU: exit status 2"
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", default=Path("validation"), help="default: validation/")
     parser.add_argument(
         "--stage",
@@ -50,6 +55,13 @@ def run(args: argparse.Namespace) -> int:
         if (value := getattr(args, name)) is not None and value < 1:
             print(f"validate: --{name} is at least 1, got {value}", file=sys.stderr)
             return 2
+    if args.require_gpu and (platform := runner.platform()) != "cuda":
+        print(
+            f"validate: --require-gpu needs JAX to run on an NVIDIA GPU, and it runs on {platform or 'nothing'} here; "
+            "`python -m jax_bsk info` says what is missing",
+            file=sys.stderr,
+        )
+        return 2
     settings = Settings(
         out=args.out.resolve(),
         level=Level.FULL if args.full else Level.QUICK,

@@ -36,8 +36,8 @@ def top_of_prefixes(z: jax.Array, k: int, chunk: int = CHUNK) -> jax.Array:
     numbers = jnp.arange(steps * chunk, dtype=jnp.int32).reshape(steps, chunk)
     seen = np.concatenate([np.ones((chunk, k), bool), np.tri(chunk, dtype=bool)], -1)
 
-    def step(kept: tuple[jax.Array, jax.Array], piece: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
-        order, numbers = (jnp.concatenate(pair) for pair in zip(kept, piece, strict=True))
+    def step(kept: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple[Any, jax.Array]:
+        order, numbers = (jnp.concatenate(pair) for pair in zip(kept, part, strict=True))
         # Those kept come first, and of equal ones the lower: a stable sort leaves it so. Sorted, not `lax.top_k`, which
         # XLA does not partition over examples and heads.
         rows = jnp.where(seen, order[None], jnp.inf), jnp.broadcast_to(numbers, seen.shape)

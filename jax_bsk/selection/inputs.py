@@ -1,4 +1,4 @@
-"""What selections share: checks of query and key, means over blocks, and scores in pieces of bounded memory."""
+"""What selections share: checks of query and key, means over blocks, and scores in parts of bounded memory."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.inputs import check_query_key, floating
 
-# Elements of a piece of token-level scores, of all examples and heads together.
+# Elements of a part of token-level scores, of all examples and heads together.
 CHUNK_ELEMENTS = 2**24
 
 

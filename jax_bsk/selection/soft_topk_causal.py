@@ -115,14 +115,14 @@ def _scan(z: jax.Array, k: jax.Array, capacity: int, chunk: int) -> tuple[jax.Ar
     if n == 0:
         return z, z, z
     chunks = -(-n // chunk)
-    pieces = jnp.pad(z, [(0, 0)] * len(lead) + [(0, chunks * chunk - n)], constant_values=-jnp.inf)
-    pieces = jnp.moveaxis(pieces.reshape(*lead, chunks, chunk), -2, 0)
+    parts = jnp.pad(z, [(0, 0)] * len(lead) + [(0, chunks * chunk - n)], constant_values=-jnp.inf)
+    parts = jnp.moveaxis(parts.reshape(*lead, chunks, chunk), -2, 0)
     own = of_rank(np.eye(chunk, dtype=bool), z.ndim + 1)
     seen = of_rank(np.concatenate([np.ones((chunk, capacity), bool), np.tri(chunk, dtype=bool)], -1), z.ndim + 1)
 
-    def step(carry: tuple[jax.Array, ...], piece: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
+    def step(carry: tuple[jax.Array, ...], part: jax.Array) -> tuple[tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         kept, forgotten, last = carry
-        candidates = jnp.concatenate([kept, piece], -1)
+        candidates = jnp.concatenate([kept, part], -1)
         # ---- every position of the chunk: the kept scores and the chunk's up to its own ----
         rows = jnp.where(seen, candidates[..., None, :], -jnp.inf)
         p, tau = solve(rows, jnp.broadcast_to(k[..., None], tau_shape), "fast")
@@ -139,7 +139,7 @@ def _scan(z: jax.Array, k: jax.Array, capacity: int, chunk: int) -> tuple[jax.Ar
     tau_shape = (*lead, chunk)
     nothing = jnp.where(jnp.ones_like(z[..., :1], bool), -jnp.inf, z[..., :1])  # of z, so that it is sharded like it
     start = jnp.broadcast_to(nothing, (*lead, capacity)), nothing[..., 0], nothing[..., 0]
-    _, results = jax.lax.scan(step, start, pieces)
+    _, results = jax.lax.scan(step, start, parts)
     tau, gates, forgotten = (jnp.moveaxis(x, 0, -2).reshape(*lead, chunks * chunk)[..., :n] for x in results)
     return tau, gates, forgotten
 

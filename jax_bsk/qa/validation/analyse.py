@@ -13,6 +13,7 @@ from jax_bsk.qa.validation import provenance
 from jax_bsk.qa.validation.outcome import Check, StageResult, judged, passed, skipped
 from jax_bsk.qa.validation.settings import Clock, Settings
 
+GPU = "a GPU"  # the check's name: `report` asks whether it is all that was skipped
 # nvidia-smi's names; what a figure depends on.
 GPU_FACTS = ("name", "memory.total", "power.limit", "clocks.max.sm", "clocks.max.mem", "compute_cap", "driver_version")
 
@@ -47,9 +48,9 @@ def _look(settings: Settings, progress: Progress) -> tuple[list[Check], dict[str
 
 def gpu_check(on_gpu: bool) -> Check:
     """Without a GPU nothing is cleared, however well the CPU kernels do."""
-    return (
-        passed("a GPU") if on_gpu else skipped("a GPU", "JAX runs on no NVIDIA GPU here: the CPU kernels are looked at")
-    )
+    if on_gpu:
+        return passed(GPU)
+    return skipped(GPU, "JAX runs on no NVIDIA GPU here: the CPU kernels are looked at")
 
 
 def _gpu_facts() -> dict[str, str]:

@@ -60,11 +60,6 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     implementation = provenance.implementation()
     on_gpu = implementation == "cuda"
     sets = case_sets(settings.level, on_gpu, settings.seed)
-    rates = {
-        dtype: ceilings.matrix_product_rate(dtype, settings.seed)
-        for dtype in sorted({case.dtype for cases in sets.values() for case in cases})
-    }
-    bandwidth = ceilings.copy_bandwidth()
     surroundings = report.surroundings()
     device = surroundings["devices"][0]
     # A case has the same name in the sets of each pass.
@@ -73,7 +68,13 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     kept = Measured(settings)
     reserved = products.SECONDS[settings.level]
     records: list[dict[str, Any]] = []
-    with Progress(len(named) + len(of_products), settings.quiet) as progress:
+    with Progress(1 + len(named) + len(of_products), settings.quiet) as progress:
+        progress.step("a plain matrix product and a copy")
+        rates = {
+            dtype: ceilings.matrix_product_rate(dtype, settings.seed)
+            for dtype in sorted({case.dtype for cases in sets.values() for case in cases})
+        }
+        bandwidth = ceilings.copy_bandwidth()
         operation = Attention(implementation, with_peers=settings.peers)
         for (key, case), record in zip(named, _records(settings, kept, operation, named, progress.step), strict=False):
             goals.judge(record, device["name"], case.measured)

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jax_bsk.qa.support import environment
-from jax_bsk.qa.support.progress import Progress
+from jax_bsk.qa.support.progress import Note, Progress, unheard
 from jax_bsk.qa.testing import faults, steady
 from jax_bsk.qa.testing.isolate import Worker, child_environment
 from jax_bsk.qa.validation import kernels, provenance
@@ -49,7 +49,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
             if clock.left < 0:
                 checks.append(skipped(name, "the stage's time was over"))
                 continue
-            found, data[name] = part(settings, clock, implementation)
+            found, data[name] = part(settings, clock, implementation, progress.note)
             checks += found
     return StageResult("harden", tuple(checks), data)
 
@@ -57,24 +57,25 @@ def run(settings: Settings, clock: Clock) -> StageResult:
 # ---- Repetition
 
 
-def _repeats(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def _repeats(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """Gradients of attention again and again, on a GPU beside work that holds its multiprocessors."""
     chosen = list(steady.ATTENTION)
     if implementation == "cpu" or settings.level is Level.QUICK:
         chosen = ["d128-gqa", "d64-blocks-64", "float32"]
     worker = Worker(implementation, TASK_SECONDS)
-    check, records = _steady("bit-equal gradients", worker, chosen, "shapes", implementation, settings.level)
+    check, records = _steady("bit-equal gradients", worker, chosen, "shapes", implementation, settings.level, note)
     worker.close()
     return [check], {name: record["ok"] for name, record in records.items()}
 
 
-def _products(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def _products(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """Block-sparse products again and again: the CTAs of a cluster wait for each other, and could wait for ever."""
     chosen = list(steady.PRODUCTS[implementation])
     worker = Worker(implementation, TASK_SECONDS)
     what = "matrices, their products and gradients, rows uneven and empty"
     tasks = [f"matmul:{name}" for name in chosen]
-    check, records = _steady("bit-equal products", worker, tasks, what, implementation, settings.level)
+    check, records = _steady("bit-equal products", worker, tasks, what, implementation, settings.level, note)
+    note("memory")
     memory, grown = _growth("memory of products", worker, "matmul:small", PRODUCT_CALLS)
     worker.close()
     unequal = [name.removeprefix("matmul:") for name, record in records.items() if not record["ok"]]
@@ -83,11 +84,15 @@ def _products(settings: Settings, clock: Clock, implementation: str) -> tuple[li
 
 
 def _steady(
-    name: str, worker: Worker, cases: Sequence[str], what: str, implementation: str, level: Level
+    name: str, worker: Worker, cases: Sequence[str], what: str, implementation: str, level: Level, note: Note
 ) -> tuple[Check, dict[str, dict[str, Any]]]:
     count = REPEATS[implementation, level]
     words = [str(count), *(["load"] if implementation == "cuda" else [])]
-    records = {case: record for case in cases for record in worker.ask(f"steady:{case}", *words)}
+    records = {}
+    for case in cases:
+        note(case)
+        for record in worker.ask(f"steady:{case}", *words):
+            records[case] = record
     detail = f"{count} repeats of {len(cases)} {what}" + (" beside other work" if implementation == "cuda" else "")
     wrong = [f"{case}: {record['text']}" for case, record in records.items() if not record["ok"]]
     return judged(name, not wrong, "; ".join([detail, *wrong])), records
@@ -107,13 +112,13 @@ def _growth(name: str, worker: Worker, case: str, calls: int) -> tuple[Check, di
 # ---- Faults
 
 
-def _faults(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def _faults(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """Every scenario of the fault table in processes apart from this one; what ends its process is blamed alone."""
     names = [name for name, scenario in faults.SCENARIOS.items() if implementation in scenario.platforms]
     jobs = settings.jobs or max(1, environment.usable_cores() // 2)
     groups = [group for i in range(jobs) if (group := names[i::jobs])]
     with ThreadPoolExecutor(jobs) as pool:
-        parts = pool.map(lambda group: faults.run_all_in_subprocesses(group, implementation), groups)
+        parts = pool.map(lambda group: faults.run_all_in_subprocesses(group, implementation, note=note), groups)
         outcomes = [outcome for part in parts for outcome in part]
     table = [
         {
@@ -144,13 +149,14 @@ if sys.argv[2] == "raise": raise SystemExit(7)
 """
 
 
-def _processes(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def _processes(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """Whether a process grows, and whether it ends."""
     worker = Worker(implementation, 300)
     check, data = _growth("memory", worker, "small", CALLS[settings.level])
     worker.close()
     checks = [check]
     for how, status in (("end", 0), ("raise", 7)):
+        note(f"teardown ({how})")
         command = [sys.executable, "-c", _TEARDOWN, implementation, how]
         more = child_environment(implementation)
         result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=more, check=False)

@@ -14,6 +14,7 @@ from typing import Any
 
 from jax_bsk.qa.support import environment
 from jax_bsk.qa.support.cuda_tools import find_tool
+from jax_bsk.qa.support.progress import Note, unheard
 from jax_bsk.qa.validation import programs, provenance
 from jax_bsk.qa.validation.outcome import Check, failed, judged, skipped
 from jax_bsk.qa.validation.settings import Clock, Level, Settings
@@ -41,8 +42,9 @@ def _seeds(regimes: str) -> int:
     return int(last) - int(first) + 1
 
 
-def _each(commands: Iterable[list[str]], jobs: int, seconds: float) -> Iterator[tuple[int, str]]:
+def _each(commands: Iterable[list[str]], jobs: int, seconds: float, note: Note = unheard) -> Iterator[tuple[int, str]]:
     """Exit status and end of the output of each, some beside each other; -1 for one that hung."""
+    commands = list(commands)
 
     def one(command: list[str]) -> tuple[int, str]:
         try:
@@ -52,7 +54,9 @@ def _each(commands: Iterable[list[str]], jobs: int, seconds: float) -> Iterator[
         return result.returncode, (result.stdout + result.stderr)[-400:]
 
     with ThreadPoolExecutor(jobs) as pool:
-        yield from pool.map(one, commands)
+        for i, outcome in enumerate(pool.map(one, commands)):
+            yield outcome
+            note(f"{i + 1} of {len(commands)} done")
 
 
 def _missing(settings: Settings, name: str, program: str) -> Check:
@@ -65,7 +69,7 @@ def _jobs(settings: Settings) -> int:
     return settings.jobs or max(1, environment.usable_cores() - 2)
 
 
-def check_cases(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def check_cases(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """Every case of cuda_check: each kernel that can take it, guard bytes, 20 repeats, a CUDA graph."""
     name = "kernels without XLA"
     program = programs.find(settings, "cuda_check")
@@ -76,7 +80,7 @@ def check_cases(settings: Settings, clock: Clock, implementation: str) -> tuple[
     regimes = [n for n in names if REGIMES.fullmatch(n)]
     named = [n for n in names if n not in regimes]
     commands = [[str(program), n] for n in named] + [[str(program), n, "5"] for n in regimes]
-    outcomes = dict(zip([*named, *regimes], _each(commands, _jobs(settings), 150), strict=True))
+    outcomes = dict(zip([*named, *regimes], _each(commands, _jobs(settings), 150, note), strict=True))
 
     def check(title: str, some: list[str], detail: str) -> Check:
         wrong = [n for n in some if outcomes[n][0]]
@@ -99,7 +103,7 @@ def check_cases(settings: Settings, clock: Clock, implementation: str) -> tuple[
     return checks, {"cases": len(named), "regimes": cases, "failed": failed_cases}
 
 
-def sanitizers(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def sanitizers(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """compute-sanitizer's tools over one case an instantiation."""
     name = "compute-sanitizer"
     plain, race = (programs.find(settings, p) for p in programs.PROGRAMS)
@@ -116,9 +120,9 @@ def sanitizers(settings: Settings, clock: Clock, implementation: str) -> tuple[l
             continue
         program = str(race if tool == "racecheck" else plain)
         command = [sanitizer, "--tool", tool, "--error-exitcode", "9", program]
-        outcomes = dict(
-            zip(names, _each(([*command, n, "1", "380"] for n in names), _jobs(settings), 400), strict=True)
-        )
+        told = lambda text, tool=tool: note(f"{tool}: {text}")  # noqa: E731
+        commands = ([*command, n, "1", "380"] for n in names)
+        outcomes = dict(zip(names, _each(commands, _jobs(settings), 400, told), strict=True))
         wrong = [n for n, (status, _) in outcomes.items() if status]
         detail = f"{len(names)} cases"
         if wrong:
@@ -128,7 +132,7 @@ def sanitizers(settings: Settings, clock: Clock, implementation: str) -> tuple[l
     return checks, data
 
 
-def mutations(settings: Settings, clock: Clock, implementation: str) -> tuple[list[Check], Any]:
+def mutations(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
     """Kernels with a bug seeded: the check program must fail on each."""
     name = "seeded kernel bugs"
     unmutated, root = programs.find(settings, "cuda_check"), provenance.checkout()

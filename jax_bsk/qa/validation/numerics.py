@@ -78,6 +78,8 @@ def run(settings: Settings, clock: Clock) -> StageResult:
             if progress.done <= STEPS and (len(records) - first) * STEPS >= progress.done * total:
                 progress.step(f"{total} random cases")
             records.append(record)
+            if len(records) < first:
+                progress.note(f"{len(records)} of {first} done")
     checks, data = [], {}
     for suite in both:
         mine = [record for record in records if suite.has(record)]
@@ -214,8 +216,8 @@ def _histogram(accepted: list[dict[str, Any]]) -> dict[str, Any]:
     counts: dict[str, list[int]] = {}
     for record in accepted:
         for result in record["results"]:
-            place = min(int(result["max_share"] * BINS), BINS - 1)
-            counts.setdefault(result["name"], [0] * BINS)[place] += 1
+            column = min(int(result["max_share"] * BINS), BINS - 1)
+            counts.setdefault(result["name"], [0] * BINS)[column] += 1
     return {"bins": BINS, "counts": counts}
 
 

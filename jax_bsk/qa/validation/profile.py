@@ -40,9 +40,9 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     on_gpu = provenance.implementation() == "cuda"
     with Progress(2, settings.quiet) as progress:
         progress.step("rooflines")
-        measured = _benchmarked(settings) or _measure(settings, on_gpu)
+        measured = _benchmarked(settings) or _measure(settings, on_gpu, progress)
         progress.step("hardware counters")
-        counters, note = _counters(settings, clock) if on_gpu else ([], "they are an NVIDIA GPU's")
+        counters, note = _counters(settings, clock, progress) if on_gpu else ([], "they are an NVIDIA GPU's")
     records, rates = measured["cases"], measured["matrix_flops_per_second"]
     checks = [_roofline(records, rates)]
     if counters:
@@ -69,14 +69,15 @@ def _benchmarked(settings: Settings) -> dict[str, Any] | None:
     return result.data | {"cases": single} if single else None
 
 
-def _measure(settings: Settings, on_gpu: bool) -> dict[str, Any]:
+def _measure(settings: Settings, on_gpu: bool, progress: Progress) -> dict[str, Any]:
     """The same where it did not."""
     cases = chosen(settings, on_gpu)
     rates = {dtype: ceilings.matrix_product_rate(dtype, settings.seed) for dtype in {case.dtype for case in cases}}
     bandwidth = ceilings.copy_bandwidth()
     alone = Attention(provenance.implementation(), with_peers=False)
     records = []
-    for record in suite.records(alone, cases, rounds=3, seed=settings.seed):
+    told = lambda case: progress.note(case.name)  # noqa: E731
+    for record in suite.records(alone, cases, rounds=3, seed=settings.seed, on_case=told):
         assert isinstance(record, dict)  # there is no deadline
         if "useful_flops" in record:
             record["floor"] = targets.floor(record, rates[record["dtype"]], bandwidth)
@@ -119,7 +120,7 @@ def _point(record: dict[str, Any]) -> dict[str, Any]:
 # ---- Nsight Compute
 
 
-def _counters(settings: Settings, clock: Clock) -> tuple[list[dict[str, Any]], str]:
+def _counters(settings: Settings, clock: Clock, progress: Progress) -> tuple[list[dict[str, Any]], str]:
     """A record a kernel, and why there is none. Of the check program: under ncu a JAX process takes minutes."""
     ncu, program = find_tool("ncu"), programs.find(settings, "cuda_check")
     if ncu is None:
@@ -130,6 +131,7 @@ def _counters(settings: Settings, clock: Clock) -> tuple[list[dict[str, Any]], s
     names = list(COUNTERS)
     for case, kernels in COUNTED.items():
         for kernel in kernels:
+            progress.note(f"{kernel} in {case}")
             # The clocks are the user's; the first launches warm up.
             command = [ncu, "--clock-control", "none", "--csv", "--page", "raw", "--kernel-name", kernel]
             command += ["--launch-skip", "3", "--launch-count", "1", "--metrics"]

@@ -3,8 +3,8 @@
 report.json (`SCHEMA` counts its changes):
 
     schema       int
-    verdict      "cleared", "cleared (quick)", "not cleared"
-    reasons      [str], why it is not
+    verdict      "cleared", "cleared (quick)", "not cleared", or `CPU_PASSED` where JAX runs on no NVIDIA GPU
+    reasons      [str], why it is not cleared
     provenance   of the code and the machine, see `provenance.collect`
     settings     of the run, without paths
     stages       {name: {verdict, seconds, budget_seconds, checks: [{name, verdict, detail, required}], data}}
@@ -25,10 +25,13 @@ import json
 from typing import Any
 
 from jax_bsk.qa.validation import markdown, provenance, runner
+from jax_bsk.qa.validation.analyse import GPU
 from jax_bsk.qa.validation.outcome import Check, StageResult, Verdict, finite, judged, passed, skipped
 from jax_bsk.qa.validation.settings import STAGES, Clock, Level, Settings
 
 SCHEMA = 1
+# Without a GPU every other check passed. No report of a machine without one is ever cleared.
+CPU_PASSED = "CPU: passed; CUDA: not looked at"
 
 
 def run(settings: Settings, clock: Clock) -> StageResult:
@@ -55,7 +58,8 @@ def run(settings: Settings, clock: Clock) -> StageResult:
 def assemble(settings: Settings, stages: dict[str, StageResult]) -> dict[str, Any]:
     """The report; its verdict needs every stage, and every stage of the same code, machine and level.
 
-    The level is the stages' own: a report that is put together later cannot raise it.
+    The level is the stages' own: a report that is put together later cannot raise it. Where a GPU is all that is
+    missing, the verdict is `CPU_PASSED`.
     """
     reasons = [f"stage {name} was not run" for name in STAGES if name not in stages and name != "report"]
     for name, result in stages.items():
@@ -68,13 +72,19 @@ def assemble(settings: Settings, stages: dict[str, StageResult]) -> dict[str, An
     if _one_code(stages).verdict is not Verdict.PASSED:
         reasons.append("the stages are of different code or machines")
     levels = {result.provenance.get("level") for result in stages.values()}
-    cleared = "cleared" if levels == {Level.FULL.value} else "cleared (quick)"
+    if reasons == [f"stage analyse skipped: {GPU}"]:
+        verdict = CPU_PASSED
+        reasons = ["the CUDA kernels were not looked at, because JAX runs on no NVIDIA GPU here"]
+    elif reasons:
+        verdict = "not cleared"
+    else:
+        verdict = "cleared" if levels == {Level.FULL.value} else "cleared (quick)"
     facts = {name: value for name, value in settings.to_json().items() if name not in ("out", "programs")}
     if len(levels) == 1:
         facts["level"] = levels.pop()
     return {
         "schema": SCHEMA,
-        "verdict": "not cleared" if reasons else cleared,
+        "verdict": verdict,
         "reasons": reasons,
         "provenance": next((s.provenance for s in stages.values() if s.provenance), provenance.collect()),
         "settings": facts,

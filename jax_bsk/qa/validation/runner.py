@@ -16,6 +16,13 @@ from jax_bsk.qa.validation.settings import STAGES, Settings
 PATIENCE = 300
 
 
+def platform() -> str | None:
+    """JAX's platform, found in a process of its own, so that this one holds no GPU; None where JAX does not start."""
+    command = [sys.executable, "-c", "from jax_bsk.core import compat; print(compat.default_platform())"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stdout.strip() if result.returncode == 0 else None
+
+
 def run(
     settings: Settings, stages: Sequence[str], *, on_result: Callable[[StageResult], None] = lambda result: None
 ) -> list[StageResult]:

@@ -39,7 +39,7 @@ STAGES: dict[str, Stage] = {
         _stage("validate", "numerics", "Are the numbers right?", 200, 1500),
         _stage("benchmark", "benchmark", "How fast is it beside its peers?", 120, 900),
         _stage("profile", "profile", "How far from what the machine allows?", 90, 300),
-        _stage("harden", "harden", "Does it stay right under repetition, faults and sanitizers?", 240, 1500),
+        _stage("harden", "harden", "Does it stay right under repetition, faults and sanitizers?", 360, 1500),
         _stage("report", "report", "What does it all say?", 60, 60),
     )
 }

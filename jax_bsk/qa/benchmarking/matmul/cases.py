@@ -155,4 +155,5 @@ GPU_QUICK = dataclasses.replace(
     GPU, sizes=(4096,), sparsities=(0.78,), blocks=(128,), operations=tuple(Operation), more=()
 )
 CPU = Grid((1024, 2048), (0.78,), (64,), ("float32", "bfloat16"), tuple(Operation))
-CPU_QUICK = dataclasses.replace(CPU, sizes=(256,), blocks=(32,))
+# Large enough that arithmetic takes most of the time, so that ratios tell something: 13 s of processor time.
+CPU_QUICK = dataclasses.replace(CPU, sizes=(1024,), sparsities=(0.5, 0.9), dtypes=("float32",))

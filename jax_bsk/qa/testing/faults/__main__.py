@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from jax_bsk.core import dispatch
+from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.testing.faults.table import SCENARIOS, run_all_in_subprocesses
 
 
@@ -29,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reasons := dispatch.unavailable(args.implementation):
         print(f"implementation {args.implementation} cannot run here: {' '.join(reasons)}", file=sys.stderr)
         return 2
-    outcomes = run_all_in_subprocesses(names, args.implementation)
+    with Progress(len(names)) as progress:
+        outcomes = run_all_in_subprocesses(names, args.implementation, note=progress.step)
     print("\n".join(map(str, outcomes)))
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 

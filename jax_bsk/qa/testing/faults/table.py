@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from jax_bsk.qa.support.progress import Note, unheard
 from jax_bsk.qa.testing.faults import (
     arguments,
     boundary,
@@ -43,7 +44,9 @@ class Outcome:
         return f"{self.name}: {'ok' if self.passed else 'FAILED'} {self.detail}".rstrip()
 
 
-def run_all_in_subprocesses(names: Sequence[str], implementation: str, timeout: float = 180) -> list[Outcome]:
+def run_all_in_subprocesses(
+    names: Sequence[str], implementation: str, timeout: float = 180, *, note: Note = unheard
+) -> list[Outcome]:
     """Runs scenarios in as few processes as they allow, in order.
 
     Scenarios of the same environment share a process, and with it JAX's start and the compilations. One that ends the
@@ -54,6 +57,7 @@ def run_all_in_subprocesses(names: Sequence[str], implementation: str, timeout: 
       names: the scenarios'.
       implementation: "xla", "cpu" or "cuda".
       timeout: seconds for each scenario, the start of its process included.
+      note: told the name of each scenario before it runs.
     """
     groups: dict[tuple, list[str]] = {}
     for name in names:
@@ -62,6 +66,7 @@ def run_all_in_subprocesses(names: Sequence[str], implementation: str, timeout: 
     for variables, group in groups.items():
         worker = Worker(implementation, timeout, dict(variables))
         for name in group:
+            note(name)
             (record,) = worker.ask(f"fault:{name}")
             outcomes[name] = Outcome(name, record["ok"], record["text"])
         if problem := worker.close():
