@@ -106,7 +106,7 @@ def attention_oracle(
             results = head.forward(None if sinks is None else float(np.asarray(sinks)[n]))
             values["out"][b, :, n], values["lse"][b, n] = results["out"][0], results["lse"][0]
             magnitudes["out"][b, :, n], magnitudes["lse"][b, n] = results["out"][1], results["lse"][1]
-            reach["out"][b, :, n] = results["out"][2]
+            reach["out"][b, :, n], reach["lse"][b, n] = results["out"][2], results["lse"][2]
             if dout is None:
                 continue
             gradients = head.backward(dout[b, :, n], dlse[b, n])
@@ -159,11 +159,15 @@ class _Head:
         self.out = (self.gate * (self.probs + self.value_flaw)) @ self.value
         self.logit_size = np.where(np.isfinite(self.logits), np.abs(self.logits), 0)
         self.sink_size = 0.0 if sink is None or not np.isfinite(sink) else abs(sink)
-        reach = np.max(np.where(self.attends, self.raw_magnitude, 0), -1, initial=0)
+        largest = np.max(np.where(self.attends, self.raw_magnitude, 0), -1, initial=0)
         weights = np.abs(self.gate) * self.probs
         return {
             "out": (self.out, weights @ np.abs(self.value), (weights * self.logit_size) @ np.abs(self.value)),
-            "lse": (self.lse, np.maximum(reach, np.where(np.isfinite(self.lse), np.abs(self.lse), 0))),
+            "lse": (
+                self.lse,
+                np.maximum(largest, np.where(np.isfinite(self.lse), np.abs(self.lse), 0)),
+                (self.probs * self.logit_size).sum(-1),
+            ),
         }
 
     def backward(self, dout, dlse):
