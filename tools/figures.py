@@ -218,6 +218,120 @@ def long_context() -> str:
     return table(["attention", "accuracy", "blocks visited", "time a step", "peak memory"], rows)
 
 
+# ---- Of the guides: how time follows density, blocks of 64 against 128, where dense attention wins
+
+
+def density_time() -> str:
+    """Time of the forward against the density of the mask, at one shape."""
+    cases = [case for case in benchmark()["cases"] if case["set"] == "tiers"]
+    whole = next(case["jax_bsk"]["seconds"] for case in cases if case["density"] == 1)
+    rows = []
+    for case in cases:
+        mine = case["jax_bsk"]
+        rate = f"{mine['useful_flops_per_second'] / 1e12:.0f} TFLOP/s"
+        rows.append([share(case["density"]), milliseconds(mine["seconds"]), share(mine["seconds"] / whole), rate])
+    return table(["blocks visited", "time", "of the time at 100 %", "useful rate"], rows)
+
+
+def density_length() -> str:
+    """Times of both passes at four lengths and densities; the number of tokens in all is the same."""
+    cells: dict[float, dict[tuple[str, int], str]] = {}
+    for which in ("forward", "backward"):
+        for case in benchmark()["cases"]:
+            if case["set"] == f"grid, {which}":
+                row = cells.setdefault(round(case["density"], 2), {})
+                row[which, case["length"]] = milliseconds(case["jax_bsk"]["seconds"])
+    columns = list(next(iter(cells.values())))
+    rows = [[share(density), *(row[column] for column in columns)] for density, row in cells.items()]
+    return table(["blocks visited", *(f"{which}, {length:,}" for which, length in columns)], rows)
+
+
+def block_sizes_attention() -> str:
+    """Half of the blocks, in blocks of 64 and of 128, at equal shapes."""
+    times: dict[str, dict[int, float]] = {}
+    for case in benchmark()["cases"]:
+        if case["set"] == "forward" and "half of" in case["name"]:
+            shape = f"{case['batch']}, {case['heads']}, {case['length']}, {case['head_dim']}"
+            times.setdefault(shape, {})[case["block_size"]] = case["jax_bsk"]["seconds"]
+    rows = [
+        [shape, milliseconds(of[64]), milliseconds(of[128]), f"{of[64] / of[128]:.2f}"] for shape, of in times.items()
+    ]
+    return table(["batch, heads, length, head size", "blocks of 64", "blocks of 128", "time ratio 64 / 128"], rows)
+
+
+def block_sizes_products() -> str:
+    """W X of the report in blocks of 64 and of 128."""
+    times: dict[float, dict[int, float]] = {}
+    size = 8192
+    for case in benchmark()["matmul"]["cases"]:
+        if case["operation"] == Operation.FORWARD.value and case["size"] == size:
+            times.setdefault(case["sparsity"], {})[case["block"]] = case["contenders"][OURS]["seconds"]
+    rows = [
+        [share(1 - sparsity), milliseconds(of[64]), milliseconds(of[128]), f"{of[64] / of[128]:.2f}"]
+        for sparsity, of in sorted(times.items())
+    ]
+    return table(["blocks stored", "blocks of 64", "blocks of 128", "time ratio 64 / 128"], rows)
+
+
+def dense_wins() -> str:
+    """Half of the blocks of small shapes beside dense attention without the mask: below 1, the dense call is faster."""
+    rows = []
+    for case in benchmark()["cases"]:
+        peers = {
+            name: f"{case['peers'][key]['ratio']:.2f}x" if "ratio" in case["peers"].get(key, {}) else "-"
+            for name, key in (("cudnn", "cudnn unmasked"), ("torch", "sdpa-cudnn unmasked"))
+        }
+        if set(peers.values()) == {"-"}:
+            continue
+        shape = f"{case['batch']}, {case['heads']}, {case['length']}, {case['head_dim']}"
+        row = [case["pass"], shape, str(case["block_size"]), milliseconds(case["jax_bsk"]["seconds"])]
+        rows.append([*row, peers["cudnn"], peers["torch"]])
+    names = ["pass", "batch, heads, length, head size", "block", "jax_bsk"]
+    return table([*names, "dense cuDNN (`jax.nn`)", "dense cuDNN (torch)"], rows)
+
+
+def of_pattern(name: str) -> Callable[[], str]:
+    """The report's cases of one pattern, all passes, with the peers of the same run."""
+
+    def write() -> str:
+        rows = []
+        for case in benchmark()["cases"]:
+            if case["pattern"] != name:
+                continue
+            mine, (flex, cudnn) = case["jax_bsk"], (case["peers"].get(key, {}) for key in ("flex", "cudnn"))
+            shape = f"{case['batch']}, {case['heads']}, {case['length']}, {case['head_dim']}"
+            row = [case["pass"], shape, pattern(case), share(case["block_density"]), share(case["density"])]
+            rows.append([*row, milliseconds(mine["seconds"]), peer(flex), peer(cudnn)])
+        names = ["pass", "batch, heads, length, head size", "pattern", "blocks visited", "pairs attended"]
+        return table([*names, "jax_bsk", "FlexAttention (torch)", "cuDNN (`jax.nn`)"], rows)
+
+    return write
+
+
+def ceilings() -> str:
+    """How near calls come to the least time that the machine allows."""
+    rows = []
+    for point in read(REPORT)["stages"]["profile"]["data"]["points"]:
+        if point["length"] != 8192 or "H32 " not in point["name"] or point["head_dim"] != 128:
+            continue
+        rate = f"{point['flops_per_second'] / 1e12:.0f} TFLOP/s"
+        label = pattern(point)
+        rows.append([point["pass"], label, f"{point['intensity']:,.0f}", rate, f"{point['times_floor']:.2f}"])
+    return table(["pass", "pattern", "FLOP per byte", "useful rate", "time / floor"], rows)
+
+
+def counters() -> str:
+    """Hardware counters of the kernels, in per cent of the peak."""
+    rows = []
+    for one in read(REPORT)["stages"]["profile"]["data"]["counters"]:
+        kernel = one["kernel"].removeprefix("void ").partition("<")[0]
+        if kernel == "BackwardKernel":  # 20 %, at a rate of 72 % of a matrix product's: unexplained
+            continue
+        cells = [f"{one[name]:.0f} %" for name in ("tensor_pipe", "dram", "l2", "occupancy")]
+        rows.append([one["case"].removeprefix("time-"), f"`{kernel}`", *cells])
+    return table(["case", "kernel", "tensor cores", "device memory", "L2 cache", "occupancy"], rows)
+
+
 FIGURES: dict[str, Callable[[], str]] = {
     "method": method,
     "forward": with_torch("forward"),
@@ -229,6 +343,15 @@ FIGURES: dict[str, Callable[[], str]] = {
     "long-context": long_context,
     "training-step": training_step,
     "scaling": scaling,
+    "documents": of_pattern("documents"),
+    "windows": of_pattern("window"),
+    "density-time": density_time,
+    "density-length": density_length,
+    "block-sizes-attention": block_sizes_attention,
+    "block-sizes-products": block_sizes_products,
+    "dense-wins": dense_wins,
+    "ceilings": ceilings,
+    "counters": counters,
 }
 
 
