@@ -53,7 +53,7 @@ def times(cases: list[dict[str, Any]], name: str) -> list[tuple[float, float]]:
 
 def draw(cases: list[dict[str, Any]], page: str, path: Path) -> None:
     ink, faint = INKS[page]
-    figure = Figure(figsize=(9.6, 3.9), dpi=150, layout="constrained", facecolor="none")
+    figure = Figure(figsize=(7.6, 4.0), dpi=150, layout="constrained", facecolor="none")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(PANELS))
     for ax, (title, sets) in zip(axes, PANELS.items(), strict=True):
@@ -93,8 +93,8 @@ def draw(cases: list[dict[str, Any]], page: str, path: Path) -> None:
         [handles[i] for i in order],
         [labels[i] for i in order],
         loc="outside lower center",
-        ncols=len(order),
-        fontsize=9,
+        ncols=2,
+        fontsize=10,
         frameon=False,
         labelcolor=ink,
     )
