@@ -15,6 +15,8 @@ import jax
 import numpy as np
 import pytest
 
+from tools import site_hooks
+
 ROOT = Path(__file__).parents[1]
 PAGES = {str(path.relative_to(ROOT)): path for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")))}
 BLOCK = re.compile(r"^( *)```python[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
@@ -52,3 +54,13 @@ def test_what_it_points_to_exists(page):
         path = target.partition("#")[0]
         if path and "://" not in path:
             assert (PAGES[page].parent / path).exists(), f"{page}: {target}"
+
+
+def test_bars_in_code_of_tables_are_written_for_github_and_shown_by_the_site():
+    table = "| a | b |\n| --- | --- |\n| `x \\| y` | not code: \\| |\n`x \\| y` outside"
+    assert site_hooks.on_page_markdown(table) == table.replace("| `x \\| y`", "| `x | y`")
+    for name, path in PAGES.items():
+        for line in path.read_text().splitlines():
+            if line.startswith("|"):
+                bare = [code for code in re.findall(r"`[^`]+`", line) if re.search(r"(?<!\\)\|", code)]
+                assert not bare, f"{name}: GitHub ends a cell at {bare}: write \\|"

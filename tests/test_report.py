@@ -1,4 +1,4 @@
-"""The committed report of an H200, and that the README says what it says."""
+"""The committed report of an H200, and that the README and the site say what it says."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from jax_bsk.qa.validation import report
 from jax_bsk.qa.validation.outcome import StageResult, Verdict
 from jax_bsk.qa.validation.settings import STAGES, Level, Settings
-from tools import figures
+from tools import draw_speed, figures
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "reports" / "h200"
@@ -22,7 +22,7 @@ def committed() -> dict:
     return json.loads((FOLDER / "report.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_the_readme_has_the_reports_figures(capsys):
+def test_pages_have_the_reports_figures(capsys):
     assert figures.main(["--check"]) == 0, capsys.readouterr().err
 
 
@@ -47,6 +47,11 @@ def test_a_report_of_before_the_products_were_measured(committed, monkeypatch):
     text = figures.matmul()
     assert "| 0.3 ms | 670 | 0.88 | 4.00x | - | - | - |" in text
     assert text.endswith("Of 1 goals: 1 missed. Not met: a case: useful TFLOP/s >= 650.")
+
+
+def test_pictures_of_the_site_are_those_of_the_report():
+    for name, copy in draw_speed.COPIES.items():
+        assert (draw_speed.IMAGES / copy).read_bytes() == (FOLDER / name).read_bytes(), "run python tools/draw_speed.py"
 
 
 def test_the_verdict_follows_from_the_stages(committed):

@@ -88,6 +88,55 @@ def with_torch(which: str) -> Callable[[], str]:
     return lambda: f"{attention(which)}\n\ntorch's own cuDNN attention: {torch_cudnn(which)} (8,192 tokens)."
 
 
+def headline() -> str:
+    """The README's short table: what is asked first, beside what people use instead."""
+
+    def attention_row(which: str, name: str, label: str) -> list[str]:
+        (case,) = (case for case in benchmark()["cases"] if case["set"] == which and case["name"] == name)
+        mine, peers = case["jax_bsk"], case["peers"]
+        cudnn = "cuDNN" + (" with the dense mask" if peers["cudnn"]["variant"].startswith("dense mask") else "")
+        others = f"FlexAttention {peers['flex']['ratio']:.2f}x, {cudnn} {peers['cudnn']['ratio']:.2f}x"
+        return [label, milliseconds(mine["seconds"]), f"{mine['useful_flops_per_second'] / 1e12:.0f} TFLOP/s", others]
+
+    def product_row() -> list[str]:
+        config = {"operation": "forward", "size": 8192, "sparsity": 0.78, "block": 128, "dtype": "bfloat16"}
+        found = (
+            case for case in benchmark()["matmul"]["cases"] if all(case[key] == want for key, want in config.items())
+        )
+        (contenders,) = (case["contenders"] for case in found)
+        mine = contenders[OURS]
+        rate = f"{mine['useful_flops_per_second'] / 1e12:.0f} TFLOP/s"
+        dense = f"dense product (`jnp.dot`) {contenders['dense']['seconds'] / mine['seconds']:.2f}x"
+        return ["product with a block-sparse matrix, 22 % stored", milliseconds(mine["seconds"]), rate, dense]
+
+    def cpu_row() -> list[str]:
+        found = read(RESULTS / "attention-cpu.json")["cases"]
+        case = next(case for case in found if case["pass"] == "forward" and 0.2 < case["density"] < 0.25)
+        mine = case["jax_bsk"]
+        label = f"two CPU cores, float32: attention forward, {case['density'] * 100:.0f} % of the blocks"
+        rate = f"{mine['useful_flops_per_second'] / 1e9:.0f} GFLOP/s"
+        xla = f"XLA with the dense mask {case['peers']['xla']['ratio']:.0f}x"
+        return [label, milliseconds(mine["seconds"]), rate, xla]
+
+    step = read(RESULTS / "training-step-nvidia-h200.json")["contenders"]
+    mask, causal = (step[name]["seconds"] / step[OURS]["seconds"] for name in ("cudnn-mask", "cudnn-causal"))
+    shape = "B4 H32 S8192 D128"
+    rows = [
+        attention_row("forward", f"{shape} random .22", "attention forward, 24 % of the blocks"),
+        attention_row("forward", f"{shape} causal", "attention forward, causal"),
+        attention_row("backward", f"{shape} random .22", "attention backward, 24 % of the blocks"),
+        product_row(),
+        [
+            "training step of a 123 M transformer, 5.6 % of all pairs",
+            f"{step[OURS]['seconds'] * 1e3:.1f} ms",
+            f"{step[OURS]['tokens_per_second'] / 1e3:.0f} k tokens/s",
+            f"cuDNN with the dense mask {mask:.2f}x, plain causal cuDNN {causal:.2f}x",
+        ],
+        cpu_row(),
+    ]
+    return table(["one H200, bfloat16", "jax_bsk", "", "time of others"], rows)
+
+
 def matmul() -> str:
     """Block-sparse products, and which goals they reach; reports of before them have none."""
     data = benchmark().get("matmul")
@@ -148,6 +197,38 @@ def matmul_grid() -> str:
         for block, size in sorted(cells, reverse=True, key=lambda key: (key[0], -key[1]))
     ]
     return table(["", *(f"{column} left out" for column in columns)], rows)
+
+
+def attention_cpu() -> str:
+    """Attention on CPU cores: a row per share of blocks, beside XLA with the dense mask."""
+    rows: dict[float, list[str]] = {}
+    for case in read(RESULTS / "attention-cpu.json")["cases"]:
+        ours, xla = case["jax_bsk"], case["peers"]["xla"]
+        times = [f"{one['seconds'] * 1e3:,.{1 if one['seconds'] < 0.01 else 0}f} ms" for one in (ours, xla)]
+        rate = f"{ours['useful_flops_per_second'] / 1e9:.0f} GFLOP/s"
+        digits = 1 if xla["ratio"] < 10 else 0
+        rows.setdefault(case["density"], []).extend([times[0], rate, times[1], f"{xla['ratio']:.{digits}f}x"])
+    header = ["blocks visited", "forward", "", "XLA", "", "forward and backward", "", "XLA", ""]
+    return table(header, [[share(density), *cells] for density, cells in sorted(rows.items())])
+
+
+def attention_cpu_memory() -> str:
+    cases = read(RESULTS / "attention-cpu.json")["cases"]
+    ours, xla = (
+        max(one["temp_bytes"] for one in found) / 1e6
+        for found in ([case["jax_bsk"] for case in cases], [case["peers"]["xla"] for case in cases])
+    )
+    return f"Scratch memory of the compiled program with gradients: {ours:.1f} MB, XLA's {xla:,.0f} MB."
+
+
+def masks_cpu() -> str:
+    """How long masks take to build on the host."""
+    rows = [
+        [row["mask"], f"{row['length']:,}", f"{row['seconds']:.2g} s", f"{row['peak_bytes'] / 2**20:.0f} MiB"]
+        for row in read(RESULTS / "masks-cpu.json")["rows"]
+        if row["promised_seconds"]
+    ]
+    return table(["mask", "tokens", "time", "peak memory"], rows)
 
 
 def training_step() -> str:
@@ -334,8 +415,13 @@ def counters() -> str:
 
 FIGURES: dict[str, Callable[[], str]] = {
     "method": method,
+    "headline": headline,
+    "attention-cpu": attention_cpu,
+    "attention-cpu-memory": attention_cpu_memory,
+    "masks-cpu": masks_cpu,
     "forward": with_torch("forward"),
     "backward": with_torch("backward"),
+    "forward-and-backward": with_torch("forward and backward"),
     "matmul": matmul,
     "matmul-grid": matmul_grid,
     "matmul-cpu": matmul_cpu,
