@@ -256,7 +256,8 @@ def sandwich(n: dict[str, Any]) -> np.ndarray:
 
 def mla() -> np.ndarray:
     """(q . latent + q_rope . k_rope) * 0.2, whose softmax weighs the latent vectors."""
-    n = {name: np.asarray(x, np.float64) for name, x in page("flex-attention")[0].items() if hasattr(x, "dtype")}
+    names = page("flex-attention")[0]
+    n = {name: np.asarray(names[name], np.float64) for name in ("q", "latent", "q_rope", "k_rope")}
     logits = np.einsum("btnh,bsh->bnts", n["q"], n["latent"][:, :, 0])
     logits = (logits + np.einsum("btnh,bsh->bnts", n["q_rope"], n["k_rope"][:, :, 0])) * 0.2
     weights = np.exp(logits - np.logaddexp.reduce(logits, -1, keepdims=True))
