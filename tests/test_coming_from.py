@@ -1,9 +1,9 @@
 """The tables of docs/coming-from: every entry of their right columns has the values that its left column means.
 
-A row exists once, in its page. Its right cell is a code span, or says "not there", then perhaps what to use instead in a
-code span. The code is evaluated after the page's python blocks, and compared with a dense computation in numpy that is kept
-here under the text of the left cell, or, where that is code of JAX itself, with what that code gives. Rows that say "not
-there" name words that no public name or argument may contain: what is built later must appear in them.
+A row exists once, in its page. Its right cell is a code span, or says "not there", then perhaps what to use instead in
+a code span. The code is evaluated after the page's python blocks, and compared with a dense computation in numpy that is
+kept here under the text of the left cell, or, where that is code of JAX itself, with what that code gives. Rows that say
+"not there" name words that no public name or argument may contain: what is built later must appear in them.
 """
 
 from __future__ import annotations
@@ -151,11 +151,11 @@ def blocks_of(array: np.ndarray, size: int = 64) -> np.ndarray:
 
 
 def per_head(heads: int = 4) -> np.ndarray:
-    return np.stack([(Q >= K) & (K % 4 >= h) for h in range(heads)])
+    return np.stack([(Q >= K) & (h <= K % 4) for h in range(heads)])
 
 
 def neighbours(places: list[tuple[int, ...]], size: tuple[int, ...], width: tuple[int, ...]) -> np.ndarray:
-    """Pairs of places of which the second is in the window around the first, moved to stay inside, by looking at each."""
+    """Pairs of places: whether the second is in the window around the first, which is moved to stay inside."""
 
     def windows(place: tuple[int, ...]) -> list[range]:
         firsts = [min(max(p - w // 2, 0), n - w) for p, w, n in zip(place, width, size, strict=True)]
@@ -185,7 +185,9 @@ def z_order() -> list[tuple[int, int]]:
     """Quarter after quarter, each likewise."""
     order = [(0, 0)]
     for size in (1, 2, 4, 8):
-        order = [(row + size * down, column + size * right) for down, right in rows_first(2, 2) for row, column in order]
+        order = [
+            (row + size * down, column + size * right) for down, right in rows_first(2, 2) for row, column in order
+        ]
     return order
 
 
@@ -581,7 +583,9 @@ CUDNN: dict[str, Any] = {
     "use_causal_mask_bottom_right=True": cudnn(allowed=lambda _: KS <= ALIGNED),
     # What is 32 or more to the left is masked.
     "sliding_window_length=32 with a causal mask": cudnn(allowed=lambda _: (KS > QT - 32) & (KS <= QT)),
-    "diagonal_band_right_bound=4, diagonal_band_left_bound=32": cudnn(allowed=lambda _: (KS > QT - 32) & (KS <= QT + 4)),
+    "diagonal_band_right_bound=4, diagonal_band_left_bound=32": cudnn(
+        allowed=lambda _: (KS > QT - 32) & (KS <= QT + 4)
+    ),
     "use_padding_mask=True, seq_len_q, seq_len_kv": cudnn(allowed=within_lengths),
     "ragged offsets (THD)": cudnn(
         **{name: lambda n, name=name: n[name][0] for name in "qkv"},
@@ -597,13 +601,13 @@ CUDNN: dict[str, Any] = {
     "dropout": missing("dropout"),
     "paged_attention_k_table": missing("paged", "page_table"),
     "q2k_block_index, q2k_block_nums": cudnn(allowed=bsa),
-    "block_sizes": lambda: bsa() & (KS % 64 < np.repeat([64, 50, 64, 10], 64)),
+    "block_sizes": lambda: bsa() & (np.repeat([64, 50, 64, 10], 64) > KS % 64),
     "k2q_block_index of the backward": lambda: np.array([[[0, 1, 0, 1, 1]]]),  # rows that visit column 0, 1, 2, 2, 3
     "create_mask_plan(mask_func)": endpoints,
     "flex_attn_func(q, k, v, plan)": cudnn(allowed=endpoints),
 }
 
-# ---- JAX's own, whose left columns run --------------------------------------------------------------------------------
+# ---- JAX's own, whose left columns run ------------------------------------------------------------------------------
 
 
 def left_of_jax_nn(row: Row) -> Any:
@@ -698,7 +702,7 @@ def test_the_right_column_does_what_the_left_one_means(name, row):
 @pytest.mark.parametrize("name", ["flex-attention", "splash-attention", "xformers"])
 def test_attention_with_all_masks_of_a_page(name):
     """One head for each mask of the page's lengths, in one call."""
-    names, rows = page(name)
+    _, rows = page(name)
     lengths = {"flex-attention": (256, 256)}.get(name, (T, S))
     found: list[tuple[Mask, np.ndarray]] = []
     for row in rows.values():
