@@ -1,9 +1,9 @@
 """The tables of docs/coming-from: every entry of their right columns has the values that its left column means.
 
 A row exists once, in its page. Its right cell is a code span, or says "not there", then perhaps what to use instead in
-a code span. The code is evaluated after the page's python blocks, and compared with a dense computation in numpy that is
-kept here under the text of the left cell, or, where that is code of JAX itself, with what that code gives. Rows that say
-"not there" name words that no public name or argument may contain: what is built later must appear in them.
+a code span. The code is evaluated after the page's python blocks, and compared with a dense computation in numpy. That
+is kept here under the text of the left cell; where the left cell is code of JAX itself, it is run. Rows that say "not
+there" name words that no public name or argument may contain: what is built later must appear in them.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def evaluated(name: str, code: str) -> Any:
 
 def attention(
     query, key, value, allowed: Any = True, *, bias: Any = 0.0, scale=None, cap=None, sinks=None, residual=False
-):
+) -> Any:
     """Dense attention in float64 of BTNH (or TNH) arrays; a query that attends to nothing yields 0."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
     unbatched = query.ndim == 3
@@ -139,6 +139,7 @@ def first_heads(n: dict[str, Any], name: str) -> Any:
 # ---- FlexAttention --------------------------------------------------------------------------------------------------
 
 Q, K = grid(256, 256)
+DISTANCE: Any = abs(Q - K)
 DOCUMENT = np.repeat([0, 1, 2], [100, 96, 60])
 SAME_DOCUMENT = DOCUMENT[:, None] == DOCUMENT[None]
 PLACE = Q - np.array([0, 100, 196])[DOCUMENT][:, None]  # of a query in its document
@@ -356,7 +357,7 @@ FLEX: dict[str, Any] = {
     "generate_tanh_softcap(30)": flex(cap=lambda _: 30.0),
     "generate_alibi_bias(4)": flex(bias=lambda _: np.stack([(K - Q) * 2.0 ** -(8 * (h + 1) / 4) for h in range(4)])),
     "relative position: score + bias[h, abs(q_idx - kv_idx)]": flex(
-        bias=lambda n: np.asarray(n["by_distance"])[:, abs(Q - K)]
+        bias=lambda n: np.asarray(n["by_distance"])[:, DISTANCE]
     ),
     "generate_graphormer_spatial_bias(of_hops, hops)": flex(
         bias=lambda n: np.stack([np.asarray(n["of_hops"])[h][n["hops"][0]] for h in range(4)])
@@ -396,7 +397,7 @@ FLASH_LENGTHS = ([50, 40, 38], [90, 60, 106])
 
 
 def varlen(attends: Callable[[int, int, int, int], bool]) -> Callable[[], Any]:
-    one = {name: lambda n, name=name: n[name][0] for name in "qkv"}
+    one: dict[str, Callable[[dict[str, Any]], Any]] = {x: lambda n, x=x: n[x][0] for x in "qkv"}
     return flash(**one, allowed=lambda _: sequences(*FLASH_LENGTHS, attends))
 
 

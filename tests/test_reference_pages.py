@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import functools
-import hashlib
 import html
 import re
 import subprocess
@@ -164,7 +163,8 @@ def test_defaults_on_the_page_are_those_of_the_commands():
 
 # ---- messages -------------------------------------------------------------------------------------------------------
 
-X = np.zeros((1, 64, 2, 16), np.float32)
+X: Any = np.zeros((1, 64, 2, 16), np.float32)
+ARRAY: Any = np.ones((4, 4), bool)
 BOUND = CausalMask().bind(64)
 QUERIES, KEYS, VALUES = (np.zeros((2, n, 4, 16), np.float32) for n in (64, 96, 96))
 
@@ -215,7 +215,8 @@ def on_a_gpu(call: Callable[[], Any], capability: str | None) -> Callable[[], An
 
 def elsewhere() -> None:
     first, second = jax.devices()[:2]
-    attend(jax.device_put(X, first), jax.device_put(X, second), jax.device_put(X, first))
+    query, key = jax.device_put(X, first), jax.device_put(X, second)
+    attend(query, key, query)
 
 
 def assign() -> None:
@@ -350,14 +351,14 @@ RAISED: dict[str, Callable[[], Any]] = {
     "SegmentMask: kv_ids has shape ...; expected a last dimension of kv_len=...; give kv_ids, as there are more or "
     "fewer keys than queries": lambda: SegmentMask([0, 1]).bind(2, 3),
     "ArrayMask: array must be boolean with True for attended, given ...": lambda: ArrayMask(np.zeros((4, 4))),
-    "FunctionMask: fn must be callable as fn(q_idx, kv_idx), given ...": lambda: FunctionMask(np.ones((4, 4), bool)),
+    "FunctionMask: fn must be callable as fn(q_idx, kv_idx), given ...": lambda: FunctionMask(ARRAY),
     "...: fn must return booleans, given ...": lambda: FunctionMask(lambda q, k: q - k).bind(64),
     "...: fn must return the shape ... for indices of shapes ...": lambda: FunctionMask(lambda q, k: q > 4).bind(64),
     "FunctionMask: heads must be given where fn uses h and no call says it, ...": (
         lambda: FunctionMask(lambda b, h, q, k: q >= k + h).bind(64)
     ),
     "MultiHeadMask: masks[1] is a ndarray, not a mask; wrap a boolean array in ArrayMask(...)": (
-        lambda: MultiHeadMask([CausalMask(), np.ones((4, 4), bool)])
+        lambda: MultiHeadMask([CausalMask(), ARRAY])
     ),
     "mask ...: its parts have head sizes ...; they must be equal, or 1": (
         lambda: (MultiHeadMask([FullMask()] * 2) & MultiHeadMask([FullMask()] * 3)).bind(64)
@@ -375,7 +376,7 @@ RAISED: dict[str, Callable[[], Any]] = {
         FullMask(), 256, max_blocks=1
     ),
     "from_indices: batch ..., head ..., row ...: its ids do not ascend; sort them": lambda: BlockMask.from_indices(
-        [[1, 0], [0, 1]], [2, 2], q_len=256
+        np.array([[1, 0], [0, 1]]), np.array([2, 2]), q_len=256
     ),
     "invalid BlockMask: batch 0, head 0, row 0: it visits key block ..., outside [0, ...)": ids_out_of_range,
     "invalid BlockMask: ...: its entries end at ..., past the lists' capacity of ...; give a larger max_blocks": (
@@ -445,7 +446,7 @@ def texts_in_the_sources() -> str:
     for path in (ROOT / "jax_bsk").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
-                found.append("".join(x.value if isinstance(x, ast.Constant) else "\0" for x in node.values))
+                found.append("".join(str(x.value) if isinstance(x, ast.Constant) else "\0" for x in node.values))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     # A number between two strings.
@@ -553,15 +554,22 @@ def test_programs_repeat_their_bits_on_a_cpu():
     assert_same_bits(soft(scores), soft(scores))
 
 
-def digest() -> str:
-    """Of the results of the CPU kernels: attention with gradients, and a product."""
-    results = step_of("cpu")(*inputs())
-    weight = BSR.from_dense(np.random.default_rng(1).standard_normal((128, 96), np.float32), block_size=32)
-    results = [*results, sparse_matmul(np.ones((8, 128), np.float32) / 3, weight, implementation="cpu")]
-    return hashlib.sha256(b"".join(np.asarray(x, np.float32).tobytes() for x in results)).hexdigest()
+# Hashes results of the CPU kernels: attention with gradients, and a product.
+DIGEST = """
+import hashlib, jax, numpy as np
+from jax_bsk import BSR, sparse_attention, sparse_matmul
+rng = np.random.default_rng(0)
+query, key, value, dout = rng.standard_normal((4, 2, 300, 4, 32), np.float32)
+out, pullback = jax.vjp(lambda *x: sparse_attention(*x, is_causal=True, implementation="cpu"), query, key, value)
+weight = BSR.from_dense(rng.standard_normal((128, 96), np.float32), block_size=32)
+product = sparse_matmul(rng.standard_normal((8, 128), np.float32), weight, implementation="cpu")
+digest = hashlib.sha256(b"".join(np.asarray(x).tobytes() for x in (out, *pullback(dout), product))).hexdigest()
+"""
 
 
 def test_another_process_has_the_same_bits_on_a_cpu():
-    code = "from tests import test_reference_pages as here; print(here.digest())"
+    code = f"{DIGEST}print(digest)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.split()[-1] == digest()
+    names: dict[str, Any] = {}
+    exec(DIGEST, names)
+    assert result.stdout.split()[-1] == names["digest"]
