@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_bsk
 import jax_bsk.flax
@@ -539,6 +540,8 @@ def test_the_products_of_the_cpu_kernels_are_batch_invariant():
     assert_same_bits(step(x), whole)
     for rows in (slice(0, 7), slice(3, 4), slice(40, 100)):
         assert_same_bits(step(x[rows]), [y[rows] for y in whole])
+    tokens = NamedSharding(jax.make_mesh((4,), ("data",)), PartitionSpec("data"))
+    assert_same_bits(step(jax.device_put(x, tokens)), whole)
     sampled = jax.jit(lambda x, y: sampled_matmul(x.T, y, weight, implementation="cpu").data)
     assert_same_bits(sampled(x, whole[0]), sampled(x, whole[0]))
 
