@@ -91,7 +91,7 @@ def attention(
       ValueError: Shapes do not fit.
       TypeError: The mask is traced.
 
-    Example:
+    Examples:
       >>> from jax_bsk import flops
       >>> cost = flops.attention((1, 1024, 8, 64), (1, 1024, 8, 64), is_causal=True)
       >>> cost.forward.useful == 4 * 64 * 8 * (1024 * 1025 // 2)

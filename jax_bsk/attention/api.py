@@ -93,19 +93,19 @@ def sparse_attention(
     implementation: Implementation | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    r"""Computes attention over the blocks that its mask visits, and skips the others.
+    """Computes attention over the blocks that its mask visits, and skips the others.
 
     The function takes the place of `jax.nn.dot_product_attention`. Argument names, order, layouts and meanings are the
     same, with three differences: `mask` may be lazy or block-sparse, a query that may attend to nothing yields 0 (not
     the mean of the values), and the residual has a gradient. For each head it computes
 
-    .. math:: O = \mathrm{softmax}(c(\sigma Q K^T) + \mathrm{bias} \mid \mathrm{mask}) V, \quad
-              c(x) = \kappa \tanh(x / \kappa)
+        O = softmax(c(scale Q K^T) + bias, where the mask attends) V
+        c(x) = cap tanh(x / cap), or x without a cap
 
     blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691). The sum
     goes over the visited blocks only. `gates` are one factor g_e for each entry e of a `BlockMask`'s lists:
 
-    .. math:: O_i = \sum_{e \in \mathrm{row}(i)} g_e P_{i, j(e)} V_{j(e)}
+        O_i = sum of g_e P_i,j(e) V_j(e) over the entries e of row i
 
     Here j(e) is the key block of entry e, and P is the softmax over all visited blocks (and the sink), as without
     gates. A gate multiplies the contribution of its block after the softmax, so the log-sum-exp does not depend on it.
@@ -163,7 +163,7 @@ def sparse_attention(
       TypeError: An argument has the wrong type; the message names it and the remedy.
       UnsupportedError: The named implementation cannot take the call.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jax_bsk import sparse_attention
       >>> from jax_bsk.masks import CausalMask, LocalMask

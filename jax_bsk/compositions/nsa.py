@@ -41,9 +41,9 @@ def nsa_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    r"""Computes causal attention of three branches: native sparse attention, NSA (arXiv 2502.11089, equation 5).
+    """Computes causal attention of three branches: native sparse attention, NSA (arXiv 2502.11089, equation 5).
 
-    .. math:: o_t = g^{cmp}_t \, o^{cmp}_t + g^{slc}_t \, o^{slc}_t + g^{win}_t \, o^{win}_t
+        o_t = g_t[0] compressed_t + g_t[1] selected_t + g_t[2] window_t
 
     - Compressed: key and value i stand for the tokens [i d, i d + l), where l is the `compression_block` and d the
       `compression_stride`. A query attends to those that end at or before it; where there is none, the branch is 0.
@@ -93,7 +93,7 @@ def nsa_attention(
       TypeError: An argument has the wrong type.
       UnsupportedError: The named implementation cannot take the call.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jax_bsk import nsa_attention
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 128, 2, 16))

@@ -39,15 +39,15 @@ def sparsek_attention(
     scale: float | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    r"""Computes causal attention to a window and to the key blocks of highest score (SparseK, arXiv 2406.16747).
+    """Computes causal attention to a window and to the key blocks of highest score (SparseK, arXiv 2406.16747).
 
     The score of key s does not depend on the query. It is a linear function of the token x and of the position (section
-    3.1 of the paper): :math:`u_s = w \cdot x_s + a s`. The caller computes the product with w
+    3.1 of the paper): `u_s = w x_s + a s`. The caller computes the product with w
     (`SparseKSelfAttention` in `jax_bsk.flax` is the whole layer); a is the `slope`. Scores that rise with the position
     let new keys replace old ones without ever greater products. By these scores `jax_bsk.selection.sparsek` selects
     `top_k` key blocks before the window of each query block, and gives each selected block a gate:
 
-    .. math:: o_t = \sum_{s \in \mathrm{window}} P_{ts} v_s + \sum_{s \in \mathrm{selected}} g_{is} P_{ts} v_s
+        o_t = sum of P_ts v_s over the window + sum of g_is P_ts v_s over the selected keys
 
     P is the softmax over both sets together, and g_is the gate of key s's block for query block i. In the forward pass
     gates are 1 ("straight-through") or SparseK's soft numbers ("soft"); either way their gradient trains the scores.
@@ -85,7 +85,7 @@ def sparsek_attention(
       TypeError: An argument has the wrong type.
       UnsupportedError: The named implementation cannot take the call.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from jax_bsk import sparsek_attention
       >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 256, 2, 16))

@@ -39,7 +39,7 @@ def attention_fn(
     """Makes an `attention_fn` for `flax.linen.MultiHeadDotProductAttention` and `flax.nnx.MultiHeadAttention`.
 
     The function combines the module's own `mask` (padding, or the cache of decoding) with the one given here by `&`. A
-    mask of the module that only tells which keys are valid, [*batch, 1, 1, S], is never expanded to all pairs. Other
+    mask of the module that only tells which keys are valid, `[*batch, 1, 1, S]`, is never expanded to all pairs. Other
     masks of Flax are dense arrays, so structure (causal, window, documents) is better given here, as a lazy mask.
 
     Args:
@@ -51,8 +51,8 @@ def attention_fn(
       implementation: Implementation, as in `jax_bsk.sparse_attention`.
 
     Returns:
-      A function of `query` [*batch, T, N, H], `key` [*batch, S, K, H] and `value` [*batch, S, K, Hv] with the keyword
-      arguments of Flax's `dot_product_attention`. It returns [*batch, T, N, Hv]; K divides N. "xla" follows a
+      A function of query `[*batch, T, N, H]`, key `[*batch, S, K, H]` and value `[*batch, S, K, Hv]` with the keyword
+      arguments of Flax's `dot_product_attention`. It returns `[*batch, T, N, Hv]`; K divides N. "xla" follows a
       `precision`; the native kernels compute float32 in full and sum 16-bit types in float32 at every precision. Only
       "xla" takes a `bias`.
 
@@ -62,7 +62,7 @@ def attention_fn(
         step of cached decoding, where the position of the one query is unknown.
       TypeError: The function itself was given to a module as its attention function, without a call.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> import jax_bsk.flax

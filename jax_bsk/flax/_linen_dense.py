@@ -44,7 +44,7 @@ class BlockSparseDense(nn.Module):
         axes (blocks, bm, bk).
       bias_init: Initializer of the bias.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import jax_bsk.flax
       >>> layer = jax_bsk.flax.linen.BlockSparseDense(96, density=0.5, block_size=32)

@@ -36,7 +36,7 @@ class NSASelfAttention(nn.Module):
       kernel_init: Initializer of the kernels of the projections.
       bias_init: Initializer of the biases of the projections.
 
-    Example:
+    Examples:
       >>> import functools
       >>> import jax, jax.numpy as jnp
       >>> import jax_bsk.flax

@@ -38,7 +38,7 @@ class SparseKSelfAttention(nn.Module):
       bias_init: Initializer of their biases.
       slope_init: Initializer of the slopes.
 
-    Example:
+    Examples:
       >>> import functools
       >>> import jax, jax.numpy as jnp
       >>> import jax_bsk.flax

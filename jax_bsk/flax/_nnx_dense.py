@@ -50,7 +50,7 @@ class BlockSparseDense(nnx.Module):
     Attributes:
       pattern: Places of the stored blocks, with `mask`, `density` and `block_size`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> import jax_bsk.flax

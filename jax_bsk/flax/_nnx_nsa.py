@@ -38,7 +38,7 @@ class NSASelfAttention(nnx.Module):
       bias_init: Initializer of the biases of the projections.
       rngs: Random streams for the parameters.
 
-    Example:
+    Examples:
       >>> import functools
       >>> import jax.numpy as jnp
       >>> from flax import nnx

@@ -40,7 +40,7 @@ class SparseKSelfAttention(nnx.Module):
       slope_init: Initializer of the slopes.
       rngs: Random streams for the parameters.
 
-    Example:
+    Examples:
       >>> import functools
       >>> import jax.numpy as jnp
       >>> from flax import nnx

@@ -42,7 +42,7 @@ class SparseSelfAttention(nn.Module):
       kernel_init: Initializer of the kernels of the projections.
       bias_init: Initializer of the biases of the projections.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> import jax_bsk.flax
       >>> from jax_bsk.masks import CausalMask

@@ -45,7 +45,7 @@ class SparseSelfAttention(nnx.Module):
       bias_init: Initializer of the biases of the projections.
       rngs: Random streams for the parameters.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> import jax_bsk.flax

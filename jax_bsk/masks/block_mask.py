@@ -50,7 +50,7 @@ class BlockMask(BlockLists):
       block_q, block_kv: tokens of a block.
       q_len, kv_len: tokens.
 
-    Example:
+    Examples:
       Row 0 visits block 0 with bit tile 0. Row 1 visits block 1 with the same tile, then the full block 0.
 
       >>> from jax_bsk.masks import BlockMask, CausalMask
@@ -131,7 +131,7 @@ class BlockMask(BlockLists):
           TypeError: where the array is not boolean.
           ValueError: where it is not 2-D to 4-D, or as `from_mask`.
 
-        Example:
+        Examples:
           >>> import numpy as np
           >>> from jax_bsk.masks import BlockMask
           >>> BlockMask.from_dense(np.eye(64, dtype=bool), block_size=32).kv_blocks.tolist()
@@ -167,7 +167,7 @@ class BlockMask(BlockLists):
           TypeError: where blocks are not boolean.
           ValueError: where their shape does not fit the lengths, or as `from_mask`.
 
-        Example:
+        Examples:
           >>> import numpy as np
           >>> from jax_bsk.masks import BlockMask
           >>> BlockMask.from_block_mask(np.eye(2, dtype=bool), q_len=64, block_size=32).density
@@ -203,7 +203,7 @@ class BlockMask(BlockLists):
             range, not ascending or twice there, or a count is not in [0, k]. Traced lists are visited as listed;
             rows with an id out of range, or a count not in [0, k], give NaN.
 
-        Example:
+        Examples:
           >>> from jax_bsk.masks import BlockMask
           >>> BlockMask.from_indices([[0, -1], [0, 1]], [1, 2], q_len=64, block_size=32).row_offsets.tolist()
           [[[0, 1, 3]]]
@@ -239,7 +239,7 @@ class BlockMask(BlockLists):
           TypeError: where scores are not real numbers, or k is no int.
           ValueError: where a shape does not fit, or k is out of range.
 
-        Example:
+        Examples:
           >>> from jax_bsk.masks import BlockMask, CausalMask
           >>> BlockMask.from_topk([[0, 9], [1, 2]], 1, q_len=64, block_size=32, mask=CausalMask()).kv_blocks.tolist()
           [[[0, 1]]]
@@ -427,7 +427,7 @@ class BlockMask(BlockLists):
         Raises:
           TypeError: where the mask is traced.
 
-        Example:
+        Examples:
           >>> from jax_bsk.masks import CausalMask
           >>> print(CausalMask().bind(512).describe())
           BlockMask: 512 queries x 512 keys in blocks of 128 x 128 (4 x 4 blocks), batch 1, heads 1

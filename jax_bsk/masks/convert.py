@@ -84,7 +84,7 @@ def as_block_mask(
       TypeError: where mask is none of these.
       ValueError: where its lengths, batch or heads do not fit the call.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import CausalMask, as_block_mask
       >>> as_block_mask(CausalMask(), 256, 256, batch=4, heads=8).shape
       (1, 1, 256, 256)

@@ -59,7 +59,7 @@ def sparse_matmul(
       ValueError: Sizes do not fit, or there is no such implementation.
       UnsupportedError: The named implementation cannot take the call.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jax_bsk import BSR, sparse_matmul
       >>> weight = BSR.random(jax.random.key(0), (64, 96), density=0.5, block_size=32)
@@ -142,7 +142,7 @@ def sampled_matmul(
       ValueError: Sizes do not fit, or there is no such implementation.
       UnsupportedError: The named implementation cannot take the call.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jax_bsk import BSR, sampled_matmul
       >>> pattern = BSR.random(jax.random.key(0), (64, 96), density=0.5, block_size=32)

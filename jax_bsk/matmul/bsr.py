@@ -57,7 +57,7 @@ class BSR:
       TypeError: `data` is no array.
       ValueError: Sizes do not fit.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, numpy as np
       >>> from jax_bsk import BSR
       >>> matrix = BSR(jnp.ones((2, 32, 32)), np.array([0, 1, 2]), np.array([1, 0]), (64, 64))
@@ -202,7 +202,7 @@ class BSR:
           TypeError: `keep` is traced, or the array is traced and there is no `keep`.
           ValueError: The array is not a matrix, or `keep` has another shape.
 
-        Example:
+        Examples:
           >>> import numpy as np
           >>> from jax_bsk import BSR
           >>> dense = np.zeros((64, 64), np.float32)

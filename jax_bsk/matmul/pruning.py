@@ -50,7 +50,7 @@ def magnitude_mask(
       ValueError: The kernel is not a matrix or has a NaN, the density is outside of [0, 1], or there is no such norm.
       TypeError: The kernel is traced.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> from jax_bsk import pruning
       >>> kernel = np.kron([[1.0, 4.0], [3.0, 2.0]], np.ones((32, 32)))
@@ -98,7 +98,7 @@ def prune(
     Raises:
       ValueError, TypeError: As in `magnitude_mask`.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> from jax_bsk import pruning
       >>> kernel = np.kron([[1.0, 4.0], [3.0, 2.0]], np.ones((32, 32), np.float32)).astype(np.float32)
@@ -129,7 +129,7 @@ def balanced_mask(rows: int, columns: int, density: float, seed: int = 0) -> np.
     Raises:
       ValueError: The density is outside of [0, 1], or so low that some row or column would have no block.
 
-    Example:
+    Examples:
       >>> from jax_bsk import pruning
       >>> mask = pruning.balanced_mask(4, 8, density=0.25)
       >>> mask.sum(axis=1), mask.sum(axis=0)
@@ -178,7 +178,7 @@ def cubic_density(step: int, begin: int, end: int, density: float, initial_densi
     Raises:
       ValueError: `end` is not after `begin`.
 
-    Example:
+    Examples:
       >>> from jax_bsk import pruning
       >>> [round(pruning.cubic_density(step, begin=100, end=200, density=0.2), 3) for step in (0, 150, 300)]
       [1.0, 0.3, 0.2]

@@ -62,7 +62,7 @@ def nsa(
     Raises:
       TypeError, ValueError: an argument does not fit.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from jax_bsk.selection import nsa
       >>> q, k = jax.random.normal(jax.random.key(0), (2, 1, 256, 2, 8))

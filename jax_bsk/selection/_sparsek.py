@@ -33,12 +33,12 @@ def sparsek(
     q_len: int | None = None,
     block_size: int | tuple[int, int] = 128,
 ) -> tuple[BlockMask, jax.Array]:
-    r"""A sliding window and the key blocks of highest score before it: SparseK's choice (Lou et al., arXiv 2406.16747).
+    """A sliding window and the key blocks of highest score before it: SparseK's choice (Lou et al., arXiv 2406.16747).
 
     The score z of a key block is the mean of its keys' scores. A query block may choose among the key blocks that lie
     wholly before its window. SparseK over these, which are a prefix of all, gives each block
 
-    .. math:: p = \mathrm{clip}(z - \tau, 0, 1), \quad \sum p = k
+        p = clip(z - tau, 0, 1), with tau such that sum(p) = k
 
     and the hard choice takes the k blocks of highest z, which are those of highest p, of equal ones the lower. Blocks
     of the window have a gate of 1. Those chosen have 1 as well, with the derivative of p ("straight-through"), or p
@@ -72,7 +72,7 @@ def sparsek(
     Raises:
       TypeError, ValueError: an argument does not fit.
 
-    Example:
+    Examples:
       >>> import jax
       >>> from jax_bsk.selection import sparsek
       >>> scores = jax.random.normal(jax.random.key(0), (1, 512, 2))  # for each key, of two heads

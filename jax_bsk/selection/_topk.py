@@ -46,7 +46,7 @@ def from_topk(
     Raises:
       TypeError, ValueError: a shape, type or size does not fit, or the mask is traced or per head.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jax_bsk.masks import CausalMask
       >>> from jax_bsk.selection import from_topk

@@ -36,9 +36,9 @@ Method = Literal["exact", "fast"]
 
 
 def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "exact") -> jax.Array:
-    r"""Selects k of n scores softly, with a gradient: SparseK (arXiv 2406.16747).
+    """Selects k of n scores softly, with a gradient: SparseK (arXiv 2406.16747).
 
-    .. math:: p = \operatorname{argmin}_p \tfrac12 \|p - z\|^2 \quad \text{s.t.} \quad 0 \le p \le 1, \ \sum p = k
+        p = the nearest to z of those with 0 <= p <= 1 and sum(p) = k
 
     The greatest scores have p = 1, the least have p = 0, and scores in a window of width 1 between them have a p that
     rises linearly. Let S be the scores with 0 < p < 1. The derivative is dp = 1_S * (dz - mean_S dz + dk / |S|), and 0
@@ -63,7 +63,7 @@ def sparsek(scores: ArrayLike, k: ArrayLike, axis: int = -1, method: Method = "e
       TypeError: The scores are not floating point, or k is no number.
       ValueError: There is no such method or axis, or k is negative or does not broadcast.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jax_bsk import sparsek
       >>> print(sparsek(jnp.array([2.0, 0.5, 0.25, -1.0]), k=2))

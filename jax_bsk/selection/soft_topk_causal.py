@@ -73,7 +73,7 @@ def sparsek_causal(scores: ArrayLike, k: ArrayLike, *, capacity: int | None = No
       TypeError: The scores are not floating point, k is no number, or capacity or chunk is no integer.
       ValueError: k is negative or does not broadcast, capacity or chunk is not positive, or capacity is less than k.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from jax_bsk import sparsek_causal
       >>> result = sparsek_causal(jnp.array([0.5, 0.25, 1.5, -1.0]), k=1)
@@ -209,7 +209,7 @@ class SparseKState(NamedTuple):
       length: int32 [] number of keys seen.
       k: [...] number of keys to select.
 
-    Example:
+    Examples:
       >>> from jax_bsk import SparseKState
       >>> state = SparseKState.init(k=1, capacity=4)
       >>> for score in (0.5, 0.25, 1.5):

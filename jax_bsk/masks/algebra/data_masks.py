@@ -32,7 +32,7 @@ class SegmentMask(Mask):
     Raises:
       TypeError, ValueError: where ids are not integers, or their shapes do not fit.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import CausalMask, SegmentMask
       >>> documents = SegmentMask([0, 0, 1])
       >>> (CausalMask() & documents).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
@@ -124,7 +124,7 @@ class ArrayMask(Mask):
       TypeError: where it is not boolean.
       ValueError: where it is not 2-D to 4-D.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> from jax_bsk.masks import ArrayMask
       >>> ArrayMask(np.eye(64, dtype=bool)).bind(64, block_size=32).density
@@ -203,7 +203,7 @@ class BlockArrayMask(Mask):
       TypeError: where blocks are not boolean.
       ValueError: where they are not 2-D to 4-D.
 
-    Example:
+    Examples:
       >>> import numpy as np
       >>> from jax_bsk.masks import BlockArrayMask
       >>> BlockArrayMask(np.eye(2, dtype=bool), 32).bind(64, block_size=32).density

@@ -124,7 +124,7 @@ class FunctionMask(_Function):
     Nothing is known about such a mask beforehand: every block is evaluated once (per example and head, if fn uses
     those). Combined by `&` with masks of known bounds, only blocks they leave open are.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import FunctionMask
       >>> even = FunctionMask(lambda q_idx, kv_idx: (q_idx + kv_idx) % 2 == 0)
       >>> even.bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()

@@ -28,10 +28,10 @@ class Mask(Node):
 
     Combine with `&`, `|` and `~`; make a `BlockMask` with `bind`. Masks are immutable pytrees: arrays they hold
     (segment ids, boolean arrays) are leaves, so a mask may be an argument of a jitted function; everything else is
-    structure, compared with `==` and hashed. The structure does not depend on what the leaves are: see `_node.py`. A
-    mask that holds arrays is not hashable, as arrays are not.
+    structure, compared with `==` and hashed. The structure does not depend on what the leaves are. A mask that
+    holds arrays is not hashable, as arrays are not.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import CausalMask, GlobalMask, LocalMask
       >>> CausalMask() & (LocalMask(128) | GlobalMask([0]))
       CausalMask() & (LocalMask((128, 128)) | GlobalMask([0]))
@@ -180,7 +180,7 @@ class Mask(Node):
         Raises:
           ValueError: where the mask does not fit the lengths, or the block size is not a multiple of 32.
 
-        Example:
+        Examples:
           >>> from jax_bsk.masks import LocalMask
           >>> LocalMask((64, 0)).bind(1024).shape
           (1, 1, 1024, 1024)
@@ -373,7 +373,7 @@ class MultiHeadMask(Mask):
       TypeError: where an entry is not a mask.
       ValueError: where there is none, or an entry is per-head itself.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import CausalMask, LocalMask, MultiHeadMask
       >>> MultiHeadMask([CausalMask(), LocalMask((64, 0))]).bind(256, block_size=64).heads
       2

@@ -56,7 +56,7 @@ def _delta_bounds(grid: Grid, i: Array, j: Array, offset: int | Array = 0) -> tu
 class FullMask(Mask):
     """Every query attends to every key.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import FullMask
       >>> FullMask().bind(256).density
       1.0
@@ -102,7 +102,7 @@ class CausalMask(_OffsetMask):
     Raises:
       TypeError, ValueError: where the offset is none of these.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import CausalMask
       >>> CausalMask(offset=1).bind(2, 3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[1, 1, 0], [1, 1, 1]]
@@ -140,7 +140,7 @@ class LocalMask(_OffsetMask):
     Raises:
       TypeError, ValueError: where window or offset is none of these.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import LocalMask
       >>> LocalMask((1, 0)).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
@@ -234,7 +234,7 @@ class ChunkedMask(_OffsetMask):
     Raises:
       TypeError, ValueError: where chunk or offset is none of these.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import ChunkedMask
       >>> ChunkedMask(2).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[1, 1, 0], [1, 1, 0], [0, 0, 1]]
@@ -291,7 +291,7 @@ class PrefixLMMask(_OffsetMask):
     Raises:
       TypeError, ValueError: where prefix or offset is none of these.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import PrefixLMMask
       >>> PrefixLMMask(2).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[1, 1, 0], [1, 1, 0], [1, 1, 1]]
@@ -355,7 +355,7 @@ class GlobalMask(Mask):
       TypeError: where tokens are traced or no integers.
       ValueError: where they are no sequence of positions, or one is negative.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import GlobalMask
       >>> GlobalMask([1]).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[0, 1, 0], [1, 1, 1], [0, 1, 0]]
@@ -442,7 +442,7 @@ class DilatedMask(Mask):
     Raises:
       TypeError, ValueError: where an argument is none of these.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import DilatedMask
       >>> DilatedMask(2).bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
@@ -482,9 +482,11 @@ class BigBirdMask(Mask):
     """Window, global and random blocks (Zaheer et al., BigBird, arXiv 2007.14062, section 2 and appendix D).
 
     Block granular: tokens are grouped in blocks of `block` tokens and a pair of blocks is attended as a whole when
+
     - the blocks are at most `window // 2` apart (a band of `window` blocks), or
     - either is among the first `global_blocks`, or
     - the key block is one of `random_blocks` drawn for the query block among those not attended anyway.
+
     The draw depends on `seed`, the block numbers and the lengths only: the same on every machine and version.
 
     Args:
@@ -498,7 +500,7 @@ class BigBirdMask(Mask):
       TypeError: where an argument is no int.
       ValueError: where one is too small, or the window is even.
 
-    Example:
+    Examples:
       >>> from jax_bsk.masks import BigBirdMask
       >>> BigBirdMask(128).bind(2048).density
       0.46484375
