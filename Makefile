@@ -20,11 +20,17 @@ AUTO    = and, if there is an nvcc, the CUDA library: about 8 minutes on two cor
 OFF     = only: about 1 minute on two cores the first time. CUDA=1 compiles the CUDA library, too.
 # On a machine with an NVIDIA GPU, JAX comes with its CUDA plugin.
 comma  := ,
-# The demo needs no linters and no tools for tests, unless they are installed already.
-NEEDS  := $(if $(filter-out demo,$(MAKECMDGOALS))$(wildcard $(VENV)/.installed-dev*),dev,build$(comma)demo)
-EXTRAS := $(NEEDS)$(if $(GPU),$(comma)cuda)$(if $(filter wheels,$(NVCC)),$(comma)nvcc)
+space  := $(comma) $(comma)
+space  := $(subst $(comma),,$(space))
+# The demo needs no linters and no tools for tests, unless they are installed already; packaging needs its own tools alone.
+PACKAGING := wheel sdist check-wheel check-aarch64
+PACKS  := $(filter $(PACKAGING),$(MAKECMDGOALS))
+OTHERS := $(filter-out $(PACKAGING),$(MAKECMDGOALS))
+NEEDS  := $(if $(PACKS),$(if $(OTHERS),dev) wheel,$(if $(filter-out demo,$(OTHERS))$(wildcard $(VENV)/.installed-dev*),dev,build demo))
+NEEDS  += $(if $(GPU),$(if $(PACKS),,cuda13)) $(if $(filter wheels,$(NVCC)),nvcc)
+EXTRAS := $(subst $(space),$(comma),$(strip $(NEEDS)))
 
-.PHONY: help demo test build lint format bench docs docs-serve asan sass clean
+.PHONY: help demo test build lint format bench docs docs-serve asan sass wheel sdist check-wheel check-aarch64 clean
 .DEFAULT_GOAL := help
 # There is one stamp per set of extras, so that asking for another set installs it.
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -38,6 +44,9 @@ help:
 	@echo "make lint    runs ruff, clang-format and pyright        make format   applies the formatters"
 	@echo "make asan    checks the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sass    compiles and disassembles the CUDA library: matrix and copy instructions are there, and no spills"
+	@echo "make wheel   builds wheels for other machines in dist/: CPU kernels, with CUDA=1 also those for GPUs"
+	@echo "make sdist   packs the sources in dist/     make check-wheel  tries every wheel of dist/ in an empty environment"
+	@echo "make check-aarch64  compiles the CPU kernels for 64-bit ARM and checks them under qemu"
 	@echo
 	@echo "demo, test, build and bench take CUDA=1 (compile the CUDA library, too; an error without an nvcc) or CUDA=0 (leave"
 	@echo "it out). By default it is compiled where there are an NVIDIA GPU and an nvcc. NVCC=wheels gets an nvcc from PyPI."
@@ -94,6 +103,25 @@ asan:
 sass: CUDA := 1
 sass: build
 	$(RUN) tools/check_sass.py $(ARGS)
+
+# PYTHONS names the interpreters to build with, where others are wanted than one 3.11 and one later that are found.
+wheel: $(STAMP)
+	@$(RUN) tools/build_wheels.py $(if $(filter 1,$(CUDA)),--cuda) $(PYTHONS)
+
+sdist: $(STAMP)
+	@$(RUN) -m build --sdist --outdir dist .
+
+check-wheel:
+	@$(PYTHON) tools/check_wheel.py $(or $(WHEELS),$(wildcard dist/*.whl),$(error dist/ has no wheel: make wheel))
+
+# As asan, but for another processor and without sanitizers. Debian: apt install g++-aarch64-linux-gnu qemu-user
+check-aarch64:
+	@for tool in aarch64-linux-gnu-g++ qemu-aarch64; do command -v $$tool > /dev/null || \
+	  { echo "No $$tool (Debian: apt install g++-aarch64-linux-gnu qemu-user)"; exit 1; }; done
+	cmake -S tests/csrc -B build/aarch64 -DCMAKE_TOOLCHAIN_FILE=aarch64-linux-gnu.cmake -DSANITIZE= \
+	  -DCMAKE_BUILD_TYPE=Release > /dev/null
+	cmake --build build/aarch64 --parallel
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/aarch64/cpu_check $(or $(ARGS),--cases 24)
 
 clean:
 	rm -rf build $(VENV) demo_output

@@ -1,6 +1,6 @@
 """Prints the requirements of pyproject.toml with the given extras, one per line, for the Makefile to install.
 
-Usage: python tools/requirements.py dev,cuda
+Usage: python tools/requirements.py dev,cuda13
 """
 
 from __future__ import annotations
