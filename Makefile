@@ -23,14 +23,14 @@ comma  := ,
 space  := $(comma) $(comma)
 space  := $(subst $(comma),,$(space))
 # The demo needs no linters and no tools for tests, unless they are installed already; packaging needs its own tools alone.
-PACKAGING := wheel sdist check-wheel check-aarch64
+PACKAGING := wheel sdist check-wheel check-sdist check-aarch64
 PACKS  := $(filter $(PACKAGING),$(MAKECMDGOALS))
 OTHERS := $(filter-out $(PACKAGING),$(MAKECMDGOALS))
 NEEDS  := $(if $(PACKS),$(if $(OTHERS),dev) wheel,$(if $(filter-out demo,$(OTHERS))$(wildcard $(VENV)/.installed-dev*),dev,build demo))
 NEEDS  += $(if $(GPU),$(if $(PACKS),,cuda13)) $(if $(filter wheels,$(NVCC)),nvcc)
 EXTRAS := $(subst $(space),$(comma),$(strip $(NEEDS)))
 
-.PHONY: help demo test build lint format bench docs docs-serve asan sass wheel sdist check-wheel check-aarch64 clean
+.PHONY: help demo test build lint format bench docs docs-serve asan sass wheel sdist check-wheel check-sdist check-aarch64 clean
 .DEFAULT_GOAL := help
 # There is one stamp per set of extras, so that asking for another set installs it.
 STAMP  := $(VENV)/.installed-$(subst $(comma),-,$(EXTRAS))
@@ -45,7 +45,7 @@ help:
 	@echo "make asan    checks the CPU kernels under AddressSanitizer and UBSan"
 	@echo "make sass    compiles and disassembles the CUDA library: matrix and copy instructions are there, and no spills"
 	@echo "make wheel   builds wheels for other machines in dist/: CPU kernels, with CUDA=1 also those for GPUs"
-	@echo "make sdist   packs the sources in dist/     make check-wheel  tries every wheel of dist/ in an empty environment"
+	@echo "make sdist   packs the sources in dist/     make check-wheel check-sdist  tries what dist/ has in empty environments"
 	@echo "make check-aarch64  compiles the CPU kernels for 64-bit ARM and checks them under qemu"
 	@echo
 	@echo "demo, test, build and bench take CUDA=1 (compile the CUDA library, too; an error without an nvcc) or CUDA=0 (leave"
@@ -112,7 +112,10 @@ sdist: $(STAMP)
 	@$(RUN) -m build --sdist --outdir dist .
 
 check-wheel:
-	@$(PYTHON) tools/check_wheel.py $(or $(WHEELS),$(wildcard dist/*.whl),$(error dist/ has no wheel: make wheel))
+	@$(PYTHON) tools/check_wheel.py $(or $(WHEELS),dist/*.whl)
+
+check-sdist:
+	@$(PYTHON) tools/check_wheel.py dist/*.tar.gz
 
 # As asan, but for another processor and without sanitizers. Debian: apt install g++-aarch64-linux-gnu qemu-user
 check-aarch64:

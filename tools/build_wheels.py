@@ -1,15 +1,15 @@
-"""Builds this checkout's wheels with a manylinux tag into dist/: what `make wheel` runs.
+"""Builds wheels of this checkout with a manylinux tag into dist/: what `make wheel` runs.
 
-    python tools/build_wheels.py                       # CPU kernels
-    python tools/build_wheels.py --cuda                # and CUDA kernels: sm_80, sm_90a and PTX, with an nvcc of CUDA 13
-    python tools/build_wheels.py /opt/python3.12/bin/python   # with Pythons of your own
+    python tools/build_wheels.py            # CPU kernels
+    python tools/build_wheels.py --cuda     # and CUDA kernels for sm_80, sm_90a and as PTX; needs an nvcc of CUDA 13
+    python tools/build_wheels.py /opt/python3.12/bin/python    # with Pythons of your own
 
-Two wheels cover every supported Python: cp311, and cp312-abi3 for 3.12 and all later ones, so one Python 3.11 and one of
-3.12 or later are looked for, on PATH and among pyenv's. What is not found is said, and its wheel is not built. A wheel with
-CUDA kernels has the build tag 1cuda13 in its name, and holds the CPU kernels as well.
+Two wheels cover every supported Python: cp311, and cp312-abi3 for 3.12 and all later ones. So a Python 3.11 and one of
+3.12 or later are looked for, on PATH and among pyenv's; where one is missing, a line says which wheel is not built.
+A wheel with CUDA kernels has the build tag 1cuda13 in its name, and holds the CPU kernels as well.
 
-auditwheel reads from the libraries which glibc they need, names the wheel after that, and fails where a library from this
-machine would be missing elsewhere. It needs the packages of the extra `wheel`.
+auditwheel reads which glibc the libraries need, names the wheel after it, and fails where a wheel would need a library
+that only this machine has. It comes with the extra `wheel`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ BUILD_TAG = "1cuda13"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Builds wheels with a manylinux tag into dist/.")
-    parser.add_argument("pythons", nargs="*", metavar="PYTHON", help="interpreters to build with (default: searched for)")
+    parser.add_argument(
+        "pythons", nargs="*", metavar="PYTHON", help="interpreters to build with (default: searched for)"
+    )
     parser.add_argument("--cuda", action="store_true", help="with the CUDA kernels; fails where there is no nvcc")
     parser.add_argument("--output", type=Path, default=ROOT / "dist", help="folder of the wheels (default: dist)")
     args = parser.parse_args()
@@ -82,7 +84,11 @@ def build(python: str, cuda: bool, output: Path) -> Path:
     print(f"Builds a wheel with {python}{' and nvcc: minutes' if cuda else ''}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--python", python]
-        settings = ["-C", "build-dir=build/wheel-{wheel_tag}", *(["-C", f"wheel.build-tag={BUILD_TAG}"] if cuda else [])]
+        settings = [
+            "-C",
+            "build-dir=build/wheel-{wheel_tag}",
+            *(["-C", f"wheel.build-tag={BUILD_TAG}"] if cuda else []),
+        ]
         command = [*pip, "wheel", "--no-deps", "-w", folder, *settings, str(ROOT)]
         subprocess.run(command, check=True, env=environment)
         (raw,) = Path(folder).glob("*.whl")

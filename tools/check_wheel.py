@@ -3,9 +3,10 @@
     python tools/check_wheel.py dist/*.whl             # what `make check-wheel` runs
     python tools/check_wheel.py dist/jax_bsk-*.tar.gz  # builds a wheel from the sdist first, in an empty environment
 
-A wheel is installed into a new virtual environment whose PATH holds nothing else, and there the README's first example is
-run with a forward, a gradient and the `info` command, and a first picture is drawn, from an empty folder. Each step's time is
-printed. The README is the one in the wheel. Standard library alone: release workflows run it in images that have nothing else.
+A wheel is installed into a new virtual environment, with nothing else on PATH. There, in an empty folder, the README's
+first example runs with a forward and a gradient, a first picture is drawn, and the `info` command says what is available.
+The README is the one in the wheel. Each step's time is printed. Standard library alone: the images that build releases
+have nothing else.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import email
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -26,8 +28,8 @@ from pathlib import Path
 MINUTES = 3  # from an empty environment to the first picture
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja")
 
-# After the README's first example, which leaves `q`, `k`, `v`, `mask` and `out`: every result comes from native kernels, and
-# warnings are errors, so that a fallback would show.
+# After the README's first example, which leaves `q`, `k`, `v`, `mask` and `out`. Warnings are errors, so a call that falls
+# back to plain JAX fails.
 QUICK_START = """
 import jax, jax_bsk
 from jax_bsk.core import library
@@ -53,6 +55,8 @@ def main() -> None:
     parser.add_argument("--python", default=None, help="interpreter to test with (default: one that the wheel fits)")
     args = parser.parse_args()
     for file in args.files:
+        if not file.is_file():
+            raise SystemExit(f"{file} does not exist; `make wheel` and `make sdist` write into dist/")
         print(file.name, flush=True)
         with tempfile.TemporaryDirectory() as folder:
             check(file.resolve(), args.python, Path(folder).resolve())
@@ -74,7 +78,7 @@ def check(file: Path, python: str | None, folder: Path) -> None:
     version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.strip()
     empty = folder / "empty"
     empty.mkdir()
-    began = time.perf_counter()
+    began, used = time.perf_counter(), processor_seconds()
     with step(f"virtual environment of {version}"):
         run([python, "-m", "venv", folder / "venv"])
     bin = folder / "venv/bin"
@@ -98,8 +102,11 @@ def check(file: Path, python: str | None, folder: Path) -> None:
     with step("python -m jax_bsk info"):
         python_code("-m", "jax_bsk", "info", "--brief")
     seconds = time.perf_counter() - began
-    print(f"  {seconds:5.1f} s from an empty environment to here", flush=True)
-    if seconds > 60 * MINUTES and "CI" not in os.environ:
+    processor = processor_seconds() - used
+    print(
+        f"  {seconds:5.1f} s from an empty environment to here, {processor:.0f} s of them on the processor", flush=True
+    )
+    if seconds > 60 * MINUTES:
         print(f"        more than {MINUTES} minutes: is the machine busy, or the package index slow?")
 
 
@@ -125,9 +132,8 @@ def check_libraries(wheel: Path) -> bool:
 
 
 def check_names(sdist: Path) -> None:
-    """What belongs in an sdist is there: tests, docs with their pictures, what the figures come from; no built files."""
-    with tarfile.open(sdist) as archive:
-        names = {name.partition("/")[2] for name in archive.getnames()}
+    """What belongs in an sdist is there: tests, docs, pictures, the reports of the figures; and no built files."""
+    names = names_of(sdist)
     for needed in ("CMakeLists.txt", "Makefile", "mkdocs.yml", "README.md", "CHANGELOG.md", "LICENSE", "PKG-INFO",
                    "csrc/bindings.cc", "tests/conftest.py", "tests/csrc/cpu_check.cc", "tools/requirements.py",
                    "examples/train_bytes.py", "docs/index.md", "docs/images/masks.png", "benchmarks/attention.py",
@@ -135,6 +141,11 @@ def check_names(sdist: Path) -> None:
         assert needed in names, f"{sdist.name} has no {needed}"
     built = [name for name in names if name.endswith((".so", ".pyc", ".whl")) or name.startswith(("build/", "dist/"))]
     assert not built, f"{sdist.name} has built files: {built}"
+
+
+def names_of(sdist: Path) -> set[str]:
+    with tarfile.open(sdist) as archive:
+        return {name.partition("/")[2] for name in archive.getnames()}
 
 
 def fitting(wheel: Path) -> str:
@@ -151,6 +162,11 @@ def fitting(wheel: Path) -> str:
         if version == least or ("-abi3-" in wheel.name and version > least):
             return candidate
     raise SystemExit(f"No Python here fits {wheel.name}: name one with --python.")
+
+
+def processor_seconds() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def run(command: list[str | Path], **options: object) -> None:

@@ -1,6 +1,7 @@
 """Prints the requirements of pyproject.toml with the given extras, one per line, for the Makefile to install.
 
 Usage: python tools/requirements.py dev,cuda13
+       python tools/requirements.py --only nvcc    # the extra's own, without JAX
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import tomllib
 from pathlib import Path
 
 
-def requirements(extras: list[str]) -> list[str]:
+def requirements(extras: list[str], only: bool = False) -> list[str]:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
-    wanted, seen, lines = list(extras), set(), list(project["dependencies"])
+    wanted, seen, lines = list(extras), set(), [] if only else list(project["dependencies"])
     while wanted:
         extra = wanted.pop()
         if extra in seen:
@@ -29,4 +30,4 @@ def requirements(extras: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    print("\n".join(requirements([e for e in sys.argv[1].split(",") if e])))
+    print("\n".join(requirements([e for e in sys.argv[-1].split(",") if e], only="--only" in sys.argv)))

@@ -100,16 +100,17 @@ def _missing(platform: str) -> str:
     package = Path(__file__).parent.parent
     in_source_tree = (package.parent / "csrc").is_dir()
     if platform == "cuda":
-        remedy = "install the CUDA toolkit's nvcc (or the PyPI wheels named in the README) and build again with"
-        return f"this jax_bsk was built without its CUDA library; {remedy} " + (
-            "`make build CUDA=1`." if in_source_tree else "`pip install --force-reinstall --no-cache-dir jax_bsk`."
-        )
+        if in_source_tree:
+            remedy = "`make build CUDA=1` builds it where there is an nvcc; with NVCC=wheels it gets one from PyPI."
+        else:
+            remedy = "install a wheel that `make wheel CUDA=1` built, or a checkout with an nvcc on PATH."
+        return f"this jax_bsk was built without its CUDA library; {remedy}"
     if in_source_tree:
         return (
             "jax_bsk was imported from its source tree, which holds no built library: run `make build` there and use "
             "the `.venv` it makes, or start Python in another directory if jax_bsk is installed."
         )
-    return "the installed jax_bsk holds no CPU library; reinstall it from source."
+    return "the installed jax_bsk holds no CPU library; install it again from a wheel or a checkout."
 
 
 def mismatch(name: str, info: Mapping[str, Any], handlers: set[str]) -> str | None:

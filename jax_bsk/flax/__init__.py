@@ -11,7 +11,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "flax":
         raise
-    raise ImportError("jax_bsk.flax needs Flax; install it with `pip install 'jax_bsk[flax]'`", name="flax") from error
+    raise ImportError("jax_bsk.flax needs Flax; install it with `pip install 'flax>=0.12'`", name="flax") from error
 
 from jax_bsk.flax import linen as linen
 from jax_bsk.flax import nnx as nnx
