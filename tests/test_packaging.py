@@ -1,5 +1,5 @@
 """What can be said of the packages without compiling: metadata, the sdist's files, and that workflows, Dockerfile and
-error messages name what exists. `make wheel sdist` builds the packages and `make check-wheel check-sdist` tries them."""
+error messages name what exists. `make wheel sdist` builds the packages, `make check-wheel check-sdist` tests them."""
 
 from __future__ import annotations
 

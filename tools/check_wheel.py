@@ -4,9 +4,9 @@
     python tools/check_wheel.py dist/jax_bsk-*.tar.gz  # builds a wheel from the sdist first, in an empty environment
 
 A wheel is installed into a new virtual environment, with nothing else on PATH. There, in an empty folder, the README's
-first example runs with a forward and a gradient, a first picture is drawn, and the `info` command says what is available.
-The README is the one in the wheel. Each step's time is printed. Standard library alone: the images that build releases
-have nothing else.
+first example runs with a forward and a gradient, a first picture is drawn, and `info` says what is available. The
+README is the one in the wheel. Each step's time is printed. Standard library alone: the images that build releases have
+nothing else.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from pathlib import Path
 MINUTES = 3  # from an empty environment to the first picture
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++", "nvcc", "cmake", "ninja")
 
-# After the README's first example, which leaves `q`, `k`, `v`, `mask` and `out`. Warnings are errors, so a call that falls
-# back to plain JAX fails.
+# After the README's first example, which leaves `q`, `k`, `v`, `mask` and `out`. Warnings are errors, so a call that
+# falls back to plain JAX fails.
 QUICK_START = """
 import jax, jax_bsk
 from jax_bsk.core import library
@@ -114,7 +114,7 @@ def quick_start(wheel: Path) -> str:
     """The first Python block of the README, which is the wheel's description."""
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        readme = email.message_from_bytes(archive.read(name)).get_payload()
+        readme = str(email.message_from_bytes(archive.read(name)).get_payload())
     block = re.search(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE)
     assert block, "the README has no Python block"
     return block.group(1)
