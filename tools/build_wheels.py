@@ -42,7 +42,10 @@ def main() -> None:
     if not pythons:
         raise SystemExit("No Python 3.11 or later was found; name one: make wheel PYTHONS=/path/to/python")
     args.output.mkdir(parents=True, exist_ok=True)
-    wheels = [build(python, args.cuda, args.output) for python in pythons]
+    try:
+        wheels = [build(python, args.cuda, args.output) for python in pythons]
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"A wheel was not built, because this failed: {' '.join(map(str, error.cmd))}") from None
     for wheel in wheels:
         describe(wheel)
     too_large = [wheel.name for wheel in wheels if wheel.stat().st_size > LIMIT]
@@ -83,12 +86,10 @@ def build(python: str, cuda: bool, output: Path) -> Path:
     environment = os.environ | {"CMAKE_ARGS": " ".join([*options, os.environ.get("CMAKE_ARGS", "")])}
     print(f"Builds a wheel with {python}{' and nvcc: minutes' if cuda else ''}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "-q", "--python", python]
-        settings = [
-            "-C",
-            "build-dir=build/wheel-{wheel_tag}",
-            *(["-C", f"wheel.build-tag={BUILD_TAG}"] if cuda else []),
-        ]
+        subprocess.run([python, "-m", "venv", f"{folder}/venv"], check=True)  # for a pip that this Python can run
+        pip = [f"{folder}/venv/bin/python", "-m", "pip", "--disable-pip-version-check", "-q"]
+        settings = ["build-dir=build/wheel-{wheel_tag}", *([f"wheel.build-tag={BUILD_TAG}"] if cuda else [])]
+        settings = [f"--config-settings={setting}" for setting in settings]  # -C is of newer versions of pip
         command = [*pip, "wheel", "--no-deps", "-w", folder, *settings, str(ROOT)]
         subprocess.run(command, check=True, env=environment)
         (raw,) = Path(folder).glob("*.whl")

@@ -67,8 +67,8 @@ def check(file: Path, python: str | None, folder: Path) -> None:
         check_names(file)
         python = python or sys.executable
         with step("wheel built from the sdist"):
-            run([sys.executable, "-m", "venv", folder / "builder"])
-            pip = [folder / "builder/bin/python", "-m", "pip", "--disable-pip-version-check", "-q", "--python", python]
+            run([python, "-m", "venv", folder / "builder"])
+            pip = [folder / "builder/bin/python", "-m", "pip", "--disable-pip-version-check", "-q"]
             environment = os.environ | {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DJAX_BSK_CUDA=OFF")}
             run([*pip, "wheel", "--no-deps", "-w", folder, file], env=environment)
         (file,) = folder.glob("*.whl")
