@@ -124,6 +124,13 @@ def test_libraries_of_a_wheel(tmp_path, name, libraries, problem):
             check_wheel.check_libraries(file)
 
 
+def test_dist_holds_one_wheel_per_python():
+    names = [f"jax_bsk-1.0-{python}-manylinux_2_34_x86_64.whl" for python in ("cp311-cp311", "cp312-abi3")]
+    new = "jax_bsk-1.1-1cuda13-cp312-abi3-manylinux_2_34_x86_64.whl"
+    assert build_wheels.replaced(new, [*names, "jax_bsk-1.0.tar.gz"]) == names[1:]
+    assert build_wheels.replaced(names[0], [new]) == []
+
+
 def test_the_interpreter_that_fits():
     ours = "cp{}{}".format(*sys.version_info)
     assert check_wheel.fitting(Path(f"jax_bsk-1.0-{ours}-{ours}-linux_x86_64.whl")) == sys.executable

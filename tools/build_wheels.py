@@ -6,7 +6,8 @@
 
 Two wheels cover every supported Python: cp311, and cp312-abi3 for 3.12 and all later ones. So a Python 3.11 and one of
 3.12 or later are looked for, on PATH and among pyenv's; where one is missing, a line says which wheel is not built.
-A wheel with CUDA kernels has the build tag 1cuda13 in its name, and holds the CPU kernels as well.
+A wheel with CUDA kernels has the build tag 1cuda13 in its name, holds the CPU kernels as well, and replaces the one
+without in dist/.
 
 auditwheel reads which glibc the libraries need, names the wheel after it, and fails where a wheel would need a library
 that only this machine has. It comes with the extra `wheel`.
@@ -99,7 +100,16 @@ def build(python: str, cuda: bool, output: Path) -> Path:
         command = [sys.executable, "-m", "auditwheel", "repair", "-w", str(repaired), str(raw)]
         subprocess.run(command, check=True, env=os.environ | {"PATH": path}, stdout=subprocess.DEVNULL)
         (wheel,) = repaired.glob("*.whl")
+        for name in replaced(wheel.name, os.listdir(output)):
+            print(f"  replaces {name}")
+            (output / name).unlink()
         return Path(shutil.copy(wheel, output))
+
+
+def replaced(wheel: str, names: list[str]) -> list[str]:
+    """Wheels for the same Python, of any version, with or without CUDA kernels: pip refuses two of one package."""
+    python = wheel.split("-")[-3:-1]
+    return [name for name in sorted(names) if name.endswith(".whl") and name.split("-")[-3:-1] == python]
 
 
 def describe(wheel: Path) -> None:
