@@ -261,6 +261,27 @@ def scaling() -> str:
     return table(["", "key/value heads", "one GPU", "two GPUs", "efficiency"], rows)
 
 
+def context() -> str:
+    """A sequence over two GPUs beside one: contiguous parts, and the order of a plan."""
+    path = RESULTS / "context-nvidia-h200-x2.json"
+    if not path.exists():
+        return "not measured yet"
+
+    def cells(found: dict[str, Any]) -> list[str]:
+        time = f"{found['forward_ms']:.2f} / {found['both_ms']:.2f} ms"
+        if "forward_efficiency" not in found:
+            return [time]
+        return [time, f"{found['forward_efficiency'] * 100:.0f} / {found['both_efficiency'] * 100:.0f} %"]
+
+    rows = []
+    for case in read(path)["cases"]:
+        received = [f"{max(case[layout]['received_bytes']) / 1e6:,.0f}" for layout in ("contiguous", "plan")]
+        one, contiguous, planned = (cells(case[layout]) for layout in ("one", "contiguous", "plan"))
+        rows.append([case["case"], *one, *contiguous, *planned, " / ".join(received)])
+    names = ["mask", "one GPU", "two GPUs, contiguous", "efficiency", "planned", "efficiency"]
+    return table([*names, "MB received, contiguous / planned"], rows)
+
+
 def selection() -> str:
     result = read(RESULTS / "selection-nvidia-h200.json")
     seconds = {name: one["seconds"] for name, one in result["contenders"].items()}
@@ -429,6 +450,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "long-context": long_context,
     "training-step": training_step,
     "scaling": scaling,
+    "context": context,
     "documents": of_pattern("documents"),
     "windows": of_pattern("window"),
     "density-time": density_time,

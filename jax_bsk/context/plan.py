@@ -97,8 +97,8 @@ def plan(
       ValueError: The mask has other lengths for queries and keys, or they do not divide into whole blocks.
       TypeError: The mask is traced or no `BlockMask`.
 
-    Example:
-      >>> import jax_bsk
+    Examples:
+      >>> import jax, jax_bsk
       >>> from jax_bsk.masks import CausalMask
       >>> plan = jax_bsk.context.plan(CausalMask().bind(1024, block_size=128), 4)
       >>> plan.order.tolist()
