@@ -273,13 +273,16 @@ def context() -> str:
             return [time]
         return [time, f"{found['forward_efficiency'] * 100:.0f} / {found['both_efficiency'] * 100:.0f} %"]
 
-    rows = []
-    for case in read(path)["cases"]:
+    result, rows = read(path), []
+    lengths = [case["shape"][3] for case in result["cases"]]
+    for case, length in zip(result["cases"], lengths, strict=True):
+        label = case["case"] + (f", {length:,} tokens" if length != lengths[0] else "")
         received = [f"{max(case[layout]['received_bytes']) / 1e6:,.0f}" for layout in ("contiguous", "plan")]
         one, contiguous, planned = (cells(case[layout]) for layout in ("one", "contiguous", "plan"))
-        rows.append([case["case"], *one, *contiguous, *planned, " / ".join(received)])
+        rows.append([label, *one, *contiguous, *planned, " / ".join(received)])
     names = ["mask", "one GPU", "two GPUs, contiguous", "efficiency", "planned", "efficiency"]
-    return table([*names, "MB received, contiguous / planned"], rows)
+    note = f"\n\n{result['note']}" if "note" in result else ""
+    return table([*names, "MB received, contiguous / planned"], rows) + note
 
 
 def selection() -> str:

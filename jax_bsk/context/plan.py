@@ -91,7 +91,7 @@ def plan(
         128, and less by the size of the group for grouped queries.
 
     Returns:
-      A `Plan`, kept with the mask: a second call with the same arguments returns it again.
+      A `Plan`. It is kept with the mask, and a second call with the same arguments returns it again.
 
     Raises:
       ValueError: The mask has other lengths for queries and keys, or they do not divide into whole blocks.
