@@ -24,7 +24,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 import jax_bsk
 import jax_bsk.flax
-from jax_bsk import BSR, BlockMask, flops, masks, pruning, sampled_matmul, selection, sparse_attention, sparse_matmul
+from jax_bsk import (
+    BSR,
+    BlockMask,
+    context,
+    flops,
+    masks,
+    pruning,
+    sampled_matmul,
+    selection,
+    sparse_attention,
+    sparse_matmul,
+)
 from jax_bsk.__main__ import COMMANDS
 from jax_bsk.cli import bench
 from jax_bsk.core import dispatch, library
@@ -56,6 +67,7 @@ def public_names() -> set[str]:
     modules = {f"jax_bsk.{name}" for name in ("flops", "pruning")}
     exported -= {name for name in exported - modules if isinstance(getattr(jax_bsk, name[8:]), types.ModuleType)}
     exported |= {f"jax_bsk.masks.{name}" for name in masks.__all__}
+    exported |= {f"jax_bsk.context.{name}" for name in context.__all__}
     exported |= {f"jax_bsk.selection.{name}" for name in selection.__all__}
     exported |= {f"jax_bsk.flops.{name}" for name in flops.__all__}
     exported |= {f"jax_bsk.pruning.{name}" for name in functions_of(pruning)}
@@ -84,11 +96,13 @@ def documented() -> dict[str, list[str]]:
 
 
 def resolved(name: str) -> Any:
-    return functools.reduce(getattr, name.split(".")[1:], jax_bsk)
+    return functools.reduce(getattr, NAMED_BY_FILE.get(name, name).split(".")[1:], jax_bsk)
 
 
-# The same object under the name that users import it by; the command line's page is the home of no object.
-ALSO = {"jax_bsk.BlockMask": "jax_bsk.masks.BlockMask"}
+# Functions in files of their names: mkdocstrings, which reads files, takes the function's public name for the file.
+NAMED_BY_FILE = {f"jax_bsk.context.{name}.{name}": f"jax_bsk.context.{name}" for name in ("plan", "describe")}
+# The name on the page of what users import by another one; the command line's page is the home of no object.
+ALSO = {"jax_bsk.BlockMask": "jax_bsk.masks.BlockMask", **{name: page for page, name in NAMED_BY_FILE.items()}}
 
 
 def test_every_public_name_stands_on_a_page():
@@ -166,6 +180,7 @@ def test_defaults_on_the_page_are_those_of_the_commands():
 
 X: Any = np.zeros((1, 64, 2, 16), np.float32)
 ARRAY: Any = np.ones((4, 4), bool)
+LAZY: Any = CausalMask()
 BOUND = CausalMask().bind(64)
 QUERIES, KEYS, VALUES = (np.zeros((2, n, 4, 16), np.float32) for n in (64, 96, 96))
 
@@ -382,6 +397,29 @@ RAISED: dict[str, Callable[[], Any]] = {
     "invalid BlockMask: batch 0, head 0, row 0: it visits key block ..., outside [0, ...)": ids_out_of_range,
     "invalid BlockMask: ...: its entries end at ..., past the lists' capacity of ...; give a larger max_blocks": (
         too_many_blocks
+    ),
+    # A sharded sequence.
+    "plan takes a BlockMask, got ...; a lazy mask has bind(length)": lambda: context.plan(LAZY, 2),
+    "plan takes a mask of host arrays, whose lists are known; this one is traced or on a device": with_traced(
+        lambda ids: context.plan(SegmentMask(ids).bind(64), 2).order, np.zeros(64, np.int32)
+    ),
+    "plan takes as many queries as keys, which ... shards divide into whole blocks of ... tokens; got ... queries and "
+    "... keys; pad the sequence to a multiple of ...": lambda: context.plan(CausalMask().bind(320), 2),
+    "shards must be at least 1, got ...": lambda: context.plan(BOUND, 0),
+    "chunk is a multiple of the blocks' ... tokens that divides a shard's ..., got ...": lambda: context.plan(
+        CausalMask().bind(512), 2, chunk=48
+    ),
+    "the plan orders ... tokens, got ... along axis ... of ...": lambda: context.plan(
+        CausalMask().bind(512), 2
+    ).dispatch(np.zeros((1, 500))),
+    "describe needs the number of shards: describe(mask, shards, ...)": lambda: context.describe(
+        BOUND, kv_heads=1, head_dim=8
+    ),
+    "describe takes a mask of host arrays; of a traced mask, all keys are gathered": with_traced(
+        lambda ids: context.describe(SegmentMask(ids).bind(64), 2, kv_heads=1, head_dim=8).work, np.zeros(64, np.int32)
+    ),
+    "... shards do not divide ... queries and ... keys into whole blocks of ... and ...: such keys are gathered": (
+        lambda: context.describe(CausalMask().bind(320), 2, kv_heads=1, head_dim=8)
     ),
     # Selection and compositions.
     "top_k is at least 1, got ...": lambda: selection.moba(X, X, top_k=0),

@@ -49,6 +49,24 @@ def test_a_report_of_before_the_products_were_measured(committed, monkeypatch):
     assert text.endswith("Of 1 goals: 1 missed. Not met: a case: useful TFLOP/s >= 650.")
 
 
+def test_a_sequence_over_two_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert figures.context() == "not measured yet"
+    layout = {"forward_efficiency": 0.954, "both_efficiency": 0.97, "received_bytes": [0, 54e6]}
+    case = {
+        "case": "causal",
+        "shape": [1, 16, 16, 131072, 128],
+        "one": {"forward_ms": 40.0, "both_ms": 160.0},
+        "contiguous": {"forward_ms": 30.0, "both_ms": 120.0, **layout},
+        "plan": {"forward_ms": 20.96, "both_ms": 82.47, **layout},
+    }
+    short = case | {"shape": [1, 32, 4, 32768, 128]}
+    written = {"cases": [case, short], "note": "As it was."}
+    (tmp_path / "context-nvidia-h200-x2.json").write_text(json.dumps(written))
+    row = "| causal | 40.00 / 160.00 ms | 30.00 / 120.00 ms | 95 / 97 % | 20.96 / 82.47 ms | 95 / 97 % | 54 / 54 |"
+    assert figures.context().splitlines()[2:] == [row, row.replace("causal", "causal, 32,768 tokens"), "", "As it was."]
+
+
 def test_pictures_of_the_site_are_those_of_the_report():
     for name, copy in draw_speed.COPIES.items():
         assert (draw_speed.IMAGES / copy).read_bytes() == (FOLDER / name).read_bytes(), "run python tools/draw_speed.py"

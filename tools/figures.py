@@ -261,6 +261,30 @@ def scaling() -> str:
     return table(["", "key/value heads", "one GPU", "two GPUs", "efficiency"], rows)
 
 
+def context() -> str:
+    """A sequence over two GPUs beside one: contiguous parts, and the order of a plan."""
+    path = RESULTS / "context-nvidia-h200-x2.json"
+    if not path.exists():
+        return "not measured yet"
+
+    def cells(found: dict[str, Any]) -> list[str]:
+        time = f"{found['forward_ms']:.2f} / {found['both_ms']:.2f} ms"
+        if "forward_efficiency" not in found:
+            return [time]
+        return [time, f"{found['forward_efficiency'] * 100:.0f} / {found['both_efficiency'] * 100:.0f} %"]
+
+    result, rows = read(path), []
+    lengths = [case["shape"][3] for case in result["cases"]]
+    for case, length in zip(result["cases"], lengths, strict=True):
+        label = case["case"] + (f", {length:,} tokens" if length != lengths[0] else "")
+        received = [f"{max(case[layout]['received_bytes']) / 1e6:,.0f}" for layout in ("contiguous", "plan")]
+        one, contiguous, planned = (cells(case[layout]) for layout in ("one", "contiguous", "plan"))
+        rows.append([label, *one, *contiguous, *planned, " / ".join(received)])
+    names = ["mask", "one GPU", "two GPUs, contiguous", "efficiency", "planned", "efficiency"]
+    note = f"\n\n{result['note']}" if "note" in result else ""
+    return table([*names, "MB received, contiguous / planned"], rows) + note
+
+
 def selection() -> str:
     result = read(RESULTS / "selection-nvidia-h200.json")
     seconds = {name: one["seconds"] for name, one in result["contenders"].items()}
@@ -429,6 +453,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "long-context": long_context,
     "training-step": training_step,
     "scaling": scaling,
+    "context": context,
     "documents": of_pattern("documents"),
     "windows": of_pattern("window"),
     "density-time": density_time,

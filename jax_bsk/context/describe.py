@@ -74,7 +74,7 @@ def describe(
       TypeError: The mask is traced.
       ValueError: The shards do not divide queries and keys into whole blocks.
 
-    Example:
+    Examples:
       >>> import jax_bsk
       >>> from jax_bsk.masks import CausalMask, LocalMask
       >>> mask = (CausalMask() & LocalMask((255, 0))).bind(2048, block_size=128)

@@ -91,14 +91,14 @@ def plan(
         128, and less by the size of the group for grouped queries.
 
     Returns:
-      A `Plan`, kept with the mask: a second call with the same arguments returns it again.
+      A `Plan`. It is kept with the mask, and a second call with the same arguments returns it again.
 
     Raises:
       ValueError: The mask has other lengths for queries and keys, or they do not divide into whole blocks.
       TypeError: The mask is traced or no `BlockMask`.
 
-    Example:
-      >>> import jax_bsk
+    Examples:
+      >>> import jax, jax_bsk
       >>> from jax_bsk.masks import CausalMask
       >>> plan = jax_bsk.context.plan(CausalMask().bind(1024, block_size=128), 4)
       >>> plan.order.tolist()
