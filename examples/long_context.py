@@ -17,8 +17,8 @@ memory is its own:
     window+moba    as many blocks: the query's own block, the one before it, and those that MoBA would choose first
     sparsek        SparseK attention (arXiv 2406.16747): as many blocks, the query's own one and the earlier ones of
                    highest score; each token's score does not depend on the query and is learned with the rest
-    nsa            NSA (arXiv 2502.11089): the gated sum of three branches, which attend to means of neighbouring keys, to
-                   selected blocks and to a window; together to as many keys per query as MoBA
+    nsa            NSA (arXiv 2502.11089): the gated sum of three branches, which attend to means of neighbouring keys,
+                   to selected blocks and to a window; together to as many keys per query as MoBA
 
 A question is repeated until it fills a block of queries, because these choose their key blocks together.
 
