@@ -18,7 +18,7 @@ memory is its own:
     sparsek        SparseK attention (arXiv 2406.16747): as many blocks, the query's own one and the earlier ones of
                    highest score; each token's score does not depend on the query and is learned with the rest
     nsa            NSA (arXiv 2502.11089): the gated sum of three branches, which attend to means of neighbouring keys,
-                   to selected blocks and to a window; together to as many keys per query as MoBA
+                   to as many selected blocks as MoBA's, and to a window of two blocks
 
 A question is repeated until it fills a block of queries, because these choose their key blocks together.
 
@@ -32,7 +32,6 @@ import argparse
 import dataclasses
 import functools
 import json
-import math
 import os
 import resource
 import subprocess
@@ -214,9 +213,10 @@ class SparseK(nnx.Module):
 class NSA(nnx.Module):
     """Compressed, selected and window branch, with sigmoids of the token as gates, as in `jax_bsk.flax`'s layer.
 
-    A query attends to at most `top_k * block` keys in all: a window of two blocks, one mean for each half block of the
-    sequence, and selected blocks for the rest. The blocks of window and means are jax_bsk's default of 128 tokens, so
-    more is visited than attended to.
+    Selected are as many blocks as MoBA chooses; the window of two blocks and one mean for each half block of the sequence
+    come on top. The blocks of these two branches are jax_bsk's default of 128 tokens, so in short sequences they visit
+    many more keys than they attend to. With selected blocks left out so that a query attends to no more keys in all than
+    with MoBA, the model of `Config()` reaches 18.2 and 20.7 % with seeds 0 and 1.
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
@@ -232,7 +232,7 @@ class NSA(nnx.Module):
         compression_block, stride, window_tokens = block, block // 2, 2 * block
         means = (length - compression_block) // stride + 1
         selection: dict[str, int] = {
-            "top_k": max(1, self.config.top_k - math.ceil((window_tokens + means) / block)),
+            "top_k": self.config.top_k,
             "compression_block": compression_block,
             "compression_stride": stride,
             "selection_block": block,

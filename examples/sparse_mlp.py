@@ -124,7 +124,7 @@ class Training:
             updates, opt_state = optimizer.update(grads, opt_state, params)
             return optax.apply_updates(params, updates), opt_state, loss
 
-        self._step: Callable = jax.jit(step, donate_argnums=(0, 1))
+        self._step: Callable = jax.jit(step)
         self._test: Callable = jax.jit(loss_fn)
 
     def step(self, before: np.ndarray, answers: np.ndarray) -> float:
@@ -140,7 +140,7 @@ class Training:
 
     @property
     def model(self) -> MLP:
-        return nnx.merge(self.graphdef, jax.tree.map(jnp.copy, self.params))
+        return nnx.merge(self.graphdef, self.params)
 
     @property
     def parameters(self) -> int:
