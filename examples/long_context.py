@@ -213,10 +213,10 @@ class SparseK(nnx.Module):
 class NSA(nnx.Module):
     """Compressed, selected and window branch, with sigmoids of the token as gates, as in `jax_bsk.flax`'s layer.
 
-    Selected are as many blocks as MoBA chooses; the window of two blocks and one mean for each half block of the sequence
-    come on top. The blocks of these two branches are jax_bsk's default of 128 tokens, so in short sequences they visit
-    many more keys than they attend to. With selected blocks left out so that a query attends to no more keys in all than
-    with MoBA, the model of `Config()` reaches 18.2 and 20.7 % with seeds 0 and 1.
+    It selects as many blocks as MoBA chooses. The window of two blocks and the means, one for each half block of the
+    sequence, come on top. The blocks of these two branches are jax_bsk's default of 128 tokens, so in short sequences
+    they visit many more keys than they attend to. With fewer selected blocks, so that a query attends to no more keys
+    in all than with MoBA, the model of `Config()` reached 18.2 and 20.7 % with seeds 0 and 1.
     """
 
     def __init__(self, config: Config, rngs: nnx.Rngs):
