@@ -39,6 +39,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -231,7 +232,7 @@ class NSA(nnx.Module):
         block, length = self.config.block, self.config.length
         compression_block, stride, window_tokens = block, block // 2, 2 * block
         means = (length - compression_block) // stride + 1
-        selection: dict[str, int] = {
+        selection: dict[str, Any] = {
             "top_k": self.config.top_k,
             "compression_block": compression_block,
             "compression_stride": stride,

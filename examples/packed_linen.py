@@ -52,4 +52,8 @@ def make(config: Config, attention: Callable[..., jax.Array]) -> tuple[Any, Appl
     tokens = jnp.zeros((1, 32), jnp.int32)
     # Parameters do not depend on the mask; without one, either attention function takes every key.
     params = jax.jit(lambda key: model.init(key, tokens, tokens, None))(jax.random.key(config.seed))
-    return params, model.apply
+
+    def apply(params: Any, tokens: jax.Array, positions: jax.Array, mask: Any) -> Any:
+        return model.apply(params, tokens, positions, mask)
+
+    return params, apply

@@ -41,7 +41,7 @@ from tqdm import tqdm
 from train_bytes import standard_library_text
 
 import jax_bsk
-from jax_bsk.masks import CausalMask, SegmentMask
+from jax_bsk.masks import CausalMask, Mask, SegmentMask
 
 LIBRARIES = ("nnx", "linen", "equinox")
 PADDING = np.iinfo(np.int32).max  # the id of padding: the largest, so that ids never decrease along a row
@@ -158,7 +158,7 @@ def batch_of(rows: Sequence[Sequence[np.ndarray]], length: int) -> Batch:
 # ---- three ways to attend within documents ----
 
 
-def block_sparse_mask(ids: jax.Array) -> Any:
+def block_sparse_mask(ids: jax.Array | np.ndarray) -> Mask:
     return CausalMask() & SegmentMask(ids, contiguous=True)
 
 

@@ -258,9 +258,9 @@ def main(argv: Sequence[str] | None = None) -> dict:
         if field.type == "int":
             parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, default=field.default)
     arguments = vars(parser.parse_args(argv))
-    output = arguments.pop("output")
+    output, densities = arguments.pop("output"), tuple(arguments.pop("densities"))
     output.mkdir(parents=True, exist_ok=True)
-    return report(train(Config(**arguments | {"densities": tuple(arguments["densities"])})), output)
+    return report(train(Config(densities=densities, **arguments)), output)
 
 
 if __name__ == "__main__":
