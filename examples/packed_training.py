@@ -170,7 +170,7 @@ def dense_mask(ids: jax.Array) -> jax.Array:
 @dataclasses.dataclass(frozen=True)
 class Way:
     attention: Callable[..., jax.Array]
-    mask: Callable[[jax.Array], Any]  # of ids [B, T]
+    mask: Callable[[Any], Any]  # of ids [B, T]
     packed: bool
 
 
