@@ -272,16 +272,17 @@ def plot(run: dict, path: Path) -> None:
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     further = np.arange(config.steps, config.steps + config.more_steps) + 1
     left.plot(np.arange(config.steps) + 1, losses["full"], color="#f2b56b", label="full attention")
-    left.plot(further, losses["control"], color="#f2b56b", linestyle="--", label="full attention, goes on")
+    left.plot(further, losses["control"], color="#b9b9b9", linewidth=4, label="full attention, goes on")
     left.plot(further, losses["moba"], color="#24557a", label="MoBA")
     left.axvline(config.steps + 0.5, color="gray", linewidth=0.8)
     left.set(xlabel="step", ylabel="loss of the batch (nats per byte)", title="MoBA takes over")
     left.legend(frameon=False)
-    colors = {"before the swap": "#f2b56b", "control": "#f2b56b"}
-    bars = right.bar(list(held_out), list(held_out.values()), color=[colors.get(name, "#24557a") for name in held_out])
-    right.bar_label(bars, fmt="%.3f")
-    low, high = min(held_out.values()), max(held_out.values())
-    right.set(title="loss of held-out text", ylim=(low - max(0.05, high - low), high + max(0.05, high - low) / 2))
+    colors = {"before the swap": "#f2b56b", "control": "#b9b9b9"}
+    for name, loss in held_out.items():
+        right.plot(name, loss, "o", markersize=9, color=colors.get(name, "#24557a"))
+        right.annotate(f"{loss:.3f}", (name, loss), (0, 9), textcoords="offset points", ha="center")
+    right.set(title="loss of held-out text", ylabel="nats per byte")
+    right.margins(0.2)
     right.tick_params(axis="x", rotation=20)
     figure.savefig(path)
 

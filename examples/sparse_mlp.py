@@ -237,7 +237,7 @@ def plot(run: dict, path: Path) -> None:
         left.plot(further, model["losses"], color=color, label=name, linewidth=1)
     left.axvline(config.steps + 0.5, color="gray", linewidth=0.8)  # here it is pruned
     left.set(xlabel="step", ylabel="loss of the batch (nats per byte)", title="training, pruning, fine-tuning")
-    left.legend(frameon=False)
+    left.legend(frameon=False, loc="upper left", bbox_to_anchor=(0.12, 1))
 
     places = np.arange(len(models))
     for shift, when, alpha, label in ((-0.2, "right_after", 0.4, "right after"), (0.2, "fine_tuned", 1, "fine-tuned")):
