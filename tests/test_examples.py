@@ -68,7 +68,7 @@ def test_losses_that_differ_are_refused(example, tmp_path):
             for name, loss in zip(module.WAYS, (4.0, 4.0, 4.01), strict=True)
         },
     }
-    with pytest.raises(SystemExit, match=r"differ by 2\.5e-03, more than 1e-04"):
+    with pytest.raises(SystemExit, match=r"differ by 2\.5e-03, more than 1e-05"):
         module.report(run, tmp_path)
 
 
