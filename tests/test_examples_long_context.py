@@ -57,9 +57,11 @@ def test_every_kind_trains_and_is_reported(example, tiny, tmp_path, capsys):
         assert run["step_seconds"] > 0, kind
         assert run["peak_memory_bytes"] > 0, kind
     assert (tmp_path / "long_context.png").stat().st_size > 1000
-    # 8 x 8 blocks: causal 36; at most 3 a row: 1 + 2 + 6 x 3; the window's first keys lie in one block more.
+    # 8 x 8 blocks: causal 36; at most 3 a row: 1 + 2 + 6 x 3; the window's first keys lie in one block more. NSA: as
+    # many as MoBA, 3 of the 2 x 2 blocks of 128 for the window, and 15 means for 256 queries.
     shares = {kind: run["visited_share"] * 64 for kind, run in summary.items()}
-    assert shares == pytest.approx({"full": 36, "window": 26, "moba": 21, "window+moba": 21, "sparsek": 21})
+    nsa = 21 + 3 * 16 + 15 * 256 / 32**2
+    assert shares == pytest.approx({"full": 36, "window": 26, "moba": 21, "window+moba": 21, "sparsek": 21, "nsa": nsa})
 
 
 def test_the_command_runs_a_kind_in_its_own_process(example, tmp_path):
@@ -118,6 +120,9 @@ def test_kinds_start_alike(example, tiny):
         states[kind] = {path: value[...] for path, value in nnx.to_flat_state(state)}
     assert states["sparsek"].keys() - states["full"].keys() == {
         ("layers", n, "attention", "score", "kernel") for n in (0, 1)
+    }
+    assert states["nsa"].keys() - states["full"].keys() == {
+        ("layers", n, "attention", "gate", name) for n in (0, 1) for name in ("kernel", "bias")
     }
     for kind, state in states.items():
         for path in states["full"]:
