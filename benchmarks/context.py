@@ -78,7 +78,7 @@ def cases(options: argparse.Namespace) -> list[Case]:
     return [case for case in found if options.only in case.name]
 
 
-def functions(mask: BlockMask, implementation: str | None) -> dict[str, Callable[..., Any]]:
+def functions(mask: BlockMask, implementation: Any) -> dict[str, Callable[..., Any]]:
     """The forward, and output and gradients of a cotangent; the mask is a constant of the program."""
 
     def forward(query, key, value):

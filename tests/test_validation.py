@@ -381,6 +381,36 @@ def test_a_benchmark_that_is_cut_short_is_not_a_pass(tmp_path, monkeypatch):
     assert verdicts["results of the products"] is Verdict.SKIPPED
 
 
+def test_harden_goes_on_after_the_part_that_was_cut_short(tmp_path, monkeypatch):
+    calls = []
+
+    def part(name, verdict=Verdict.PASSED):
+        def run(*arguments):
+            calls.append(name)
+            return [Check(name, verdict)], {"of": name}
+
+        return run
+
+    def cut_short(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(provenance, "implementation", lambda: "cpu")
+    monkeypatch.setattr(harden, "_repeats", part("repeats", Verdict.FAILED))
+    monkeypatch.setattr(harden, "_products", part("products", Verdict.SKIPPED))
+    monkeypatch.setattr(harden, "_faults", cut_short)
+    monkeypatch.setattr(harden, "_processes", part("memory"))
+    settings = Settings(tmp_path, quiet=True)
+    with pytest.raises(KeyboardInterrupt):
+        harden.run(settings, Clock(60))
+    monkeypatch.setattr(harden, "_faults", part("faults"))
+    found = harden.run(dataclasses.replace(settings, resume=True), Clock(60))
+    # What failed is kept, what was skipped is tried again.
+    assert calls == ["repeats", "products", "products", "faults", "memory"]
+    assert [check.name for check in found.checks] == ["repeats", "products", "faults", "memory"]
+    assert found.checks[0].verdict is Verdict.FAILED
+    assert found.data["repeats"] == {"of": "repeats"}
+
+
 def test_a_benchmark_that_was_cut_short_is_resumed(tmp_path, monkeypatch):
     forward = benchmark.case_sets(Level.QUICK, on_gpu=False, seed=0)["forward"][:2]
     monkeypatch.setattr(benchmark, "case_sets", lambda *arguments: {"forward": forward})
@@ -391,12 +421,12 @@ def test_a_benchmark_that_was_cut_short_is_resumed(tmp_path, monkeypatch):
     assert resumed.data["taken_up"] == 1
     assert [case["name"] for case in resumed.data["cases"]] == [case.name for case in forward]
     assert resumed.data["cases"][0]["jax_bsk"]["seconds"] == first["jax_bsk"]["seconds"]
-    assert Measured(dataclasses.replace(settings, resume=True)).taken_up == 2
+    assert Measured(dataclasses.replace(settings, resume=True), "benchmark").taken_up == 2
     # Of other options, of other code, or without being asked: from the beginning.
-    assert Measured(dataclasses.replace(settings, resume=True, seed=1)).taken_up == 0
+    assert Measured(dataclasses.replace(settings, resume=True, seed=1), "benchmark").taken_up == 0
     monkeypatch.setattr(provenance, "collect", lambda: {"csrc_tree": "another"})
-    assert Measured(dataclasses.replace(settings, resume=True)).taken_up == 0
-    assert Measured(settings).taken_up == 0
+    assert Measured(dataclasses.replace(settings, resume=True), "benchmark").taken_up == 0
+    assert Measured(settings, "benchmark").taken_up == 0
     assert not (settings.results / "benchmark.jsonl").exists()
 
 

@@ -25,6 +25,8 @@ class AttentionSplitting(Splitting):
     has whole key blocks, too; otherwise all shards are given all keys.
     """
 
+    own_programs = frozenset("TS")
+
     def factors(self, call: Any, sizes: Mapping[str, int], mesh: Mesh) -> Factors:
         """Shardy factors of the heads and of the sequence.
 

@@ -44,7 +44,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser.add_argument("--programs", type=Path, metavar="DIR", help="built check programs (see tests/csrc)")
     parser.add_argument("--no-peers", action="store_true", help="measure jax_bsk alone")
     parser.add_argument(
-        "--resume", action="store_true", help="benchmark: go on with what a run that was cut short has left in DIR"
+        "--resume",
+        action="store_true",
+        help="benchmark, harden: go on with what a run that was cut short has left in DIR",
     )
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     return parser

@@ -122,7 +122,13 @@ class Factors:
 
 
 class Splitting:
-    """Which letters of a call split over a mesh, and what a shard then computes: here, all of them, and the call."""
+    """Which letters of a call split over a mesh, and what a shard then computes: here, all of them, and the call.
+
+    Attributes:
+      own_programs: Letters along which a shard computes something else than the call of its part of the operands.
+    """
+
+    own_programs: frozenset[str] = frozenset()
 
     def factors(self, call: Any, sizes: Mapping[str, int], mesh: Mesh) -> Factors:
         """What Shardy's propagation is told."""

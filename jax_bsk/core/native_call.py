@@ -159,6 +159,7 @@ class NativeCall:
             shardings = [x.sharding for x in (*operands, *result_shapes)]
             if not all(isinstance(s, NamedSharding) for s in shardings):  # of a partial-manual shard_map
                 count = len(operands)
+                self._check_partly_manual(call, [*operands, *result_shapes])
                 return mesh, functools.partial(self._bind, call), tuple(shardings[count:]), (tuple(shardings[:count]),)
             local = local_call(self._dims(call), self._splitting, call, mesh, operands, result_shapes)
             return mesh, lambda args: local.run(self._bind, args), local.results, (local.operands,)
@@ -169,6 +170,27 @@ class NativeCall:
         partitioned = custom_partitioning(self._bind, static_argnums=(0,))
         partitioned.def_partition(partition=partition, sharding_rule=rule)
         return partitioned
+
+    def _check_partly_manual(self, call: Any, arrays: Sequence[Any]) -> None:
+        """Raises UnsupportedError where a shard of a partly manual shard_map would have to compute something else.
+
+        There the compiler's shardings have no names of mesh axes, which a collective would need.
+        """
+        dims = self._dims(call)
+        for x, letters in zip(arrays, (*dims.operands.values(), *dims.results.values()), strict=True):
+            split = [a != b for a, b in zip(x.shape, x.sharding.shard_shape(tuple(x.shape)), strict=True)]
+            own = {
+                letter for letter, is_split in zip(letters[::-1], split[::-1], strict=False) if is_split
+            } & self._splitting.own_programs
+            if own:
+                raise UnsupportedError(
+                    None,
+                    [
+                        f"{self.target}: inside a shard_map with axis_names, an array of shape {tuple(x.shape)} is "
+                        f"sharded along dimension {min(own)} over an axis that is left to the compiler.",
+                        "Use jit without a shard_map, or make that axis manual, too.",
+                    ],
+                )
 
     # ---- custom_vmap ----------------------------------------------------------------------------------------------
 

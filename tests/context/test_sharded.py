@@ -213,6 +213,21 @@ def test_lists_that_overflow_give_nan():
     np.testing.assert_array_equal(run(*(jax.device_put(x, split) for x in operands), ids), expected)
 
 
+def test_a_sequence_left_to_the_compiler_inside_a_shard_map_is_refused():
+    """There is no axis to name in a collective there. It gave wrong numbers: each device took its queries for all."""
+    bound, operands = WINDOW.bind(LENGTH, block_size=BLOCK), inputs(10)
+    mesh = mesh_of({"data": 2, "sequence": 4})
+    run = jax.shard_map(
+        functools.partial(attention, mask=bound),
+        mesh=mesh,
+        in_specs=P("data"),
+        out_specs=P("data"),
+        axis_names={"data"},
+    )
+    with pytest.raises(Exception, match="Use jit without a shard_map, or make that axis manual, too"):
+        run_on(mesh, P("data", "sequence"), run, operands)
+
+
 def test_random_cases(random_seed):
     """The numeric battery over 2, 4 or 8 devices; `--cases 400` runs more."""
     if random_seed % 4:

@@ -65,7 +65,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     # A case has the same name in the sets of each pass.
     named = [(f"{name}: {case.name}", case) for name, cases in sets.items() for case in cases]
     of_products = products.chosen(settings.level, on_gpu)
-    kept = Measured(settings)
+    kept = Measured(settings, "benchmark")
     reserved = products.SECONDS[settings.level]
     records: list[dict[str, Any]] = []
     with Progress(1 + len(named) + len(of_products), settings.quiet) as progress:

@@ -16,7 +16,8 @@ from jax_bsk.qa.support.progress import Note, Progress, unheard
 from jax_bsk.qa.testing import faults, steady
 from jax_bsk.qa.testing.isolate import Worker, child_environment
 from jax_bsk.qa.validation import kernels, provenance
-from jax_bsk.qa.validation.outcome import Check, StageResult, failed, judged, skipped
+from jax_bsk.qa.validation.measured import Measured
+from jax_bsk.qa.validation.outcome import Check, StageResult, Verdict, failed, judged, skipped
 from jax_bsk.qa.validation.settings import Clock, Level, Settings
 
 REPEATS = {("cuda", Level.QUICK): 100, ("cuda", Level.FULL): 500, ("cpu", Level.QUICK): 10, ("cpu", Level.FULL): 100}
@@ -43,14 +44,22 @@ def run(settings: Settings, clock: Clock) -> StageResult:
         ]
     checks: list[Check] = []
     data: dict[str, Any] = {}
+    kept = Measured(settings, "harden")
     with Progress(len(parts), settings.quiet) as progress:
         for name, part in parts:
             progress.step(name)
             if clock.left < 0:
                 checks.append(skipped(name, "the stage's time was over"))
                 continue
-            found, data[name] = part(settings, clock, implementation, progress.note)
-            checks += found
+            if name in kept:
+                result = StageResult.from_json(kept[name])
+            else:
+                found, more = part(settings, clock, implementation, progress.note)
+                result = StageResult(name, tuple(found), {"data": more})
+                if all(check.verdict is not Verdict.SKIPPED for check in found):
+                    kept.keep(name, result.to_json())
+            checks += result.checks
+            data[name] = result.data["data"]
     return StageResult("harden", tuple(checks), data)
 
 

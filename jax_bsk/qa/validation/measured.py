@@ -1,7 +1,7 @@
-"""What the stage benchmark has measured, kept after each case: a run that is cut short can be resumed.
+"""What a stage has found so far, kept after each case or part: a run that is cut short can be resumed.
 
 On a GPU that is lent for some minutes at a time the whole stage may not fit. Only records of the same code, device and
-options are taken up again; each has its peers in it, which ran beside it.
+options are taken up again; a case of the benchmark has its peers in it, which ran beside it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from jax_bsk.qa.validation.settings import Settings
 
 
 class Measured:
-    """Records by the set and the name of their case, a line each in `benchmark.jsonl` of the results' folder."""
+    """Records by name (of a case or a part), a line each in a file of the stage's name in the results' folder."""
 
-    def __init__(self, settings: Settings):
+    def __init__(self, settings: Settings, stage: str):
         facts = provenance.collect()
         self._facts = {name: facts[name] for name in provenance.SAME if name in facts}
         self._facts |= {"level": settings.level.value, "seed": settings.seed, "peers": settings.peers}
-        self._path = settings.results / "benchmark.jsonl"
+        self._path = settings.results / f"{stage}.jsonl"
         self._records: dict[str, dict[str, Any]] = {}
         if settings.resume and self._path.exists():
             for line in self._path.read_text().splitlines():
