@@ -52,8 +52,8 @@ LAYERS = {
         ["grid", "_runs", "_text", "_export"],
     ],
     "context": [
-        ["describe"],
-        ["plan", "exchange"],
+        ["description"],
+        ["planning", "exchange"],
         ["balance"],
         ["visits"],
     ],

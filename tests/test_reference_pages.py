@@ -96,13 +96,11 @@ def documented() -> dict[str, list[str]]:
 
 
 def resolved(name: str) -> Any:
-    return functools.reduce(getattr, NAMED_BY_FILE.get(name, name).split(".")[1:], jax_bsk)
+    return functools.reduce(getattr, name.split(".")[1:], jax_bsk)
 
 
-# Functions in files of their names: mkdocstrings, which reads files, takes the function's public name for the file.
-NAMED_BY_FILE = {f"jax_bsk.context.{name}.{name}": f"jax_bsk.context.{name}" for name in ("plan", "describe")}
 # The name on the page of what users import by another one; the command line's page is the home of no object.
-ALSO = {"jax_bsk.BlockMask": "jax_bsk.masks.BlockMask", **{name: page for page, name in NAMED_BY_FILE.items()}}
+ALSO = {"jax_bsk.BlockMask": "jax_bsk.masks.BlockMask"}
 
 
 def test_every_public_name_stands_on_a_page():

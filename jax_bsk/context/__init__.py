@@ -5,7 +5,7 @@ what it costs: `plan` orders the tokens so that the devices have equal work, `de
 device.
 """
 
-from jax_bsk.context.describe import Description, describe
-from jax_bsk.context.plan import Plan, plan
+from jax_bsk.context.description import Description, describe
+from jax_bsk.context.planning import Plan, plan
 
 __all__ = ["Description", "Plan", "describe", "plan"]

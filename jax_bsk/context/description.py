@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.context.exchange import exchange_of
-from jax_bsk.context.plan import Plan
+from jax_bsk.context.planning import Plan
 from jax_bsk.context.visits import Visits
 from jax_bsk.masks import BlockMask
 

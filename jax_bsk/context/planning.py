@@ -24,7 +24,7 @@ class Plan:
 
     Attributes:
       mask: `BlockMask` of the tokens in the plan's order.
-      order: int32 [chunks], number of the chunk at each place of the plan's order; shard i has the i-th part of it.
+      order: int32 [chunks], number of each chunk in the plan's order; shard i has the i-th part of it.
       chunk: Tokens per chunk.
       shards: Number of shards.
     """
@@ -36,7 +36,7 @@ class Plan:
 
     @property
     def positions(self) -> Any:
-        """int32 [T], the token's place in the sequence at each place of the plan's order: for rotary embeddings."""
+        """int32 [T], each token's position in the sequence, in the plan's order: for rotary embeddings."""
         return (self.order[:, None] * self.chunk + np.arange(self.chunk, dtype=np.int32)[None]).reshape(-1)
 
     def dispatch(self, x: Any, axis: int = 1) -> Any:
