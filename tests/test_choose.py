@@ -393,7 +393,6 @@ def test_a_wrong_workspace_is_refused():
 
 
 @pytest.mark.gpu
-@pytest.mark.xfail(strict=True, reason="such a call ends the process by a segmentation fault (jaxlib 0.11.2, H200)")
 def test_a_missing_workspace_is_refused():
     code = "from tests.test_choose import direct; direct()(workspace=None)"
     result = subprocess.run(

@@ -158,7 +158,7 @@ PRODUCTS = {
         "128-one-tile": Product(256, 64, 128, 0.5),
     },
     "cpu": {
-        "64": Product(512, 200, 64, 0.3, "float32"),
+        "64-float32": Product(512, 200, 64, 0.3, "float32"),
         "32-empty-rows": Product(384, 100, 32, 0.05, empty_rows=3),
     },
 }
