@@ -54,7 +54,7 @@ Apply = Callable[[Any, jax.Array, jax.Array, Any], jax.Array]  # params, tokens,
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a run; the defaults take a bit more than a minute on two CPU cores.
+    """Sizes of a run; the defaults take less than two minutes on two CPU cores.
 
     Attributes:
       length: Tokens of a packed row.
