@@ -42,7 +42,7 @@ from jax_bsk.masks import BlockMask, CausalMask
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a run; the defaults take a bit more than a minute on two CPU cores.
+    """Sizes of a run; the defaults take less than two minutes on two CPU cores.
 
     Attributes:
       steps: Steps with full attention before the swap.

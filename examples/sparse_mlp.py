@@ -37,7 +37,7 @@ from jax_bsk.flax.nnx import BlockSparseDense
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Sizes of a run; the defaults take about a minute on two CPU cores.
+    """Sizes of a run; the defaults take less than two minutes on two CPU cores.
 
     Attributes:
       steps: Steps of the dense model before it is pruned.
