@@ -24,12 +24,16 @@ class Description:
         them again, and sends the gradients of as many back.
       gathered: Whether every device is sent all keys and values, because nearly all are wanted or none is known.
       steps: Number of collectives that bring the keys, and as many the values; 1 where all is gathered.
+      by_heads: Bytes that each device would receive in the forward if heads were exchanged for the sequence (DeepSpeed
+        Ulysses, arXiv 2309.14509), which balances the work; the backward moves as many. None where `heads` was not
+        given, or the devices do not divide the heads.
     """
 
     work: np.ndarray
     received: np.ndarray
     gathered: bool
     steps: int
+    by_heads: int | None = None
 
     @property
     def balance(self) -> float:
@@ -43,6 +47,8 @@ class Description:
             f"  shard {i}: {work:,} blocks, receives {received / 1e6:,.1f} MB"
             for i, (work, received) in enumerate(zip(self.work, self.received, strict=True))
         ]
+        if self.by_heads is not None:
+            lines.append(f"  heads exchanged for the sequence instead: each receives {self.by_heads / 1e6:,.1f} MB")
         return "\n".join(lines)
 
 
@@ -53,6 +59,7 @@ def describe(
     kv_heads: int,
     head_dim: int,
     value_dim: int | None = None,
+    heads: int | None = None,
     batch: int = 1,
     dtype: Any = jnp.bfloat16,
 ) -> Description:
@@ -64,6 +71,7 @@ def describe(
       kv_heads: Key/value heads per device (of one group of devices that share a sequence).
       head_dim: Head size of the keys.
       value_dim: Head size of the values; by default the keys'.
+      heads: Query heads per device, where exchanging heads for the sequence is to be compared.
       batch: Examples per device.
       dtype: Type of keys and values.
 
@@ -101,5 +109,10 @@ def describe(
     exchange = exchange_of(visits, shards) if mask.q_len == mask.kv_len else None
     own = mask.nk // shards
     blocks = np.full(shards, (shards - 1) * own) if exchange is None else exchange.received()
-    size = batch * kv_heads * mask.block_kv * (head_dim + (value_dim or head_dim)) * jnp.dtype(dtype).itemsize
-    return Description(work, blocks * size, exchange is None, 1 if exchange is None else len(exchange.steps))
+    per_token = batch * (head_dim + (value_dim or head_dim)) * jnp.dtype(dtype).itemsize  # and per head
+    by_heads = None
+    if heads is not None and heads % shards == 0 and kv_heads % shards == 0:
+        tokens = heads * mask.q_len + kv_heads * mask.kv_len  # of query and output, of key and value
+        by_heads = per_token * tokens * (shards - 1) // shards**2
+    steps = 1 if exchange is None else len(exchange.steps)
+    return Description(work, blocks * per_token * kv_heads * mask.block_kv, exchange is None, steps, by_heads)

@@ -115,6 +115,11 @@ def test_what_is_described():
     assert found.received.tolist() == [0, *[3 * 2 * (4 * 32) * (16 + 8) * 4] * 3]
     assert (found.steps, found.gathered) == (1, False)
     assert found.balance == found.work.max() / found.work.mean()
+    assert found.by_heads is None
+    # Three quarters of a quarter of query, output (4 heads), key and value (4 heads) come from other devices.
+    heads = context.describe(mask, 4, kv_heads=4, heads=4, head_dim=16, dtype=jnp.float32).by_heads
+    assert heads == 4 * (1024 * 4 * 16 * 4) * 3 // 16
+    assert context.describe(mask, 4, kv_heads=2, heads=4, head_dim=16).by_heads is None
     everything = context.describe(CausalMask().bind(1024, block_size=32), 4, kv_heads=1, head_dim=16)
     assert everything.gathered
     assert everything.received.tolist() == [3 * 256 * 32 * 2] * 4

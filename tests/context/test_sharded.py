@@ -228,6 +228,22 @@ def test_a_sequence_left_to_the_compiler_inside_a_shard_map_is_refused():
         run_on(mesh, P("data", "sequence"), run, operands)
 
 
+def test_heads_exchanged_for_the_sequence():
+    """The guide's recipe: constraints alone make of it all-to-alls, and every device computes whole sequences."""
+    bound, operands = CausalMask().bind(LENGTH, block_size=BLOCK), inputs(11)
+    mesh = mesh_of({"sequence": 4})
+    by_tokens, by_heads = (NamedSharding(mesh, P(*spec)) for spec in ((None, "sequence"), (None, None, "sequence")))
+
+    def attend(*operands):
+        out = attention(*(jax.lax.with_sharding_constraint(x, by_heads) for x in operands), mask=bound)
+        return jax.lax.with_sharding_constraint(out, by_tokens)
+
+    compiled, found = run_on(mesh, P(None, "sequence"), both(attend), operands)
+    assert set(collectives(compiled)) == {"all-to-all"}
+    for a, b in zip(found, jax.jit(both(functools.partial(attention, mask=bound)))(*operands), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_random_cases(random_seed):
     """The numeric battery over 2, 4 or 8 devices; `--cases 400` runs more."""
     if random_seed % 4:
