@@ -209,6 +209,7 @@ def _call_forward(
     stats = statistics_dtype(query.dtype)
     sinks = np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks
     gates = np.zeros(ffi.NO_GATES, stats) if gates is None else gates
+    query = _marked(call, query)
     out, lse, lse_rest = FORWARD(call, query, key, value, *mask.kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
     return out, lse, lse_rest
 
@@ -227,11 +228,22 @@ def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents:
             mask, order = with_entry_order(mask)
         row_gates, col_gates = gates, to_columns(gates, order)
     lists = (*mask.kernel_rows(), *mask.kernel_columns(), mask.bit_tiles, lengths)
-    operands = (dout, query, key, value, lse, lse_rest, delta, *lists, row_gates, col_gates)
+    operands = (_marked(call, dout), query, key, value, lse, lse_rest, delta, *lists, row_gates, col_gates)
     dquery, dkey, dvalue, dgates = BACKWARD(call, *operands)
     dgates = None if order is None else to_rows(dgates, order)
     dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)
     return dquery, dkey, dvalue, dsinks, dgates
+
+
+def _marked(call: AttentionCall, x: Any) -> Any:
+    """The same array, behind a barrier with a number of the mask.
+
+    Over a sharded sequence a program depends on what the host mask visits, also where the lists are its arguments.
+    JAX's persistent cache knows a program by its text, in which this number then differs.
+    """
+    if call.visits is None:
+        return x
+    return jax.lax.optimization_barrier((x, jax.lax.full((), call.visits.mark, np.int32)))[0]
 
 
 def _row_products(dout: jax.Array, out: jax.Array, dtype: np.dtype) -> jax.Array:

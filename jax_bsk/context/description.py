@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.context.exchange import exchange_of
-from jax_bsk.context.planning import Plan
+from jax_bsk.context.planning import Plan, positive
 from jax_bsk.context.visits import Visits
 from jax_bsk.masks import BlockMask
 
@@ -80,7 +80,8 @@ def describe(
 
     Raises:
       TypeError: The mask is traced.
-      ValueError: The shards do not divide queries and keys into whole blocks.
+      ValueError: The shards do not divide queries and keys into whole blocks, are not those of the plan, or the lists
+        are not sound (`BlockMask.check`).
 
     Examples:
       >>> import jax_bsk
@@ -94,16 +95,21 @@ def describe(
         shard 3: 12 blocks, receives 1.0 MB
     """
     if isinstance(mask, Plan):
+        if shards not in (None, mask.shards):
+            raise ValueError(f"the plan is one for {mask.shards} shards, got {shards}; leave the number out")
         mask, shards = mask.mask, mask.shards
     if shards is None:
         raise TypeError("describe needs the number of shards: describe(mask, shards, ...)")
+    shards = positive(shards, "shards")
     visits = Visits.of(mask)
     if visits is None:
+        if mask.is_host:
+            mask.check()
         raise TypeError("describe takes a mask of host arrays; of a traced mask, all keys are gathered")
     if mask.q_len % (shards * mask.block_q) or mask.kv_len % (shards * mask.block_kv):
         raise ValueError(
             f"{shards} shards do not divide {mask.q_len} queries and {mask.kv_len} keys into whole blocks of "
-            f"{mask.block_q} and {mask.block_kv}: such keys are gathered"
+            f"{mask.block_q} and {mask.block_kv}: such calls gather what does not divide"
         )
     work = visits.work().reshape(shards, -1).sum(1)
     exchange = exchange_of(visits, shards) if mask.q_len == mask.kv_len else None

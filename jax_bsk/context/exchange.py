@@ -150,17 +150,23 @@ class Exchange:
         total = jnp.take(blocks, mine, axis=-4, mode="clip").astype(wide)
         for step, parts in zip(self.steps, others, strict=True):
             sent = jnp.asarray(step.blocks)[shard]
-            # Their places among `mine`, which holds them all, ascending; padding is dropped.
-            places = jnp.where(sent < self.own, jnp.searchsorted(mine, sent).astype(jnp.int32), mine.shape[0])
+            # Their places among `mine`, which holds them all, ascending.
+            places = _or_outside(sent < self.own, jnp.searchsorted(mine, sent).astype(jnp.int32), mine.shape[0])
             parts = parts.reshape(*blocks.shape[:-4], -1, *blocks.shape[-3:])
             for came in step.send_back(parts, axis, self.shards):
                 total = total.at[..., places, :, :, :].add(came.astype(wide), mode="drop", unique_indices=True)
+        mine = _or_outside(mine < self.own, mine, self.own)
         blocks = blocks.at[..., mine, :, :, :].set(total.astype(dx.dtype), mode="drop", unique_indices=True)
         return blocks.reshape(own.shape)
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         """[.., m blocks, K, H] to [.., m, block, K, H]."""
         return x.reshape(*x.shape[:-3], self.own, x.shape[-3] // self.own, *x.shape[-2:])
+
+
+def _or_outside(inside: jax.Array, places: jax.Array, size: int) -> jax.Array:
+    """The places of what is no padding; padding is sent past the end, where it is dropped, each to another place."""
+    return jnp.where(inside, places, size + jnp.arange(places.shape[0], dtype=jnp.int32))
 
 
 @functools.lru_cache(64)

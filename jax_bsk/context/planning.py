@@ -13,6 +13,7 @@ import numpy as np
 
 from jax_bsk.context import balance
 from jax_bsk.context.visits import Visits
+from jax_bsk.core.arrays import as_array
 from jax_bsk.masks import BlockMask
 from jax_bsk.masks.orders.permutation import permuted
 
@@ -60,11 +61,12 @@ class Plan:
         return self._take(x, axis, xp.argsort(self.order))
 
     def _take(self, x: Any, axis: int, chunks: Any) -> Any:
+        x = as_array(x)
         xp: Any = np if isinstance(x, np.ndarray) and isinstance(chunks, np.ndarray) else jnp
-        axis = axis % x.ndim
         length = self.order.shape[0] * self.chunk
-        if x.shape[axis] != length:
-            raise ValueError(f"the plan orders {length} tokens, got {x.shape[axis]} along axis {axis} of {x.shape}")
+        if not -x.ndim <= axis < x.ndim or x.shape[axis] != length:
+            raise ValueError(f"the plan orders {length} tokens, got axis {axis} of an array of shape {x.shape}")
+        axis %= x.ndim
         split = x.reshape(*x.shape[:axis], -1, self.chunk, *x.shape[axis + 1 :])
         return xp.take(split, chunks, axis=axis).reshape(x.shape)
 
@@ -94,7 +96,8 @@ def plan(
       A `Plan`. It is kept with the mask, and a second call with the same arguments returns it again.
 
     Raises:
-      ValueError: The mask has other lengths for queries and keys, or they do not divide into whole blocks.
+      ValueError: The mask has other lengths for queries and keys, or they do not divide into whole blocks, or its lists
+        overflow or name blocks that there are not (`BlockMask.check`).
       TypeError: The mask is traced or no `BlockMask`.
 
     Examples:
@@ -110,15 +113,17 @@ def plan(
         raise TypeError(f"plan takes a BlockMask, got {type(mask).__name__}; a lazy mask has bind(length)")
     visits = Visits.of(mask)
     if visits is None:
+        if mask.is_host:
+            mask.check()  # names the row whose entries no plan could keep
         raise TypeError("plan takes a mask of host arrays, whose lists are known; this one is traced or on a device")
-    shards = _positive(shards, "shards")
+    shards = positive(shards, "shards")
     blocks = math.lcm(mask.block_q, mask.block_kv)
     if mask.q_len != mask.kv_len or mask.q_len % (shards * blocks):
         raise ValueError(
             f"plan takes as many queries as keys, which {shards} shards divide into whole blocks of {blocks} tokens; "
             f"got {mask.q_len} queries and {mask.kv_len} keys; pad the sequence to a multiple of {shards * blocks}"
         )
-    tokens = None if chunk is None else _positive(chunk, "chunk")
+    tokens = None if chunk is None else positive(chunk, "chunk")
     if tokens is not None and (tokens % blocks or (mask.q_len // shards) % tokens):
         raise ValueError(
             f"chunk is a multiple of the blocks' {blocks} tokens that divides a shard's {mask.q_len // shards}, got "
@@ -135,7 +140,8 @@ def plan(
     return plans[key]
 
 
-def _positive(value: SupportsIndex, name: str) -> int:
+def positive(value: SupportsIndex, name: str) -> int:
+    """The number; raises ValueError where it is below 1, TypeError where it is none."""
     number = operator.index(value)
     if number < 1:
         raise ValueError(f"{name} must be at least 1, got {number}")

@@ -6,6 +6,7 @@ compiled that sends this and nothing else. `Visits` is a static part of such a c
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from typing import Any
 
@@ -27,18 +28,22 @@ class Visits:
     """
 
     def __init__(self, mask: BlockMask):
-        self._mask = mask
+        self._mask = copy.copy(mask)  # without what the mask keeps beside its arrays: programs that use this live long
         self._digest = _digest(mask)
         self._needs: dict[int, np.ndarray] = {}
         self.rows, self.columns = mask.nq, mask.nk
 
     @classmethod
     def of(cls, mask: BlockMask) -> Visits | None:
-        """The visits of a mask, made once and kept; None where its lists have no values yet or lie on a device."""
+        """The visits of a mask, made once and kept.
+
+        None where its lists have no values yet, lie on a device, or are not sound: what overflows, or names a block or
+        a tile that there is not, is for the kernels to answer with NaN, and they must be given all of it.
+        """
         if not mask.is_host:
             return None
         if "_visits" not in mask.__dict__:
-            mask.__dict__["_visits"] = cls(mask)
+            mask.__dict__["_visits"] = cls(mask) if _is_sound(mask) else None
         return mask.__dict__["_visits"]
 
     def __eq__(self, other: object) -> bool:
@@ -51,6 +56,11 @@ class Visits:
     def tables(self) -> int:
         """Number of lists that the mask distinguishes: examples times heads."""
         return int(np.prod(self._mask.row_offsets.shape[:2]))
+
+    @property
+    def mark(self) -> int:
+        """A number in [0, 2**31) that differs between masks, to tell programs apart that differ in nothing else."""
+        return int.from_bytes(self._digest[:4], "little") >> 1
 
     def work(self) -> np.ndarray:
         """int64 [rows]: visited blocks of each query block, over all examples and heads that the mask distinguishes."""
@@ -97,8 +107,19 @@ def visits_of_shards(mask: BlockMask, query: Any) -> Visits | None:
     return Visits.of(mask)
 
 
+def _is_sound(mask: BlockMask) -> bool:
+    """Whether every listed entry is one that a kernel would read without objection."""
+    offsets = np.asarray(mask.row_offsets, np.int64)
+    if offsets.min() < 0 or offsets.max() > mask.capacity or (np.diff(offsets, axis=-1) < 0).any():
+        return False
+    tables = np.ndindex(offsets.shape[:2])
+    listed = [int(mask.row_segments(b, h).length.sum()) == offsets[b, h, -1] - offsets[b, h, 0] for b, h in tables]
+    return all(listed)
+
+
 def _digest(mask: BlockMask) -> bytes:
-    found = hashlib.blake2b(repr((mask.shape, mask.block_size)).encode(), digest_size=16)
+    facts = mask.shape, mask.block_size, mask.capacity, mask.bit_tiles.shape
+    found = hashlib.blake2b(repr(facts).encode(), digest_size=16)
     for name, array in mask.row_arrays().items():
         values: Any = np.ascontiguousarray(array)
         found.update(f"{name} {values.shape}".encode())

@@ -100,7 +100,7 @@ class NativeCall:
             compat.mlir.register_lowering(self._primitive, rule, platform=platform)
         compat.mlir.register_lowering(self._primitive, self._lower_elsewhere)
         self._partitioned = self._with_partitioning()
-        self._mapped = functools.lru_cache(1024)(self._with_vmap)
+        self._mapped = functools.lru_cache(256)(self._with_vmap)
 
     def __call__(self, call: Any, *operands: Any) -> tuple[jax.Array, ...]:
         """Results of the call, in the order of `dims(call).results`."""

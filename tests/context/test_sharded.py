@@ -14,6 +14,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_bsk import BlockMask, context, sparse_attention
+from jax_bsk.context.visits import Visits
 from jax_bsk.masks import CausalMask, GlobalMask, LocalMask, MultiHeadMask, SegmentMask
 from jax_bsk.qa.testing import battery, cases
 from tests.util import assert_close, collectives, loss_of, random_inputs
@@ -226,6 +227,35 @@ def test_a_sequence_left_to_the_compiler_inside_a_shard_map_is_refused():
     )
     with pytest.raises(Exception, match="Use jit without a shard_map, or make that axis manual, too"):
         run_on(mesh, P("data", "sequence"), run, operands)
+
+
+@pytest.mark.parametrize("what", ["overflow", "ids"])
+def test_host_lists_that_are_not_sound_give_the_same_nan(what):
+    if what == "overflow":
+        ids, lazy = jnp.zeros(LENGTH, jnp.int32), CausalMask()
+        build = jax.jit(lambda i: BlockMask.from_mask(lazy & SegmentMask(i), LENGTH, block_size=BLOCK, max_blocks=40))
+    else:
+        ids = jnp.sort(jnp.stack([jnp.arange(16), (jnp.arange(16) + 1) % 16], 1), 1).at[3, 1].set(99).at[6, 0].set(-5)
+        counts = np.full(16, 2)
+        build = jax.jit(lambda i: BlockMask.from_indices(i, counts, q_len=LENGTH, block_size=BLOCK))
+    mask = jax.device_get(build(ids))
+    assert mask.is_host
+    operands, run = inputs(12), jax.jit(lambda *x: attention(*x, mask=mask))
+    expected = run(*operands)
+    assert np.isnan(expected).any()
+    split = NamedSharding(mesh_of({"sequence": 4}), P(None, "sequence"))
+    np.testing.assert_array_equal(run(*(jax.device_put(x, split) for x in operands)), expected)
+    with pytest.raises(ValueError, match="row"):
+        context.plan(mask, 4)
+
+
+def test_programs_of_two_masks_differ_in_more_than_their_lists():
+    """JAX's persistent cache knows a program by its text, and in an eager scan the lists are arguments."""
+    for shift in (2, 4):
+        near = np.eye(16, dtype=bool) | np.roll(np.eye(16, dtype=bool), shift, 1)
+        mask = BlockMask.from_block_mask(near, q_len=LENGTH, block_size=BLOCK)
+        text = jax.jit(both(functools.partial(attention, mask=mask))).lower(*inputs(13)).as_text()
+        assert text.count(f"dense<{Visits(mask).mark}> : tensor<i32>") == 2, "in the forward and in the backward"
 
 
 def test_heads_exchanged_for_the_sequence():
