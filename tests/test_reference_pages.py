@@ -407,7 +407,7 @@ RAISED: dict[str, Callable[[], Any]] = {
     "chunk is a multiple of the blocks' ... tokens that divides a shard's ..., got ...": lambda: context.plan(
         CausalMask().bind(512), 2, chunk=48
     ),
-    "the plan orders ... tokens, got ... along axis ... of ...": lambda: context.plan(
+    "the plan orders ... tokens, got axis ... of an array of shape ...": lambda: context.plan(
         CausalMask().bind(512), 2
     ).dispatch(np.zeros((1, 500))),
     "describe needs the number of shards: describe(mask, shards, ...)": lambda: context.describe(
@@ -416,7 +416,7 @@ RAISED: dict[str, Callable[[], Any]] = {
     "describe takes a mask of host arrays; of a traced mask, all keys are gathered": with_traced(
         lambda ids: context.describe(SegmentMask(ids).bind(64), 2, kv_heads=1, head_dim=8).work, np.zeros(64, np.int32)
     ),
-    "... shards do not divide ... queries and ... keys into whole blocks of ... and ...: such keys are gathered": (
+    "... shards do not divide ... queries and ... keys into whole blocks of ... and ...: such calls gather": (
         lambda: context.describe(CausalMask().bind(320), 2, kv_heads=1, head_dim=8)
     ),
     # Selection and compositions.

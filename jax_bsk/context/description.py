@@ -109,7 +109,7 @@ def describe(
     if mask.q_len % (shards * mask.block_q) or mask.kv_len % (shards * mask.block_kv):
         raise ValueError(
             f"{shards} shards do not divide {mask.q_len} queries and {mask.kv_len} keys into whole blocks of "
-            f"{mask.block_q} and {mask.block_kv}: such calls gather what does not divide"
+            f"{mask.block_q} and {mask.block_kv}: such calls gather"
         )
     work = visits.work().reshape(shards, -1).sum(1)
     exchange = exchange_of(visits, shards) if mask.q_len == mask.kv_len else None
