@@ -15,8 +15,8 @@ $(error CUDA is 1 (compile the CUDA library) or 0 (leave it out), got '$(CUDA)')
 endif
 # CMake's JAX_BSK_CUDA. One in $CMAKE_ARGS wins, because it comes later.
 OPTION  = $(if $(CUDA),$(if $(filter 1,$(CUDA)),ON,OFF),$(if $(GPU)$(filter wheels,$(NVCC)),AUTO,OFF))
-ON      = and the CUDA library: about 8 minutes on two cores the first time. CUDA=0 leaves the CUDA library out.
-AUTO    = and, if there is an nvcc, the CUDA library: about 8 minutes on two cores the first time. CUDA=0 leaves it out.
+ON      = and the CUDA library: 4 to 9 minutes on two cores the first time. CUDA=0 leaves the CUDA library out.
+AUTO    = and, if there is an nvcc, the CUDA library: 4 to 9 minutes on two cores the first time. CUDA=0 leaves it out.
 OFF     = only: about 1 minute on two cores the first time. CUDA=1 compiles the CUDA library, too.
 # On a machine with an NVIDIA GPU, JAX comes with its CUDA plugin.
 comma  := ,

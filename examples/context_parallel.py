@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sysconfig
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,9 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from rotary import rotary
 from tqdm import trange
+from train_bytes import standard_library_text
 
 from jax_bsk import BlockMask, context, sparse_attention
 from jax_bsk.masks import CausalMask, LocalMask, SegmentMask
@@ -42,8 +43,7 @@ HEAD_DIM = FEATURES // HEADS
 def packed_bytes(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
     """Bytes of Python's standard library, int32 [steps, batch, T + 1], and the document of each token, int32 [T]."""
     rng = np.random.default_rng(options.seed)
-    text = b"".join(path.read_bytes() for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:60])
-    corpus = np.frombuffer(text, np.uint8)
+    corpus = standard_library_text()
     starts = rng.integers(0, corpus.size - options.length - 1, (options.steps, options.batch))
     tokens = corpus[starts[..., None] + np.arange(options.length + 1)]
     bounds = np.sort(rng.choice(np.arange(1, options.length), options.documents - 1, replace=False))
@@ -51,15 +51,6 @@ def packed_bytes(options: argparse.Namespace) -> tuple[np.ndarray, np.ndarray]:
 
 
 # ---- model ----------------------------------------------------------------------------------------------------------
-
-
-def rotary(x: jax.Array, positions: Any) -> jax.Array:
-    """Rotary embeddings (arXiv 2104.09864) of [B, T, N, H] by the tokens' positions [T]."""
-    half = x.shape[-1] // 2
-    angles = jnp.asarray(positions, jnp.float32)[:, None] * 10000.0 ** (-jnp.arange(half)[None] / half)
-    sin, cos = (f(angles)[None, :, None, :] for f in (jnp.sin, jnp.cos))
-    a, b = x[..., :half], x[..., half:]
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
 class Layer(nnx.Module):
@@ -71,7 +62,7 @@ class Layer(nnx.Module):
         self.up, self.down = (nnx.Linear(*n, rngs=rngs) for n in ((FEATURES, 512), (512, FEATURES)))
 
     def __call__(self, x: jax.Array, mask: BlockMask, positions: Any) -> jax.Array:
-        y = self.norms[0](x)
+        y, positions = self.norms[0](x), jnp.asarray(positions)[None]
         key, value = jnp.split(self.key_value(y), 2, axis=2)
         y = sparse_attention(rotary(self.query(y), positions), rotary(key, positions), value, mask=mask)
         x = x + self.out(y)

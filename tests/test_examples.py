@@ -176,3 +176,16 @@ def test_pruning_leaves_the_dense_model_as_it_was(example):
     np.testing.assert_allclose(whole(before), out, atol=1e-5)
     assert isinstance(dense.first, nnx.Linear)
     np.testing.assert_array_equal(dense(before), out)
+
+
+# ---- context parallelism ----
+
+
+def test_a_sharded_sequence_has_the_losses_of_one_device_on_less_memory(example, tmp_path):
+    small = ["--length", "512", "--steps", "8", "--documents", "3", "--block-size", "32", "--output", str(tmp_path)]
+    with jax.numpy_rank_promotion("allow"):  # Flax adds biases without saying so
+        one, many = example("context_parallel").main(small)
+    np.testing.assert_allclose(many.losses, one.losses, rtol=1e-4)
+    assert many.losses[-1] < 0.8 * many.losses[0]
+    assert many.bytes_per_device < one.bytes_per_device / 2
+    assert drawn(tmp_path / "who_computes_what.png")

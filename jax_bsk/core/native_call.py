@@ -100,6 +100,7 @@ class NativeCall:
             compat.mlir.register_lowering(self._primitive, rule, platform=platform)
         compat.mlir.register_lowering(self._primitive, self._lower_elsewhere)
         self._partitioned = self._with_partitioning()
+        # Bounded, because a call may hold the lists of a mask, and eager loops may see many of them.
         self._mapped = functools.lru_cache(256)(self._with_vmap)
 
     def __call__(self, call: Any, *operands: Any) -> tuple[jax.Array, ...]:
