@@ -5,6 +5,7 @@ namespace jax_bsk {
 
 Handlers Registrations() {
   Handlers all = attention::Registrations();
+  all.merge(decode::Registrations());
   all.merge(lists::Registrations());
   all.merge(matmul::Registrations());
   return all;
@@ -12,6 +13,7 @@ Handlers Registrations() {
 
 CallBuffers Buffers() {
   CallBuffers all = attention::Buffers();
+  all.merge(decode::Buffers());
   all.merge(lists::Buffers());
   all.merge(matmul::Buffers());
   return all;
@@ -19,6 +21,7 @@ CallBuffers Buffers() {
 
 Facts BuildInfo() {
   Facts all = attention::BuildInfo();
+  all.merge(decode::BuildInfo());
   all.merge(lists::BuildInfo());
   all.merge(matmul::BuildInfo());
   for (const Facts& limits : {attention::CudaLimits(), matmul::CudaLimits()}) {

@@ -16,6 +16,7 @@ namespace jax_bsk {
 // compares when it loads a library.
 inline constexpr const char* kAttentionForward = "jax_bsk_attention_forward";
 inline constexpr const char* kAttentionBackward = "jax_bsk_attention_backward";
+inline constexpr const char* kDecodeForward = "jax_bsk_decode_forward";
 inline constexpr const char* kListsChoose = "jax_bsk_lists_choose";
 inline constexpr const char* kListsTranspose = "jax_bsk_lists_transpose";
 inline constexpr const char* kMatmulProduct = "jax_bsk_matmul_product";
@@ -39,6 +40,12 @@ CallBuffers Buffers();
 Facts BuildInfo();
 Facts CudaLimits();  // what the CUDA kernels can take, in every library
 }  // namespace attention
+
+namespace decode {
+Handlers Registrations();
+CallBuffers Buffers();
+Facts BuildInfo();  // names begin with "decode_"
+}  // namespace decode
 
 namespace lists {
 Handlers Registrations();
