@@ -3,6 +3,7 @@
 
 #include <iterator>
 
+#include "decode/cuda_limits.h"
 #include "matmul/cuda_limits.h"
 #include "registrations.h"
 
@@ -15,6 +16,16 @@ Facts attention::CudaLimits() {
           {"head_dim_multiple", int64_t{Limits::kHeadDimMultiple}},
           {"max_head_dim", int64_t{Limits::kMaxHeadDim}},
           {"blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
+}
+
+Facts decode::CudaLimits() {
+  using cuda::Limits;
+  return {{"decode_compute_capability", int64_t{Limits::kMinComputeCapability}},
+          {"decode_dtypes", std::vector<std::string>{"float16", "bfloat16", "float32"}},
+          {"decode_head_dim_multiple", Limits::kHeadDimMultiple},
+          {"decode_max_head_dim", Limits::kMaxHeadDim},
+          {"decode_max_head_dim_float32", Limits::kMaxHeadDimF32},
+          {"decode_max_sequences", Limits::kMaxSequences}};
 }
 
 Facts matmul::CudaLimits() {

@@ -24,7 +24,7 @@ Facts BuildInfo() {
   all.merge(decode::BuildInfo());
   all.merge(lists::BuildInfo());
   all.merge(matmul::BuildInfo());
-  for (const Facts& limits : {attention::CudaLimits(), matmul::CudaLimits()}) {
+  for (const Facts& limits : {attention::CudaLimits(), decode::CudaLimits(), matmul::CudaLimits()}) {
     for (const auto& [name, fact] : limits) all["cuda_" + name] = fact;
   }
   return all;

@@ -45,6 +45,7 @@ namespace decode {
 Handlers Registrations();
 CallBuffers Buffers();
 Facts BuildInfo();  // names begin with "decode_"
+Facts CudaLimits();
 }  // namespace decode
 
 namespace lists {

@@ -5,8 +5,8 @@
 writes below FOLDER
 
 - the files that instantiate the kernels, such as attention/sm90/fwd_bf16_small.cu;
-- the tables of what they instantiate, attention/variants.inc and matmul/variants.inc, in which attention/variants.cc
-  and matmul/launch.cu look for the kernel that a call needs;
+- the tables of what they instantiate, OPERATION/variants.inc, in which attention/variants.cc, decode/launch.cc and
+  matmul/launch.cu look for the kernel that a call needs;
 - variants.cmake, which tells CMake the names of the files.
 
 A file that is already as it should be is not touched, so that nothing is compiled again.
@@ -54,6 +54,13 @@ ATTENTION = (
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),
 )
+# How rows are copied, types and head sizes. A call takes the first variant that has its type and is large enough; on
+# Hopper copying by rows comes first.
+DECODE = (
+    ("Rows", HALVES, (64, 128, 256)),
+    ("Vectors", HALVES, (64, 128, 256)),
+    ("Vectors", ("float",), (64, 128)),
+)
 PRODUCTS = ("Product", "Sampled")  # each for both types and for every layout of the two operands
 LAYOUTS = ("Layout::kKMajor", "Layout::kMnMajor")
 
@@ -63,6 +70,7 @@ PARAMETERS = {
     ("sm80", "Backward"): "const BackwardParams&, const BackwardMarks&, float*, cudaStream_t",
     ("sm90", "Forward"): "const ForwardParams&, int32_t*, int, cudaStream_t",
     ("sm90", "Backward"): "const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t",
+    ("cuda", "Decode"): "const KernelParams&, const device::DeviceFacts&, cudaStream_t",
     ("sm90", "Product"): "const ProductParams&, const ProductPlan&, int, cudaStream_t",
     ("sm90", "Sampled"): "const SampledParams&, const SampledPlan&, int, cudaStream_t",
 }
@@ -77,14 +85,11 @@ class Variant:
     namespace: str
     instance: str  # what instantiates it
     row: str  # of the table: a macro that the table's reader defines
+    hopper: bool  # compiled for sm_90a alone
 
     @property
     def operation(self) -> str:
         return self.path.partition("/")[0]
-
-    @property
-    def hopper(self) -> bool:
-        return self.namespace.endswith("sm90")
 
 
 def variants(split: bool = False) -> list[Variant]:
@@ -113,6 +118,20 @@ def variants(split: bool = False) -> list[Variant]:
                     instance=f"template cudaError_t Launch{row.kernel}<{row.kernel}Config<{arguments}>>"
                     f"({PARAMETERS[row.arch, row.kernel]});",
                     row=f"JAX_BSK_{row.kernel.upper()}({row.arch}, {arguments})",
+                    hopper=row.arch == "sm90",
+                )
+            )
+    for copies, elements, sizes in DECODE:
+        for element, size in itertools.product(elements, sizes):
+            arguments = f"{_qualified(element)}, {size}, Copies::k{copies}"
+            found.append(
+                Variant(
+                    path=f"decode/cuda/{copies.lower()}_{DTYPES[element]}{f'_{size}' if split else ''}.cu",
+                    header="decode/cuda/forward.cuh",
+                    namespace="decode::cuda",
+                    instance=f"template cudaError_t Launch<Config<{arguments}>>({PARAMETERS['cuda', 'Decode']});",
+                    row=f"JAX_BSK_DECODE({arguments})",
+                    hopper=copies == "Rows",
                 )
             )
     for kernel, element, left, right in itertools.product(PRODUCTS, HALVES, LAYOUTS, LAYOUTS):
@@ -124,6 +143,7 @@ def variants(split: bool = False) -> list[Variant]:
                 namespace="matmul::cuda::sm90",
                 instance=f"template cudaError_t Launch{kernel}<{arguments}>({PARAMETERS['sm90', kernel]});",
                 row=f"JAX_BSK_{kernel.upper()}({arguments})",
+                hopper=True,
             )
         )
     return found
@@ -142,7 +162,7 @@ def files(chosen: list[Variant]) -> dict[str, str]:
         written[path] = (
             f'#include "{members[0].header}"\n\nnamespace jax_bsk::{members[0].namespace} {{\n\n{lines}\n\n}}\n'
         )
-    for operation in ("attention", "matmul"):
+    for operation in ("attention", "decode", "matmul"):
         rows = [variant.row for variant in chosen if variant.operation == operation]
         written[f"{operation}/variants.inc"] = "\n".join(rows) + "\n"
     lists = {

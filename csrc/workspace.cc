@@ -7,6 +7,7 @@
 
 #include "attention/sm90/bwd_plan.h"
 #include "attention/workspace.h"
+#include "decode/partials.h"
 #include "lists/workspace.h"
 #include "matmul/workspace.h"
 #include "registrations.h"
@@ -52,6 +53,23 @@ int64_t AttentionBackward(const Sizes& sizes) {
   return attention::cuda::sm90::RecommendedBackwardBytes(shape, tables, capacity, gates);
 }
 
+// positions: keys that a sequence can visit at most, all of its pages or those selected.
+int64_t DecodeForward(const Sizes& sizes) {
+  decode::Shape shape{};
+  int64_t short_part = 0, long_part = 0;
+  Take(sizes, {{"groups", &shape.groups},
+               {"tokens", &shape.tokens},
+               {"heads", &shape.heads},
+               {"kv_heads", &shape.kv_heads},
+               {"value_dim", &shape.value_dim},
+               {"seqs", &shape.seqs},
+               {"positions", &shape.page_size},
+               {"short_part", &short_part},
+               {"long_part", &long_part}});
+  shape.max_pages = 1;
+  return decode::PartialLayout(shape, short_part, long_part).bytes;
+}
+
 int64_t ListsChoose(const Sizes& sizes) {
   lists::ChooseParams params{};
   Take(sizes, {{"tables", &params.tables},
@@ -79,6 +97,7 @@ int64_t MatmulSampled(const Sizes& sizes) {
 int64_t WorkspaceBytes(const std::string& target, const Sizes& sizes) {
   if (target == kAttentionForward) return AttentionForward(sizes);
   if (target == kAttentionBackward) return AttentionBackward(sizes);
+  if (target == kDecodeForward) return DecodeForward(sizes);
   if (target == kListsChoose) return ListsChoose(sizes);
   if (target == kMatmulProduct) return MatmulProduct(sizes);
   if (target == kMatmulSampled) return MatmulSampled(sizes);

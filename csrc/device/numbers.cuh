@@ -27,7 +27,12 @@ __device__ __forceinline__ float QuadSum(float x) {
   return x + __shfl_xor_sync(0xFFFFFFFFu, x, 2);
 }
 
-// Sum over the lanes of a warp.
+// Largest, sum over the lanes of a warp.
+__device__ __forceinline__ float WarpMax(float x) {
+#pragma unroll
+  for (int lanes = 16; lanes > 0; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, lanes));
+  return x;
+}
 __device__ __forceinline__ float WarpSum(float x) {
 #pragma unroll
   for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, lanes);

@@ -13,6 +13,15 @@ __device__ __forceinline__ void CopyAsync16(uint32_t shared, const void* global,
                : "memory");
 }
 
+// Ends a group of this thread's copies: those started since the last one.
+__device__ __forceinline__ void CommitCopies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most kGroups of this thread's groups are on their way; a barrier must follow, as below.
+template <int kGroups>
+__device__ __forceinline__ void WaitForGroups() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
+}
+
 // Waits for all of this thread's copies; a barrier must follow before other threads read what was copied.
 __device__ __forceinline__ void WaitForCopies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 

@@ -17,6 +17,11 @@ __device__ __forceinline__ int ThreadHere() {
   return thread;
 }
 
+// Asks for the cache line of an address in global memory, to be read soon.
+__device__ __forceinline__ void PrefetchL2(const void* global) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(global));
+}
+
 // Adds 1 to the count if x is at least `least`: a comparison and an addition under its predicate, where nvcc makes
 // three instructions of `count += x >= least`.
 __device__ __forceinline__ void CountAtLeast(int& count, uint32_t x, uint32_t least) {

@@ -1,0 +1,70 @@
+// Shapes of the decoding kernels, what they are given, and their launcher. No kernel code here: the host's compiler
+// reads it, too.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "decode/params.h"
+#include "decode/partials.h"
+#include "device/divisor.h"
+#include "device/element.h"
+#include "device/host.h"
+
+namespace jax_bsk::decode::cuda {
+
+// How rows of the cache come to shared memory: 16 bytes at a time (cp.async, sm_80 and newer), or a row at a time by the
+// copy engine (cp.async.bulk, sm_90), for rows of exactly kDim elements. An instruction a row in place of sixteen with
+// their addresses leaves the issue slots to the products.
+enum class Copies { kVectors, kRows };
+
+// A CTA of four warps takes steps of 64 keys. Of 16 rows or fewer, each warp has all of them and 16 of the keys; of
+// more, each warp has 16 rows and all keys. The products are mma.sync: memory is what bounds decoding.
+template <typename Element_, int kDim_, Copies kCopies_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
+  static constexpr Copies kCopies = kCopies_;
+  static constexpr int kThreads = 128;
+  static constexpr int kWarps = 4;
+  static constexpr int kTileKv = 64;
+  static constexpr int kNarrowRows = 16;
+  static constexpr int kWideRows = 64;
+  static constexpr bool kHalf = sizeof(Element) == 2;
+  // Queries stay in registers where there is room (256 dimensions would spill 1,260 bytes).
+  static constexpr bool kQueriesInRegisters = kHalf && kDim <= 128;
+  // Steps on their way and the one that is computed. Three where two CTAs of a multiprocessor have room for them.
+  static constexpr int kStages = kHalf && kDim <= 128 ? 3 : 2;
+  static constexpr int kCtas = kDim * sizeof(Element) <= 256 ? 2 : 1;  // of a multiprocessor
+};
+
+// What the kernels are given: the call's parameters, and what the host makes of them.
+struct KernelParams : ForwardParams {
+  int tokens, seqs, sequences;  // of a group, and sequences of all groups
+  int pages, max_pages, selected;
+  int kv_heads, group_heads;  // heads of the cache, and query heads of each
+  int dim, value_dim, partial_dim;
+  device::Divisor by_seqs, by_page_size, by_kv_heads, by_group_heads, by_short_part, by_long_part;  // parts in steps
+  int short_parts, long_parts;   // of a row at most
+  int short_places, short_queries;  // see partials.h
+  int32_t* bad_groups;  // [G]: not 0 if the offsets of a group's sequences cannot be true
+  float2* short_stats;  // [G, places, N, parts]: maximum and sum of a part's probabilities, in units of log2
+  float* short_out;     // [G, places, N, parts, partial_dim]: not divided by the sum
+  float2* long_stats;
+  float* long_out;
+};
+
+// Bytes of shared memory that a CTA needs beside a word for each sequence.
+template <typename Config>
+constexpr int SharedBytesAtMost() {
+  constexpr int kPitch = Config::kDim * static_cast<int>(sizeof(typename Config::Element)) + 16;
+  constexpr int kRows = Config::kStages * 2 * Config::kTileKv + (Config::kQueriesInRegisters ? 1 : Config::kWideRows);
+  return kRows * kPitch + 2048;
+}
+
+template <typename Config>
+cudaError_t Launch(const KernelParams& params, const device::DeviceFacts& facts, cudaStream_t stream);
+
+}  // namespace jax_bsk::decode::cuda

@@ -1,0 +1,386 @@
+// Attention over a cache in pages, sm_80 and newer: the forward of attention/sm80 with three differences. The query
+// heads that share a key/value head are rows of one tile, so that keys and values are read once. A row's keys are cut
+// into parts for as many CTAs as there are (Flash-Decoding, Dao et al. 2023), whose results are merged in their order.
+// And a CTA's copies run ahead from one unit of work into the next, because memory is what bounds it.
+#pragma once
+
+#include <type_traits>
+
+#include "attention/softmax.cuh"
+#include "decode/cuda/config.h"
+#include "decode/cuda/copies.cuh"
+#include "decode/cuda/masks.cuh"
+#include "decode/cuda/merge.cuh"
+#include "decode/cuda/units.cuh"
+#include "device/mma.cuh"
+#include "device/numbers.cuh"
+#include "device/ptx/convert.cuh"
+#include "device/ptx/copy_async.cuh"
+#include "device/ptx/dependent_launch.cuh"
+#include "device/ptx/matrix.cuh"
+#include "device/ptx/thread.cuh"
+#include "device/tile.cuh"
+
+namespace jax_bsk::decode::cuda {
+
+using attention::cuda::LogitMap;
+using attention::cuda::OnlineSoftmax;
+
+// Descriptions of units that are kept: of the one that is computed, and of those that the producer is ahead.
+constexpr int kUnitsKept = 4;
+
+template <typename Config>
+struct Shared {
+  static_assert(Config::kStages < kUnitsKept, "the producer is kStages steps ahead, of as many units at most");
+  Stage<Config> stages[Config::kStages];
+  typename StageCopies<Config>::Shared copies;
+  // The queries, where registers have no room for them.
+  device::Tile<typename Config::Element, Config::kQueriesInRegisters ? 1 : Config::kWideRows, Config::kDim> query;
+  int keys[Config::kStages][Config::kTileKv];    // as FoundRow has them
+  bool masked[Config::kStages][Config::kWarps];  // whether some row does not attend to a key that this warp found
+  Unit units[kUnitsKept];
+  float2 stats[Config::kWarps][Config::kNarrowRows];
+  uint32_t bad_values[2];  // see device::CleanRows
+  int before[1];           // units before each sequence: as many more as there are sequences
+};
+
+// ---- Queries: a thread's share of its warp's 16 rows, in the layout of device/mma.cuh
+
+template <typename Config>
+struct Queries {
+  uint32_t fragments[Config::kQueriesInRegisters ? Config::kDim / 16 : 1][4];
+
+  // The element at (row, column) of the tile's first head and query.
+  static __device__ __forceinline__ const typename Config::Element* Row(const KernelParams& params, const Unit& unit,
+                                                                        int row) {
+    const int query = params.by_group_heads.Quotient(unit.row + row), head = params.by_group_heads.Rest(unit.row + row);
+    const int64_t token = int64_t{unit.group} * params.tokens + unit.first_token + query;
+    return static_cast<const typename Config::Element*>(params.query) +
+           (token * params.shape.heads + unit.kv_head * params.group_heads + head) * params.dim;
+  }
+
+  // `warp_row`: the warp's first row of the tile. A barrier must follow before the queries are used.
+  __device__ __forceinline__ void Load(const KernelParams& params, const Unit& unit, int warp_row,
+                                       Shared<Config>& shared) {
+    const int dim = params.dim;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, g = lane / 4, t = lane % 4;
+    if constexpr (Config::kQueriesInRegisters) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = warp_row + g + 8 * half;
+        const bool valid = row < unit.rows;
+        const auto* from = reinterpret_cast<const uint32_t*>(Row(params, unit, valid ? row : 0)) + t;
+#pragma unroll
+        for (int k = 0; k < Config::kDim / 16; ++k) {
+#pragma unroll
+          for (int j = 0; j < 2; ++j) {  // columns 16k + 8j + 2t and the next
+            const int column = 16 * k + 8 * j;
+            fragments[k][half + 2 * j] = valid && column < dim ? __ldg(from + column / 2) : 0u;
+          }
+        }
+      }
+    } else {
+      using Tile = std::remove_reference_t<decltype(shared.query)>;
+      for (int i = thread; i < Tile::kRows * Tile::kChunks; i += Config::kThreads) {
+        const int row = i / Tile::kChunks, chunk = i % Tile::kChunks, column = chunk * Tile::kPerChunk;
+        const bool valid = row < unit.rows && column < dim;
+        const auto* from = Row(params, unit, valid ? row : 0) + (valid ? column : 0);
+        *reinterpret_cast<uint4*>(shared.query.Chunk(row, chunk)) =
+            valid ? __ldg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+      }
+    }
+  }
+
+  // acc = Q K^T.
+  template <int kN8, typename KeyTile>
+  __device__ __forceinline__ void Multiply(float (&acc)[1][kN8][4], const Shared<Config>& shared, int warp_row,
+                                           const KeyTile& key) const {
+    device::Clear(acc);
+    if constexpr (Config::kQueriesInRegisters) {
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const uint32_t from =
+          device::SharedAddress(key.data) + KeyTile::ChunkOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+#pragma unroll
+      for (int k = 0; k < Config::kDim / 16; ++k) {
+#pragma unroll
+        for (int n = 0; n < kN8; n += 2) {
+          uint32_t right[4];
+          device::LoadMatrices(right, from + n * 8 * KeyTile::kPitch + k * 32);
+          device::MultiplyAccumulate<typename Config::Element>(acc[0][n], fragments[k], right[0], right[1]);
+          device::MultiplyAccumulate<typename Config::Element>(acc[0][n + 1], fragments[k], right[2], right[3]);
+        }
+      }
+    } else {
+      device::MultiplyRows(acc, shared.query, warp_row, key);
+    }
+  }
+};
+
+// ---- Producer: finds the steps of the CTA's units, one after another, and starts their copies
+
+template <typename Config>
+class Producer {
+ public:
+  using Copies = StageCopies<Config>;
+
+  __device__ __forceinline__ Producer(const KernelParams& params, Shared<Config>& shared)
+      : params_(params), shared_(shared), number_(static_cast<int>(blockIdx.x)) {
+    Find();
+  }
+
+  // Starts the copies of the step found last into a stage, and finds the next. After the last step there are none.
+  __device__ __forceinline__ void Start(int stage) {
+    if (found_) {
+      Copies::Start(params_, shared_.copies, shared_.stages[stage], stage, row_, kv_head_);
+      const bool whole = __all_sync(0xFFFFFFFFu, mask_(row_.key, static_cast<int>(params_.sink_tokens)));
+      if (Copies::Publishes()) shared_.keys[stage][Copies::Row()] = row_.key;
+      if (threadIdx.x % 32 == 0) shared_.masked[stage][threadIdx.x / 32] = !whole;
+      Find();
+    }
+    Copies::Started();
+  }
+
+ private:
+  __device__ __forceinline__ void Find() {
+    if (left_ == 0) NextUnit();
+    found_ = left_ > 0;
+    if (!found_) return;
+    row_ = FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, Copies::Row());
+    ++step_, --left_;
+  }
+
+  // Goes to the next unit that has steps, and describes it to the consumers; or says that there is none.
+  __device__ __forceinline__ void NextUnit() {
+    const int total = shared_.before[params_.sequences];
+    Unit unit;
+    unit.steps = 0;
+    for (; number_ < total && unit.steps == 0; number_ += static_cast<int>(gridDim.x)) {
+      unit = FindUnit<Config>(params_, shared_.before, number_, &steps_);
+    }
+    if (threadIdx.x == 0) shared_.units[slot_] = unit;
+    slot_ = (slot_ + 1) % kUnitsKept;
+    left_ = unit.steps;
+    if (left_ == 0) return;
+    table_ = unit.table, group_ = unit.group, kv_head_ = unit.kv_head, kv_len_ = unit.kv_len, step_ = unit.step;
+    mask_ = UnitMask(params_, unit);
+    // The consumers will read the queries at once, and in decoding for the first time.
+    const int row = static_cast<int>(threadIdx.x);
+    if (row < unit.rows) device::PrefetchL2(Queries<Config>::Row(params_, unit, row));
+  }
+
+  const KernelParams& params_;
+  Shared<Config>& shared_;
+  int number_;  // of the unit after this one
+  int slot_ = 0;
+  bool found_ = false;
+  FoundRow row_{};
+  // The unit whose steps are found.
+  int table_ = 0, group_ = 0, kv_head_ = 0, kv_len_ = 0, step_ = 0, left_ = 0;
+  Steps steps_{};
+  UnitMask mask_{};
+};
+
+// ---- Consumers
+
+// One unit, of 16 rows (kNarrow) or of 64.
+template <typename Config, bool kNarrow>
+struct Consumer {
+  static constexpr int kWarpKeys = kNarrow ? Config::kTileKv / Config::kWarps : Config::kTileKv;
+  // At a time: logits of 64 keys beside 256 columns of output would spill.
+  static constexpr int kKeys = !kNarrow && Config::kDim > 128 ? kWarpKeys / 2 : kWarpKeys;
+  using KeyTile = device::Tile<typename Config::Element, kKeys, Config::kDim>;
+  using Logits = float[1][kKeys / 8][4];
+  static constexpr int kPitch = Config::kDim + 8;  // of rows of the output in a stage: no two of eight share a bank
+  static_assert(sizeof(Stage<Config>) >= 4 * 64 * kPitch);
+
+  const KernelParams& params;
+  Shared<Config>& shared;
+  Queries<Config> queries;
+  OnlineSoftmax softmax;
+  float out[1][Config::kDim / 8][4];
+
+  __device__ __forceinline__ Consumer(const KernelParams& params, Shared<Config>& shared)
+      : params(params), shared(shared) {
+    device::Clear(out);
+  }
+
+  // Read where they are used: held, they would be among the registers that spill on sm_80.
+  __device__ __forceinline__ int Warp() const { return device::ThreadHere() / 32; }
+  __device__ __forceinline__ int WarpRow() const { return kNarrow ? 0 : 16 * Warp(); }
+  __device__ __forceinline__ int WarpKey() const { return kNarrow ? kWarpKeys * Warp() : 0; }
+
+  // Calls `change(x, attended, found, column)` for each pair of the keys from `first` on; `found` is as FoundRow's.
+  template <typename Change>
+  __device__ __forceinline__ void ForPairs(Logits& x, int stage, int first, const Unit& unit,
+                                           const Change& change) const {
+    const int lane = device::ThreadHere() % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const RowMask mask(params, unit, unit.row + WarpRow() + g + 8 * half);
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const int column = first + 8 * n + 2 * t + e, found = shared.keys[stage][column];
+          change(x[0][n][2 * half + e], found != kNoKey && mask(found >= 0 ? found : ~found), found, column);
+        }
+    }
+  }
+
+  // out += P V for one step.
+  __device__ __forceinline__ void Step(int stage, const Unit& unit, const LogitMap& map) {
+    auto& tiles = shared.stages[stage];
+    const bool masked = shared.masked[stage][0] || shared.masked[stage][1] || shared.masked[stage][2] ||
+                        shared.masked[stage][3];
+    uint64_t bad = 0;  // values that are not finite: they reach only the rows that attend to them
+    if (masked) bad = device::CleanRows<Config::kThreads>(tiles.value, shared.bad_values, device::ThreadHere());
+#pragma unroll 1
+    for (int pass = 0; pass < kWarpKeys / kKeys; ++pass) {
+      const int first = WarpKey() + pass * kKeys;
+      Logits x;
+      queries.Multiply(x, shared, WarpRow(), reinterpret_cast<const KeyTile&>(*tiles.key.Chunk(first, 0)));
+      if (!map.plain) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) x[0][n][e] = map(x[0][n][e]);
+      }
+      if (masked) {
+        ForPairs(x, stage, first, unit, [](float& logit, bool attended, int found, int) {
+          if (!attended || found < 0) logit = attended ? device::QuietNan() : -device::Infinity();
+        });
+      }
+      float rescale[2];
+      softmax.Update(x[0], map.multiplier, rescale);
+#pragma unroll
+      for (int n = 0; n < Config::kDim / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) out[0][n][e] *= rescale[e / 2];
+      if (bad != 0) {
+        ForPairs(x, stage, first, unit, [bad](float& probability, bool attended, int, int column) {
+          if (attended && (bad >> column & 1) != 0) probability = device::QuietNan();
+        });
+      }
+      device::MultiplyColumns(out, x, reinterpret_cast<const KeyTile&>(*tiles.value.Chunk(first, 0)));
+    }
+  }
+
+  // Stores the rows, or this part of them, by way of the stage that was used last.
+  __device__ __forceinline__ void Finish(int stage, const Unit& unit) {
+    const int thread = device::ThreadHere(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
+    auto* rows = reinterpret_cast<float*>(&shared.stages[stage]);
+    __syncthreads();  // nobody reads the stage any more
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * warp + g + 8 * half;
+#pragma unroll
+      for (int n = 0; n < Config::kDim / 8; ++n) {
+        *reinterpret_cast<float2*>(rows + row * kPitch + 8 * n + 2 * t) =
+            make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
+      }
+      const float sum = device::QuadSum(softmax.sum[half]);
+      if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);
+    }
+    __syncthreads();
+    const RowStore<Config> store(params, unit);
+    constexpr int kChunks = Config::kDim / 4;
+    for (int i = thread; i < unit.rows * kChunks; i += Config::kThreads) {
+      const int row = i / kChunks, column = i % kChunks * 4;
+      if constexpr (kNarrow) {
+        // The four warps' shares of the keys, in their order.
+        float max = -device::Infinity();
+#pragma unroll
+        for (int w = 0; w < Config::kWarps; ++w) max = fmaxf(max, shared.stats[w][row].x);
+        const float shift = max == -device::Infinity() ? 0.f : max;
+        float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+        float sum = 0.f;
+#pragma unroll
+        for (int w = 0; w < Config::kWarps; ++w) {
+          const float2 stats = shared.stats[w][row];
+          const float factor = device::Exp2(stats.x - shift);
+          AddScaled(total, *reinterpret_cast<const float4*>(rows + (16 * w + row) * kPitch + column), factor);
+          sum = fmaf(stats.y, factor, sum);
+        }
+        store(row, column, total, max, sum);
+      } else {
+        const float2 stats = shared.stats[row / 16][row % 16];
+        store(row, column, *reinterpret_cast<const float4*>(rows + row * kPitch + column), stats.x, stats.y);
+      }
+    }
+  }
+};
+
+// Where the CTA is in its ring of stages.
+template <typename Config>
+struct Place {
+  int stage = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void Advance() {
+    if (++stage == Config::kStages) stage = 0, parity ^= 1;
+  }
+};
+
+// Computes a unit, whose first step is at `place`, which goes to the step after its last.
+template <typename Config, bool kNarrow>
+__device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<Config>& shared,
+                                            Producer<Config>& producer, const Unit& unit, const LogitMap& map,
+                                            Place<Config>& place) {
+  constexpr int kStages = Config::kStages;
+  Consumer<Config, kNarrow> consumer(params, shared);
+  consumer.queries.Load(params, unit, consumer.WarpRow(), shared);
+  int used = 0;
+#pragma unroll 1
+  for (int left = unit.steps; left > 0; --left) {
+    used = place.stage;
+    StageCopies<Config>::Next(shared.copies, used, place.parity,
+                              [&] { producer.Start(used == 0 ? kStages - 1 : used - 1); });
+    consumer.Step(used, unit, map);
+    place.Advance();
+  }
+  consumer.Finish(used, unit);
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
+    ForwardKernel(const __grid_constant__ KernelParams params) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared<Config>*>(shared_bytes);
+
+  // ---- Prologue: units are counted, and the first steps are on their way.
+  if (threadIdx.x < 2) shared.bad_values[threadIdx.x] = 0;
+  StageCopies<Config>::Init(shared.copies);
+  CountUnits<Config>(params, shared.before);
+  Producer<Config> producer(params, shared);
+#pragma unroll 1
+  for (int stage = 0; stage < Config::kStages - 1; ++stage) producer.Start(stage);
+  const LogitMap map(params.scale, params.soft_cap);
+  __syncthreads();
+  device::LetNextKernelStart();
+
+  // ---- Units. A description was written at least one barrier ago: the producer is two steps ahead or more.
+  Place<Config> place;
+#pragma unroll 1
+  for (int slot = 0; shared.units[slot].steps > 0; slot = (slot + 1) % kUnitsKept) {
+    const Unit& unit = shared.units[slot];
+    if (unit.narrow) {
+      ComputeUnit<Config, true>(params, shared, producer, unit, map, place);
+    } else {
+      ComputeUnit<Config, false>(params, shared, producer, unit, map, place);
+    }
+  }
+  device::WaitForCopies();
+}
+
+template <typename Config>
+cudaError_t Launch(const KernelParams& params, const device::DeviceFacts& facts, cudaStream_t stream) {
+  static_assert(sizeof(Shared<Config>) <= SharedBytesAtMost<Config>());
+  const int bytes = static_cast<int>(sizeof(Shared<Config>)) + 4 * params.sequences;
+  const cudaError_t error =
+      cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  ForwardKernel<Config><<<facts.multiprocessors * Config::kCtas, Config::kThreads, bytes, stream>>>(params);
+  if (const cudaError_t launched = cudaGetLastError(); launched != cudaSuccess) return launched;
+  return LaunchMerge<Config>(params, facts.capability >= 90, stream);
+}
+
+}  // namespace jax_bsk::decode::cuda

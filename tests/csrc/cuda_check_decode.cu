@@ -1,0 +1,263 @@
+// The CUDA kernels of decoding against a float64 loop: problems drawn at random (check_decode.h), and times beside a copy
+// of as many bytes.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "check_decode.h"
+#include "cuda_check.h"
+#include "decode/launch.h"
+
+namespace jax_bsk::check {
+namespace {
+
+using decode::ForwardParams;
+
+// Arrays of a problem on the device.
+struct OnDevice {
+  Exact query, key, value, kv_lens, page_indices, cu_q_lens, num_seqs, selection, tree, sinks;
+  Device out, lse, workspace;
+
+  OnDevice(DecodeProblem& p, DType dtype)
+      : query(Encode(p.query, dtype)),
+        key(Encode(p.key, dtype)),
+        value(Encode(p.value, dtype)),
+        kv_lens(p.kv_lens),
+        page_indices(p.page_indices),
+        cu_q_lens(p.cu_q_lens),
+        num_seqs(p.num_seqs),
+        selection(p.selection),
+        tree(p.tree),
+        sinks(p.sinks),
+        out(p.shape.groups * p.shape.tokens * p.shape.heads * p.shape.value_dim * SizeOf(dtype), 0xFF),
+        lse(p.shape.groups * p.shape.tokens * p.shape.heads * 4, 0xFF),
+        workspace(decode::PartialLayout(p.shape, p.short_part, p.long_part).bytes, 0x7F) {}
+
+  ForwardParams Params(const DecodeProblem& p, DType dtype) const {
+    ForwardParams params = p.Params();
+    const auto& s = p.shape;
+    params.dtype = dtype;
+    params.query = query.data();
+    if (p.both) {
+      params.key = {key.data(), 2 * s.kv_heads * s.head_dim, 2 * s.head_dim};
+      params.value = {static_cast<const char*>(key.data()) + s.head_dim * SizeOf(dtype), params.key.stride,
+                      params.key.head_stride};
+    } else {
+      params.key = {key.data(), s.kv_heads * s.head_dim, s.head_dim};
+      params.value = {value.data(), s.kv_heads * s.value_dim, s.value_dim};
+    }
+    params.kv_lens = static_cast<const int32_t*>(kv_lens.data());
+    params.page_indices = static_cast<const int32_t*>(page_indices.data());
+    params.cu_q_lens = static_cast<const int32_t*>(cu_q_lens.data());
+    params.num_seqs = static_cast<const int32_t*>(num_seqs.data());
+    params.selection = static_cast<const int32_t*>(selection.data());
+    params.tree = static_cast<const uint32_t*>(tree.data());
+    params.sinks = static_cast<const float*>(sinks.data());
+    params.out = out.data();
+    params.lse = static_cast<float*>(lse.data());
+    return params;
+  }
+};
+
+// Rounding of the result, of the probabilities (to the element type before the product with the values), and of sums.
+bool Compare(const char* what, const std::vector<double>& want, const std::vector<double>& allowed,
+             const std::vector<float>& got, bool quiet) {
+  double worst = 0;
+  size_t wrong = 0, first = 0;
+  for (size_t i = 0; i < got.size(); ++i) {
+    const double x = got[i], y = want[i];
+    double ratio = 0;
+    if (std::isnan(y)) {
+      ratio = std::isnan(x) ? 0 : INFINITY;
+    } else if (std::isinf(y)) {
+      ratio = x == y ? 0 : INFINITY;
+    } else {
+      ratio = std::isfinite(x) ? std::abs(x - y) / allowed[i] : INFINITY;
+    }
+    worst = std::max(worst, ratio);
+    if (ratio > 1 && wrong++ == 0) first = i;
+  }
+  if (!quiet || wrong) {
+    std::printf("  %-10s largest error %.3f of the allowed%s\n", what, worst, wrong ? "   <-- FAILED" : "");
+  }
+  if (wrong) {
+    std::printf("        %zu of %zu are wrong, first %zu: got %g want %g\n", wrong, got.size(), first, got[first],
+                want[first]);
+  }
+  return wrong == 0;
+}
+
+bool RunProblem(DecodeProblem& p, DType dtype, bool repeats, bool quiet) {
+  OnDevice arrays(p, dtype);  // rounds the problem's numbers
+  const ForwardParams params = arrays.Params(p, dtype);
+  if (const std::string reason = decode::cuda::ForwardRefusal(params, 0); !reason.empty()) {
+    const bool expected = dtype == DType::kF32 && std::max(p.shape.head_dim, p.shape.value_dim) > 128;
+    if (!expected || !quiet) std::printf("  refused: \"%s\"%s\n", reason.c_str(), expected ? "" : "   <-- FAILED");
+    return expected;
+  }
+  const DecodeWanted want = DecodeReference(p);
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreate(&stream));
+  const auto launch = [&] { CUDA_OK(decode::cuda::LaunchForward(params, arrays.workspace.data(), 0, stream)); };
+  launch();
+  CUDA_OK(cudaStreamSynchronize(stream));
+  const double rounding = dtype == DType::kF32 ? 0x1p-24 : dtype == DType::kF16 ? 0x1p-11 : 0x1p-8;
+  std::vector<double> out_allowed(want.out.size()), lse_allowed(want.lse.size());
+  for (size_t i = 0; i < out_allowed.size(); ++i) {
+    out_allowed[i] = 1.01 * rounding * std::abs(want.out[i]) + (1.5 * rounding + 0x1p-18) * want.terms[i] +
+                     (dtype == DType::kF16 ? 0x1p-24 : 1e-35);
+  }
+  for (size_t i = 0; i < lse_allowed.size(); ++i) lse_allowed[i] = 0x1p-17 * (1 + std::abs(want.lse[i]));
+  std::vector<float> lse(want.lse.size());
+  const auto lse_bytes = arrays.lse.Bytes();
+  std::memcpy(lse.data(), lse_bytes.data(), lse_bytes.size());
+  bool passed = Compare("out", want.out, out_allowed, Decode(arrays.out.Bytes(), dtype), quiet);
+  passed &= Compare("lse", want.lse, lse_allowed, lse, quiet);
+  if (repeats) passed &= Repeats({&arrays.out, &arrays.lse}, stream, launch);
+  if (!arrays.out.GuardsIntact() || !arrays.lse.GuardsIntact() || !arrays.workspace.GuardsIntact()) {
+    passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
+  }
+  CUDA_OK(cudaStreamDestroy(stream));
+  return passed;
+}
+
+constexpr int kProblems = 192, kProblemsEach = 16;
+
+// ---- Times
+
+struct Timing {
+  const char* name;
+  int64_t batch, kv_len, queries, heads, kv_heads, dim, page_size, part;  // page_size 0: a contiguous cache
+};
+
+const Timing kTimings[] = {
+    {"time-decode-1-1k", 1, 1024, 1, 32, 8, 128, 0, 64},       {"time-decode-1-32k", 1, 32768, 1, 32, 8, 128, 0, 256},
+    {"time-decode-8-8k", 8, 8192, 1, 32, 8, 128, 0, 512},      {"time-decode-8-8k-4", 8, 8192, 4, 32, 8, 128, 0, 512},
+    {"time-decode-32-4k", 32, 4096, 1, 32, 8, 128, 0, 1024},   {"time-decode-64-8k", 64, 8192, 1, 32, 8, 128, 0, 1024},
+    {"time-decode-256-2k", 256, 2048, 1, 32, 8, 128, 0, 1024}, {"time-decode-64-8k-p16", 64, 8192, 1, 32, 8, 128, 16, 1024},
+    {"time-decode-64-8k-p64", 64, 8192, 1, 32, 8, 128, 64, 1024},
+    {"time-decode-prefill-2k-32k", 1, 32768, 2048, 32, 8, 128, 64, 8192},
+};
+
+bool RunTiming(Timing t, int64_t part = 0) {
+  if (part > 0) t.part = part;
+  const int64_t positions = t.batch * t.kv_len, row = t.kv_heads * t.dim;
+  const int64_t bytes = positions * row * 2 * 2;
+  DecodeProblem p;
+  auto& s = p.shape;
+  const bool paged = t.page_size > 0;
+  const int64_t pages = paged ? t.kv_len / t.page_size : 1;
+  s = {paged ? 1 : t.batch, paged ? t.batch * t.queries : t.queries, t.heads, t.kv_heads, t.dim, t.dim,
+       paged ? t.batch : 1, paged ? t.batch * pages : 1, paged ? t.page_size : t.kv_len, pages, 0};
+  p.both = paged;
+  const int64_t groups = s.groups;
+  p.kv_lens.assign(t.batch, static_cast<int32_t>(t.kv_len));
+  for (int64_t g = 0; g < groups; ++g) {
+    for (int64_t i = 0; i <= s.seqs; ++i) p.cu_q_lens.push_back(static_cast<int32_t>(i * t.queries));
+    p.num_seqs.push_back(static_cast<int32_t>(s.seqs));
+  }
+  if (paged) {
+    for (int64_t i = 0; i < t.batch * pages; ++i) p.page_indices.push_back(static_cast<int32_t>(i));
+    std::mt19937 rng(1);
+    std::shuffle(p.page_indices.begin(), p.page_indices.end(), rng);
+  } else {
+    p.page_indices.assign(groups, 0);
+  }
+  const std::vector<float> some(t.batch * t.queries * t.heads * t.dim, 0.5f);
+  p.query = some;
+  Device cache(bytes, 0x3A), copy(bytes / 2);
+  OnDevice arrays(p, DType::kBF16);
+  Device workspace(decode::PartialLayout(s, t.part, 8192).bytes);
+  ForwardParams params = arrays.Params(p, DType::kBF16);
+  params.short_part = t.part, params.long_part = 8192;
+  const auto* first = static_cast<const char*>(cache.data());
+  params.key.first = first, params.value.first = paged ? first + t.dim * 2 : first + bytes / 2;
+  const auto launch = [&] { CUDA_OK(decode::cuda::LaunchForward(params, workspace.data(), 0, cudaStreamPerThread)); };
+  // In a graph of many calls, as XLA has them.
+  constexpr int kCalls = 20;
+  const auto in_graph = [&](const std::function<void()>& call) {
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    CUDA_OK(cudaStreamBeginCapture(cudaStreamPerThread, cudaStreamCaptureModeThreadLocal));
+    for (int i = 0; i < kCalls; ++i) call();
+    CUDA_OK(cudaStreamEndCapture(cudaStreamPerThread, &graph));
+    CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+    const Milliseconds time = Time([&] { CUDA_OK(cudaGraphLaunch(executable, cudaStreamLegacy)); });
+    CUDA_OK(cudaGraphExecDestroy(executable));
+    CUDA_OK(cudaGraphDestroy(graph));
+    return 1e3 * time.median / kCalls;
+  };
+  const double us = in_graph(launch);
+  // A copy that reads half of the bytes and writes as many moves the same.
+  const double copy_us = in_graph([&] {
+    CUDA_OK(cudaMemcpyAsync(copy.data(), cache.data(), bytes / 2, cudaMemcpyDeviceToDevice, cudaStreamPerThread));
+  });
+  const double flops = 4. * t.batch * t.queries * t.heads * t.dim * (t.kv_len - (t.queries - 1) / 2.);
+  if (part > 0) std::printf("  part %5d:", static_cast<int>(part));
+  std::printf("  %.1f us, a copy of as many bytes %.1f us: %.3f of its speed, %.2f TB/s, %.0f TFLOP/s\n", us, copy_us,
+              copy_us / us, bytes / us * 1e-6, flops / us * 1e-6);
+  return true;
+}
+
+}  // namespace
+
+std::vector<std::string> DecodeNames() {
+  std::vector<std::string> names;
+  for (int first = 0; first < kProblems; first += kProblemsEach) {
+    names.push_back("decode-" + std::to_string(first) + "-" + std::to_string(first + kProblemsEach - 1));
+  }
+  for (const Timing& t : kTimings) names.push_back(t.name);
+  return names;
+}
+
+bool RunDecode(const std::string& name, bool& known) {
+  known = true;
+  for (const Timing& t : kTimings) {
+    if (name == t.name) return RunTiming(t);
+  }
+  const std::string prefix = "decode-";
+  known = name.rfind(prefix, 0) == 0;
+  if (!known) return false;
+  bool passed = true;
+  const int first = std::atoi(name.c_str() + prefix.size());
+  for (int seed = first; seed < first + kProblemsEach; ++seed) {
+    const DType dtype = seed % 4 == 0 ? DType::kF32 : seed % 4 == 1 ? DType::kF16 : DType::kBF16;
+    DecodeProblem p = DrawDecode(static_cast<unsigned>(seed));
+    const bool right = RunProblem(p, dtype, seed % 4 == 2, true);
+    if (!right) std::printf("  in %s\n", p.name.c_str());
+    passed &= right;
+  }
+  return passed;
+}
+
+}  // namespace jax_bsk::check
+
+#ifdef DECODE_ALONE
+int main(int argc, char** argv) {
+  using namespace jax_bsk::check;
+  int failed = 0;
+  for (const auto& name : DecodeNames()) {
+    if (argc > 1 && name.find(argv[1]) == std::string::npos) continue;
+    bool known;
+    std::printf("%s\n", name.c_str());
+    StartClock(name);
+    repeat_count = 5;
+    if (argc > 2 && name.rfind("time-", 0) == 0) {
+      for (const Timing& t : kTimings)
+        if (name == t.name)
+          for (int i = 2; i < argc; ++i)
+            if (std::atoi(argv[i]) < 2 * t.kv_len) RunTiming(t, std::atoi(argv[i]));
+      continue;
+    }
+    const bool passed = RunDecode(name, known);
+    failed += !passed;
+  }
+  std::printf("failed %d\n", failed);
+}
+#endif
