@@ -54,13 +54,8 @@ ATTENTION = (
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),
 )
-# How rows are copied, types and head sizes. A call takes the first variant that has its type and is large enough; on
-# Hopper copying by rows comes first.
-DECODE = (
-    ("Rows", HALVES, (64, 128, 256)),
-    ("Vectors", HALVES, (64, 128, 256)),
-    ("Vectors", ("float",), (64, 128)),
-)
+# Types and head sizes. A call takes the first variant that has its type and is large enough.
+DECODE = ((HALVES, (64, 128, 256)), (("float",), (64, 128)))
 PRODUCTS = ("Product", "Sampled")  # each for both types and for every layout of the two operands
 LAYOUTS = ("Layout::kKMajor", "Layout::kMnMajor")
 
@@ -121,17 +116,17 @@ def variants(split: bool = False) -> list[Variant]:
                     hopper=row.arch == "sm90",
                 )
             )
-    for copies, elements, sizes in DECODE:
+    for elements, sizes in DECODE:
         for element, size in itertools.product(elements, sizes):
-            arguments = f"{_qualified(element)}, {size}, Copies::k{copies}"
+            arguments = f"{_qualified(element)}, {size}"
             found.append(
                 Variant(
-                    path=f"decode/cuda/{copies.lower()}_{DTYPES[element]}{f'_{size}' if split else ''}.cu",
+                    path=f"decode/cuda/forward_{DTYPES[element]}{f'_{size}' if split else ''}.cu",
                     header="decode/cuda/forward.cuh",
                     namespace="decode::cuda",
                     instance=f"template cudaError_t Launch<Config<{arguments}>>({PARAMETERS['cuda', 'Decode']});",
                     row=f"JAX_BSK_DECODE({arguments})",
-                    hopper=copies == "Rows",
+                    hopper=False,
                 )
             )
     for kernel, element, left, right in itertools.product(PRODUCTS, HALVES, LAYOUTS, LAYOUTS):

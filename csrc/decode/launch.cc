@@ -17,28 +17,24 @@ using device::Divisor;
 using device::kMaxInt;
 
 struct Variant {
-  Copies copies;
   DType dtype;
-  int dim;  // the largest head size, or with Copies::kRows the only one
+  int dim;  // the largest head size
   int shared_bytes;
   cudaError_t (*launch)(const KernelParams&, const DeviceFacts&, cudaStream_t);
 };
 
-#define JAX_BSK_DECODE(Element, dim, copies)                                                                  \
-  {copies, device::kDType<Element>, dim, SharedBytesAtMost<Config<Element, dim, copies>>(), \
-   Launch<Config<Element, dim, copies>>},
+#define JAX_BSK_DECODE(Element, dim) \
+  {device::kDType<Element>, dim, SharedBytesAtMost<Config<Element, dim>>(), Launch<Config<Element, dim>>},
 constexpr Variant kVariants[] = {
 #include "decode/variants.inc"
 };
 #undef JAX_BSK_DECODE
 
-// The first variant that takes the problem; null where there is none.
-const Variant* Choose(const ForwardParams& params, const DeviceFacts& facts) {
-  const auto [least, most] = std::minmax(params.shape.head_dim, params.shape.value_dim);
+// The first variant that is large enough; null where there is none.
+const Variant* Choose(const ForwardParams& params) {
+  const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
   const auto* found = std::find_if(std::begin(kVariants), std::end(kVariants), [&](const Variant& variant) {
-    const bool rows = variant.copies == Copies::kRows;
-    return variant.dtype == params.dtype && (rows ? facts.capability == 90 && least == variant.dim : true) &&
-           variant.dim >= most;
+    return variant.dtype == params.dtype && variant.dim >= dim;
   });
   return found == std::end(kVariants) ? nullptr : found;
 }
@@ -107,7 +103,7 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   if (facts.capability < Limits::kMinComputeCapability) {
     return "the CUDA decoding kernels need compute capability 8.0 or newer";
   }
-  const Variant* variant = Choose(params, facts);
+  const Variant* variant = Choose(params);
   if (variant == nullptr) return "there is no CUDA decoding kernel for this combination of dtype and head size";
   const int64_t bytes = variant->shared_bytes + 4 * Sequences(params.shape);
   if (bytes > facts.shared_bytes) {
@@ -124,7 +120,7 @@ cudaError_t LaunchForward(const ForwardParams& params, void* workspace, int devi
   if (scope.error() != cudaSuccess) return scope.error();
   DeviceFacts facts;
   if (const cudaError_t error = device::ReadDevice(device, &facts); error != cudaSuccess) return error;
-  const Variant* variant = Choose(params, facts);
+  const Variant* variant = Choose(params);
   if (variant == nullptr) return cudaErrorNotSupported;
   return variant->launch(ForKernels(params, static_cast<char*>(workspace)), facts, stream);
 }

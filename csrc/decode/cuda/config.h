@@ -15,18 +15,12 @@
 
 namespace jax_bsk::decode::cuda {
 
-// How rows of the cache come to shared memory: 16 bytes at a time (cp.async, sm_80 and newer), or a row at a time by the
-// copy engine (cp.async.bulk, sm_90), for rows of exactly kDim elements. An instruction a row in place of sixteen with
-// their addresses leaves the issue slots to the products.
-enum class Copies { kVectors, kRows };
-
 // A CTA of four warps takes steps of 64 keys. Of 16 rows or fewer, each warp has all of them and 16 of the keys; of
 // more, each warp has 16 rows and all keys. The products are mma.sync: memory is what bounds decoding.
-template <typename Element_, int kDim_, Copies kCopies_>
+template <typename Element_, int kDim_>
 struct Config {
   using Element = Element_;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
-  static constexpr Copies kCopies = kCopies_;
   static constexpr int kThreads = 128;
   static constexpr int kWarps = 4;
   static constexpr int kTileKv = 64;

@@ -33,7 +33,6 @@ template <typename Config>
 struct Shared {
   static_assert(Config::kStages < kUnitsKept, "the producer is kStages steps ahead, of as many units at most");
   Stage<Config> stages[Config::kStages];
-  typename StageCopies<Config>::Shared copies;
   // The queries, where registers have no room for them.
   device::Tile<typename Config::Element, Config::kQueriesInRegisters ? 1 : Config::kWideRows, Config::kDim> query;
   int keys[Config::kStages][Config::kTileKv];    // as FoundRow has them
@@ -121,8 +120,6 @@ struct Queries {
 template <typename Config>
 class Producer {
  public:
-  using Copies = StageCopies<Config>;
-
   __device__ __forceinline__ Producer(const KernelParams& params, Shared<Config>& shared)
       : params_(params), shared_(shared), number_(static_cast<int>(blockIdx.x)) {
     Find();
@@ -131,13 +128,15 @@ class Producer {
   // Starts the copies of the step found last into a stage, and finds the next. After the last step there are none.
   __device__ __forceinline__ void Start(int stage) {
     if (found_) {
-      Copies::Start(params_, shared_.copies, shared_.stages[stage], stage, row_, kv_head_);
+      CopyRows(shared_.stages[stage].key, params_.key, row_, kv_head_, params_.dim);
+      CopyRows(shared_.stages[stage].value, params_.value, row_, kv_head_, params_.value_dim);
+      const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
       const bool whole = __all_sync(0xFFFFFFFFu, mask_(row_.key, static_cast<int>(params_.sink_tokens)));
-      if (Copies::Publishes()) shared_.keys[stage][Copies::Row()] = row_.key;
-      if (threadIdx.x % 32 == 0) shared_.masked[stage][threadIdx.x / 32] = !whole;
+      if (lane < 16) shared_.keys[stage][RowOfLane(warp, lane)] = row_.key;
+      if (lane == 0) shared_.masked[stage][warp] = !whole;
       Find();
     }
-    Copies::Started();
+    device::CommitCopies();
   }
 
  private:
@@ -145,7 +144,8 @@ class Producer {
     if (left_ == 0) NextUnit();
     found_ = left_ > 0;
     if (!found_) return;
-    row_ = FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, Copies::Row());
+    const int thread = static_cast<int>(threadIdx.x);
+    row_ = FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, RowOfLane(thread / 32, thread % 32));
     ++step_, --left_;
   }
 
@@ -163,9 +163,25 @@ class Producer {
     if (left_ == 0) return;
     table_ = unit.table, group_ = unit.group, kv_head_ = unit.kv_head, kv_len_ = unit.kv_len, step_ = unit.step;
     mask_ = UnitMask(params_, unit);
-    // The consumers will read the queries at once, and in decoding for the first time.
-    const int row = static_cast<int>(threadIdx.x);
-    if (row < unit.rows) device::PrefetchL2(Queries<Config>::Row(params_, unit, row));
+    Prefetch(unit);
+  }
+
+  // What is read once per unit, and waited for: with memory as busy as it is here, for 2 us.
+  __device__ __forceinline__ void Prefetch(const Unit& unit) const {
+    const int thread = static_cast<int>(threadIdx.x);
+    constexpr int kLines = Config::kDim * static_cast<int>(sizeof(typename Config::Element)) / 128;
+    if (unit.narrow && thread < unit.rows * kLines) {
+      const auto* row = Queries<Config>::Row(params_, unit, thread / kLines);
+      device::PrefetchL2(reinterpret_cast<const char*>(row) + thread % kLines * 128);
+    }
+    if (params_.selection == nullptr) {
+      const int first = params_.by_page_size.Quotient(steps_[unit.step] * kStepKeys);
+      const int last = params_.by_page_size.Quotient(steps_[unit.step + unit.steps - 1] * kStepKeys + kStepKeys - 1);
+      const int page = first + 32 * thread;
+      if (page <= min(last + 31, params_.max_pages - 1)) {
+        device::PrefetchL2(params_.page_indices + int64_t{unit.table} * params_.max_pages + page);
+      }
+    }
   }
 
   const KernelParams& params_;
@@ -187,7 +203,7 @@ template <typename Config, bool kNarrow>
 struct Consumer {
   static constexpr int kWarpKeys = kNarrow ? Config::kTileKv / Config::kWarps : Config::kTileKv;
   // At a time: logits of 64 keys beside 256 columns of output would spill.
-  static constexpr int kKeys = !kNarrow && Config::kDim > 128 ? kWarpKeys / 2 : kWarpKeys;
+  static constexpr int kKeys = !kNarrow && Config::kDim > 128 ? kWarpKeys / 4 : kWarpKeys;
   using KeyTile = device::Tile<typename Config::Element, kKeys, Config::kDim>;
   using Logits = float[1][kKeys / 8][4];
   static constexpr int kPitch = Config::kDim + 8;  // of rows of the output in a stage: no two of eight share a bank
@@ -310,32 +326,23 @@ struct Consumer {
   }
 };
 
-// Where the CTA is in its ring of stages.
-template <typename Config>
-struct Place {
-  int stage = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void Advance() {
-    if (++stage == Config::kStages) stage = 0, parity ^= 1;
-  }
-};
-
-// Computes a unit, whose first step is at `place`, which goes to the step after its last.
+// Computes a unit; `stage` is that of its first step, and then of the step after its last.
 template <typename Config, bool kNarrow>
 __device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<Config>& shared,
                                             Producer<Config>& producer, const Unit& unit, const LogitMap& map,
-                                            Place<Config>& place) {
+                                            int& stage) {
   constexpr int kStages = Config::kStages;
   Consumer<Config, kNarrow> consumer(params, shared);
   consumer.queries.Load(params, unit, consumer.WarpRow(), shared);
   int used = 0;
 #pragma unroll 1
   for (int left = unit.steps; left > 0; --left) {
-    used = place.stage;
-    StageCopies<Config>::Next(shared.copies, used, place.parity,
-                              [&] { producer.Start(used == 0 ? kStages - 1 : used - 1); });
+    used = stage;
+    device::WaitForGroups<kStages - 2>();
+    __syncthreads();  // the step is here, and nobody reads the one before
+    producer.Start((used + kStages - 1) % kStages);
     consumer.Step(used, unit, map);
-    place.Advance();
+    stage = (used + 1) % kStages;
   }
   consumer.Finish(used, unit);
 }
@@ -348,24 +355,23 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
 
   // ---- Prologue: units are counted, and the first steps are on their way.
   if (threadIdx.x < 2) shared.bad_values[threadIdx.x] = 0;
-  StageCopies<Config>::Init(shared.copies);
   CountUnits<Config>(params, shared.before);
   Producer<Config> producer(params, shared);
 #pragma unroll 1
-  for (int stage = 0; stage < Config::kStages - 1; ++stage) producer.Start(stage);
+  for (int first = 0; first < Config::kStages - 1; ++first) producer.Start(first);
   const LogitMap map(params.scale, params.soft_cap);
   __syncthreads();
   device::LetNextKernelStart();
 
   // ---- Units. A description was written at least one barrier ago: the producer is two steps ahead or more.
-  Place<Config> place;
+  int stage = 0;
 #pragma unroll 1
   for (int slot = 0; shared.units[slot].steps > 0; slot = (slot + 1) % kUnitsKept) {
     const Unit& unit = shared.units[slot];
     if (unit.narrow) {
-      ComputeUnit<Config, true>(params, shared, producer, unit, map, place);
+      ComputeUnit<Config, true>(params, shared, producer, unit, map, stage);
     } else {
-      ComputeUnit<Config, false>(params, shared, producer, unit, map, place);
+      ComputeUnit<Config, false>(params, shared, producer, unit, map, stage);
     }
   }
   device::WaitForCopies();

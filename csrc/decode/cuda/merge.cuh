@@ -97,6 +97,25 @@ struct RowStore {
   }
 };
 
+// A row's sum, relative to its largest logit so far.
+template <int kColumns>
+struct RowSum {
+  float4 out[kColumns] = {};
+  float max = -device::Infinity(), sum = 0.f;
+
+  __device__ __forceinline__ void Add(const float4 (&x)[kColumns], const float2& stats) {
+    const float top = fmaxf(max, stats.x), shift = top == -device::Infinity() ? 0.f : top;
+    const float old = device::Exp2(max - shift), factor = device::Exp2(stats.x - shift);
+#pragma unroll
+    for (int i = 0; i < kColumns; ++i) {
+      out[i] = make_float4(out[i].x * old, out[i].y * old, out[i].z * old, out[i].w * old);
+      AddScaled(out[i], x[i], factor);
+    }
+    sum = fmaf(stats.y, factor, sum * old);
+    max = top;
+  }
+};
+
 // A row of the output for each kRowWarps warps, which take its parts in turn.
 template <typename Config, int kRowWarps>
 __global__ void __launch_bounds__(Config::kThreads)
@@ -104,6 +123,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   using Element = typename Config::Element;
   constexpr int kRows = Config::kWarps / kRowWarps, kColumns = (Config::kDim + 127) / 128;  // four a lane each
   __shared__ float4 shares[kRowWarps > 1 ? Config::kWarps : 1][kColumns][32];
+  __shared__ float2 share_stats[Config::kWarps];
   const Shape& shape = params.shape;
   const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
   const int64_t index = int64_t{blockIdx.x} * kRows + warp / kRowWarps;
@@ -131,60 +151,61 @@ __global__ void __launch_bounds__(Config::kThreads)
   }
   const bool inside = count > 0 && token >= __ldg(offsets) && token < __ldg(offsets + count);
 
-  // ---- What the forward wrote
-  device::WaitForKernelBefore();
-  if (params.bad_groups[group] != 0) return fill(device::QuietNan(), device::QuietNan());
-  if (!inside) return fill(0.f, -device::Infinity());
-  const Sequence sequence(params, group, low);
-  if (sequence.kv_len < 0) return fill(device::QuietNan(), device::QuietNan());
+  // ---- Its tile's parts
+  const Sequence sequence(params, group, inside ? low : 0);
   const RowTiles tiles = RowTiles::Of<Config>(params, sequence);
   const int query = token - sequence.first, row = query * params.group_heads + params.by_group_heads.Rest(head);
   const int height = tiles.Height<Config>(), first_row = row / height * height;
   const Steps steps(params, sequence, params.by_group_heads.Quotient(first_row),
                     params.by_group_heads.Quotient(min(first_row + height, tiles.rows) - 1));
   const int parts = tiles.Part(params).Ceiling(steps.count);
+
+  // ---- What the forward wrote
+  device::WaitForKernelBefore();
+  if (params.bad_groups[group] != 0) return fill(device::QuietNan(), device::QuietNan());
+  if (!inside) return fill(0.f, -device::Infinity());
+  if (sequence.kv_len < 0) return fill(device::QuietNan(), device::QuietNan());
   if (parts == 1) return;
+
+  // ---- The sum of a warp's parts, in their order
   const int64_t first = FirstPart(params, tiles.is_short, group, low, query, token, head);
   const float2* stats = (tiles.is_short ? params.short_stats : params.long_stats) + first;
   const float* partial = (tiles.is_short ? params.short_out : params.long_out) + first * params.partial_dim;
-
-  // ---- The sum of the parts: of each warp, then of all, in their order
-  float max = -device::Infinity(), sum = 0.f;
-  for (int part = lane; part < parts; part += 32) max = fmaxf(max, stats[part].x);
-  max = device::WarpMax(max);
-  const float shift = max == -device::Infinity() ? 0.f : max;
-  for (int part = lane; part < parts; part += 32) {
-    sum = fmaf(stats[part].y, device::Exp2(stats[part].x - shift), sum);
-  }
-  sum = device::WarpSum(sum);
-  float4 totals[kColumns] = {};
-#pragma unroll 4
+  RowSum<kColumns> total;
+  constexpr int kUnroll = 4 / kColumns;
+#pragma unroll kUnroll
   for (int part = warp % kRowWarps; part < parts; part += kRowWarps) {
-    const float factor = device::Exp2(stats[part].x - shift);
+    float4 x[kColumns] = {};
 #pragma unroll
     for (int i = 0; i < kColumns; ++i) {
       const int column = 4 * lane + 128 * i;
       if (column < dim) {
-        AddScaled(totals[i],
-                  *reinterpret_cast<const float4*>(partial + int64_t{part} * params.partial_dim + column), factor);
+        x[i] = *reinterpret_cast<const float4*>(partial + int64_t{part} * params.partial_dim + column);
       }
     }
+    total.Add(x, stats[part]);
   }
+
+  // ---- Of all warps
   if constexpr (kRowWarps > 1) {
+    static_assert(kRows == 1);  // a CTA's warps are all here
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i) shares[warp][i][lane] = totals[i];
-    __syncthreads();  // a CTA has one row: all its warps are here
-    static_assert(kRows == 1);
+    for (int i = 0; i < kColumns; ++i) shares[warp][i][lane] = total.out[i];
+    if (lane == 0) share_stats[warp] = make_float2(total.max, total.sum);
+    __syncthreads();
     if (warp != 0) return;
+    for (int w = 1; w < kRowWarps; ++w) {
+      float4 x[kColumns];
 #pragma unroll
-    for (int i = 0; i < kColumns; ++i)
-      for (int w = 1; w < kRowWarps; ++w) AddScaled(totals[i], shares[w][i][lane], 1.f);
+      for (int i = 0; i < kColumns; ++i) x[i] = shares[w][i][lane];
+      total.Add(x, share_stats[w]);
+    }
   }
-  const RowEnd end(max, sum, SinkLogit(params, head), params.value_scale);
+  const RowEnd end(total.max, total.sum, SinkLogit(params, head), params.value_scale);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const int column = 4 * lane + 128 * i;
-    if (column < dim) StoreFour(out + column, end(totals[i]));
+    if (column < dim) StoreFour(out + column, end(total.out[i]));
   }
   if (lane == 0) params.lse[index] = end.lse;
 }
