@@ -13,14 +13,15 @@ struct ForwardScratch {
   Partial<C> part, all;
   size_t bytes;
 
-  ForwardScratch(const Shape& s, void* memory) : ForwardScratch(s, Carver(memory)) {}
+  // Of a tile of `rows` rows.
+  ForwardScratch(const Shape& s, int64_t rows, void* memory) : ForwardScratch(s, rows, Carver(memory)) {}
 
  private:
-  ForwardScratch(const Shape& s, Carver carver)
+  ForwardScratch(const Shape& s, int64_t rows, Carver carver)
       : zeros(carver.Take<E>(Maximum(s.head_dim, s.value_dim))),
         many(carver, s),
-        part(carver, kTileRows, s.value_dim),
-        all(carver, kTileRows, s.value_dim),
+        part(carver, rows, s.value_dim),
+        all(carver, rows, s.value_dim),
         bytes(carver.Bytes()) {}
 };
 
@@ -60,7 +61,7 @@ void ComputePart(const ForwardParams& p, const Tile& tile, Blocks<E>& blocks, co
 
 template <class C, class E>
 void PartTask(const ForwardParams& p, const Tile& tile, int64_t part, void* partial, void* memory) {
-  const ForwardScratch<C, E> x(p.shape, memory);
+  const ForwardScratch<C, E> x(p.shape, tile.rows, memory);
   Fill<E>(x.zeros, Maximum(p.shape.head_dim, p.shape.value_dim), E{});
   Blocks<E> blocks(p, tile, x.zeros);
   blocks.Skip(part * tile.part);
@@ -69,7 +70,7 @@ void PartTask(const ForwardParams& p, const Tile& tile, int64_t part, void* part
 
 template <class C, class E>
 void MergeTask(const ForwardParams& p, const Tile& tile, int64_t parts, void* partials, void* memory) {
-  const ForwardScratch<C, E> x(p.shape, memory);
+  const ForwardScratch<C, E> x(p.shape, tile.rows, memory);
   x.all.Clear();
   const size_t bytes = PartialBytes<C>(p, tile);
   for (int64_t i = 0; i < parts; ++i) {
@@ -84,7 +85,7 @@ void WholeTask(const ForwardParams& p, const Tile& tile, void* memory) {
     for (int64_t r = 0; r < tile.rows; ++r) FillRow<C, E>(p, RowIndex(p, tile, r), true);
     return;
   }
-  const ForwardScratch<C, E> x(p.shape, memory);
+  const ForwardScratch<C, E> x(p.shape, tile.rows, memory);
   Fill<E>(x.zeros, Maximum(p.shape.head_dim, p.shape.value_dim), E{});
   Blocks<E> blocks(p, tile, x.zeros);
   int64_t left = VisitedPositions(p, tile);

@@ -24,7 +24,7 @@ JAX_BSK_INLINE auto WithTypes(DType dtype, const Visit& visit) {
 
 inline size_t ScratchBytes(const ForwardParams& p) {
   return WithTypes(p.dtype,
-                   [&](auto c, auto e) { return ForwardScratch<decltype(c), decltype(e)>(p.shape, nullptr).bytes; });
+                   [&](auto c, auto e) { return ForwardScratch<decltype(c), decltype(e)>(p.shape, kTileRows, nullptr).bytes; });
 }
 
 inline size_t BytesOfPartial(const ForwardParams& p, const Tile& tile) {
