@@ -2,6 +2,7 @@
 // order, by whom and when does not matter.
 #pragma once
 
+#include "few.h"
 #include "many.h"
 
 namespace jax_bsk::decode::cpu::JAX_BSK_CPU_ISA {
@@ -9,6 +10,7 @@ namespace jax_bsk::decode::cpu::JAX_BSK_CPU_ISA {
 template <class C, class E>
 struct ForwardScratch {
   E* zeros;  // [max(head_dim, value_dim)]
+  FewScratch<C> few;
   ManyScratch<C> many;
   Partial<C> part, all;
   size_t bytes;
@@ -19,6 +21,7 @@ struct ForwardScratch {
  private:
   ForwardScratch(const Shape& s, int64_t rows, Carver carver)
       : zeros(carver.Take<E>(Maximum(s.head_dim, s.value_dim))),
+        few(carver, s),
         many(carver, s),
         part(carver, rows, s.value_dim),
         all(carver, rows, s.value_dim),
@@ -56,7 +59,11 @@ void RestTask(const ForwardParams& p, const Rest& rest) {
 template <class C, class E>
 void ComputePart(const ForwardParams& p, const Tile& tile, Blocks<E>& blocks, const ForwardScratch<C, E>& x,
                  const Partial<C>& result) {
-  ManyRowsPart<C, E>(p, tile, blocks, tile.part, x.zeros, x.many, result);
+  if (HasFewRows<C>(p.shape, tile.rows)) {
+    FewRowsPart<C, E>(p, tile, blocks, tile.part, x.zeros, x.few, result);
+  } else {
+    ManyRowsPart<C, E>(p, tile, blocks, tile.part, x.zeros, x.many, result);
+  }
 }
 
 template <class C, class E>

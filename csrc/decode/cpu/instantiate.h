@@ -23,8 +23,9 @@ JAX_BSK_INLINE auto WithTypes(DType dtype, const Visit& visit) {
 }
 
 inline size_t ScratchBytes(const ForwardParams& p) {
-  return WithTypes(p.dtype,
-                   [&](auto c, auto e) { return ForwardScratch<decltype(c), decltype(e)>(p.shape, kTileRows, nullptr).bytes; });
+  return WithTypes(p.dtype, [&](auto c, auto e) {
+    return ForwardScratch<decltype(c), decltype(e)>(p.shape, kTileRows, nullptr).bytes;
+  });
 }
 
 inline size_t BytesOfPartial(const ForwardParams& p, const Tile& tile) {

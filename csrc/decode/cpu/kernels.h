@@ -11,6 +11,8 @@ namespace jax_bsk::decode::cpu {
 
 // Rows of a tile at most.
 inline constexpr int64_t kTileRows = 64;
+// With no more rows than this, reading the keys is most of a tile's work (see few.h).
+inline constexpr int64_t kFewRows = 16;
 
 // Some rows of a sequence and a key/value head. Row r of them is token r / (heads / kv_heads) and head
 // r % (heads / kv_heads) of the group. Everything has been compared with its bounds, but for kv_len.
