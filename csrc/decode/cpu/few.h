@@ -156,30 +156,23 @@ C SoftmaxRow(C* scores, C& row_maximum, C& row_sum) {
   return lanes[0];
 }
 
-template <class C, class E, int kRows>
-void FewGroup(const FewScratch<C>& x, int64_t first, const C* rescale, const Shape& s, const Block<E>& block,
-              const Block<E>* next, bool values, const Partial<C>& result) {
-  if (values) {
-    FewValues<C, E, kRows>(x.scores + first * kBlock, rescale + first, block, next, s.value_dim,
-                           result.out + first * result.ld, result.ld);
-  } else {
-    FewScores<C, E, kRows>(x.query + first * s.head_dim, s.head_dim, block, next, x.scores + first * kBlock);
-  }
-}
+template <int kRows>
+struct Group {
+  static constexpr int rows = kRows;
+};
 
-// The scores of all rows, or the sums over the values.
-template <class C, class E>
-void FewGroups(const FewScratch<C>& x, int64_t rows, const C* rescale, const Shape& s, const Block<E>& block,
-               const Block<E>* next, bool values, const Partial<C>& result) {
-  for (int64_t first = 0; first < rows; next = nullptr) {
+// Calls visit(first row, Group) for groups that together have all rows, and perhaps some of padding.
+template <class C, class Visit>
+JAX_BSK_INLINE void ForGroups(int64_t rows, const Visit& visit) {
+  for (int64_t first = 0; first < rows;) {
     if (rows - first == 1) {
-      FewGroup<C, E, 1>(x, first, rescale, s, block, next, values, result);
+      visit(first, Group<1>());
       first += 1;
     } else if (rows - first == 2 || kGroupRows<C> == 2) {
-      FewGroup<C, E, 2>(x, first, rescale, s, block, next, values, result);
+      visit(first, Group<2>());
       first += 2;
     } else {
-      FewGroup<C, E, kGroupRows<C>>(x, first, rescale, s, block, next, values, result);
+      visit(first, Group<kGroupRows<C>>());
       first += kGroupRows<C>;
     }
   }
@@ -206,7 +199,10 @@ void FewRowsPart(const ForwardParams& p, const Tile& tile, Blocks<E>& blocks, in
     C rescale[kFewRows] = {};
 
     // --- S = Q K^T
-    FewGroups<C, E>(x, tile.rows, rescale, s, *block, ahead, false, result);
+    ForGroups<C>(tile.rows, [&](int64_t r, auto group) {
+      FewScores<C, E, decltype(group)::rows>(x.query + r * s.head_dim, s.head_dim, *block, r == 0 ? ahead : nullptr,
+                                             x.scores + r * kBlock);
+    });
     if (units.capped) CapScores<C>(x.scores, kBlock, tile.rows, kBlock, units.cap);
     if (block->masked) {
       ForPairs(p, tile, blocks.mask, *block, [&](int64_t r, int64_t k, bool attends) {
@@ -229,7 +225,10 @@ void FewRowsPart(const ForwardParams& p, const Tile& tile, Blocks<E>& blocks, in
     }
 
     // --- O = O * rescale + P V
-    FewGroups<C, E>(x, tile.rows, rescale, s, *block, ahead, true, result);
+    ForGroups<C>(tile.rows, [&](int64_t r, auto group) {
+      FewValues<C, E, decltype(group)::rows>(x.scores + r * kBlock, rescale + r, *block, r == 0 ? ahead : nullptr,
+                                             s.value_dim, result.out + r * result.ld, result.ld);
+    });
     Block<E>* const used = block;
     block = next;
     next = used;
