@@ -74,7 +74,7 @@ class Ahead {
   void Spread(int64_t tiles) {
     int64_t rows = 0;
     for (int64_t i = 0; i < count_; ++i) rows += runs_[i].rows;
-    step_ = (rows + tiles - 1) / tiles;
+    step_ = rows == 0 ? 0 : (rows + tiles - 1) / tiles;
   }
 
   JAX_BSK_INLINE void Some() {

@@ -2,7 +2,7 @@
 # instruction set's flags compiles to nothing, and choose.cc chooses among the others at run time.
 get_filename_component(JAX_BSK_CSRC "${CMAKE_CURRENT_LIST_DIR}/.." ABSOLUTE)
 set(JAX_BSK_CPU_SOURCES ${JAX_BSK_CSRC}/cpu/choose.cc ${JAX_BSK_CSRC}/lists/cpu.cc ${JAX_BSK_CSRC}/lists/cpu_choose.cc)
-foreach(operation attention matmul)
+foreach(operation attention decode matmul)
   list(APPEND JAX_BSK_CPU_SOURCES ${JAX_BSK_CSRC}/${operation}/cpu.cc)
   foreach(isa baseline avx2 avx512)
     list(APPEND JAX_BSK_CPU_SOURCES ${JAX_BSK_CSRC}/${operation}/cpu/isa_${isa}.cc)
@@ -12,7 +12,7 @@ set_source_files_properties(${JAX_BSK_CPU_SOURCES} PROPERTIES COMPILE_OPTIONS "-
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
   set(JAX_BSK_AVX2 -mavx2 -mfma -mf16c)
   set(JAX_BSK_AVX512 -mavx512f -mavx512bw -mavx512dq -mavx512vl ${JAX_BSK_AVX2})
-  foreach(operation attention matmul)
+  foreach(operation attention decode matmul)
     set_property(SOURCE ${JAX_BSK_CSRC}/${operation}/cpu/isa_avx2.cc APPEND PROPERTY COMPILE_OPTIONS ${JAX_BSK_AVX2})
     set_property(SOURCE ${JAX_BSK_CSRC}/${operation}/cpu/isa_avx512.cc APPEND PROPERTY COMPILE_OPTIONS ${JAX_BSK_AVX512})
   endforeach()

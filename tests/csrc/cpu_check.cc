@@ -700,12 +700,14 @@ int main(int argc, char** argv) {
     Time("bfloat16 H8 S4096 D64 block 64", DType::kBF16, 8, 8, 4096, 64, 64, 15, 0);
     Time("float16 H8 S4096 D64 block 64", DType::kF16, 8, 8, 4096, 64, 64, 15, 0);
     Time("float64 H8 S4096 D64 block 64", DType::kF64, 8, 8, 4096, 64, 64, 15, 0);
+    TimeDecode();
     TimeMatmul();
     return 0;
   }
   int64_t failed = 0;
   for (int64_t n = 0; n < cases; ++n) {
-    failed += !Check(seed + n) + !CheckChoose(seed + n) + !CheckLists(seed + n) + !CheckMatmul(seed + n);
+    failed += !Check(seed + n) + !CheckChoose(seed + n) + !CheckDecode(seed + n) + !CheckLists(seed + n) +
+              !CheckMatmul(seed + n);
   }
   std::printf("%ld cases, %ld failed\n", cases, failed);
   return failed != 0;

@@ -187,8 +187,10 @@ double BestSeconds(const Run& run) {
 // --- Operations beside attention, which is in cpu_check.cc itself
 
 bool CheckChoose(uint64_t seed);
+bool CheckDecode(uint64_t seed);
 bool CheckLists(uint64_t seed);
 bool CheckMatmul(uint64_t seed);
+void TimeDecode();
 void TimeMatmul();
 
 }  // namespace jax_bsk::check

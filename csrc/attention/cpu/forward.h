@@ -6,10 +6,10 @@
 #pragma once
 
 #include "block_list.h"
+#include "cpu/exponential.h"
 #include "cpu/multiply.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
-#include "exponential.h"
 
 namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
 

@@ -2,11 +2,9 @@
 // Tanh 2.8.
 #pragma once
 
-#include "cpu/vector.h"
+#include "vector.h"
 
-namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
-
-using namespace jax_bsk::cpu::JAX_BSK_CPU_ISA;
+namespace jax_bsk::cpu::JAX_BSK_CPU_ISA {
 
 constexpr double kLog2E = 1.4426950408889634074;
 constexpr double kLog2ERest = 2.0355273740931033e-17;  // log2(e) less kLog2E
@@ -114,4 +112,4 @@ JAX_BSK_INLINE Vec<C> Tanh(Vec<C> x) {
   return size < C(0.625) ? near : (x < C(0) ? -far : far);
 }
 
-}  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA
+}  // namespace jax_bsk::cpu::JAX_BSK_CPU_ISA
