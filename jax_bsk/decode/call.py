@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 from jax_bsk.core import dispatch, explicit_mesh
 from jax_bsk.decode import ffi, parts
 from jax_bsk.decode.ffi import DecodeAttributes
+from jax_bsk.decode.native import FORWARD, DecodeCall
 from jax_bsk.decode.refusals import DecodeFacts
 from jax_bsk.decode.xla import NO_LOG_SUM_EXP, forward
 
@@ -65,7 +66,7 @@ def attend(
     kv_heads = cache_heads // 2 if value is None else cache_heads
     value_dim = head_dim if value is None else value.shape[-1]
     facts = DecodeFacts(function, query.dtype.name, key.dtype.name, head_dim, value_dim)
-    dispatch.choose(implementation, facts)
+    chosen, named = dispatch.choose(implementation, facts)
     pages = table.shape[-1] if selection is None else selection.shape[-1]
     sizes = parts.Sizes(
         groups=math.prod(lead),
@@ -86,8 +87,11 @@ def attend(
     }
     axes = [None if name == "sinks" or x is None else 0 for name, x in operands._asdict().items()]
     filled = [nothing[name] if x is None else x for name, x in operands._asdict().items()]
-    # The native call comes with the libraries that have it.
-    out, lse = _in_plain_jax((attributes, tuple(axes), len(lead)), *filled)
+    if chosen == "xla":
+        out, lse = _in_plain_jax((attributes, tuple(axes), len(lead)), *filled)
+    else:
+        call = DecodeCall(attributes, chosen if named else None)
+        out, lse = _over(functools.partial(FORWARD, call), axes, len(lead))(*filled)
     if not return_residual:
         return out
     return out, jnp.where(lse == NO_LOG_SUM_EXP, -jnp.inf, lse)
