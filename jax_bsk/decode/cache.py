@@ -7,6 +7,7 @@ from typing import Literal, overload
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.core import inputs
@@ -168,9 +169,9 @@ def attention(
             key=keys.reshape((batch, pages, page, *keys.shape[2:])),
             value=values.reshape((batch, pages, page, *values.shape[2:])),
             kv_lens=lengths,
-            page_indices=jnp.broadcast_to(jnp.arange(pages, dtype=jnp.int32)[None, None], (batch, 1, pages)),
-            cu_q_lens=jnp.broadcast_to(jnp.array([[0, count]], jnp.int32), (batch, 2)),
-            num_seqs=jnp.ones((batch, 1), jnp.int32),
+            page_indices=np.arange(pages, dtype=np.int32)[None],
+            cu_q_lens=np.array([0, count], np.int32),
+            num_seqs=np.ones(1, np.int32),
             selection=None if selection is None else selection[:, None],
             tree=checks.tree_words(tree_mask, (batch, count), "batch, queries"),
             sinks=checks.sinks(sinks, heads),

@@ -8,25 +8,23 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 
-from jax_bsk.core import dispatch, explicit_mesh
+from jax_bsk.core import dispatch
 from jax_bsk.decode import ffi, parts
 from jax_bsk.decode.ffi import DecodeAttributes
 from jax_bsk.decode.native import FORWARD, DecodeCall
 from jax_bsk.decode.refusals import DecodeFacts
-from jax_bsk.decode.xla import NO_LOG_SUM_EXP, forward
+from jax_bsk.decode.xla import NO_LOG_SUM_EXP
 
 
 class Operands(NamedTuple):
-    """Arrays of a call, in the order of the native one, with leading dimensions in front (but for sinks).
+    """Arrays of a call, in the order of the native one; `csrc/decode/params.h` says what they mean.
 
-    `csrc/decode/params.h` says what they mean. None is not given.
+    Each has the query's leading dimensions in front, or none where it is one for all groups. None is not given.
     """
 
     query: Any
@@ -85,35 +83,14 @@ def attend(
         "tree": ffi.no_tree(),
         "sinks": ffi.no_sinks(),
     }
-    axes = [None if name == "sinks" or x is None else 0 for name, x in operands._asdict().items()]
     filled = [nothing[name] if x is None else x for name, x in operands._asdict().items()]
-    if chosen == "xla":
-        out, lse = _in_plain_jax((attributes, tuple(axes), len(lead)), *filled)
-    else:
-        call = DecodeCall(attributes, chosen if named else None)
-        out, lse = _over(functools.partial(FORWARD, call), axes, len(lead))(*filled)
+    # What has no leading dimension is one for all.
+    ranks = [len(letters) for letters in ffi.FORWARD.operands.values()]
+    axes = [0 if x.ndim > rank else None for x, rank in zip(filled, ranks, strict=True)]
+    function: Any = functools.partial(FORWARD, DecodeCall(attributes, chosen if named or chosen == "xla" else None))
+    for _ in lead:
+        function = jax.vmap(function, axes)
+    out, lse = function(*filled)
     if not return_residual:
         return out
     return out, jnp.where(lse == NO_LOG_SUM_EXP, -jnp.inf, lse)
-
-
-def _over(function: Callable[..., Any], axes: Any, lead: int) -> Callable[..., Any]:
-    for _ in range(lead):
-        function = jax.vmap(function, axes)
-    return function
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _in_plain_jax(static: Any, *operands: Any) -> tuple[jax.Array, jax.Array]:
-    attributes, axes, lead = static
-    function = _over(functools.partial(forward, attributes), axes, lead)
-    arrays = jax.tree.leaves(operands)
-    if not explicit_mesh.shards(arrays):
-        return function(*operands)
-    # On an explicit mesh every gather and carry would need a sharding: XLA partitions them by itself.
-    rank = operands[0].ndim
-    spec = (*jax.typeof(operands[0]).sharding.spec, *[None] * rank)[: rank - 1]
-    shardings = PartitionSpec(*spec), PartitionSpec(*spec)
-    partitioned: Any = jax.sharding.auto_axes(function, out_sharding=shardings)
-    with explicit_mesh.mesh_of(arrays):
-        return partitioned(*operands)

@@ -23,8 +23,9 @@ class DecodeCall:
 
     Attributes:
       attributes: Numbers that travel to the kernel.
-      platform: The implementation that was named, or None. What is compiled for another platform, or cannot be taken by
-        its kernels, is computed in plain JAX.
+      platform: The implementation that was named, or None. "xla" is the call's fallback on every platform: so it splits
+        over a mesh as the kernels do, each shard with a loop of its own. What is compiled for another platform than it
+        was traced for, or cannot be taken by its kernels, falls back likewise.
     """
 
     attributes: ffi.DecodeAttributes
@@ -42,7 +43,8 @@ def _shapes(query: Any, key: Any, value: Any, *others: Any, call: DecodeCall) ->
 
 
 def _refusals(platform: str, avals: Avals, call: DecodeCall) -> list[str]:
-    del call
+    if call.platform == "xla":
+        return ["Plain JAX was asked for."]
     query, key, value = avals[:3]
     facts = DecodeFacts("decode", query.dtype.name, key.dtype.name, query.shape[-1], value.shape[-1] or query.shape[-1])
     return facts.problems(platform, library.limits(platform))
