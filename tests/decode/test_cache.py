@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -25,7 +27,7 @@ def test_token_by_token_is_causal_attention(windowed, implementation):
     q, k, v = inputs()
     mask = CausalMask() & (LocalMask((9, 0)) | GlobalMask(4)) if windowed else CausalMask()
     expected = sparse_attention(q, k, v, mask=mask, implementation="xla")
-    options = {"window": 10, "sink_tokens": 4} if windowed else {}
+    options: dict[str, Any] = {"window": 10, "sink_tokens": 4} if windowed else {}
 
     @jax.jit
     def step(q, k, v, keys, values, lengths):
@@ -40,7 +42,7 @@ def test_token_by_token_is_causal_attention(windowed, implementation):
     for begin, end in zip([0, *ends[:-1]], ends, strict=True):
         out, *state = step(*(x[:, begin:end] for x in (q, k, v)), *state)
         assert_close(out, expected[:, begin:end])
-    assert step._cache_size() == 3
+    assert step._cache_size() == 3  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def test_examples_have_lengths_of_their_own(implementation):

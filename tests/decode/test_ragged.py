@@ -61,7 +61,7 @@ def test_one_program_serves_all_tables(implementation):
     program(q, pages, lengths, table, offsets, number)
     others = lengths.at[1].set(17), table[:, ::-1], jnp.array([0, 1, 9, 20, 20], jnp.int32), number
     out = program(q, pages, *others)
-    assert program._cache_size() == 1
+    assert program._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
     assert_close(out, decode.ragged_paged_attention(q, pages, *others, implementation="xla"))
 
 

@@ -136,14 +136,14 @@ def _program(case: Case, implementation: str) -> Callable[..., Any]:
 
     def contiguous(arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
         batch, length = case.seqs, case.max_pages * case.page_size
-        query, key, value, tree = (
-            None if x is None else x[0].reshape((batch, -1, *x.shape[trailing:]))
-            for x, trailing in zip((arrays[n] for n in ("query", "key", "value", "tree")), (2, 3, 3, 2), strict=True)
-        )
+        arrays = arrays | {name: arrays[name][0] for name in ("query", "key", "value")}
+        query = arrays["query"].reshape((batch, -1, *arrays["query"].shape[1:]))
+        key, value = (arrays[n].reshape((batch, length, *arrays[n].shape[2:])) for n in ("key", "value"))
+        tree = None if arrays["tree"] is None else arrays["tree"][0].reshape((*query.shape[:2], 64))
         out, lse = decode.attention(
             query,
-            key.reshape((batch, length, *key.shape[2:])),
-            value.reshape((batch, length, *value.shape[2:])),
+            key,
+            value,
             arrays["kv_lens"][0],
             is_causal=case.causal,
             scale=case.scale,

@@ -65,6 +65,9 @@ def visits(case: Case, inputs: Inputs, group: int) -> list[list[Visit]]:
 
         row = []
         for head in range(case.kv_heads):
+            if row and inputs.selection is None:  # all heads visit the same
+                row.append(row[0])
+                continue
             listed = range(case.max_pages)
             if inputs.selection is not None:
                 listed = [p for p in inputs.selection[group, seq, head].tolist() if p >= 0]
@@ -90,7 +93,8 @@ def poisoned(case: Case, inputs: Inputs) -> Inputs:
         key[group][~read] = np.nan
         value[group][~read] = np.nan
         if case.fault is None and not case.contiguous:
-            nobody = ~read.any((1, 2))[table[group]]
+            owned = np.asarray(read.any(axis=(1, 2)))
+            nobody = ~owned[table[group]]
             table[group] = np.where(nobody, np.resize([-1, 10**6, -(2**31), 2**31 - 1], nobody.shape), table[group])
     return inputs._replace(key=key, value=value, page_indices=table)
 
