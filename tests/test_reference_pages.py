@@ -479,6 +479,9 @@ RAISED: dict[str, Callable[[], Any]] = {
     "block_size divides the cache's ... positions, got ...; pad the cache": lambda: decode.attention(
         X[:, :1], X, X, np.array([4]), key_blocks=np.zeros((1, 2, 1), int)
     ),
+    "The functions of jax_bsk.decode have no derivatives; differentiate jax_bsk.sparse_attention.": (
+        lambda: jax.eval_shape(jax.grad(lambda q: serve(q=q).sum()), X[0, :4])
+    ),
     "... pages are asked for, and ... of ... are free": lambda: decode.PagePool(4, 16).allocate(100),
     "sequence ... was freed already": freed_twice,
     # Matrices.

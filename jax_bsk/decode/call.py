@@ -8,12 +8,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jax_bsk.core import dispatch
+from jax_bsk.core import compat, dispatch
+from jax_bsk.core.errors import UnsupportedError
 from jax_bsk.decode import ffi, parts
 from jax_bsk.decode.ffi import DecodeAttributes
 from jax_bsk.decode.native import FORWARD, DecodeCall
@@ -87,10 +89,27 @@ def attend(
     # What has no leading dimension is one for all.
     ranks = [len(letters) for letters in ffi.FORWARD.operands.values()]
     axes = [0 if x.ndim > rank else None for x, rank in zip(filled, ranks, strict=True)]
-    function: Any = functools.partial(FORWARD, DecodeCall(attributes, chosen if named or chosen == "xla" else None))
-    for _ in lead:
-        function = jax.vmap(function, axes)
-    out, lse = function(*filled)
+    call = DecodeCall(attributes, chosen if named or chosen == "xla" else None)
+    out, lse = _forward((call, tuple(axes), len(lead)), *filled)
     if not return_residual:
         return out
     return out, jnp.where(lse == NO_LOG_SUM_EXP, -jnp.inf, lse)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _forward(static: tuple[DecodeCall, tuple[int | None, ...], int], *operands: Any) -> tuple[jax.Array, jax.Array]:
+    call, axes, lead = static
+    function: Callable[..., Any] = functools.partial(FORWARD, call)
+    for _ in range(lead):
+        function = jax.vmap(function, axes)
+    out, lse = function(*compat.match_varying(*operands))
+    return out, lse
+
+
+@_forward.defjvp
+def _no_derivatives(static: Any, primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise UnsupportedError(
+        static[0].platform,
+        ["The functions of jax_bsk.decode have no derivatives; differentiate jax_bsk.sparse_attention."],
+    )

@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from jax_bsk.core import compat
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.decode.ffi import DecodeAttributes
@@ -240,6 +241,8 @@ def _walk(attributes: DecodeAttributes, cache: _Cache, step: int, tokens: _Token
         jnp.zeros((kv_heads, count, group, value_dim), dtype),
         jnp.zeros((1 if cache.selection is None else kv_heads, count), bool),
     )
+    # Inside a shard_map what a step makes varies over the mesh as what it reads does.
+    init = compat.match_varying(*init, *jax.tree.leaves((tokens, cache)))[: len(init)]
     row_max, total, acc, bad = lax.fori_loop(0, steps, body, init)
     row_max, total, acc = (jnp.moveaxis(x, 0, 1) for x in (row_max, total, acc))
     return row_max, total, acc, jnp.broadcast_to(bad, (kv_heads, count)).T[..., None]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -121,14 +122,14 @@ def test_the_log_sum_exp_merges_parts_of_a_cache(implementation):
 
 
 def test_words_and_booleans_are_the_same_tree():
-    args = batch()
+    args: Any = batch()
     tree = np.random.default_rng(1).random((TOKENS, 40)) < 0.5
     words = np.packbits(np.pad(tree, ((0, 0), (0, 24))), axis=1, bitorder="little").view(np.uint32)
-    outs = [
+    first, second = (
         decode.ragged_paged_attention(*args, tree_mask=x, implementation="cpu", return_residual=True)
         for x in (tree, words)
-    ]
-    assert_close(*outs, 0)
+    )
+    assert_close(first, second, 0)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
@@ -235,6 +236,12 @@ def refused(error, match, **changes):
 )
 def test_mistakes_are_named(error, match, changes):
     refused(error, match, **changes)
+
+
+def test_derivatives_are_refused(implementation):
+    q, *rest = batch()
+    with pytest.raises(UnsupportedError, match="have no derivatives"):
+        jax.grad(lambda q: decode.ragged_paged_attention(q, *rest, implementation=implementation).sum())(q)
 
 
 def test_a_traced_number_is_refused():

@@ -80,7 +80,26 @@ def test_batch_and_heads_of_a_contiguous_cache_split_without_collectives(axis_ty
         out = program(*sharded)
     assert collectives(program) == []
     assert out.sharding.is_equivalent_to(NamedSharding(mesh, spec), 4)
-    assert_close(out, attend(*contiguous, lengths))
+    query, keys, values = contiguous
+    assert_close(out, attend(query, keys, values, lengths))
+
+
+def test_heads_split_on_an_explicit_mesh_and_in_a_shard_map(implementation):
+    (q, pages), _ = arrays(8, 16)
+    args, specs = (LENGTHS, TABLE, OFFSETS, NUMBER), (P(None, "model"), P(None, None, "model"))
+
+    def attend(q, pages):
+        return decode.ragged_paged_attention(q, pages, *args, implementation=implementation)
+
+    expected = attend(q, pages)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        out = jax.jit(attend)(*placed(mesh, (q, pages), specs))
+    assert jax.typeof(out).sharding.spec == P(None, "model", None)
+    assert_close(out, expected)
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    mapped = jax.shard_map(attend, mesh=mesh, in_specs=specs, out_specs=P(None, "model"))
+    assert_close(jax.jit(mapped)(q, pages), expected)
 
 
 def test_heads_that_do_not_split_are_gathered():

@@ -113,7 +113,6 @@ def _program(case: Case, implementation: str) -> Callable[..., Any]:
         "soft_cap": case.soft_cap or None,
         "keys_per_part": case.part or None,
         "implementation": implementation,
-        "return_residual": True,
     }
 
     def ragged(sinks: Any, arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
@@ -131,6 +130,7 @@ def _program(case: Case, implementation: str) -> Callable[..., Any]:
             tree_mask=arrays["tree"],
             page_selection=arrays["selection"],
             sinks=sinks,
+            return_residual=True,
             **options,
         )
 
@@ -152,9 +152,10 @@ def _program(case: Case, implementation: str) -> Callable[..., Any]:
             tree_mask=tree,
             key_blocks=None if arrays["selection"] is None else arrays["selection"][0],
             block_size=case.page_size,
+            return_residual=True,
             **options,
         )
-        return tuple(x.reshape((1, case.tokens, *x.shape[2:])) for x in (out, lse))  # type: ignore[return-value]
+        return out.reshape((1, case.tokens, *out.shape[2:])), lse.reshape((1, case.tokens, -1))
 
     def call(arrays: dict[str, Any]) -> Any:
         if case.contiguous:
