@@ -18,13 +18,18 @@ class DecodeSplitting(Splitting):
     """
 
     def factors(self, call: Any, sizes: Mapping[str, int], mesh: Mesh) -> Factors:
-        """Compound factors of (key/value head, member of the group) and of (key/value head, key or value)."""
+        """Compound factors of (key/value head, member of the group) and of (key/value head, key or value).
+
+        On a mesh with an axis that does not divide the key/value heads (of a data axis, say) Shardy would answer a
+        compound with sub-axes, which a NamedSharding cannot spell. There the query heads are a factor of their own, and
+        `shard` splits the others with them where that is possible.
+        """
         del call
         heads, kv_heads, cache_heads = sizes["N"], sizes["K"], sizes["C"]
         if kv_heads == 1:
             return Factors(whole=frozenset("KC"))
         if kv_heads == 0 or any(size > 1 and kv_heads % size for size in mesh.shape.values()):
-            return Factors(whole=frozenset("NKC"))
+            return Factors(replicated=frozenset("kc"))
         compounds = {"N": ("g", heads // kv_heads), "C": ("c", cache_heads // kv_heads)}
         return Factors(
             names={letter: "k" if n == 1 else f"(k {own})" for letter, (own, n) in compounds.items()},

@@ -65,9 +65,10 @@ def test_heads_of_pages_split_without_collectives(name, selected, implementation
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-def test_batch_and_heads_of_a_contiguous_cache_split_without_collectives(axis_type, implementation):
-    _, contiguous = arrays(4)
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(axis_type,) * 2)
+@pytest.mark.parametrize(("shape", "kv_heads"), [((2, 4), 4), ((4, 2), 2)], ids=["wide-model", "wide-data"])
+def test_batch_and_heads_of_a_contiguous_cache_split_without_collectives(axis_type, shape, kv_heads, implementation):
+    _, contiguous = arrays(kv_heads)
+    mesh = jax.make_mesh(shape, ("data", "model"), axis_types=(axis_type,) * 2)
     lengths = jnp.array([5, 48, 17, 30])
 
     def attend(q, keys, values, lengths):
