@@ -144,7 +144,11 @@ def _group(case: Case, inputs: Inputs, group: int) -> tuple[OracleResult, dict[s
     for x in values.values():
         x[wrong] = np.nan
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+        jax.default_matmul_precision("highest"),
+    ):
         reference = of_tokens(
             *jax.jit(dense_attention, static_argnames=("scale", "soft_cap"))(query, key, value, mask, **options)
         )
