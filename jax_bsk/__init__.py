@@ -1,6 +1,7 @@
 """Block-sparse attention for JAX: native CUDA and CPU kernels behind one differentiable function."""
 
 from jax_bsk import context as context
+from jax_bsk import decode as decode
 from jax_bsk import flops as flops
 from jax_bsk import masks as masks
 from jax_bsk import selection as selection

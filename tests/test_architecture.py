@@ -11,13 +11,14 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jax_bsk"
 
 # Rooms, and the rooms below each, which it may import from.
-OPERATIONS = {"core", "lists", "masks", "context", "attention", "selection", "matmul", "compositions"}
+OPERATIONS = {"core", "lists", "masks", "context", "attention", "decode", "selection", "matmul", "compositions"}
 ROOMS = {
     "core": set[str](),
     "lists": {"core"},
     "masks": {"core", "lists"},
     "context": {"core", "masks"},
     "attention": {"core", "masks", "context"},
+    "decode": {"core"},
     "selection": {"core", "lists", "masks"},
     "matmul": {"core"},
     "compositions": {"core", "masks", "attention", "selection"},
@@ -63,6 +64,13 @@ LAYERS = {
         ["native", "xla"],
         ["ffi", "refusals", "sharding", "schedule"],
         ["sequence"],
+    ],
+    "decode": [
+        ["ragged", "cache"],
+        ["call", "inputs"],
+        ["native"],
+        ["xla", "sharding", "refusals"],
+        ["ffi", "tokens", "parts", "pool"],
     ],
     "matmul": [
         ["api"],
@@ -199,7 +207,7 @@ def test_includes_of_csrc_go_downwards():
     """Hardware, then what reads block lists, then the operations, which know nothing of each other."""
     below = {"device": {"device"}, "cpu": {"cpu"}, "ffi": {"ffi"}}
     below["lists"] = {"device", "cpu", "ffi", "lists"}
-    below |= {operation: {*below["lists"], operation} for operation in ("attention", "matmul")}
+    below |= {operation: {*below["lists"], operation} for operation in ("attention", "decode", "matmul")}
     csrc = PACKAGE.parent / "csrc"
     for path in csrc.rglob("*.*"):
         folder = path.relative_to(csrc).parts[0]

@@ -10,11 +10,15 @@ import pytest
 
 import jax_bsk
 import jax_bsk.flax
-from jax_bsk import masks, selection
+from jax_bsk import decode, masks, selection
 
 # Objects by the name that users import them by. Methods with examples are found below their class.
 OBJECTS: dict[str, Any] = {
     **{f"masks.{name}": getattr(masks, name) for name in masks.__all__},
+    **{
+        f"decode.{name}": getattr(decode, name)
+        for name in ("attention", "append", "ragged_paged_attention", "append_pages", "PagePool")
+    },
     **{f"selection.{name}": getattr(selection, name) for name in selection.__all__},
     **{
         name: getattr(jax_bsk, name)

@@ -19,6 +19,7 @@ import jax_bsk
 from jax_bsk.attention import ffi as attention_ffi
 from jax_bsk.core import compat, library
 from jax_bsk.core.dims import Dims
+from jax_bsk.decode import ffi as decode_ffi
 from jax_bsk.lists import ffi as lists_ffi
 from jax_bsk.matmul import ffi as matmul_ffi
 from jax_bsk.qa.testing.faults import direct
@@ -57,6 +58,7 @@ def tables() -> dict[str, Dims]:
         attention_ffi.ATTENTION_FORWARD: attention_ffi.FORWARD,
         attention_ffi.ATTENTION_BACKWARD: attention_ffi.BACKWARD,
         lists_ffi.LISTS_TRANSPOSE: lists_ffi.TRANSPOSE,
+        decode_ffi.DECODE_FORWARD: decode_ffi.FORWARD,
         lists_ffi.LISTS_CHOOSE: lists_ffi.CHOOSE,
         matmul_ffi.MATMUL_PRODUCT: matmul_ffi.product_dims(product),
         matmul_ffi.MATMUL_SAMPLED: matmul_ffi.sampled_dims(sampled),
@@ -72,6 +74,7 @@ def test_buffers_are_named_alike_on_both_sides(platform):
         results = [*dims.results, *["workspace"] * (platform == "cuda" and target != lists_ffi.LISTS_TRANSPOSE)]
         assert buffers[target]["results"] == results
     assert buffers[attention_ffi.ATTENTION_FORWARD]["optional"] == ["sinks", "gates"]
+    assert buffers[decode_ffi.DECODE_FORWARD]["optional"] == ["value", "selection", "tree", "sinks"]
     assert buffers[attention_ffi.ATTENTION_BACKWARD]["optional"] == ["row_gates", "col_gates", "dgates"]
 
 

@@ -28,6 +28,7 @@ from jax_bsk import (
     BSR,
     BlockMask,
     context,
+    decode,
     flops,
     masks,
     pruning,
@@ -68,6 +69,7 @@ def public_names() -> set[str]:
     exported -= {name for name in exported - modules if isinstance(getattr(jax_bsk, name[8:]), types.ModuleType)}
     exported |= {f"jax_bsk.masks.{name}" for name in masks.__all__}
     exported |= {f"jax_bsk.context.{name}" for name in context.__all__}
+    exported |= {f"jax_bsk.decode.{name}" for name in decode.__all__}
     exported |= {f"jax_bsk.selection.{name}" for name in selection.__all__}
     exported |= {f"jax_bsk.flops.{name}" for name in flops.__all__}
     exported |= {f"jax_bsk.pruning.{name}" for name in functions_of(pruning)}
@@ -239,6 +241,25 @@ def assign() -> None:
 
 def weight() -> BSR:
     return BSR.random(jax.random.key(0), (64, 96), density=0.5, block_size=32)
+
+
+def serve(**changes: Any) -> Any:
+    args = {
+        "q": X[0, :4],
+        "kv_pages": X.reshape(4, 16, 2, 16),
+        "kv_lens": np.array([4]),
+        "page_indices": np.array([[0]]),
+        "cu_q_lens": np.array([0, 4]),
+        "num_seqs": np.array([1]),
+    }
+    return decode.ragged_paged_attention(**(args | changes))
+
+
+def freed_twice() -> None:
+    pool = decode.PagePool(4, 16)
+    sequence = pool.allocate(20)
+    pool.free(sequence)
+    pool.free(sequence)
 
 
 def message_of_mismatch(info: dict[str, Any]) -> Callable[[], Any]:
@@ -429,6 +450,40 @@ RAISED: dict[str, Callable[[], Any]] = {
     "scores has one number a key and key/value or query head, shape ..., got ...": lambda: jax_bsk.sparsek_attention(
         X, X, X, X
     ),
+    # Decoding.
+    "Its kernels take a cache of the query's type ..., got ...; cast one of them.": lambda: serve(
+        kv_pages=np.zeros((4, 16, 2, 16), np.int8), implementation="cpu"
+    ),
+    "q is [tokens, heads, head size], got shape ...; put the tokens of all sequences in a row": lambda: serve(q=X),
+    "kv_pages is [pages, page size, 2 key/value heads, head size], keys at even heads, none of them 0, got shape ...": (
+        lambda: serve(kv_pages=X[0])
+    ),
+    "kv_lens is [sequences] = ..., got shape ...; reshape or pad it": lambda: serve(kv_lens=np.array([4, 5])),
+    "query's heads are a multiple of the cache's (grouped-query attention), got ...": lambda: serve(
+        kv_pages=X.reshape(2, 16, 4, 16), q=X[0, :4, :1]
+    ),
+    "mask_value is None or below ..., got ...: masked keys have no weight here, whatever the value; leave it out": (
+        lambda: serve(mask_value=-1.0)
+    ),
+    "sliding_window is at least 1, the query's own position, got ...; pass None for no window": lambda: serve(
+        sliding_window=0
+    ),
+    "sink_tokens are positions that a window leaves visible, but the call has no ...": lambda: serve(sink_tokens=4),
+    "tree_mask of booleans is [...] with ... and at most 64 drafts, got shape ...": lambda: serve(
+        tree_mask=np.ones((4, 65), bool)
+    ),
+    "page_selection is [...] with ... and a count of 1 or more, got shape ...; fill it up with -1": lambda: serve(
+        page_selection=np.array([[0]])
+    ),
+    "keys_per_part is a positive multiple of 64, got ...": lambda: serve(keys_per_part=100),
+    "block_size divides the cache's ... positions, got ...; pad the cache": lambda: decode.attention(
+        X[:, :1], X, X, np.array([4]), key_blocks=np.zeros((1, 2, 1), int)
+    ),
+    "The functions of jax_bsk.decode have no derivatives; differentiate jax_bsk.sparse_attention.": (
+        lambda: jax.eval_shape(jax.grad(lambda q: serve(q=q).sum()), X[0, :4])
+    ),
+    "... pages are asked for, and ... of ... are free": lambda: decode.PagePool(4, 16).allocate(100),
+    "sequence ... was freed already": freed_twice,
     # Matrices.
     "a and b must be one a BSR and the other an array, got ...": lambda: sparse_matmul(weight(), weight()),
     "a must be [...] for b of ..., got ...; see transpose": lambda: sparse_matmul(np.zeros((4, 96)), weight()),

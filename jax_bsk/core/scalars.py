@@ -44,8 +44,8 @@ def number(x: Any, name: str) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def logits_scale(scale: Any, head_dim: int) -> float:
-    """The factor of the logits, 1 / sqrt(H) where None is given.
+def logits_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
+    """The factor of the logits, 1 / sqrt(H) where None is given; `name` is what the caller calls it.
 
     Raises:
       TypeError: as `number`.
@@ -53,17 +53,19 @@ def logits_scale(scale: Any, head_dim: int) -> float:
     """
     if scale is None:
         return 1 / math.sqrt(max(head_dim, 1))
-    value = number(scale, "scale")
+    value = number(scale, name)
     if not abs(value) <= MAX_SCALE:  # nor NaN
         raise ValueError(
-            f"scale is in [{-MAX_SCALE:g}, {MAX_SCALE:g}], as it is used in float32, got {value:g}; multiply the query "
-            "by a part of it"
+            f"{name} is in [{-MAX_SCALE:g}, {MAX_SCALE:g}], as it is used in float32, got {value:g}; multiply the "
+            "query by a part of it"
         )
     return value
 
 
-def soft_cap(cap: Any, scale: float) -> float | None:
+def soft_cap(cap: Any, scale: float, name: str = "logits_soft_cap") -> float | None:
     """The soft cap of logits that are products of queries and keys times `scale`, or None.
+
+    Messages call it `name`.
 
     Raises:
       TypeError: as `number`.
@@ -71,15 +73,15 @@ def soft_cap(cap: Any, scale: float) -> float | None:
     """
     if cap is None:
         return None
-    value = number(cap, "logits_soft_cap")
+    value = number(cap, name)
     if not MIN_SOFT_CAP <= value <= MAX_SOFT_CAP:
         raise ValueError(
-            f"logits_soft_cap is in [{MIN_SOFT_CAP:g}, {MAX_SOFT_CAP:g}], as it is used in float32, got {value:g}; "
+            f"{name} is in [{MIN_SOFT_CAP:g}, {MAX_SOFT_CAP:g}], as it is used in float32, got {value:g}; "
             "pass None for no cap"
         )
     if scale != 0 and not _LEAST <= abs(scale / value) <= MAX_SCALE:
         raise ValueError(
-            f"scale / logits_soft_cap is 0 or has a magnitude in [{_LEAST:.3g}, {MAX_SCALE:g}], as it is used in "
+            f"scale / {name} is 0 or has a magnitude in [{_LEAST:.3g}, {MAX_SCALE:g}], as it is used in "
             f"float32, got {scale:g} / {value:g}; multiply the query by a part of the scale, or leave the cap out"
         )
     return value

@@ -7,16 +7,19 @@ same order and whose `params.h` says what they mean.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from jax_bsk.core import library
 from jax_bsk.core.dims import Dims
 
 DECODE_FORWARD = "jax_bsk_decode_forward"
 
-# Letters: N query heads, K key/value heads, C heads of keys and values together (see `core.dims`). What is independent
-# (examples of a contiguous cache, each with its own pages) are leading dimensions.
+# Letters: N query heads, K key/value heads, C heads of keys, or of keys and values together (see `core.dims`). What is
+# independent (examples of a contiguous cache, each with its own pages) are leading dimensions.
 FORWARD = Dims(
     operands={
         "query": ".N.",
@@ -28,12 +31,32 @@ FORWARD = Dims(
         "num_seqs": ".",
         "selection": ".K.",
         "tree": "..",
-        "sinks": "N",
+        "sinks": "n",
     },
     results={"out": ".N.", "lse": ".N"},
     unmapped=("sinks",),
     follow=("query",),
 )
+
+
+def no_value(kv_heads: int, dtype: Any) -> np.ndarray:
+    """What stands for the values where the keys' array holds both: an array without elements."""
+    return np.zeros((1, 1, kv_heads, 0), dtype)
+
+
+def no_selection(kv_heads: int) -> np.ndarray:
+    """What stands for the selection where all pages are visited."""
+    return np.zeros((1, kv_heads, 0), np.int32)
+
+
+def no_tree() -> np.ndarray:
+    """What stands for the tree where there is none."""
+    return np.zeros((1, 0), np.uint32)
+
+
+def no_sinks() -> np.ndarray:
+    """What stands for the sinks where there are none."""
+    return np.zeros(0, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,3 +95,27 @@ class DecodeAttributes:
             "short_part": np.int64(self.short_part),
             "long_part": np.int64(self.long_part),
         }
+
+
+def positions(key_shape: Sequence[int], table_shape: Sequence[int], selection_shape: Sequence[int]) -> int:
+    """Most positions of a sequence that are visited."""
+    return (selection_shape[-1] or table_shape[-1]) * key_shape[-3]
+
+
+def forward_workspace(avals: Sequence[Any], attributes: DecodeAttributes) -> int:
+    """Bytes of the workspace on CUDA: partial results, and the plan of who computes which."""
+    shapes = dict(zip(FORWARD.operands, (tuple(x.shape) for x in avals), strict=True))
+    *lead, tokens, heads, head_dim = shapes["query"]
+    value_dim = shapes["value"][-1] or head_dim
+    return library.workspace(
+        DECODE_FORWARD,
+        groups=math.prod(lead),
+        tokens=tokens,
+        heads=heads,
+        kv_heads=shapes["value"][-2],
+        value_dim=value_dim,
+        seqs=shapes["page_indices"][-2],
+        positions=positions(shapes["key"], shapes["page_indices"], shapes["selection"]),
+        short_part=attributes.short_part,
+        long_part=attributes.long_part,
+    )

@@ -1,0 +1,157 @@
+"""Checks of what both public functions of decoding are given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_bsk.core import inputs, scalars
+from jax_bsk.decode.ffi import DecodeAttributes
+
+MOST_DRAFTS = 64  # bits of a token's word
+
+
+def cache(x: ArrayLike, name: str) -> jax.Array:
+    """A cache: floating-point, or int8.
+
+    Raises:
+      TypeError: It is of another type.
+    """
+    array = jnp.asarray(x)
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype == jnp.int8):
+        raise TypeError(f"{name} is a floating-point or int8 array, got {array.dtype}; cast it")
+    return array
+
+
+def integers(x: ArrayLike, name: str, shape: tuple[int, ...], letters: str) -> jax.Array:
+    """An array of integers of a shape, as int32.
+
+    Raises:
+      TypeError: It holds no integers.
+      ValueError: It has another shape.
+    """
+    array = jnp.asarray(x)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} holds integers, got {array.dtype}; cast it, e.g. {name}.astype('int32')")
+    if array.shape != shape:
+        raise ValueError(f"{name} is {letters} = {shape}, got shape {array.shape}; reshape or pad it")
+    return array.astype(jnp.int32)
+
+
+def heads(query_heads: int, kv_heads: int) -> None:
+    """Refuses query heads that are no multiple of the key/value heads."""
+    if query_heads < 1 or kv_heads < 1 or query_heads % kv_heads:
+        raise ValueError(
+            f"query's heads are a multiple of the cache's (grouped-query attention), got {query_heads} and {kv_heads}; "
+            "repeat the cache's"
+        )
+
+
+def attributes(
+    *,
+    scale: tuple[float, str],
+    value_scale: float,
+    causal: bool,
+    window: tuple[int | None, str],
+    sink_tokens: int,
+    soft_cap: Any,
+) -> DecodeAttributes:
+    """Static numbers of a call; `scale` and `window` come with their names.
+
+    Raises:
+      TypeError: One is no number that is known when tracing.
+      ValueError: One is outside its range.
+    """
+    factor = scalars.logits_scale(scale[0], 1, scale[1])
+    cap = scalars.soft_cap(soft_cap, factor, "soft_cap")
+    near, name = window
+    if near is not None and whole(near, name) < 1:
+        raise ValueError(f"{name} is at least 1, the query's own position, got {near}; pass None for no window")
+    if whole(sink_tokens, "sink_tokens") < 0:
+        raise ValueError(f"sink_tokens is at least 0, got {sink_tokens}; pass 0 for none")
+    if sink_tokens and near is None:
+        raise ValueError(
+            f"sink_tokens are positions that a window leaves visible, but the call has no {name}; pass both, or none"
+        )
+    return DecodeAttributes(
+        scale=factor,
+        soft_cap=cap or 0.0,
+        value_scale=scalars.logits_scale(value_scale, 1, "v_scale"),
+        causal=bool(causal),
+        window=near or 0,
+        sink_tokens=sink_tokens,
+    )
+
+
+def whole(x: Any, name: str) -> int:
+    """An integer that is known when tracing."""
+    value = scalars.number(x, name)
+    if value != int(value):
+        raise TypeError(f"{name} is an integer, got {x!r}; round it")
+    return int(value)
+
+
+def keys_per_part(given: int | None) -> int | None:
+    """The caller's keys of a part, checked."""
+    if given is None:
+        return None
+    value = whole(given, "keys_per_part")
+    if value < 64 or value % 64:
+        raise ValueError(f"keys_per_part is a positive multiple of 64, got {given}; pass None to choose")
+    return value
+
+
+def tree_words(tree_mask: ArrayLike | None, lead: tuple[int, ...], letters: str) -> jax.Array | None:
+    """The tree as words: uint32 [*lead, 2], from that or from booleans [*lead, <= 64].
+
+    Raises:
+      TypeError: It is of another type.
+      ValueError: It has another shape.
+    """
+    if tree_mask is None:
+        return None
+    array = jnp.asarray(tree_mask)
+    if array.dtype == jnp.uint32:
+        if array.shape != (*lead, 2):
+            raise ValueError(f"tree_mask of uint32 is [{letters}, 2] = {(*lead, 2)}, got shape {array.shape}")
+        return array
+    if array.dtype != np.bool_:
+        raise TypeError(f"tree_mask holds booleans, or words of uint32, got {array.dtype}; compare it, e.g. mask > 0")
+    if array.shape[:-1] != lead or not 1 <= array.shape[-1] <= MOST_DRAFTS:
+        raise ValueError(
+            f"tree_mask of booleans is [{letters}, drafts] with ({letters}) = {lead} and at most {MOST_DRAFTS} drafts, "
+            f"got shape {array.shape}"
+        )
+    padded = jnp.pad(array, [(0, 0)] * len(lead) + [(0, MOST_DRAFTS - array.shape[-1])])
+    bits = padded.reshape((*lead, 2, 32)).astype(jnp.uint32)
+    places = jnp.left_shift(jnp.uint32(1), jnp.arange(32, dtype=jnp.uint32))
+    return (bits * jnp.expand_dims(places, tuple(range(len(lead) + 1)))).sum(-1, dtype=jnp.uint32)
+
+
+def sinks(x: ArrayLike | None, heads: int) -> jax.Array | None:
+    """One logit per query head in float32, checked."""
+    if x is None:
+        return None
+    array = inputs.floating(x, "sinks")
+    if array.shape != (heads,):
+        raise ValueError(
+            f"sinks has one logit per query head, shape ({heads},), got {array.shape}; give each head its own"
+        )
+    return array.astype(jnp.float32)
+
+
+def selection(x: ArrayLike | None, name: str, lead: tuple[int, ...], letters: str) -> jax.Array | None:
+    """Pages (blocks) per key/value head, int32 [*lead, count], checked."""
+    if x is None:
+        return None
+    array = jnp.asarray(x)
+    if array.ndim != len(lead) + 1 or array.shape[:-1] != lead or array.shape[-1] < 1:
+        raise ValueError(
+            f"{name} is [{letters}, count] with ({letters}) = {lead} and a count of 1 or more, got shape "
+            f"{array.shape}; fill it up with -1"
+        )
+    return integers(array, name, array.shape, f"[{letters}, count]")

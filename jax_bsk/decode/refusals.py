@@ -1,0 +1,51 @@
+"""What the native decoding kernels cannot take, a sentence with its remedy per reason."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeFacts:
+    """A decoding call.
+
+    Attributes:
+      function: The public function's name.
+      dtype: Name of the query's type.
+      cache_dtype: Name of the cache's type.
+      head_dim: Head size of query and key.
+      value_dim: Head size of value.
+    """
+
+    function: str
+    dtype: str
+    cache_dtype: str
+    head_dim: int
+    value_dim: int
+
+    def problems(self, implementation: str, info: Mapping[str, Any]) -> list[str]:
+        """Why a native library's kernels cannot take the call; it says of decoding what differs from attention."""
+        del implementation
+        reasons = []
+        if self.cache_dtype != self.dtype:
+            reasons.append(
+                f"Its kernels take a cache of the query's type {self.dtype}, got {self.cache_dtype}; cast one of them."
+            )
+        if not info:
+            return reasons
+
+        def limit(name: str, otherwise: Any) -> Any:
+            return info.get(f"decode_{name}", info.get(name, otherwise))
+
+        dtypes = limit("dtypes", [self.dtype])
+        if self.dtype not in dtypes:
+            reasons.append(f"Its kernels take {', '.join(dtypes)}, got {self.dtype}; cast the inputs.")
+        for name, size in (("query's", self.head_dim), ("value's", self.value_dim)):
+            most, multiple = limit("max_head_dim", size), limit("head_dim_multiple", 1)
+            if size > most:
+                reasons.append(f"The {name} head size is at most {most}, got {size}.")
+            elif size % multiple != 0:
+                reasons.append(f"The {name} head size is a multiple of {multiple}, got {size}; pad it.")
+        return reasons
