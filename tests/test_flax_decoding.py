@@ -13,6 +13,7 @@ from flax import linen as nn
 from flax import nnx
 
 import jax_bsk.flax
+from jax_bsk.flax._cache import Window, causal_window
 from jax_bsk.masks import CausalMask, ChunkedMask, FullMask, GlobalMask, LocalMask, Mask, MultiHeadMask, SegmentMask
 from tests.test_flax import close, standard_promotion  # noqa: F401  (a fixture that every test here uses)
 
@@ -163,6 +164,40 @@ def test_every_token_has_its_row_of_the_whole_sequence(name, framework):
         assert decode.step._cache_size() == 2
 
 
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (CausalMask(), Window()),
+        (CausalMask() & FullMask(), Window()),
+        (WINDOW, Window(10)),
+        (LocalMask((9, 3)) & CausalMask(), Window(10)),
+        (LocalMask((None, 3)) & WINDOW, Window(10)),
+        (SINKS, Window(10, 3)),
+        (CausalMask() & (GlobalMask(3) | LocalMask((None, 0))), Window()),
+        (LocalMask((9, 0)), None),  # the caller adds the causal mask
+        (WINDOW & LocalMask((5, 0)), None),
+        (CausalMask(1), None),
+        (CausalMask() & (LocalMask((9, 0), offset=1) | GlobalMask(3)), None),
+        (CausalMask() & (LocalMask((9, 0)) | GlobalMask([0, 5])), None),
+        (CausalMask() & (CausalMask() | GlobalMask(3)), None),
+        (CausalMask() & ChunkedMask(8), None),
+    ],
+)
+def test_windows_are_recognised(mask, expected):
+    assert causal_window(mask) == expected
+
+
+def test_tokens_under_a_window_take_the_decoding_kernel():
+    x, lengths = inputs(), jnp.array([1, 1])
+    for mask, options, kernel in (
+        (SINKS, {}, "jax_bsk_decode_forward"),
+        (SINKS, {"lengths": lengths}, "jax_bsk_attention_forward"),
+        (MASKS["documents"], {}, "jax_bsk_attention_forward"),
+    ):
+        decode = Decoder("linen", mask, logits_soft_cap=30.0, implementation="cpu")
+        assert f"@{kernel}" in decode.step.lower(decode.cache, x[:, :1], **options).as_text()
+
+
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
 def test_masks_of_the_call_and_leading_dimensions(framework):
     batch, size = (2, 1), 40
@@ -178,17 +213,18 @@ def test_masks_of_the_call_and_leading_dimensions(framework):
 
 
 @pytest.mark.parametrize("framework", ["linen", "nnx"])
-def test_what_is_past_the_end_of_the_cache_is_nan(framework):
+def test_calls_past_the_end_of_the_cache_are_nan(framework):
     x = inputs(20)
     decode = Decoder(framework, CausalMask(), 16, use_bias=False)
     expected = decode.whole(x)
     close(decode(x[:, :12], lengths=jnp.array([12, 8])), expected.at[1, 8:].set(0)[:, :12])
-    out = np.asarray(decode(x[:, 12:], lengths=jnp.array([6, 4])))
-    close(out[0, :4], expected[0, 12:16])
-    assert np.isnan(out[0, 4:6]).all()
-    assert (out[0, 6:] == 0).all()  # no tokens of the call
+    out = np.asarray(decode(x[:, 12:18]))
+    assert np.isnan(out[0]).all()  # 18 tokens
     assert np.isfinite(out[1]).all()
-    np.testing.assert_array_equal(decode.index, [18, 12])
+    out = np.asarray(decode(x[:, 18:], lengths=jnp.array([1, 2])))
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+    np.testing.assert_array_equal(decode.index, [19, 16])
 
 
 def test_bfloat16_caches_and_types():

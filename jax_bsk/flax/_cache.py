@@ -13,10 +13,15 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jax_bsk import decode
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.flax._attention_fn import both_masks, call_mask_of, promote
-from jax_bsk.masks import BlockMask, CausalMask, Mask
+from jax_bsk.masks import BlockMask, CausalMask, FullMask, GlobalMask, LocalMask, Mask
+from jax_bsk.masks.algebra.mask import AndMask, OrMask
 from jax_bsk.masks.algebra.shifted import at_positions
+
+# Of more tokens the queries alone fill tiles of `sparse_attention`.
+MOST_DECODED = 64
 
 
 class Cache(NamedTuple):
@@ -82,6 +87,7 @@ def attend_cached(
     call_mask: Mask | BlockMask | jax.Array | None = None,
     lengths: jax.Array | None = None,
     dtype: DTypeLike | None = None,
+    logits_soft_cap: float | None = None,
     **options: Any,
 ) -> tuple[jax.Array, Cache]:
     """Appends the tokens of a call to the cache, and attends from them to the tokens so far, under the masks.
@@ -97,10 +103,12 @@ def attend_cached(
       call_mask: Mask of this call, or an array that broadcasts to [*batch, N, T, S].
       lengths: Number of tokens of each example in this call, integers [*batch]; None is T.
       dtype: Type of the computation; None is what queries and the cache promote to.
-      **options: Further arguments of `sparse_attention`.
+      logits_soft_cap: Bound of the logits, as in `sparse_attention`.
+      **options: scale, sinks and implementation, as in `sparse_attention`.
 
     Returns:
-      Array [*batch, T, N, Hv], with NaN for tokens past the cache's end, and the cache with the tokens appended.
+      Array [*batch, T, N, Hv], with NaN for examples whose tokens pass the cache's end, and the cache with the tokens
+      appended.
     """
     if isinstance(mask, BlockMask) or isinstance(call_mask, BlockMask):
         raise ValueError(
@@ -109,21 +117,64 @@ def attend_cached(
         )
     batch, count, size = query.shape[:-3], query.shape[-3], cache.key.shape[-3]
     new = cache.appended(key, value, lengths)
-    start = cache.index.reshape(-1)
+    start, filled = cache.index.reshape(-1), new.index.reshape(-1)
+    query, keys, values = promote(query, new.key, new.value, dtype)
+    query, keys, values = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, keys, values))
     joined = both_masks(both_masks(mask, call_mask_of(call_mask, batch, count, size)), CausalMask())
     assert isinstance(joined, Mask)
-    flat = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in promote(query, new.key, new.value, dtype))
-    out = sparse_attention(
-        *flat,
-        mask=at_positions(joined, start, count, size),
-        query_seq_lengths=None if lengths is None else lengths.reshape(-1),
-        key_value_seq_lengths=new.index.reshape(-1),
-        **options,
-    )
-    # Nothing was written past the end, and a token that is not in the cache has no result.
-    tokens = jnp.arange(count, dtype=jnp.int32)[None]
-    past = start[:, None] + tokens >= size
-    if lengths is not None:
-        past &= tokens < lengths.reshape(-1, 1)
-    out = jnp.where(past[..., None, None], jnp.asarray(jnp.nan, out.dtype), out)
+    window = causal_window(joined) if lengths is None and count <= MOST_DECODED else None
+    if window is not None:
+        near: dict[str, Any] = window._asdict()
+        out = decode.attention(query, keys, values, filled, soft_cap=logits_soft_cap, **near, **options)
+    else:
+        out = sparse_attention(
+            query,
+            keys,
+            values,
+            mask=at_positions(joined, start, count, size),
+            query_seq_lengths=None if lengths is None else lengths.reshape(-1),
+            key_value_seq_lengths=filled,
+            logits_soft_cap=logits_soft_cap,
+            **options,
+        )
+        # As in `decode.attention`: not all of the example's tokens are in the cache.
+        out = jnp.where((filled > size)[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
     return out.reshape(*batch, *out.shape[1:]), new
+
+
+class Window(NamedTuple):
+    """What a query attends to: all up to its own position, or a window of these, and some first positions.
+
+    Attributes:
+      window: Number of positions up to its own that a query attends to; None for all.
+      sink_tokens: Number of first positions that the window leaves visible.
+    """
+
+    window: int | None = None
+    sink_tokens: int = 0
+
+
+def causal_window(mask: Mask) -> Window | None:
+    """Returns what a causal mask lets a query attend to, where that is a window; None where it is anything else."""
+    parts = mask.masks if isinstance(mask, AndMask) else (mask,)
+    windows = []
+    for part in parts:
+        if isinstance(part, CausalMask | LocalMask) and not (isinstance(part.offset, int) and part.offset == 0):
+            return None
+        if isinstance(part, OrMask) and len(part.masks) == 2:
+            near, first = sorted(part.masks, key=lambda mask: isinstance(mask, GlobalMask))
+            if not (isinstance(near, LocalMask) and isinstance(first, GlobalMask) and isinstance(first.tokens, int)):
+                return None
+            inner = causal_window(near & CausalMask())
+            if inner is None:
+                return None
+            windows.append(inner if inner.window is None else inner._replace(sink_tokens=first.tokens))
+        elif isinstance(part, LocalMask):
+            left = part.window[0]
+            windows.append(Window(None if left is None else left + 1))
+        elif not isinstance(part, CausalMask | FullMask):
+            return None
+    bounded = [window for window in windows if window.window is not None]
+    if not any(isinstance(part, CausalMask) for part in parts) or len(bounded) > 1:
+        return None
+    return bounded[0] if bounded else Window()

@@ -40,7 +40,8 @@ class SparseSelfAttention(nn.Module):
         with inputs of the greatest length makes the collection "cache": cached_key and cached_value
         [*batch, max length, num_kv_heads, head_dim], and cache_index, the number of tokens of each example so far,
         int32 [*batch]. A call may have one token or several, and the masks, which must be lazy, are bound to their
-        positions. No token attends to a later one, whatever the mask. Tokens past the cache's end yield NaN.
+        positions. No token attends to a later one, whatever the mask. An example whose tokens pass the
+        cache's end yields NaN.
       use_bias: Whether the projections add a bias.
       dtype: Type of the computation; the default is what inputs and parameters promote to. Softmax and sums are
         float32.

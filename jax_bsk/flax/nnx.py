@@ -40,7 +40,8 @@ class SparseSelfAttention(nnx.Module):
       implementation: Implementation, as in `jax_bsk.sparse_attention`.
       decode: Whether calls append their tokens to a cache, which `init_cache` makes, and attend to all tokens of it, as
         with Flax's layers. A call may have one token or several, and the masks, which must be lazy, are bound to their
-        positions. No token attends to a later one, whatever the mask. Tokens past the cache's end yield NaN.
+        positions. No token attends to a later one, whatever the mask. An example whose tokens pass the
+        cache's end yields NaN.
       use_bias: Whether the projections add a bias.
       dtype: Type of the computation; the default is what inputs and parameters promote to. Softmax and sums are
         float32.
@@ -153,7 +154,7 @@ class SparseSelfAttention(nnx.Module):
         options = {"call_mask": mask, "lengths": lengths, "sinks": sinks}
         if not (self.decode if decode is None else decode):
             return self.out(self._attend(query, key, value, **options))
-        variables = (self.cached_key, self.cached_value, self.cache_index)
+        variables = self._cache_variables()
         if any(variable is None for variable in variables):
             raise ValueError(
                 "decode=True needs a cache, and there is none; call init_cache((*batch, length, features))"
@@ -163,3 +164,6 @@ class SparseSelfAttention(nnx.Module):
         for variable, array in zip(variables, cache, strict=True):
             variable[...] = array
         return self.out(out)
+
+    def _cache_variables(self) -> tuple[Any, Any, Any]:
+        return self.cached_key, self.cached_value, self.cache_index
