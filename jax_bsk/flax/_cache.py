@@ -62,11 +62,12 @@ class Cache(NamedTuple):
         places = index[:, None] + tokens
         if lengths is not None:
             places = jnp.where(tokens < lengths.reshape(-1, 1), places, size)
-        examples = jnp.arange(index.shape[0], dtype=jnp.int32)[:, None]
 
         def write(cached: jax.Array, new: jax.Array) -> jax.Array:
-            flat, new = (x.reshape(-1, *x.shape[-3:]) for x in (cached, new))
-            return flat.at[examples, places].set(new.astype(flat.dtype), mode="drop").reshape(cached.shape)
+            # Mapped over examples, so that a mesh that shards them needs no communication.
+            put = jax.vmap(lambda cached, new, places: cached.at[places].set(new, mode="drop"))
+            flat, new = (x.reshape(-1, *x.shape[-3:]).astype(cached.dtype) for x in (cached, new))
+            return put(flat, new, places).reshape(cached.shape)
 
         advanced = self.index + (jnp.int32(count) if lengths is None else lengths.astype(jnp.int32))
         return Cache(write(self.key, key), write(self.value, value), advanced)
