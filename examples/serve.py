@@ -473,7 +473,7 @@ class Stream:
             line.append(byte)
         if (byte == ord("\n") or request.done) and not self._quiet:
             end = "" if not request.done else "  [given up]" if request.leaves < request.answer else "  [done]"
-            print(f"{request.number:4d} | {line.decode(errors='replace')}{end}", flush=True)
+            print(f"{request.number:4d} | {line.decode(errors='replace').rstrip()}{end}", flush=True)
         if byte == ord("\n"):
             line.clear()
 
