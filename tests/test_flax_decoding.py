@@ -143,8 +143,9 @@ MASKS = {
 }
 
 
-@pytest.mark.parametrize("framework", ["linen", "nnx"])
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize(
+    ("name", "framework"), [*((name, "linen") for name in MASKS), ("window with sinks", "nnx"), ("documents", "nnx")]
+)
 def test_every_token_has_its_row_of_the_whole_sequence(name, framework):
     """Prompts of 43 and 30 tokens in chunks of 24, then tokens one by one, all by two compiled programs."""
     mask, x, prompts = MASKS[name], inputs(), np.array([43, 30])
@@ -191,7 +192,7 @@ def test_tokens_under_a_window_take_the_decoding_kernel():
     x, lengths = inputs(), jnp.array([1, 1])
     for mask, options, kernel in (
         (SINKS, {}, "jax_bsk_decode_forward"),
-        (SINKS, {"lengths": lengths}, "jax_bsk_attention_forward"),
+        (SINKS, {"lengths": lengths}, "jax_bsk_decode_forward"),
         (MASKS["documents"], {}, "jax_bsk_attention_forward"),
     ):
         decode = Decoder("linen", mask, logits_soft_cap=30.0, implementation="cpu")
@@ -222,9 +223,13 @@ def test_calls_past_the_end_of_the_cache_are_nan(framework):
     assert np.isnan(out[0]).all()  # 18 tokens
     assert np.isfinite(out[1]).all()
     out = np.asarray(decode(x[:, 18:], lengths=jnp.array([1, 2])))
-    assert np.isnan(out[0]).all()
+    assert np.isnan(out[0, 0]).all()
+    assert (out[0, 1] == 0).all()  # no token of the call
     assert np.isfinite(out[1]).all()
     np.testing.assert_array_equal(decode.index, [19, 16])
+    out = np.asarray(decode(x[:, :1], lengths=jnp.array([0, 1])))
+    assert (out[0] == 0).all()
+    assert np.isnan(out[1]).all()
 
 
 def test_bfloat16_caches_and_types():

@@ -123,10 +123,14 @@ def attend_cached(
     query, keys, values = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, keys, values))
     joined = both_masks(both_masks(mask, call_mask_of(call_mask, batch, count, size)), CausalMask())
     assert isinstance(joined, Mask)
-    window = causal_window(joined) if lengths is None and count <= MOST_DECODED else None
+    # `decode.attention` takes the last positions for the queries': all of a call's tokens, or its only one.
+    window = causal_window(joined) if count == 1 or (lengths is None and count <= MOST_DECODED) else None
+    tokens = jnp.arange(count, dtype=jnp.int32)[None, :, None, None]
+    given = None if lengths is None else tokens < lengths.reshape(-1, 1, 1, 1)
     if window is not None:
         near: dict[str, Any] = window._asdict()
         out = decode.attention(query, keys, values, filled, soft_cap=logits_soft_cap, **near, **options)
+        out = out if given is None else jnp.where(given, out, jnp.zeros((), out.dtype))
     else:
         out = sparse_attention(
             query,
@@ -139,7 +143,8 @@ def attend_cached(
             **options,
         )
         # As in `decode.attention`: not all of the example's tokens are in the cache.
-        out = jnp.where((filled > size)[:, None, None, None], jnp.asarray(jnp.nan, out.dtype), out)
+        past = (filled > size).reshape(-1, 1, 1, 1)
+        out = jnp.where(past if given is None else past & given, jnp.asarray(jnp.nan, out.dtype), out)
     return out.reshape(*batch, *out.shape[1:]), new
 
 
