@@ -43,7 +43,7 @@ LAYERS = {
     "masks": [
         ["convert"],
         ["block_mask"],
-        ["builders._combine"],
+        ["builders._combine", "algebra.shifted"],
         ["builders._host", "builders._traced", "builders._topk", "algebra.patterns", "algebra.function_mask"],
         ["builders._descent", "algebra._offsets", "algebra.data_masks", "views._checks"],
         ["orders.permutation"],

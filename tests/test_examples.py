@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
@@ -189,3 +190,56 @@ def test_a_sharded_sequence_has_the_losses_of_one_device_on_less_memory(example,
     assert many.losses[-1] < 0.8 * many.losses[0]
     assert many.bytes_per_device < one.bytes_per_device / 2
     assert drawn(tmp_path / "who_computes_what.png")
+
+
+# ---- serving ----
+
+SERVE = (
+    "--steps 25 --length 96 --batch 4 --layers 1 --heads 2 --kv-heads 1 --head-dim 16 --window 24 --sinks 4 "
+    "--requests 12 --gap 1.5 --prompt 40 --answer 30 --budget 12 --slots 6 --pages 9 --page-size 16 --checked 4"
+)
+
+
+def test_requests_are_served_from_pages_and_their_text_is_that_of_a_plain_pass(example, tmp_path, capsys):
+    """With 9 pages of 16 for up to 6 requests of up to 70 bytes, some give their pages back and are computed again."""
+    run = example("serve").main([*SERVE.split(), "--output", str(tmp_path)])
+    served, checked = run["served"], run["checked"]
+    assert run["losses"][-1] < run["losses"][0] - 0.5, run["losses"]
+    assert served["preemptions"] > 0
+    assert served["mixed_steps"] > 0
+    assert served["peak_pages"] <= 9
+    assert served["peak_bytes"] < served["dense_bytes"] / 3
+    assert served["given_up"] == 2
+    assert checked["requests"] == 4
+    assert checked["largest_gap"] <= 1e-4
+    assert all(entry["decoding"] + entry["prompts"] <= 12 for entry in run["history"])
+    printed = capsys.readouterr().out
+    assert printed.count("[done]") == 10, printed
+    assert printed.count("[given up]") == 2, printed
+    assert drawn(tmp_path / "serve.png")
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(example):
+    """Sampled answers are the same however many requests share a step, and however prompts are cut."""
+    module = example("serve")
+    sizes = {"layers": 1, "heads": 2, "kv_heads": 1, "head_dim": 16, "length": 64, "window": 16, "sinks": 2}
+    config = module.Config(**sizes, requests=5, gap=0.5, prompt=24, answer=12, slots=5, budget=9, pages=20)
+    graphdef, params = nnx.split(module.Model(config, nnx.Rngs(0)))
+    texts = []
+    for slots, budget in ((5, 9), (1, 24)):
+        config = dataclasses.replace(config, slots=slots, budget=budget)
+        requests = module.draw_requests(config, module.standard_library_text(10_000))
+        module.serve(module.Engine(config, graphdef, params), requests, lambda *_: None)
+        texts.append([request.text for request in requests])
+    assert texts[0] == texts[1]
+
+
+def test_a_greedy_answer_that_is_not_the_plain_pass_is_refused(example):
+    module = example("serve")
+    config = module.Config(length=64, prompt=24, answer=12, layers=1, heads=2, kv_heads=1, head_dim=16, checked=1)
+    graphdef, params = nnx.split(module.Model(config, nnx.Rngs(0)))
+    logits = module.plain_logits(nnx.merge(graphdef, params), jnp.full((1, 8), 65), config.mask)
+    wrong = int(logits[0, -1].argmin())
+    request = module.Request(3, 0, [65] * 8 + [wrong], 8, 1, 2, greedy=True)
+    with pytest.raises(SystemExit, match="request 3 differs from the plain pass"):
+        module.check(config, graphdef, params, [request])

@@ -20,7 +20,6 @@ import jax_bsk.flax
 from jax_bsk.masks import (
     BlockMask,
     CausalMask,
-    ChunkedMask,
     FullMask,
     GlobalMask,
     LocalMask,
@@ -235,47 +234,6 @@ def test_without_flax_the_error_names_the_remedy():
         "else:\n    raise AssertionError('imported')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# ---- decoding with Flax's cache -------------------------------------------------------------------------------------
-
-
-def test_decoding_step_by_step_equals_the_whole_sequence():
-    length, x = 12, inputs()[:, :12]
-    whole = linen_attention(attention_fn=jax_bsk.flax.attention_fn(CausalMask()))
-    params = whole.init(jax.random.key(0), x)
-    expected: Any = whole.apply(params, x)
-    decoder = linen_attention(attention_fn=jax_bsk.flax.attention_fn(), decode=True)
-    cache = decoder.init(jax.random.key(0), x)["cache"]
-    step = jax.jit(lambda cache, x: decoder.apply({**params, "cache": cache}, x, mutable=["cache"]))
-    for t in range(length):
-        out, updated = step(cache, x[:, t : t + 1])
-        cache = updated["cache"]
-        close(out, expected[:, t : t + 1])
-
-
-def test_decoding_refuses_a_mask_without_position():
-    x = inputs()
-    decoder = linen_attention(attention_fn=jax_bsk.flax.attention_fn(MASK), decode=True)
-    variables = decoder.init(jax.random.key(0), x)  # the whole length: fine
-    with pytest.raises(ValueError, match=r"one query and 200 keys.*attention_fn\(\)"):
-        decoder.apply(variables, x[:, :1], mutable=["cache"])
-    module = nnx_attention(attention_fn=jax_bsk.flax.attention_fn())
-    with pytest.raises(ValueError, match="is_causal"):
-        module(x[:, :1], x, is_causal=True)
-    full = linen_attention(attention_fn=jax_bsk.flax.attention_fn(FullMask()), decode=True)
-    assert full.apply(variables, x[:, :1], mutable=["cache"])[0].shape == (BATCH, 1, FEATURES)
-
-
-def test_a_window_with_a_position_decodes():
-    q, k, v = (jax.random.normal(key, (2, 64, 2, 8)) for key in jax.random.split(jax.random.key(0), 3))
-    whole = jax_bsk.flax.attention_fn(LocalMask((9, 0)) & ChunkedMask(20))(q, k, v)
-    position = jnp.array([50, 7])
-    mask = LocalMask((9, 0), offset=position) & ChunkedMask(20, offset=position)
-    one = jax_bsk.flax.attention_fn(mask)(q[jnp.arange(2), position][:, None], k, v)
-    close(one[:, 0], whole[jnp.arange(2), position])
-    with pytest.raises(ValueError, match=r"position as its offset, e.g. LocalMask\(window, offset=position\)"):
-        jax_bsk.flax.attention_fn(LocalMask((9, 0)) & FullMask())(q[:, :1], k, v)
 
 
 # ---- SparseSelfAttention --------------------------------------------------------------------------------------------

@@ -278,6 +278,22 @@ def decode_step() -> None:
     flax_attend(X[:, :1], X, X, mask=CausalMask(), call_mask=None, bias=None, lengths=None)
 
 
+def decode_with(**options: Any) -> Callable[[], Any]:
+    def run() -> None:
+        layer = jax_bsk.flax.nnx.SparseSelfAttention(2, 32, decode=True, rngs=nnx.Rngs(0), **options)
+        if options:
+            layer.init_cache((2, 64, 32))
+        layer(jnp.zeros((1, 64, 32)))
+
+    return run
+
+
+def decode_without_collection() -> None:
+    layer = jax_bsk.flax.linen.SparseSelfAttention(2, decode=True)
+    variables = layer.init(jax.random.key(0), jnp.zeros((1, 64, 32)))
+    layer.apply({"params": variables["params"]}, jnp.zeros((1, 64, 32)), mutable=["cache"])
+
+
 def block_masks_together() -> None:
     fn = jax_bsk.flax.attention_fn(BOUND)
     flax_layer(attention_fn=fn)(jnp.zeros((1, 64, 32)), mask=jnp.ones((1, 1, 64, 64), bool))
@@ -507,6 +523,11 @@ RAISED: dict[str, Callable[[], Any]] = {
     "a BlockMask cannot be combined with another mask, as its blocks are already chosen; ...": block_masks_together,
     "one query and ... keys, as in a step of decoding with a cache: the position of that query is not known "
     "here, ...": (decode_step),
+    "decode=True needs lazy masks (jax_bsk.masks), which are bound to the position of each call's tokens; "
+    "...": decode_with(mask=BOUND),
+    "decode=True needs a cache, and there is none; ...": decode_with(),
+    "decode=True needs the collection 'cache', and none was given; ...": decode_without_collection,
+    "the cache holds keys ..., and the call has keys ...; make a cache for this batch": decode_with(mask=CausalMask()),
     # Installation.
     "... was built against XLA FFI API ..., the installed jaxlib has ...; install a newer jaxlib ...": (
         message_of_mismatch({})

@@ -21,7 +21,8 @@ from jax.typing import ArrayLike, DTypeLike
 from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core import checks
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.masks import ArrayMask, BlockMask, FullMask, Mask, SegmentMask
+from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, Mask, SegmentMask
+from jax_bsk.masks.algebra.shifted import at_positions, has_given_offset
 from jax_bsk.masks.convert import array_mask
 
 
@@ -42,6 +43,10 @@ def attention_fn(
     mask of the module that only tells which keys are valid, `[*batch, 1, 1, S]`, is never expanded to all pairs. Other
     masks of Flax are dense arrays, so structure (causal, window, documents) is better given here, as a lazy mask.
 
+    With `decode=True` Flax passes one query, all cached keys, and a mask of those written so far. The query's position
+    is the last of these keys, and the lazy mask is bound to it. A mask that gives positions by an offset of its own is
+    taken as it is.
+
     Args:
       mask: Mask of every call: a lazy `Mask` (which is bound to the lengths of the call), a `BlockMask`, or a boolean
         array [T, S], [N or 1, T, S] or [B or 1, N or 1, T, S], where B counts all leading dimensions of the inputs,
@@ -58,8 +63,8 @@ def attention_fn(
 
     Raises:
       ValueError: The returned function raises it for what it cannot honour: active dropout, `sow_weights`, a preset of
-        dot algorithms as `precision`, replaced einsums, a `BlockMask` beside a mask of the module, and a lazy mask in a
-        step of cached decoding, where the position of the one query is unknown.
+        dot algorithms as `precision`, replaced einsums, a `BlockMask` beside a mask of the module, and a lazy mask for
+        one query among several keys without a mask of the module, where the position of the query is unknown.
       TypeError: The function itself was given to a module as its attention function, without a call.
 
     Examples:
@@ -195,15 +200,16 @@ def attend(
             f"query, key and value are [*batch, length, heads, head size], got {shapes}; give all three a batch"
         )
     batch, q_len, kv_len = query.shape[:-3], query.shape[-3], key.shape[-3]
+    if q_len == 1 < kv_len and call_mask is not None and not isinstance(call_mask, Mask | BlockMask):
+        mask, is_causal = _at_last_key(mask, is_causal, _flatten_logits_like(call_mask, batch, "mask"), kv_len)
     _refuse_unknown_position(mask, is_causal, q_len, kv_len)
-    if call_mask is not None and not isinstance(call_mask, Mask | BlockMask):
-        call_mask = _array_as_mask(_flatten_logits_like(call_mask, batch, "mask"), q_len, kv_len)
+    call_mask = call_mask_of(call_mask, batch, q_len, kv_len)
     if lengths is not None:
         lengths = lengths.reshape(-1)
     out = sparse_attention(
         *(x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)),
         bias=None if bias is None else _flatten_logits_like(bias, batch, "bias"),
-        mask=_both(mask, call_mask),
+        mask=both_masks(mask, call_mask),
         is_causal=is_causal,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
@@ -212,7 +218,17 @@ def attend(
     return out if len(batch) == 1 else out.reshape(*batch, *out.shape[-3:])
 
 
-def _both(mask: Mask | BlockMask | None, call_mask: Mask | BlockMask | None) -> Mask | BlockMask | None:
+def call_mask_of(
+    mask: Mask | BlockMask | jax.Array | None, batch: tuple[int, ...], q_len: int, kv_len: int
+) -> Mask | BlockMask | None:
+    """Returns the mask of a call as a mask of the call's flattened batch, where it is an array."""
+    if mask is None or isinstance(mask, Mask | BlockMask):
+        return mask
+    return _array_as_mask(_flatten_logits_like(mask, batch, "mask"), q_len, kv_len)
+
+
+def both_masks(mask: Mask | BlockMask | None, call_mask: Mask | BlockMask | None) -> Mask | BlockMask | None:
+    """Returns the mask that attends where both do; None attends everywhere."""
     if mask is None or call_mask is None:
         return call_mask if mask is None else mask
     if isinstance(mask, BlockMask) or isinstance(call_mask, BlockMask):
@@ -223,14 +239,40 @@ def _both(mask: Mask | BlockMask | None, call_mask: Mask | BlockMask | None) -> 
     return mask & call_mask
 
 
+def _at_last_key(
+    mask: Mask | BlockMask | None, is_causal: bool, valid: Any, kv_len: int
+) -> tuple[Mask | BlockMask | None, bool]:
+    """Binds the masks of one query to its position in the cache: the last key that Flax's mask lets it attend to.
+
+    In a step of cached decoding that mask holds the keys written so far, the query's own the last of them, and Flax
+    says no more. A mask that gives positions by its offset stays as it is.
+
+    Args:
+      mask: Mask of the module.
+      is_causal: Whether the call is causal.
+      valid: Array [B or 1, N or 1, 1, S or 1] of the call.
+      kv_len: S.
+
+    Returns:
+      The mask with its position, and whether the call is still to be made causal.
+    """
+    if isinstance(mask, BlockMask) or (mask is not None and has_given_offset(mask)):
+        return mask, is_causal
+    joined = both_masks(mask, CausalMask()) if is_causal else mask
+    if not isinstance(joined, Mask):
+        return mask, is_causal
+    _check_array(valid, 1, kv_len)
+    keys = jnp.arange(kv_len, dtype=jnp.int32)[None, None, None]
+    last = jnp.where(jnp.asarray(valid) != 0, keys, -1).max((1, 2, 3))
+    return at_positions(joined, last[0] if last.shape == (1,) else last, 1, kv_len), False
+
+
 def _lacks_position(mask: Mask) -> bool:
     """Returns whether a mask reads the positions of queries but has no offset that gives them."""
     children = mask._children()
     if children:
         return any(map(_lacks_position, children))
-    offset = getattr(mask, "offset", 0)
-    given = not isinstance(offset, int) or offset != 0
-    return not (given or isinstance(mask, FullMask | ArrayMask | SegmentMask))
+    return not (has_given_offset(mask) or isinstance(mask, FullMask | ArrayMask | SegmentMask))
 
 
 def _refuse_unknown_position(mask: Mask | BlockMask | None, is_causal: bool, q_len: int, kv_len: int) -> None:
@@ -239,10 +281,10 @@ def _refuse_unknown_position(mask: Mask | BlockMask | None, is_causal: bool, q_l
     if q_len == 1 and kv_len > 1 and (positional or is_causal):
         raise ValueError(
             f"one query and {kv_len} keys, as in a step of decoding with a cache: the position of that query is not "
-            f"known here, so {f'mask={mask!r}' if positional else 'is_causal'} would be read at position 0. The mask "
-            "of Flax's cache is causal already: decode with attention_fn() and without is_causal, and give the row of "
-            "any other mask as the module's mask, or give the position as its offset, e.g. LocalMask(window, "
-            "offset=position). Where position 0 is meant, pass a BlockMask: mask.bind(1, kv_len)"
+            f"known here, so {f'mask={mask!r}' if positional else 'is_causal'} would be read at position 0. Pass the "
+            "valid keys as the module's mask, as Flax's cache does: the query stands at the last of them. Or give the "
+            "position as the mask's offset, e.g. LocalMask(window, offset=position). Where position 0 is meant, pass "
+            "a BlockMask: mask.bind(1, kv_len)"
         )
 
 
@@ -263,15 +305,19 @@ def _flatten_logits_like(array: Any, batch: tuple[int, ...], name: str) -> Any:
 def _array_as_mask(array: Any, q_len: int, kv_len: int) -> Mask:
     """Makes a mask of Flax's array [B or 1, N or 1, T or 1, S or 1], often float32: numbers other than 0 attend."""
     array = array if array.dtype == np.bool_ else array != 0
-    rows, columns = array.shape[-2:]
-    if rows not in (1, q_len) or columns not in (1, kv_len):
-        raise ValueError(f"mask broadcasts to [*batch, heads, {q_len}, {kv_len}], got {array.shape}")
-    if rows == array.shape[1] == 1 and q_len > 1:
+    _check_array(array, q_len, kv_len)
+    if array.shape[-2] == array.shape[1] == 1 and q_len > 1:
         # The array only tells which keys are valid. Queries and valid keys are segment 0, which is linear in the
         # length.
         valid = jnp.broadcast_to(array[:, 0, 0], (array.shape[0], kv_len))
         return SegmentMask(jnp.zeros(q_len, jnp.int32), jnp.where(valid, 0, 1).astype(jnp.int32))
     return array_mask(jnp.asarray(array), q_len, kv_len)
+
+
+def _check_array(array: Any, q_len: int, kv_len: int) -> None:
+    rows, columns = array.shape[-2:]
+    if rows not in (1, q_len) or columns not in (1, kv_len):
+        raise ValueError(f"mask broadcasts to [*batch, heads, {q_len}, {kv_len}], got {array.shape}")
 
 
 def default_head_dim(head_dim: int | None, features: int, num_heads: int) -> int:

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.flax._attention_fn import attend, default_head_dim, promote
+from jax_bsk.flax._cache import Cache, attend_cached
 from jax_bsk.flax._nnx_dense import BlockSparseDense as BlockSparseDense
 from jax_bsk.flax._nnx_nsa import NSASelfAttention as NSASelfAttention
 from jax_bsk.flax._nnx_sparsek import SparseKSelfAttention as SparseKSelfAttention
@@ -37,6 +38,10 @@ class SparseSelfAttention(nnx.Module):
       scale: Factor of the logits, as in `jax_bsk.sparse_attention`.
       logits_soft_cap: Bound of the logits, as in `jax_bsk.sparse_attention`.
       implementation: Implementation, as in `jax_bsk.sparse_attention`.
+      decode: Whether calls append their tokens to a cache, which `init_cache` makes, and attend to all tokens of it, as
+        with Flax's layers. A call may have one token or several, and the masks, which must be lazy, are bound to their
+        positions. No token attends to a later one, whatever the mask. An example whose tokens pass the
+        cache's end yields NaN.
       use_bias: Whether the projections add a bias.
       dtype: Type of the computation; the default is what inputs and parameters promote to. Softmax and sums are
         float32.
@@ -68,6 +73,7 @@ class SparseSelfAttention(nnx.Module):
         scale: float | None = None,
         logits_soft_cap: float | None = None,
         implementation: Implementation | None = None,
+        decode: bool = False,
         use_bias: bool = True,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -87,16 +93,40 @@ class SparseSelfAttention(nnx.Module):
             rngs=rngs,
         )
         self.dtype = dtype
+        self.decode = decode
         self.query = linear(in_features, (num_heads, head_dim))
         self.key = linear(in_features, (kv_heads, head_dim))
         self.value = linear(in_features, (kv_heads, head_dim))
         self.out = linear((num_heads, head_dim), out_features or in_features, axis=(-2, -1))
         self.sinks = nnx.Param(jnp.zeros((num_heads,), param_dtype)) if sinks else nnx.data(None)
-        # The mask is held by a function. As an attribute, its arrays would join the module's state, which jit traces
+        # The mask is held by functions. As an attribute, its arrays would join the module's state, which jit traces
         # and checkpoints save; and a mask with known values is cheaper.
-        self._attend = functools.partial(
-            attend, mask=mask, scale=scale, logits_soft_cap=logits_soft_cap, implementation=implementation
-        )
+        options = {
+            "mask": mask,
+            "scale": scale,
+            "logits_soft_cap": logits_soft_cap,
+            "implementation": implementation,
+        }
+        self._attend = functools.partial(attend, **options)
+        self._attend_cached = functools.partial(attend_cached, dtype=dtype, **options)
+        self.cached_key: nnx.Cache[jax.Array] | None = nnx.data(None)
+        self.cached_value: nnx.Cache[jax.Array] | None = nnx.data(None)
+        self.cache_index: nnx.Cache[jax.Array] | None = nnx.data(None)
+
+    def init_cache(self, input_shape: tuple[int, ...], dtype: DTypeLike | None = None) -> None:
+        """Makes an empty cache for decoding, or empties the one there is.
+
+        The cache is in the variables cached_key and cached_value [*batch, max_length, num_kv_heads, head_dim], and
+        cache_index, the number of tokens of each example so far, int32 [*batch].
+
+        Args:
+          input_shape: (*batch, max_length, in_features).
+          dtype: Type of the cached keys and values; the default is the layer's `dtype`, or that of its parameters.
+        """
+        if dtype is None:
+            dtype = self.key.param_dtype if self.dtype is None else self.dtype
+        kinds = (jax.ShapeDtypeStruct((*input_shape[:-1], *x.out_features), dtype) for x in (self.key, self.value))
+        self.cached_key, self.cached_value, self.cache_index = map(nnx.Cache, Cache.empty(*kinds))
 
     def __call__(
         self,
@@ -104,19 +134,36 @@ class SparseSelfAttention(nnx.Module):
         mask: Mask | BlockMask | jax.Array | None = None,
         *,
         lengths: jax.Array | None = None,
+        decode: bool | None = None,
     ) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: Array [*batch, length, in_features].
           mask: Mask of this call, which is combined with the module's by `&`: a lazy mask (traced segment ids, say), or
-            an array that broadcasts to [*batch, heads, length, length].
-          lengths: Integers [*batch], the number of tokens of each example. Tokens beyond it take no part in attention,
-            and their output is the bias of the projection alone.
+            an array that broadcasts to [*batch, heads, length, length]; with a cache the last length is the cache's.
+          lengths: Integers [*batch], the number of tokens of each example in this call. Tokens beyond it take no part
+            in attention and are not cached, and their output is the bias of the projection alone.
+          decode: Whether this call uses the cache; the default is the layer's `decode`.
 
         Returns:
           Array [*batch, length, out_features].
         """
         query, key, value = promote(self.query(inputs), self.key(inputs), self.value(inputs), self.dtype)
         sinks = None if self.sinks is None else self.sinks[...]
-        return self.out(self._attend(query, key, value, call_mask=mask, lengths=lengths, sinks=sinks))
+        options = {"call_mask": mask, "lengths": lengths, "sinks": sinks}
+        if not (self.decode if decode is None else decode):
+            return self.out(self._attend(query, key, value, **options))
+        variables = self._cache_variables()
+        if any(variable is None for variable in variables):
+            raise ValueError(
+                "decode=True needs a cache, and there is none; call init_cache((*batch, length, features))"
+            )
+        cache = Cache(*(variable[...] for variable in variables))
+        out, cache = self._attend_cached(query, key, value, cache, **options)
+        for variable, array in zip(variables, cache, strict=True):
+            variable[...] = array
+        return self.out(out)
+
+    def _cache_variables(self) -> tuple[Any, Any, Any]:
+        return self.cached_key, self.cached_value, self.cache_index

@@ -385,9 +385,13 @@ class GlobalMask(Mask):
     def _flags(self, length: int) -> np.ndarray:
         return _global_flags(self.tokens, length)
 
+    def _key_blocks(self, grid: Grid) -> tuple[np.ndarray, np.ndarray]:
+        """Booleans [nk]: any of the block's keys is global; all of them are."""
+        return _any_all(self._flags(grid.kv_len), grid.nk, grid.block_kv)
+
     def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         q_some, q_all = _any_all(self._flags(grid.q_len), grid.nq, grid.block_q)
-        k_some, k_all = _any_all(self._flags(grid.kv_len), grid.nk, grid.block_kv)
+        k_some, k_all = self._key_blocks(grid)
         xp = grid.xp
         full = xp.asarray(q_all)[i] | xp.asarray(k_all)[j]
         return grid.code(~(xp.asarray(q_some)[i] | xp.asarray(k_some)[j]), full, OWN)
