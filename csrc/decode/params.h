@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "dtype.h"
 
@@ -23,6 +24,9 @@ struct Shape {
   int64_t max_pages;  // M, pages of a sequence at most
   int64_t selected;   // pages listed for a sequence and key/value head, 0 where all are visited
 };
+
+// The log-sum-exp of a query that attends to nothing: no result holds an infinity nobody asked for.
+constexpr float kNoLogSumExp = std::numeric_limits<float>::lowest();
 
 // Where the rows of keys or values lie: head k of position r of page p of group g at
 //   first + ((g * pages + p) * page_size + r) * stride + k * head_stride     elements.

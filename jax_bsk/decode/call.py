@@ -65,7 +65,8 @@ def attend(
     cache_heads = key.shape[-2]
     kv_heads = cache_heads // 2 if value is None else cache_heads
     value_dim = head_dim if value is None else value.shape[-1]
-    facts = DecodeFacts(function, query.dtype.name, key.dtype.name, head_dim, value_dim)
+    sequences = math.prod(lead) * table.shape[-2]
+    facts = DecodeFacts(function, query.dtype.name, key.dtype.name, head_dim, value_dim, sequences)
     chosen, named = dispatch.choose(implementation, facts)
     pages = table.shape[-1] if selection is None else selection.shape[-1]
     sizes = parts.Sizes(

@@ -6,6 +6,7 @@ Below `call`; `ffi` names its operands, `sharding` splits them over a mesh, and 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,9 @@ def _shapes(query: Any, key: Any, value: Any, *others: Any, call: DecodeCall) ->
 def _refusals(platform: str, avals: Avals, call: DecodeCall) -> list[str]:
     if call.platform == "xla":
         return ["Plain JAX was asked for."]
-    query, key, value = avals[:3]
-    facts = DecodeFacts("decode", query.dtype.name, key.dtype.name, query.shape[-1], value.shape[-1] or query.shape[-1])
+    query, key, value, _, table, *_ = avals
+    value_dim, sequences = value.shape[-1] or query.shape[-1], math.prod(query.shape[:-3]) * table.shape[-2]
+    facts = DecodeFacts("decode", query.dtype.name, key.dtype.name, query.shape[-1], value_dim, sequences)
     return facts.problems(platform, library.limits(platform))
 
 

@@ -17,6 +17,7 @@ class DecodeFacts:
       cache_dtype: Name of the cache's type.
       head_dim: Head size of query and key.
       value_dim: Head size of value.
+      sequences: Sequences of all groups.
     """
 
     function: str
@@ -24,6 +25,7 @@ class DecodeFacts:
     cache_dtype: str
     head_dim: int
     value_dim: int
+    sequences: int
 
     def problems(self, implementation: str, info: Mapping[str, Any]) -> list[str]:
         """Why a native library's kernels cannot take the call; it says of decoding what differs from attention."""
@@ -44,8 +46,12 @@ class DecodeFacts:
             reasons.append(f"Its kernels take {', '.join(dtypes)}, got {self.dtype}; cast the inputs.")
         for name, size in (("query's", self.head_dim), ("value's", self.value_dim)):
             most, multiple = limit("max_head_dim", size), limit("head_dim_multiple", 1)
+            most = limit(f"max_head_dim_{self.dtype}", most)
             if size > most:
                 reasons.append(f"The {name} head size is at most {most}, got {size}.")
             elif size % multiple != 0:
                 reasons.append(f"The {name} head size is a multiple of {multiple}, got {size}; pad it.")
+        sequences = limit("max_sequences", self.sequences)
+        if self.sequences > sequences:
+            reasons.append(f"Its kernels take {sequences} sequences in a call, got {self.sequences}; split the batch.")
         return reasons

@@ -11,7 +11,6 @@ namespace jax_bsk::decode::cpu::JAX_BSK_CPU_ISA {
 
 using namespace jax_bsk::cpu::JAX_BSK_CPU_ISA;
 
-constexpr float kNoLogSumExp = -__FLT_MAX__;  // params.h
 
 template <class C>
 struct Partial {
