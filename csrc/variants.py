@@ -54,7 +54,7 @@ ATTENTION = (
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),
 )
-PRODUCTS = ("Product", "Sampled")  # each for both types and for every layout of the two operands
+PRODUCTS = ("Product", "Narrow", "Sampled")  # each for both types and for every layout of the two operands
 LAYOUTS = ("Layout::kKMajor", "Layout::kMnMajor")
 
 # Parameters of the launchers, as config.h declares them.
@@ -64,6 +64,7 @@ PARAMETERS = {
     ("sm90", "Forward"): "const ForwardParams&, int32_t*, int, cudaStream_t",
     ("sm90", "Backward"): "const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t",
     ("sm90", "Product"): "const ProductParams&, const ProductPlan&, int, cudaStream_t",
+    ("sm90", "Narrow"): "const ProductParams&, const NarrowPlan&, int, cudaStream_t",
     ("sm90", "Sampled"): "const SampledParams&, const SampledPlan&, int, cudaStream_t",
 }
 
