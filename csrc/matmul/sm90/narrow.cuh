@@ -104,6 +104,7 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
     }
     // ---- Their stages
     const int64_t begin = max(chunk << shift, tile.first), end = min((chunk + 32) << shift, tile.last);
+#pragma unroll 1
     for (int64_t step = begin; step < end; ++step) {
       const int source = static_cast<int>((step >> shift) - chunk), half = static_cast<int>(step) & shift;
       const int of = __shfl_sync(0xFFFFFFFFu, id, source), at = __shfl_sync(0xFFFFFFFFu, place, source);
