@@ -3,8 +3,6 @@
 // are added through the cluster's shared memory. The design and what it was worth: docs/design/hopper-products.md.
 #pragma once
 
-#include <algorithm>
-
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/barrier.cuh"
@@ -14,9 +12,14 @@
 #include "device/ptx/fence.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/thread.cuh"
+#include "device/ring.cuh"
 #include "matmul/sm90/config.h"
 
 namespace jax_bsk::matmul::cuda::sm90 {
+
+using device::sm90::Barrier;
+using device::sm90::kReleasesPerWarp;
+using device::sm90::Ring;
 
 // The pipeline of a CTA. `x ==>` is what is filled and announced by barrier full, `<-- x` its release by barrier empty.
 //
@@ -41,13 +44,13 @@ struct NarrowShared {
 
   alignas(1024) Element blocks[kStages][kRows * kPiece];
   alignas(1024) Element dense[kStages][kColumns * kPiece];
-  device::sm90::Barrier full[kStages], empty[kStages];
+  Barrier full[kStages], empty[kStages];
   int poisoned;  // an entry of this CTA's part, or the list as a whole
 
   __device__ void Init() {
     for (int i = 0; i < kStages; ++i) {
       device::sm90::InitBarrier(full[i], 1);
-      device::sm90::InitBarrier(empty[i], kNarrowConsumers * device::sm90::kReleasesPerWarp);
+      device::sm90::InitBarrier(empty[i], kNarrowConsumers * kReleasesPerWarp);
     }
     device::sm90::FenceBarrierInit();
   }
@@ -88,7 +91,7 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
   const int first_entry = tile.matrix * static_cast<int>(params.capacity);
   const int32_t* ids = params.lists.ids + first_entry + tile.begin;
   const int32_t* places = params.lists.places + first_entry + tile.begin;
-  device::sm90::Ring<Shared::kStages> ring;
+  Ring<Shared::kStages> ring;
   bool poisoned = tile.poisoned;
   for (int64_t chunk = tile.first >> shift; chunk << shift < tile.last; chunk += 32) {
     // ---- An entry a lane
@@ -151,7 +154,7 @@ class NarrowConsumer {
   __device__ __forceinline__ void Run(int64_t count) {
     float sums[2][kColumns / 8][4];
     device::Clear(sums);
-    device::sm90::Ring<Shared::kStages> ring;
+    Ring<Shared::kStages> ring;
     for (int64_t step = 0; step < count; ++step) {
       const int stage = ring.Stage();
       device::sm90::Wait(shared_.full[stage], ring.Full());
