@@ -32,6 +32,7 @@ Facts matmul::CudaLimits() {
   using cuda::Limits;
   return {{"matmul_dtypes", std::vector<std::string>{"float16", "bfloat16"}},
           {"matmul_compute_capability", int64_t{Limits::kComputeCapability}},
+          {"matmul_narrow_width", int64_t{Limits::kNarrowWidth}},
           {"matmul_multiple", int64_t{Limits::kMultiple}},
           {"matmul_blocks", std::vector<int64_t>(std::begin(Limits::kBlocks), std::end(Limits::kBlocks))}};
 }

@@ -56,7 +56,7 @@ ATTENTION = (
 )
 # Types and head sizes. A call takes the first variant that has its type and is large enough.
 DECODE = ((HALVES, (64, 128, 256)), (("float",), (64, 128)))
-PRODUCTS = ("Product", "Sampled")  # each for both types and for every layout of the two operands
+PRODUCTS = ("Product", "Narrow", "Sampled")  # each for both types and for every layout of the two operands
 LAYOUTS = ("Layout::kKMajor", "Layout::kMnMajor")
 
 # Parameters of the launchers, as config.h declares them.
@@ -67,6 +67,7 @@ PARAMETERS = {
     ("sm90", "Backward"): "const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t",
     ("cuda", "Decode"): "const KernelParams&, const device::DeviceFacts&, cudaStream_t",
     ("sm90", "Product"): "const ProductParams&, const ProductPlan&, int, cudaStream_t",
+    ("sm90", "Narrow"): "const ProductParams&, const NarrowPlan&, int, cudaStream_t",
     ("sm90", "Sampled"): "const SampledParams&, const SampledPlan&, int, cudaStream_t",
 }
 

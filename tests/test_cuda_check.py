@@ -40,8 +40,16 @@ NAMES += [
     for dtype in ("bf16", "f16")
     for blocks in ("128", "64", "128x64", "64x128")
 ]
+NAMES += [
+    f"matmul-narrow-{dtype}-{blocks}-{columns}"
+    for dtype in ("bf16", "f16")
+    for blocks in ("128", "64", "128x64", "64x128")
+    for columns in (8, 32, 64)
+]
 LISTS = re.findall(r'{"([a-z-]+)", Fault::', TEXT)
-NAMES += [f"matmul-product-{fault}-{block}" for fault in LISTS for block in (64, 128)]
+NAMES += [
+    f"matmul-{kernel}-{fault}-{block}" for kernel in ("product", "narrow") for fault in LISTS for block in (64, 128)
+]
 NAMES += ["zero", "huge", "many-nan-value", "many-nan-key", "many-inf-value"]
 NAMES += [
     f"{gates}decreasing{lists}{size}"
@@ -57,7 +65,7 @@ NAMES = [name for name in NAMES if not name.startswith("time-")]
 SANITIZED = re.compile(
     r"(gates-)?instance-|gates-(nan-value|bad-first-col)|choose(-(groups|many-groups|one-row))?(-bad)?$|"
     r"lists(-bad)?$|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
-    r"matmul-sampled-(whole|wild)"
+    r"matmul-sampled-(whole|wild)|matmul-narrow-(bf16-|f16-128-64|one|no-columns|large-id-64)"
 )
 
 

@@ -275,6 +275,22 @@ def test_the_cuda_call_has_rows_of_whole_16_bytes():
     assert [x.shape for x in exported.out_avals[:2]] == [(301, 77), (77, 499)]
 
 
+def test_a_column_is_a_row_of_the_cuda_call():
+    # Eight columns, as the copy engine asks for, would be eight times the memory, and copies before and after.
+    matrix = BSR.random(jax.random.key(0), (304, 496), 0.4, 64, dtype=jnp.bfloat16)
+    products = {
+        "tensor<1x304xbf16>": (lambda data, x: sparse_matmul(matrix.with_data(data), x), jnp.ones(496, jnp.bfloat16)),
+        "tensor<1x496xbf16>": (lambda data, x: matrix.with_data(data).T @ x, jnp.ones((304, 1), jnp.bfloat16)),
+    }
+    for result, (product, x) in products.items():
+        export = jax.export.export(jax.jit(product), platforms=["cuda"], disabled_checks=jax_bsk.export_checks())
+        text = export(matrix.data, x).mlir_module()
+        (call,) = [line for line in text.splitlines() if "@jax_bsk_matmul_product" in line]
+        assert "dense_left = true" in call
+        assert result in call.split("->")[-1]
+        assert "stablehlo.pad" not in text
+
+
 def test_export():
     matrix, dense, right, _ = make((96, 64), (32, 16), 0.5)
     exported = jax.export.export(jax.jit(sparse_matmul), disabled_checks=jax_bsk.export_checks())(matrix, right)

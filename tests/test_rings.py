@@ -12,6 +12,8 @@
 | launches | all ways to give up to 8 items to 1 or 2 CTAs, and 6 to 3           | larger plans, up to 3 CTAs  |
 | products | deadlocks: sequences of all lengths of four kinds of tiles;            | everything: 8 tiles         |
 |          | everything: all of up to 4 tiles, of 3 where a block has two stages    |                             |
+| narrow   | deadlocks: sequences of all lengths of four kinds of stages            | everything: three rings of  |
+|          |                                                                        | stages                      |
 | all      |                                                                        | random orders on simulated  |
 |          |                                                                        | barriers: 8 or 12 items     |
 
@@ -27,7 +29,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.rings import agreement, backward, forward, products
+from tests.rings import agreement, backward, forward, narrow, products
 from tests.rings.alphabets import backward_items, few_backward_items, few_tiles, product_tiles, tiles
 from tests.rings.backward import KEYS, QUERIES, Backward, Item, Launch, Plan
 from tests.rings.checker import (
@@ -47,6 +49,7 @@ from tests.rings.checker import (
     explore,
 )
 from tests.rings.forward import EMPTY, Forward, Tile
+from tests.rings.narrow import COPIED, WRONG, Narrow
 from tests.rings.products import PAIRS, ROWS, SAMPLED, SAMPLED_64, Products
 from tests.rings.simulator import simulate
 from tests.rings.sources import BACKWARD, FORWARD, Constants, body, python_of
@@ -240,6 +243,22 @@ def test_products_sampled(kind):
         assert check(model, random_pairs(rng) if kind == PAIRS else random_blocks(rng)) == []
 
 
+# ---- The product of few columns
+
+NARROW_STAGES = [(COPIED, COPIED), (WRONG, COPIED), (COPIED, None), (None, WRONG)]
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(128, 8), (128, 32), (128, 64), (64, 8), (64, 32), (64, 64)])
+def test_narrow(rows, columns):
+    model = Narrow(rows, columns)
+    coverage = explore(model, NARROW_STAGES, order=False)
+    assert not coverage.findings, coverage.findings[0]
+    assert coverage.complete
+    rng = random.Random(0)
+    for _ in range(SAMPLES):
+        assert check(model, rng.choices(NARROW_STAGES, k=rng.randint(0, 3 * model.stages))) == []
+
+
 # ---- Seeded mistakes: the shortest sequences that show them. Kinds of findings that must be among those reported.
 
 FORWARD_MISTAKES = [
@@ -340,11 +359,28 @@ def test_product_mistake(kind, mistake, finding):
     assert finding in {x.kind for x in coverage.findings}, coverage
 
 
+NARROW_MISTAKES = [
+    ("stages of wrong entries are not passed on", DEADLOCK),
+    ("stages are released before they are multiplied", OVERWRITTEN),
+    ("sums are written before all warps have multiplied", OVERWRITTEN),
+    ("no CTA waits for the others' sums", STALE),
+    ("CTAs end while others read their sums", OVERWRITTEN),
+]
+
+
+@pytest.mark.parametrize(("mistake", "finding"), NARROW_MISTAKES)
+def test_narrow_mistake(mistake, finding):
+    model = Narrow(64, 64, mistake)
+    items = [(COPIED, COPIED), (WRONG, COPIED)] * model.stages
+    assert finding in {x.kind for x in check(model, items)}
+
+
 def test_every_mistake_is_looked_for():
     assert {x[1] for x in FORWARD_MISTAKES} == set(forward.MISTAKES)
     assert {x[1] for x in BACKWARD_MISTAKES} == set(backward.MISTAKES)
     assert {x[0] for x in LAUNCH_MISTAKES} == set(backward.LAUNCH_MISTAKES)
     assert {x[1] for x in PRODUCT_MISTAKES} == set(products.MISTAKES)
+    assert {x[0] for x in NARROW_MISTAKES} == set(narrow.MISTAKES)
 
 
 # ---- The checker

@@ -74,12 +74,12 @@ int64_t PartsPerPanel(const ProductParams& params) {
 
 // [batch, rows, columns], or [entries, bm, bk]; an array without elements has `other`'s address, which is never read.
 bool MakeMap(DType dtype, const void* data, const void* other, int64_t batch, int64_t rows, int64_t columns,
-             CUtensorMap* map, int box_rows = kPiece) {
+             CUtensorMap* map, int box_rows = kPiece, int box_columns = kPiece) {
   const bool empty = batch * rows * columns == 0;
   const int64_t row = std::max<int64_t>(columns, Limits::kMultiple), matrix = std::max<int64_t>(rows, 1) * row;
   return device::sm90::MakeTensorMap(dtype, empty ? other : data, empty ? Limits::kMultiple : columns,
                                      {{rows, row}, {batch, matrix}, {1, std::max<int64_t>(batch, 1) * matrix}},
-                                     box_rows, 1, map);
+                                     box_rows, 1, map, box_columns);
 }
 
 // ---- The kernels: all that csrc/variants.py lists
@@ -93,23 +93,34 @@ struct Variant {
   Launch* launch;
 };
 using ProductLaunch = cudaError_t(const ProductParams&, const sm90::ProductPlan&, int, cudaStream_t);
+using NarrowLaunch = cudaError_t(const ProductParams&, const sm90::NarrowPlan&, int, cudaStream_t);
 using SampledLaunch = cudaError_t(const SampledParams&, const sm90::SampledPlan&, int, cudaStream_t);
 
 #define JAX_BSK_PRODUCT(Element, left, right) \
   {device::kDType<Element>, left, right, sm90::LaunchProduct<Element, left, right>},
+#define JAX_BSK_NARROW(Element, left, right)
 #define JAX_BSK_SAMPLED(Element, left, right)
 constexpr Variant<ProductLaunch> kProducts[] = {
 #include "matmul/variants.inc"
 };
 #undef JAX_BSK_PRODUCT
-#undef JAX_BSK_SAMPLED
+#undef JAX_BSK_NARROW
 #define JAX_BSK_PRODUCT(Element, left, right)
+#define JAX_BSK_NARROW(Element, left, right) \
+  {device::kDType<Element>, left, right, sm90::LaunchNarrow<Element, left, right>},
+constexpr Variant<NarrowLaunch> kNarrow[] = {
+#include "matmul/variants.inc"
+};
+#undef JAX_BSK_NARROW
+#undef JAX_BSK_SAMPLED
+#define JAX_BSK_NARROW(Element, left, right)
 #define JAX_BSK_SAMPLED(Element, left, right) \
   {device::kDType<Element>, left, right, sm90::LaunchSampled<Element, left, right>},
 constexpr Variant<SampledLaunch> kSampled[] = {
 #include "matmul/variants.inc"
 };
 #undef JAX_BSK_PRODUCT
+#undef JAX_BSK_NARROW
 #undef JAX_BSK_SAMPLED
 
 // The launcher for a type and the layouts of both operands; null where there is none.
@@ -151,7 +162,48 @@ std::string SampledRefusal(const SampledParams& params, int device) {
   return reason.empty() ? DeviceRefusal(device) : reason;
 }
 
+int64_t NarrowCtas(const ProductParams& params, int64_t groups) {
+  return params.batch * params.out_blocks * groups * (params.out_block / sm90::kNarrowPartRows);
+}
+
+bool IsNarrow(const ProductParams& params) {
+  return params.width <= Limits::kNarrowWidth && NarrowCtas(params, 1) <= kMaxInt;
+}
+
 cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {
+  return IsNarrow(params) ? LaunchNarrow(params, device, stream) : LaunchWide(params, workspace, device, stream);
+}
+
+cudaError_t LaunchNarrow(const ProductParams& params, int device, cudaStream_t stream) {
+  if (params.batch * params.out_length * params.width == 0) return cudaSuccess;
+  const DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+
+  sm90::NarrowPlan plan{};
+  const bool left = params.dense_left, transposed = params.transposed;
+  const int64_t bm = transposed ? params.in_block : params.out_block;
+  const int64_t bk = transposed ? params.out_block : params.in_block;
+  const int64_t width = params.width, in = params.in_length, batch = params.dense_batch;
+  const int64_t entries = params.matrix_batch * params.capacity;
+  const int columns = width <= 8 ? 8 : width <= 32 ? 32 : sm90::kNarrowColumns;  // of a tile
+  const auto pieces = [](int64_t length) { return static_cast<int>(length) / kPiece; };
+  // A stage is 64 of the contracted length. An array without elements has the result's address, which is never read.
+  if (!device::sm90::MakeTensorMap(params.dtype, entries == 0 ? params.out : params.data, kPiece,
+                                   {{bm, bk}, {bk / kPiece, kPiece}, {entries, bm * bk}},
+                                   transposed ? kPiece : static_cast<int>(params.out_block),
+                                   transposed ? pieces(params.out_block) : 1, &plan.data) ||
+      !(left ? MakeMap(params.dtype, params.dense, params.out, batch, width, in, &plan.dense, columns)
+             : MakeMap(params.dtype, params.dense, params.out, batch, in, width, &plan.dense, kPiece, columns))) {
+    return cudaErrorInvalidValue;
+  }
+  plan.shift = pieces(params.in_block) - 1;
+  plan.groups = static_cast<int>(CeilDiv(width, sm90::kNarrowColumns));
+  if (NarrowCtas(params, plan.groups) > kMaxInt) return cudaErrorInvalidValue;
+  const auto launch = Find(kNarrow, params.dtype, transposed, !left);
+  return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, columns, stream);
+}
+
+cudaError_t LaunchWide(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {
   if (params.batch * params.out_length * params.width == 0) return cudaSuccess;
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return scope.error();

@@ -21,6 +21,11 @@ std::string SampledRefusal(const SampledParams& params, int device);
 // `workspace` is ProductWorkspace(params) or SampledWorkspace(params) words of device memory for the launch to use,
 // written before they are read.
 cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream);
+// The same by either kernel, for checks and timings that compare them: LaunchProduct takes the narrow one where
+// IsNarrow(params), by the width alone. The narrow one takes any width, 64 columns at a time, and no workspace.
+bool IsNarrow(const ProductParams& params);
+cudaError_t LaunchNarrow(const ProductParams& params, int device, cudaStream_t stream);
+cudaError_t LaunchWide(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream);
 cudaError_t LaunchSampled(const SampledParams& params, int32_t* workspace, int device, cudaStream_t stream);
 
 }  // namespace jax_bsk::matmul::cuda

@@ -7,7 +7,7 @@
 
 namespace jax_bsk::matmul::cuda {
 
-// The counter that hands out tiles, and the order of rows.
+// The counter that hands out tiles, and the order of rows. (A product of few columns uses neither.)
 inline int64_t ProductWorkspace(const ProductParams& params) { return 1 + params.matrix_batch * params.out_blocks; }
 
 // The number of items, the items, and how large the item is that begins at each entry.

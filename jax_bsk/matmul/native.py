@@ -109,6 +109,15 @@ def _adapt_product(platform: str, avals: Avals, call: ProductCall) -> Callable[.
     left, length = attributes.dense_left, attributes.columns if attributes.transposed else attributes.rows
     if platform != "cuda" or (dense[-1] % 8 == 0 and (not left or length % 8 == 0)):
         return None
+    if not left and dense[-1] == 1:  # a column lies as a row does, which needs no more of them beside it
+        rows = dataclasses.replace(attributes, dense_left=True)
+        call = ProductCall(rows, avals[0].shape[-2:], native=True)
+
+        def as_a_row(*args: jax.Array) -> list[jax.Array]:
+            (out,) = PRODUCT.bind(call, *args[:4], jnp.swapaxes(args[4], -1, -2))
+            return [jnp.swapaxes(out, -1, -2)]
+
+        return as_a_row
     if left:  # a matrix a few columns larger still has as many blocks: these are of whole multiples of 8
         attributes = dataclasses.replace(attributes, rows=_up(attributes.rows), columns=_up(attributes.columns))
     larger = ProductCall(attributes, avals[0].shape[-2:], native=True)

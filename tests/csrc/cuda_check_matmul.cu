@@ -85,10 +85,15 @@ std::string Refusal(const ProductParams& params) { return cuda::ProductRefusal(p
 std::string Refusal(const SampledParams& params) { return cuda::SampledRefusal(params, 0); }
 int64_t Workspace(const ProductParams& params) { return cuda::ProductWorkspace(params); }
 int64_t Workspace(const SampledParams& params) { return cuda::SampledWorkspace(params); }
-void Launch(const ProductParams& params, const Device& workspace, cudaStream_t stream) {
-  CUDA_OK(cuda::LaunchProduct(params, static_cast<int32_t*>(workspace.data()), 0, stream));
+// Which of the products' two kernels: the one that a call takes, or one by its name.
+enum class Kernel { kChosen, kWide, kNarrow };
+void Launch(const ProductParams& params, const Device& workspace, cudaStream_t stream, Kernel kernel) {
+  auto* words = static_cast<int32_t*>(workspace.data());
+  if (kernel == Kernel::kChosen) CUDA_OK(cuda::LaunchProduct(params, words, 0, stream));
+  if (kernel == Kernel::kWide) CUDA_OK(cuda::LaunchWide(params, words, 0, stream));
+  if (kernel == Kernel::kNarrow) CUDA_OK(cuda::LaunchNarrow(params, 0, stream));
 }
-void Launch(const SampledParams& params, const Device& workspace, cudaStream_t stream) {
+void Launch(const SampledParams& params, const Device& workspace, cudaStream_t stream, Kernel) {
   CUDA_OK(cuda::LaunchSampled(params, static_cast<int32_t*>(workspace.data()), 0, stream));
 }
 
@@ -111,7 +116,8 @@ bool IsRefused(const std::string& what, const Params& params, const std::string&
 // Runs a problem of `count` elements of result, which come back as `order` puts them: as wanted, and again the same.
 template <typename Params>
 bool RunAndCompare(const std::string& what, Params params, int64_t count, const Wanted& want,
-                   const std::function<std::vector<float>(std::vector<float>)>& order) {
+                   const std::function<std::vector<float>(std::vector<float>)>& order,
+                   Kernel kernel = Kernel::kChosen) {
   Device out(count * SizeOf(params.out_dtype), 0xFF), workspace(Workspace(params) * 4, 0x7F);
   params.out = out.data();
   if (!IsHopper()) return IsRefused(what, params, "compute capability");
@@ -121,7 +127,7 @@ bool RunAndCompare(const std::string& what, Params params, int64_t count, const 
   }
   cudaStream_t stream;
   CUDA_OK(cudaStreamCreate(&stream));
-  const auto launch = [&] { Launch(params, workspace, stream); };
+  const auto launch = [&] { Launch(params, workspace, stream, kernel); };
   launch();
   CUDA_OK(cudaStreamSynchronize(stream));
   bool passed = Compare(what, want, order(Decode(out.Bytes(), params.out_dtype)), params.out_dtype);
@@ -156,6 +162,7 @@ struct ProductCase {
   int64_t spare = 3;  // room for more blocks than there are
   Fault fault = Fault::kNone;
   bool spoiled = false;  // the dense operand holds a NaN and infinities
+  Kernel kernel = Kernel::kChosen;
 };
 
 struct Block {
@@ -323,11 +330,68 @@ bool RunProduct(const ProductCase& c) {
           passed &= IsRefused(what, p, "multiple of 8");
           continue;
         }
-        passed &= RunAndCompare(what, p, p.batch * p.out_length * p.width, want, [&](std::vector<float> got) {
+        const auto order = [&](std::vector<float> got) {
           return dense_left ? Transposed(got, p.batch, p.width, p.out_length) : got;
-        });
+        };
+        passed &= RunAndCompare(what, p, p.batch * p.out_length * p.width, want, order, c.kernel);
       }
   }
+  return passed;
+}
+
+// Products of few columns whose bits must not depend on what else is computed: three columns alone, 64 columns, and 64
+// of each of three examples, of which the last are these.
+bool RunInvariance(int64_t block) {
+  if (!IsHopper()) return true;
+  std::mt19937 rng(99);
+  ProductCase c;
+  c.block_rows = c.block_columns = block, c.rows = 1288, c.columns = 1400, c.width = 64;
+  Matrix matrix = MakeMatrix(c, rng);
+  ProductParams p{};
+  p.dtype = p.out_dtype = c.dtype;
+  p.batch = p.matrix_batch = p.dense_batch = 1;
+  p.out_length = c.rows, p.in_length = c.columns, p.out_block = p.in_block = block;
+  p.out_blocks = CeilDiv(p.out_length, block), p.in_blocks = CeilDiv(p.in_length, block);
+  p.capacity = matrix.capacity, p.dense_left = true;
+  const Lists lists = MakeLists(c, matrix, false, p.out_blocks, p.in_blocks);
+  auto dense = Normal(3 * c.width * c.columns, rng);
+  const auto bytes = Encode(dense, c.dtype);
+  const size_t example = bytes.size() / 3, row = c.rows * 2;
+  const Exact data(Encode(matrix.data, c.dtype)), all(bytes);
+  const Exact last(std::vector<uint8_t>(bytes.end() - example, bytes.end()));
+  const Exact offsets(lists.offsets), ids(lists.ids), places(lists.places);
+  p.data = data.data(), p.lists = {Words(offsets), Words(ids), Words(places)};
+  const Device workspace(Workspace(p) * 4);
+  const auto run = [&](int64_t batch, int64_t width) {
+    p.batch = p.dense_batch = batch, p.width = width, p.dense = batch == 1 ? last.data() : all.data();
+    const Device out(batch * width * row, 0xFF);
+    p.out = out.data();
+    Launch(p, workspace, nullptr, Kernel::kChosen);
+    CUDA_OK(cudaDeviceSynchronize());
+    return out.Bytes();
+  };
+  const auto three = run(1, 3), full = run(1, 64), batch = run(3, 64);
+  const bool columns = std::equal(three.begin(), three.end(), full.begin());
+  const bool examples = std::equal(full.begin(), full.end(), batch.end() - full.size());
+  std::printf("  three columns of 64: %s; an example of three: %s\n", columns ? "the same" : "other bits   <-- FAILED",
+              examples ? "the same" : "other bits   <-- FAILED");
+  return columns && examples;
+}
+
+// Which kernel a product takes: by its width alone.
+bool RunChoice() {
+  bool passed = true;
+  for (const int64_t width : {1, 2, 8, 63, 64, 65, 128, 4096})
+    for (const int64_t block : {64, 128})
+      for (const int64_t blocks : {1, 64, 4096}) {
+        ProductParams p{};
+        p.batch = 1, p.width = width, p.out_block = block, p.out_blocks = blocks;
+        passed &= cuda::IsNarrow(p) == (width <= cuda::Limits::kNarrowWidth);
+      }
+  ProductParams huge{};
+  huge.batch = huge.width = 8, huge.out_block = 128, huge.out_blocks = int64_t{1} << 27;
+  passed &= !cuda::IsNarrow(huge);  // more CTAs than a grid has
+  std::printf("  up to %d columns%s\n", cuda::Limits::kNarrowWidth, passed ? "" : "   <-- FAILED");
   return passed;
 }
 
@@ -529,7 +593,7 @@ bool TimeProducts(int64_t block) {
   const auto time = [&](const char* what, const auto& params) {
     const Device workspace(Workspace(params) * 4);
     if (!Refusal(params).empty()) std::printf("REFUSED: %s\n", Refusal(params).c_str()), std::exit(3);
-    const Milliseconds ms = Time([&] { Launch(params, workspace, nullptr); });
+    const Milliseconds ms = Time([&] { Launch(params, workspace, nullptr, Kernel::kChosen); });
     std::printf("  %-16s %.3f ms median, %.3f ms best, %.0f TFLOP/s of the blocks\n", what, ms.median, ms.best,
                 flops / ms.median * 1e-9);
   };
@@ -565,6 +629,75 @@ bool TimeProducts(int64_t block) {
     for (const bool right : {false, true}) {
       sampled.left_transposed = left, sampled.right_transposed = right;
       time(left ? right ? "left^T right^T" : "left^T right" : right ? "left right^T" : "left right", sampled);
+    }
+  return true;
+}
+
+// Both kernels of the product, bfloat16 [8192, 8192] with 22 % of the blocks, by the width: microseconds of a call
+// among twenty in a CUDA graph, and the stored blocks' bytes by it.
+bool TimeNarrow(int64_t block) {
+  constexpr int64_t kLength = 8192, kMost = 256;
+  constexpr int kCalls = 20;
+  const int64_t blocks = kLength / block;
+  std::mt19937 rng(7);
+  std::vector<int32_t> offsets[2] = {{0}, {0}}, ids[2], places[2];
+  std::vector<std::vector<std::pair<int32_t, int32_t>>> columns(blocks);
+  for (int64_t i = 0; i < blocks; ++i) {
+    for (int64_t j = 0; j < blocks; ++j) {
+      if (rng() % 100 >= 22) continue;
+      const auto place = static_cast<int32_t>(ids[0].size());
+      columns[j].push_back({static_cast<int32_t>(i), place});
+      ids[0].push_back(static_cast<int32_t>(j));
+      places[0].push_back(place);
+    }
+    offsets[0].push_back(static_cast<int32_t>(ids[0].size()));
+  }
+  for (const auto& column : columns) {
+    for (const auto& [row, place] : column) ids[1].push_back(row), places[1].push_back(place);
+    offsets[1].push_back(static_cast<int32_t>(ids[1].size()));
+  }
+  const auto capacity = static_cast<int64_t>(ids[0].size());
+  const Device data(capacity * block * block * 2), dense(kLength * kMost * 2), out(kLength * kMost * 2);
+  const Exact list[2][3] = {{Exact(offsets[0]), Exact(ids[0]), Exact(places[0])},
+                            {Exact(offsets[1]), Exact(ids[1]), Exact(places[1])}};
+  ProductParams p{};
+  p.dtype = p.out_dtype = DType::kBF16;
+  p.batch = p.matrix_batch = p.dense_batch = 1;
+  p.out_length = p.in_length = kLength, p.out_block = p.in_block = block, p.out_blocks = p.in_blocks = blocks;
+  p.capacity = capacity, p.data = data.data(), p.dense = dense.data(), p.out = out.data();
+  const Device workspace(Workspace(p) * 4);
+  const double bytes = 2. * capacity * block * block;
+  std::printf("  %.1f %% of the blocks, %.1f MB; columns: narrow us (TB/s), wide us\n",
+              100. * capacity / (blocks * blocks), bytes * 1e-6);
+  for (const bool dense_left : {false, true})
+    for (const bool transposed : {false, true}) {
+      p.transposed = transposed, p.dense_left = dense_left;
+      p.lists = {Words(list[transposed][0]), Words(list[transposed][1]), Words(list[transposed][2])};
+      std::printf("  %-6s", dense_left ? transposed ? "b A" : "b A^T" : transposed ? "A^T b" : "A b");
+      for (const int64_t width : {1, 8, 16, 32, 64, 96, 128, 256}) {
+        if (!dense_left && width % 8 != 0) continue;
+        p.width = width;
+        double us[2];
+        for (const Kernel kernel : {Kernel::kNarrow, Kernel::kWide}) {
+          cudaStream_t stream;
+          cudaGraph_t graph;
+          cudaGraphExec_t executable;
+          CUDA_OK(cudaStreamCreate(&stream));
+          Launch(p, workspace, stream, kernel);  // loads the kernel, which a capture must not
+          CUDA_OK(cudaStreamSynchronize(stream));
+          CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+          for (int i = 0; i < kCalls; ++i) Launch(p, workspace, stream, kernel);
+          CUDA_OK(cudaStreamEndCapture(stream, &graph));
+          CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
+          us[kernel == Kernel::kWide] =
+              Time([&] { CUDA_OK(cudaGraphLaunch(executable, nullptr)); }).median * 1e3 / kCalls;
+          CUDA_OK(cudaGraphExecDestroy(executable));
+          CUDA_OK(cudaGraphDestroy(graph));
+          CUDA_OK(cudaStreamDestroy(stream));
+        }
+        std::printf("  %d: %.1f (%.2f) %.1f", static_cast<int>(width), us[0], bytes * 1e-6 / us[0], us[1]);
+      }
+      std::printf("\n");
     }
   return true;
 }
@@ -617,13 +750,16 @@ std::vector<Named> Cases() {
   product("matmul-product-panels-128", [](ProductCase& c) {
     c.rows = 136, c.columns = 16384, c.width = 1544, c.block_rows = c.block_columns = 128;
   });
-  product("matmul-product-least", [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull; });
+  product("matmul-product-least",
+          [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.kernel = Kernel::kWide; });
   product("matmul-product-least-128", [](ProductCase& c) {
-    c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;
+    c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.kernel = Kernel::kWide;
+    c.block_rows = c.block_columns = 128;
   });
   product("matmul-product-odd-lengths", [](ProductCase& c) { c.rows = 331, c.columns = 203, c.width = 136; });
   product("matmul-product-odd-width", [](ProductCase& c) { c.width = 133; });
-  product("matmul-product-one-column", [](ProductCase& c) { c.width = 1, c.block_rows = c.block_columns = 128; });
+  product("matmul-product-one-column",
+          [](ProductCase& c) { c.width = 1, c.block_rows = c.block_columns = 128, c.kernel = Kernel::kWide; });
   product("matmul-product-no-columns", [](ProductCase& c) { c.columns = 0; });
   product("matmul-product-no-width", [](ProductCase& c) { c.width = 0; });
 
@@ -676,6 +812,85 @@ std::vector<Named> Cases() {
         c.batch = 2, c.matrix_batched = block == 64;
       });
 
+  // Few columns: tiles of 8, 32 and 64 of them, in part and whole.
+  for (const DType dtype : {DType::kBF16, DType::kF16})
+    for (const auto& [block_rows, block_columns] : {std::pair{128, 128}, {64, 64}, {128, 64}, {64, 128}})
+      for (const int width : {8, 32, 64})
+        product("matmul-narrow-" + std::string(dtype == DType::kBF16 ? "bf16-" : "f16-") + std::to_string(block_rows) +
+                    (block_rows == block_columns ? "" : "x" + std::to_string(block_columns)) + "-" +
+                    std::to_string(width),
+                [&, bm = block_rows, bk = block_columns, n = width](ProductCase& c) {
+                  c.dtype = dtype, c.block_rows = bm, c.block_columns = bk, c.width = n;
+                });
+  product("matmul-narrow-one", [](ProductCase& c) { c.width = 1; });
+  product("matmul-narrow-one-128", [](ProductCase& c) { c.width = 1, c.block_rows = c.block_columns = 128; });
+  product("matmul-narrow-two", [](ProductCase& c) { c.width = 2, c.block_rows = c.block_columns = 128; });
+  product("matmul-narrow-seven", [](ProductCase& c) { c.width = 7; });
+  product("matmul-narrow-nine", [](ProductCase& c) { c.width = 9, c.block_rows = c.block_columns = 128; });
+  product("matmul-narrow-sixteen", [](ProductCase& c) { c.width = 16; });
+  product("matmul-narrow-thirty-three", [](ProductCase& c) { c.width = 33; });
+  product("matmul-narrow-forty", [](ProductCase& c) { c.width = 40, c.block_rows = c.block_columns = 128; });
+  // Groups of 64 columns, which no call takes.
+  product("matmul-narrow-groups", [](ProductCase& c) { c.width = 136, c.batch = 2, c.kernel = Kernel::kNarrow; });
+  product("matmul-narrow-groups-128",
+          [](ProductCase& c) { c.width = 200, c.block_rows = c.block_columns = 128, c.kernel = Kernel::kNarrow; });
+  product("matmul-narrow-least", [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull; });
+  product("matmul-narrow-least-128", [](ProductCase& c) {
+    c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;
+  });
+  product("matmul-narrow-odd-lengths", [](ProductCase& c) { c.rows = 331, c.columns = 203, c.width = 24; });
+  product("matmul-narrow-no-columns", [](ProductCase& c) { c.columns = 0, c.width = 8; });
+  product("matmul-narrow-no-width", [](ProductCase& c) { c.width = 0, c.kernel = Kernel::kNarrow; });
+  // Lists that wrap every ring many times and are read in several chunks, and rows of all lengths.
+  product("matmul-narrow-long",
+          [](ProductCase& c) { c.rows = 136, c.columns = 8200, c.width = 8, c.pattern = P::kFull; });
+  product("matmul-narrow-long-128", [](ProductCase& c) {
+    c.rows = 136, c.columns = 20104, c.width = 64, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;
+  });
+  product("matmul-narrow-long-128x64", [](ProductCase& c) {
+    c.rows = 136, c.columns = 8712, c.width = 32, c.pattern = P::kFull, c.block_rows = 128;
+  });
+  product("matmul-narrow-full", [](ProductCase& c) { c.pattern = P::kFull, c.spare = 0, c.width = 64; });
+  product("matmul-narrow-empty", [](ProductCase& c) { c.pattern = P::kEmpty, c.width = 8; });
+  product("matmul-narrow-empty-128", [](ProductCase& c) {
+    c.pattern = P::kEmpty, c.block_rows = c.block_columns = 128, c.width = 40, c.batch = 2, c.matrix_batched = true;
+  });
+  product("matmul-narrow-no-capacity", [](ProductCase& c) { c.pattern = P::kEmpty, c.spare = 0, c.width = 8; });
+  product("matmul-narrow-uneven",
+          [](ProductCase& c) { c.pattern = P::kUneven, c.rows = 1160, c.columns = 1400, c.width = 16; });
+  product("matmul-narrow-uneven-128", [](ProductCase& c) {
+    c.pattern = P::kUneven, c.rows = 1160, c.columns = 1400, c.width = 64, c.block_rows = c.block_columns = 128;
+  });
+  product("matmul-narrow-unsorted", [](ProductCase& c) { c.pattern = P::kUnsorted, c.spare = 5, c.width = 8; });
+  product("matmul-narrow-unsorted-128", [](ProductCase& c) {
+    c.pattern = P::kUnsorted, c.spare = 5, c.width = 64, c.block_rows = c.block_columns = 128;
+  });
+  product("matmul-narrow-batches",
+          [](ProductCase& c) { c.batch = 3, c.matrix_batched = c.dense_batched = true, c.width = 24; });
+  product("matmul-narrow-shared-matrix", [](ProductCase& c) { c.batch = 3, c.dense_batched = true, c.width = 8; });
+  product("matmul-narrow-shared-dense", [](ProductCase& c) {
+    c.batch = 3, c.matrix_batched = true, c.block_rows = c.block_columns = 128, c.width = 64;
+  });
+  // Several waves of clusters.
+  product("matmul-narrow-many",
+          [](ProductCase& c) { c.batch = 16, c.matrix_batched = true, c.rows = 1288, c.columns = 712, c.width = 8; });
+  product("matmul-narrow-many-128", [](ProductCase& c) {
+    c.batch = 24, c.dense_batched = true, c.rows = 1288, c.columns = 712, c.width = 64;
+    c.block_rows = c.block_columns = 128;
+  });
+  product("matmul-narrow-nan", [](ProductCase& c) { c.spoiled = true, c.width = 16; });
+  product("matmul-narrow-nan-128",
+          [](ProductCase& c) { c.spoiled = true, c.width = 64, c.block_rows = c.block_columns = 128; });
+  for (const auto& [name, fault] : faults)
+    for (const int block : {64, 128})
+      product("matmul-narrow-" + std::string(name) + "-" + std::to_string(block), [&, fault = fault](ProductCase& c) {
+        c.fault = fault, c.pattern = P::kFull, c.block_rows = c.block_columns = block, c.width = 8;
+        c.batch = 2, c.matrix_batched = block == 64;
+      });
+  add("matmul-narrow-invariance", [] { return RunInvariance(64); });
+  add("matmul-narrow-invariance-128", [] { return RunInvariance(128); });
+  add("matmul-narrow-choice", RunChoice);
+
   sampled("matmul-sampled-whole", [](SampledCase& c) { c.rows = 384, c.columns = 512, c.depth = 128; });
   sampled("matmul-sampled-whole-128",
           [](SampledCase& c) { c.rows = 384, c.columns = 512, c.depth = 128, c.block_rows = c.block_columns = 128; });
@@ -725,6 +940,8 @@ std::vector<Named> Cases() {
   add("matmul-refusals", RunRefusals);
   add("time-matmul-128", [] { return TimeProducts(128); });
   add("time-matmul-64", [] { return TimeProducts(64); });
+  add("time-narrow-128", [] { return TimeNarrow(128); });
+  add("time-narrow-64", [] { return TimeNarrow(64); });
   return cases;
 }
 

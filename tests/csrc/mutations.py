@@ -44,6 +44,7 @@ GATED_FORWARD_64 = ("attention/sm90/fwd_bf16_64_plaingated.cu",)
 GATED_BACKWARD_64 = ("attention/sm90/bwd_bf16_64_plaingated.cu",)
 GATED_BACKWARD_128 = ("attention/sm90/bwd_bf16_128_plaingated.cu",)
 PRODUCT = ("matmul/sm90/product_bf16.cu",)
+NARROW = ("matmul/sm90/narrow_bf16.cu",)
 SAMPLED = ("matmul/sm90/sampled_bf16.cu",)
 PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
 PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
@@ -447,6 +448,60 @@ BACKWARD = (
 )
 
 MATMUL = (
+    Mutation(
+        name="narrow-second-half",
+        what="the second 64 of a block's contracted length are multiplied by the dense operand's first",
+        file="matmul/sm90/narrow.cuh",
+        before="params.in_block) + half * kPiece;",
+        after="params.in_block);",
+        instances=NARROW,
+        cases=("matmul-narrow-bf16-128-8", "matmul-narrow-bf16-64x128-32"),
+    ),
+    Mutation(
+        name="narrow-last-stages",
+        what="stages that do not divide among the CTAs of a cluster are left out",
+        file="matmul/sm90/narrow.cuh",
+        before="last = stages * (rank + 1) / parts;",
+        after="last = stages / parts * (rank + 1);",
+        instances=NARROW,
+        cases=("matmul-narrow-bf16-64-8", "matmul-narrow-long-128x64"),
+    ),
+    Mutation(
+        name="narrow-own-poison",
+        what="a wrong entry makes NaN of the rows alone that its own CTA stores",
+        file="matmul/sm90/narrow.cuh",
+        before="&shared_.poisoned, part)",
+        after="&shared_.poisoned, rank)",
+        instances=NARROW,
+        cases=("matmul-narrow-large-id-64", "matmul-narrow-negative-place-128"),
+    ),
+    Mutation(
+        name="narrow-depth",
+        what="of blocks of 64 rows the sums of one half of the contracted length are added twice",
+        file="matmul/sm90/narrow.cuh",
+        before="address + depth * kSums * 4",
+        after="address",
+        instances=NARROW,
+        cases=("matmul-narrow-bf16-64-64", "matmul-narrow-bf16-64-8"),
+    ),
+    Mutation(
+        name="narrow-first-dense",
+        what="every example is multiplied by the first one's dense operand",
+        file="matmul/sm90/narrow.cuh",
+        before="dense = params.dense_batch == 1 ? 0 : batch;",
+        after="dense = 0;",
+        instances=NARROW,
+        cases=("matmul-narrow-shared-matrix", "matmul-narrow-batches"),
+    ),
+    Mutation(
+        name="narrow-own-sums",
+        what="a CTA adds its own sums as often as its cluster has CTAs",
+        file="matmul/sm90/narrow.cuh",
+        before="device::sm90::ClusterAddress(place, part)",
+        after="device::sm90::ClusterAddress(place, rank)",
+        instances=NARROW,
+        cases=("matmul-narrow-bf16-128-32", "matmul-narrow-bf16-64-32"),
+    ),
     Mutation(
         name="product-second-step",
         what="the second 64 of a block's contracted length are multiplied by the dense operand's first",

@@ -119,22 +119,22 @@ class Agent:
         self.program.append(("copy", tuple(writes), signal, tuple(reads)))
 
     # ---- Buffers: an access is (memory, use) or (memory, use, version)
-    def begin_read(self, memory: Memory, use: int, version=0):
+    def begin_read(self, memory: Memory, use: int, version: int | str = 0):
         self.program.append(("begin", "read", memory, use, version))
 
-    def end_read(self, memory: Memory, use: int, version=0):
+    def end_read(self, memory: Memory, use: int, version: int | str = 0):
         self.program.append(("end", "read", memory, use, version))
 
-    def begin_write(self, memory: Memory, use: int, version=0):
+    def begin_write(self, memory: Memory, use: int, version: int | str = 0):
         self.program.append(("begin", "write", memory, use, version))
 
-    def end_write(self, memory: Memory, use: int, version=0):
+    def end_write(self, memory: Memory, use: int, version: int | str = 0):
         self.program.append(("end", "write", memory, use, version))
 
-    def read(self, memory: Memory, use: int, version=0):
+    def read(self, memory: Memory, use: int, version: int | str = 0):
         self.program.append(("access", "read", memory, use, version))
 
-    def write(self, memory: Memory, use: int, version=0):
+    def write(self, memory: Memory, use: int, version: int | str = 0):
         self.program.append(("access", "write", memory, use, version))
 
     # ---- Counters in global memory

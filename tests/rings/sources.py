@@ -10,6 +10,7 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 FORWARD = ("attention/sm90/config.h", "attention/sm90/fwd_shared.cuh", "device/ring.cuh")
 BACKWARD = ("attention/sm90/config.h", "attention/sm90/bwd_shared.cuh", "attention/sm90/bwd_plan.h", "device/ring.cuh")
+NARROW = ("matmul/sm90/config.h", "matmul/sm90/narrow.cuh", "device/ring.cuh")
 PRODUCTS = ("matmul/sm90/config.h", "matmul/sm90/shared.cuh", "matmul/sm90/product.cuh", "matmul/sm90/consumer.cuh")
 
 

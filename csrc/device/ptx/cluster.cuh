@@ -52,4 +52,19 @@ __device__ __forceinline__ int WaitForWord(const int& word, Barrier& barrier, ui
   return value;
 }
 
+// Loads from such an address; a SyncCluster stands between them and what was written there.
+__device__ __forceinline__ int LoadFromCluster(uint32_t address) {
+  int value;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+__device__ __forceinline__ float4 LoadFourFromCluster(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+               : "r"(address)
+               : "memory");
+  return x;
+}
+
 }  // namespace jax_bsk::device::sm90

@@ -64,12 +64,32 @@ struct SampledPlan {
 };
 constexpr int kItemShift = 28;
 
+// ---- Products of few columns: a CTA's tile is one out block x up to 64 columns. The entries of the block are divided
+// among the CTAs of a cluster, one per 32 rows, whatever the problem and the device: the bits of a result depend on its
+// own list alone.
+constexpr int kNarrowColumns = 64;
+constexpr int kNarrowPartRows = 32;
+constexpr int kNarrowConsumers = 4;  // warps
+constexpr int kNarrowThreads = 32 * (kNarrowConsumers + 1);
+// Of a CTA's stages. Two CTAs share the 228 KB of a multiprocessor: some 200 KB are under way, where the memory needs
+// about 40 at all times. So late CTAs go on at the memory's speed when others are done.
+constexpr int kNarrowRingBytes = 108 << 10;
+
+struct NarrowPlan {
+  CUtensorMap data;   // (column of 64, row, 64 columns, entry)
+  CUtensorMap dense;  // (column, row, batch)
+  int shift;          // log2 of the stages of a block: in_block / 64
+  int groups;         // of 64 columns
+};
+
 // Which index of an operand runs through neighbouring elements: the contracted one, or the one that it shares with the
 // result (M of the left operand, N of the right one).
 enum class Layout { kKMajor, kMnMajor };
 
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchProduct(const ProductParams& params, const ProductPlan& plan, int grid, cudaStream_t stream);
+template <typename Element, Layout kLeft, Layout kRight>
+cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, cudaStream_t stream);
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream);
 
