@@ -36,6 +36,7 @@ class SequenceShards:
       shards: Number of shards.
       keys_split: Whether the keys split over the same axes; else each shard is given all of them.
       inner: What the shard computes of its operands, once these are all there.
+      sums_gates: Whether the gradient of gates, of which all shards have all, is summed over them.
     """
 
     call: Any
@@ -44,12 +45,15 @@ class SequenceShards:
     shards: int
     keys_split: bool
     inner: Run
+    sums_gates: bool = True
 
     def run(self, bind: Bind, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Computes a shard's results from its operands."""
-        return compat.call_without_mesh(lambda *local: self._run(bind, local), *operands)
+        return compat.call_without_mesh(lambda *local: self.within(bind, local), *operands)
 
-    def _run(self, bind: Bind, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    def within(self, bind: Bind, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """The same in a program of the shard."""
+
         def local(call: Any, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
             return self._of_rows(bind, call, dict(zip(self.dims.operands, operands, strict=True)))
 
@@ -185,7 +189,8 @@ class SequenceShards:
 
         for _ in lead:
             spread = jax.vmap(spread)
-        return jax.lax.psum(spread(dgates, places), self.axis)  # every entry is one shard's: nothing is rounded
+        spread_out = spread(dgates, places)  # every entry is one shard's: nothing is rounded in a sum
+        return jax.lax.psum(spread_out, self.axis) if self.sums_gates else spread_out
 
     # ---- keys -------------------------------------------------------------------------------------------------------
 
@@ -193,6 +198,24 @@ class SequenceShards:
         if self.keys_split:
             return sum_of_shards(dx, self.axis, self.shards)
         return jax.lax.psum(dx.astype(statistics_dtype(dx.dtype)), self.axis).astype(dx.dtype)
+
+
+def in_shard_map(native: Any, dims: Dims, call: Any, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
+    """A native call inside a `shard_map`, of a shard's own queries, keys and values and the whole lists.
+
+    Args:
+      native: The call that a shard computes, `native(call, *operands)`.
+      dims: Letters of the call.
+      call: Static part of the call; its `axis` names the mesh axes.
+      operands: Operands of the call.
+
+    Returns:
+      The shard's results. Those of gates, which are not sharded, are the shard's part of the sum over all shards.
+    """
+    local = dataclasses.replace(call, visits=None, axis=None)
+    shards = jax.lax.axis_size(call.axis)
+    parts = SequenceShards(call, dims, call.axis, shards, True, lambda bind, x: bind(call, x), sums_gates=False)
+    return parts.within(lambda _, x: native(local, *x), [jnp.asarray(x) for x in operands])
 
 
 @dataclasses.dataclass(frozen=True)

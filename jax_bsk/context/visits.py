@@ -109,7 +109,7 @@ class Visits:
         return max(1, int(lengths.reshape(*lengths.shape[:2], shards, -1).sum(-1).max()))
 
 
-def visits_of_shards(mask: BlockMask, query: Any) -> Visits | None:
+def visits_of_shards(mask: BlockMask, query: Any, axis: Any = None) -> Visits | None:
     """The visits of a call's mask, where the query may be sharded along the sequence.
 
     They are a static part of the call, which is compiled anew for other visits. So an eager call has none where its
@@ -118,7 +118,10 @@ def visits_of_shards(mask: BlockMask, query: Any) -> Visits | None:
     Args:
       mask: Mask of the call.
       query: [B, T, N, H] array, which may be traced.
+      axis: Mesh axes of a `shard_map` that the query is a shard along, or None.
     """
+    if axis is not None:
+        return Visits.of(mask)
     if jax.device_count() == 1:
         return None
     if not isinstance(query, jax.core.Tracer):

@@ -94,6 +94,21 @@ def test_a_window_sends_its_neighbours_blocks_alone():
     assert described.received.max() == 2 * 3 * BLOCK * 2 * 16 * 4
 
 
+def test_rows_of_own_keys_alone_wait_for_no_key():
+    """Two calls of the kernel, of which one has no operand that depends on a collective: XLA can run them at once."""
+    bound = WINDOW.bind(LENGTH, block_size=BLOCK)
+    run = functools.partial(attention, mask=bound)
+    compiled, _ = run_on(mesh_of({"sequence": 4}), P(None, "sequence"), run, inputs())
+    lines = dict(re.findall(r"^\s*(?:ROOT )?(%[\w.-]+) = (.*?)(?:, metadata=.*)?$", compiled.as_text(), re.MULTILINE))
+    calls = [name for name, line in lines.items() if 'custom_call_target="jax_bsk_attention_forward"' in line]
+
+    def waits(name: str) -> bool:
+        line = lines.get(name, "").partition("to_apply")[0].partition("calls=")[0]
+        return "collective-permute" in line or any(map(waits, re.findall(r"%[\w.-]+", line)))
+
+    assert sorted(map(waits, calls)) == [False, True]
+
+
 @pytest.mark.parametrize("kv_heads", [4, 2, 1])
 def test_beside_data_and_heads(kv_heads):
     mask = MultiHeadMask([WINDOW, CausalMask(), CausalMask() & GlobalMask(16), WINDOW]).bind(LENGTH, block_size=BLOCK)
