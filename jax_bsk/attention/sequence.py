@@ -2,7 +2,8 @@
 
 Beside `sharding`, which decides that the queries T split over a mesh. A row of a list says the same wherever it lies,
 so a shard computes its queries with its part of `row_offsets`; the keys and values that those rows visit come to it,
-and the gradients of these go back (`context.exchange`).
+and the gradients of these go back (`context.exchange`). Rows that visit the shard's own keys alone are a call of their
+own, which XLA runs beside the exchange.
 """
 
 from __future__ import annotations

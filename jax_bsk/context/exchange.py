@@ -11,6 +11,9 @@ Shard i of n has the key blocks [i m, (i + 1) m). An `Exchange` is fixed when a 
 A shard's keys are then its own, followed by what came; `slots` says where a block lies among them, and the ids in the
 shard's lists are replaced by it. A row visits the same blocks in the same order as on one device, so outputs and the
 gradients of queries have the same bits.
+
+Where few rows visit others' keys, they are a `Part` of their own, with the own blocks that they visit and what came.
+The other rows need nothing that travels, and their keys are not copied.
 """
 
 from __future__ import annotations
