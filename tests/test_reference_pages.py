@@ -427,6 +427,7 @@ RAISED: dict[str, Callable[[], Any]] = {
     ),
     "with axis_name=... each device has whole blocks of the mask, got ... queries and ... keys per device for blocks "
     "of ... and ...; ...": in_shard_map,
+    "axis_name names mesh axes of a shard_map around the call, got ...; ...": lambda: attend(axis_name="a"),
     "axis_name needs a native kernel, of which ... has none; use jit without a shard_map.": lambda: in_shard_map(
         mask=CausalMask().bind(64, block_size=32), implementation="xla"
     ),

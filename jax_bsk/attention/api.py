@@ -198,7 +198,7 @@ def sparse_attention(
     batch, q_len, heads, head_dim = query.shape
     kv_len = key.shape[1]
     if axis_name is not None:  # the lengths of the whole sequence
-        shards = jax.lax.axis_size(axis_name)
+        shards = _axis_size(axis_name)
         q_len, kv_len = q_len * shards, kv_len * shards
 
     block_mask = bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
@@ -262,6 +262,17 @@ def sparse_attention(
     assert lse is not None  # asked for
     lse = jnp.swapaxes(lse, 1, 2)
     return out, lse[0] if unbatched else lse
+
+
+def _axis_size(axis_name: str | tuple[str, ...]) -> int:
+    """The number of devices along mesh axes of the `shard_map` around a call."""
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name names mesh axes of a shard_map around the call, got {axis_name!r}; outside of one, leave it "
+            "out: under jit a call follows the sharding of its arguments"
+        ) from None
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:

@@ -163,7 +163,8 @@ def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[
         if axis is None:
             return out, lse
         first = jax.lax.axis_index(axis) * tokens
-        return tuple(jax.lax.dynamic_slice_in_dim(x, first, tokens, axis=i) for x, i in ((out, 1), (lse, 2)))
+        out = jax.lax.dynamic_slice_in_dim(out, first, tokens, axis=1)
+        return out, jax.lax.dynamic_slice_in_dim(lse, first, tokens, axis=2)
 
     return attention
 

@@ -124,8 +124,8 @@ class SequenceShards:
             z["lengths"] = jnp.concatenate([of_queries, of_keys], axis=-1).astype(given["lengths"].dtype)
         if "col_offsets" not in given:
             first, second = (bind(call, list(z.values())) for z in (x, y))
-            axes = -3, -1, -1
-            return tuple(_set_rows(*z, rows, block, axis) for *z, axis in zip(first, second, axes, strict=True))
+            pairs = zip(first, second, (-3, -1, -1), strict=True)
+            return tuple(_set_rows(a, b, rows, block, axis) for a, b, axis in pairs)
         for z, part in zip((x, y), exchange.parts, strict=True):
             z |= self._columns(given, part, shard).lists
         dquery, dkey, dvalue, dgates = bind(call, list(x.values()))
@@ -280,11 +280,23 @@ def _places(count: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array, jax.
     """The offsets of lists of these lengths, and for each of `capacity` entries its number and its list."""
     offsets = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(count, dtype=jnp.int32)])
     place = _count(capacity)
+    lists = count.shape[0]
+
+    def halve(level: Any, found: jax.Array) -> jax.Array:
+        """The last list that begins at or before the entry, one more bit of its number."""
+        further = found + (1 << (bits - 1 - level))
+        begins = offsets[jnp.minimum(further, lists - 1)] <= place
+        return jnp.where((further < lists) & begins, further, found)
+
     # Unrolled, the search is one kernel; as a loop it is some sixty small ones, 0.4 ms on an H200. But results of all
-    # its levels may stay in memory together, so that it is a loop for long lists.
-    method = "scan_unrolled" if capacity <= UNROLLED else "scan"
-    found = jnp.searchsorted(offsets, place, side="right", method=method).astype(jnp.int32) - 1
-    return offsets, place, jnp.clip(found, 0, count.shape[0] - 1)
+    # its levels may stay in memory together, so that it is a loop for long lists. (Not jnp.searchsorted, which jax
+    # 0.10.2 does not trace inside a shard_map that is manual over some axes only.)
+    found, bits = jnp.zeros_like(place), (lists - 1).bit_length()
+    if capacity > UNROLLED:
+        return offsets, place, jax.lax.fori_loop(0, bits, halve, found)
+    for level in range(bits):
+        found = halve(level, found)
+    return offsets, place, found
 
 
 def _take_rows(x: jax.Array, rows: jax.Array, block: int, axis: int) -> jax.Array:

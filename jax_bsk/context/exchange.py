@@ -229,19 +229,19 @@ class Exchange:
         def blocks_of(arrays: Sequence[jax.Array]) -> jax.Array:
             return jnp.concatenate([x.reshape(*x.shape[:-3], -1, size, *x.shape[-2:]) for x in arrays], axis=-1)
 
-        def added(total: jax.Array, sent: jax.Array, came: jax.Array) -> jax.Array:
+        def added(total: jax.Array, sent: np.ndarray, came: jax.Array) -> jax.Array:
             # Their places among `mine`, which holds them all, ascending.
-            places = jnp.searchsorted(mine, sent, method="scan_unrolled").astype(jnp.int32)
-            places = _or_outside(sent < self.own, places, mine.shape[0])
+            found = [np.searchsorted(*tables) for tables in zip(self.returned, sent, strict=True)]
+            known = jnp.asarray(sent < self.own)[shard]
+            places = _or_outside(known, jnp.asarray(np.array(found, np.int32))[shard], mine.shape[0])
             return total.at[..., places, :, :, :].add(came.astype(wide), mode="drop", unique_indices=True)
 
         total = jnp.concatenate([jnp.take(x, mine, axis=-4, mode="clip") for x in base], axis=-1).astype(wide)
         if self.kept is not None:
-            total = added(total, jnp.asarray(self.kept)[shard], blocks_of(own))
+            total = added(total, self.kept, blocks_of(own))
         for step, parts in zip(self.steps, others, strict=True):
-            sent = jnp.asarray(step.blocks)[shard]
             for came in step.send_back(blocks_of(parts), axis, self.shards):
-                total = added(total, sent, came)
+                total = added(total, step.blocks, came)
         mine = _or_outside(mine < self.own, mine, self.own)
         totals = jnp.split(total.astype(base[0].dtype), np.cumsum([x.shape[-1] for x in base])[:-1], axis=-1)
         return [

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_bsk import UnsupportedError, context, sparse_attention
@@ -179,6 +179,25 @@ def test_forward_mode():
         return jax.jit(lambda q, k: jax.jvp(lambda q, k: f(q, k, v), (q, k), tangents)[1])(q, k)
 
     assert_close(along(mapped), along(attend))
+
+
+def test_beside_an_axis_that_is_left_to_the_compiler():
+    attend = functools.partial(attention, mask=WINDOW.bind(LENGTH, block_size=BLOCK))
+    operands, mesh = random_inputs(5, q_len=LENGTH, kv_len=LENGTH), mesh_of(data=2, sequence=4)
+    split = P(None, "sequence")
+    mapped = jax.shard_map(
+        functools.partial(attend, axis_name="sequence"),
+        mesh=mesh,
+        in_specs=split,
+        out_specs=split,
+        axis_names={"sequence"},
+    )
+    everywhere = [jax.device_put(x, NamedSharding(mesh, P("data", "sequence"))) for x in operands]
+    expected = jax.jit(both(attend))(*operands)
+    with jax.set_mesh(mesh):
+        found = jax.jit(both(mapped))(*everywhere)
+    np.testing.assert_array_equal(found[0], expected[0])
+    assert_close(found, expected)
 
 
 def test_only_what_is_wanted_travels():
