@@ -1,8 +1,8 @@
 r"""Measures attention over a sequence that is sharded over the devices of one host, beside one device.
 
-    XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true python benchmarks/context.py --output context.json
+    python benchmarks/context.py --output context.json
 
-The flag lets XLA compute beside a collective. Each case is the same global problem on one device and on all of them, in
+Each case is the same global problem on one device and on all of them, in
 contiguous parts and in the order of `jax_bsk.context.plan`. Efficiency is t1 / (n tn). Before anything is timed,
 outputs and gradients are compared with those of one device, and the gradients of repeated runs with each other, bit for
 bit. Bytes are those that `jax_bsk.context.describe` predicts and those of the collectives in the compiled forward.
@@ -10,7 +10,7 @@ bit. Bytes are those that `jax_bsk.context.describe` predicts and those of the c
 This command shows without a GPU that everything runs:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=2 python benchmarks/context.py --dtype float32 --length 1024 \
-        --heads 4 --head-dim 64 --window 256 --globals 16 --repeats 1 --rounds 1
+        --heads 4 --head-dim 64 --window 256 --globals 16 --repeats 1 --rounds 1 --milliseconds 0
 """
 
 from __future__ import annotations
@@ -173,7 +173,8 @@ def measure(case: Case, options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds):
         for key, call in calls.items():
             jax.block_until_ready(call())
-            times[key].append(milliseconds(call, options.repeats))
+            enough = math.ceil(options.milliseconds / milliseconds(call, 1))
+            times[key].append(milliseconds(call, max(options.repeats, enough)))
     found = {key: statistics.median(values) for key, values in times.items()}
     result["one"] = {"forward_ms": found["one", "forward"], "both_ms": found["one", "both"]}
     result["one"]["peak_bytes"] = peak_bytes(compiled["one", "both"])
@@ -236,7 +237,8 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--implementation", default=None)
     parser.add_argument("--only", default="", help="cases whose names have this in them")
-    parser.add_argument("--repeats", type=int, default=5, help="calls per block")
+    parser.add_argument("--repeats", type=int, default=5, help="calls per block, at least")
+    parser.add_argument("--milliseconds", type=float, default=100, help="time of a block, at least")
     parser.add_argument("--rounds", type=int, default=3, help="blocks of each program, in turn; the median counts")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args(argv)

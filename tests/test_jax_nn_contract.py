@@ -24,7 +24,7 @@ from jax_bsk import sparse_attention
 # More than one block of 128 each way, of which the last is not whole.
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 136, 136, 4, 16
 # Parameters that there are here alone; keywords, so that they are in nobody's way.
-MORE_PARAMETERS = {"logits_soft_cap", "sinks", "gates"}
+MORE_PARAMETERS = {"logits_soft_cap", "sinks", "gates", "axis_name"}
 
 
 def jax_nn(*args, **kwargs):

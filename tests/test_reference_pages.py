@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_bsk
 import jax_bsk.flax
@@ -187,6 +187,12 @@ QUERIES, KEYS, VALUES = (np.zeros((2, n, 4, 16), np.float32) for n in (64, 96, 9
 
 def attend(q: Any = X, k: Any = X, v: Any = X, *args: Any, **options: Any) -> Any:
     return sparse_attention(q, k, v, *args, **options)
+
+
+def in_shard_map(**options: Any) -> Any:
+    mesh = jax.make_mesh((1,), ("a",), axis_types=(AxisType.Auto,))
+    call = functools.partial(attend, axis_name="a", **options)
+    return jax.shard_map(call, mesh=mesh, in_specs=PartitionSpec(), out_specs=PartitionSpec(), check_vma=False)(X)
 
 
 def with_traced(function: Callable[[Any], Any], value: Any) -> Callable[[], Any]:
@@ -455,6 +461,12 @@ RAISED: dict[str, Callable[[], Any]] = {
     ),
     "... shards do not divide ... queries and ... keys into whole blocks of ... and ...: such calls gather": (
         lambda: context.describe(CausalMask().bind(320), 2, kv_heads=1, head_dim=8)
+    ),
+    "with axis_name=... each device has whole blocks of the mask, got ... queries and ... keys per device for blocks "
+    "of ... and ...; ...": in_shard_map,
+    "axis_name names mesh axes of a shard_map around the call, got ...; ...": lambda: attend(axis_name="a"),
+    "axis_name needs a native kernel, of which ... has none; use jit without a shard_map.": lambda: in_shard_map(
+        mask=CausalMask().bind(64, block_size=32), implementation="xla"
     ),
     # Selection and compositions.
     "top_k is at least 1, got ...": lambda: selection.moba(X, X, top_k=0),

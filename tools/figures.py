@@ -285,6 +285,25 @@ def context() -> str:
     return table([*names, "MB received, contiguous / planned"], rows) + note
 
 
+def context_parts() -> str:
+    """The planned order before and after rows were computed in two parts, each beside one GPU of its run."""
+    result, rows = read(RESULTS / "context-parts-nvidia-h200-x2.json"), []
+
+    def cells(one: dict[str, Any], two: dict[str, Any] | None) -> list[str]:
+        if two is None:
+            return ["-", "-"]
+        shares = (f"{one[f'{x}_ms'] / 2 / two[f'{x}_ms'] * 100:.0f}" for x in ("forward", "both"))
+        return [f"{two['forward_ms']:.2f} / {two['both_ms']:.2f} ms", f"{' / '.join(shares)} %"]
+
+    for case in result["cases"]:
+        before, after = case["before"], case.get("after", {})
+        one = after.get("one", {})
+        later = [cells(one, after.get(name)) for name in ("one_part", "two_parts")]
+        rows.append([case["case"], *cells(before["one"], before["two"]), *later[0], *later[1]])
+    names = ["mask", "before", "efficiency", "now, in one part", "efficiency", "in two parts", "efficiency"]
+    return table(names, rows) + f"\n\n{result['note']}"
+
+
 def selection() -> str:
     result = read(RESULTS / "selection-nvidia-h200.json")
     seconds = {name: one["seconds"] for name, one in result["contenders"].items()}
@@ -454,6 +473,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "training-step": training_step,
     "scaling": scaling,
     "context": context,
+    "context-parts": context_parts,
     "documents": of_pattern("documents"),
     "windows": of_pattern("window"),
     "density-time": density_time,

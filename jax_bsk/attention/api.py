@@ -46,6 +46,7 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
 ) -> jax.Array: ...
@@ -67,6 +68,7 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
 ) -> tuple[jax.Array, jax.Array]: ...
@@ -90,6 +92,7 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
@@ -146,6 +149,10 @@ def sparse_attention(
         `mask` is a `BlockMask` and capacity its `kv_blocks.shape[-1]`. Gate number e of a head belongs to entry e of
         that head's `kv_blocks`, in row order; numbers past the last entry are not read. Gates have any sign, are used
         in float32 (float64 for float64 inputs) and are differentiable (with gradient 0 where no row lists the entry).
+      axis_name: Mesh axes of the `shard_map` around the call along which the sequence is sharded. query, key and value
+        are then the device's own tokens, as all devices have them in the order of the axes, and `mask` and the lengths
+        are those of the whole sequence. Keys and values travel as the mask wants (`jax_bsk.context`). Each device has
+        whole blocks of the mask. Only native kernels take it.
       implementation: Name of an implementation: "cuda" or "cpu" (native kernels) or "xla" (pure JAX, for every platform
         and type). None takes the platform's native kernel. Where that cannot take the call, None takes "xla" and warns
         once with a `FallbackWarning` that says why.
@@ -190,8 +197,17 @@ def sparse_attention(
     )
     batch, q_len, heads, head_dim = query.shape
     kv_len = key.shape[1]
+    if axis_name is not None:  # the lengths of the whole sequence
+        shards = _axis_size(axis_name)
+        q_len, kv_len = q_len * shards, kv_len * shards
 
     block_mask = bind_mask(mask, is_causal, local_window_size, (batch, heads, q_len, kv_len), unbatched)
+    if axis_name is not None and (query.shape[1] % block_mask.block_q or key.shape[1] % block_mask.block_kv):
+        raise ValueError(
+            f"with axis_name={axis_name!r} each device has whole blocks of the mask, got {query.shape[1]} queries and "
+            f"{key.shape[1]} keys per device for blocks of {block_mask.block_q} and {block_mask.block_kv}; bind the "
+            "mask with a smaller block_size, or pad the sequence"
+        )
     traced_scale, scale = _scale(scale, head_dim)
     soft_cap = scalars.soft_cap(logits_soft_cap, scale)
     bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
@@ -207,7 +223,10 @@ def sparse_attention(
         block_kv=block_mask.block_kv,
         bias=bias is not None,
     )
-    chosen, named = dispatch.choose(implementation, facts)
+    if axis_name is None:
+        chosen, named = dispatch.choose(implementation, facts)
+    else:
+        chosen, named = dispatch.choose_native(implementation, facts, "axis_name")
     if chosen == "xla":
         out, lse = sparse_attention_xla(
             query,
@@ -224,8 +243,8 @@ def sparse_attention(
         )
     else:
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
-        visits = None if key_value_seq_lengths is not None else visits_of_shards(block_mask, query)
-        call = AttentionCall(attributes, chosen if named else None, visits)
+        visits = None if key_value_seq_lengths is not None else visits_of_shards(block_mask, query, axis_name)
+        call = AttentionCall(attributes, chosen if named else None, visits, axis_name)
         stats = statistics_dtype(query.dtype)
         if traced_scale is not None:
             query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)
@@ -243,6 +262,17 @@ def sparse_attention(
     assert lse is not None  # asked for
     lse = jnp.swapaxes(lse, 1, 2)
     return out, lse[0] if unbatched else lse
+
+
+def _axis_size(axis_name: str | tuple[str, ...]) -> int:
+    """The number of devices along mesh axes of the `shard_map` around a call."""
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name names mesh axes of a shard_map around the call, got {axis_name!r}; outside of one, leave it "
+            "out: under jit a call follows the sharding of its arguments"
+        ) from None
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:

@@ -24,10 +24,12 @@ from jax.sharding import AxisType
 
 from jax_bsk.attention import ffi
 from jax_bsk.attention.native import BACKWARD, FORWARD, AttentionCall
+from jax_bsk.attention.sequence import in_shard_map
 from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.core import compat, forward_mode
+from jax_bsk.core.dims import Dims
 from jax_bsk.core.dtypes import statistics_dtype
-from jax_bsk.core.native_call import like
+from jax_bsk.core.native_call import NativeCall, like
 from jax_bsk.masks import BlockMask
 from jax_bsk.masks.orders.entry_order import to_columns, to_rows, with_entry_order
 
@@ -143,7 +145,10 @@ def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[
         query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None, gates: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
         sinks = None if sinks is None else jnp.broadcast_to(sinks[0], (query.shape[2],))
-        return sparse_attention_xla(
+        axis, tokens = static.call.axis, query.shape[1]
+        if axis is not None:  # of all shards' rows, cut to this one's
+            query, key, value = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (query, key, value))
+        out, lse = sparse_attention_xla(
             query,
             key,
             value,
@@ -155,6 +160,11 @@ def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[
             scale=numbers.scale,
             soft_cap=numbers.soft_cap or None,
         )
+        if axis is None:
+            return out, lse
+        first = jax.lax.axis_index(axis) * tokens
+        out = jax.lax.dynamic_slice_in_dim(out, first, tokens, axis=1)
+        return out, jax.lax.dynamic_slice_in_dim(lse, first, tokens, axis=2)
 
     return attention
 
@@ -210,8 +220,13 @@ def _call_forward(
     sinks = np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks
     gates = np.zeros(ffi.NO_GATES, stats) if gates is None else gates
     query = _marked(call, query)
-    out, lse, lse_rest = FORWARD(call, query, key, value, *mask.kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
+    operands = (query, key, value, *mask.kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
+    out, lse, lse_rest = _native(FORWARD, ffi.FORWARD, call, operands)
     return out, lse, lse_rest
+
+
+def _native(native: NativeCall, dims: Dims, call: AttentionCall, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
+    return native(call, *operands) if call.axis is None else in_shard_map(native, dims, call, operands)
 
 
 def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Gradients:
@@ -229,7 +244,7 @@ def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents:
         row_gates, col_gates = gates, to_columns(gates, order)
     lists = (*mask.kernel_rows(), *mask.kernel_columns(), mask.bit_tiles, lengths)
     operands = (_marked(call, dout), query, key, value, lse, lse_rest, delta, *lists, row_gates, col_gates)
-    dquery, dkey, dvalue, dgates = BACKWARD(call, *operands)
+    dquery, dkey, dvalue, dgates = _native(BACKWARD, ffi.BACKWARD, call, operands)
     dgates = None if order is None else to_rows(dgates, order)
     dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)
     return dquery, dkey, dvalue, dsinks, dgates

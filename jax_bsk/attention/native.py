@@ -15,6 +15,7 @@ from jax_bsk.attention import ffi, refusals
 from jax_bsk.attention.sharding import AttentionSplitting
 from jax_bsk.context.visits import Visits
 from jax_bsk.core import library
+from jax_bsk.core.dims import Axes
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import Avals, NativeCall, like
 
@@ -27,11 +28,13 @@ class AttentionCall:
       attributes: Numbers that travel to the kernel.
       platform: The only platform the call may be lowered for, or None for whichever has a native kernel.
       visits: Which key blocks the lists visit, or None where that is not known, or no shard may rely on it.
+      axis: Mesh axes of the `shard_map` around the call along which its arrays are shards of a sequence, or None.
     """
 
     attributes: ffi.AttentionAttributes
     platform: str | None = None
     visits: Visits | None = None
+    axis: Axes = None
 
 
 def _forward_shapes(query: Any, key: Any, value: Any, *others: Any, call: AttentionCall) -> tuple[Any, ...]:

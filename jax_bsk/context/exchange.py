@@ -11,12 +11,16 @@ Shard i of n has the key blocks [i m, (i + 1) m). An `Exchange` is fixed when a 
 A shard's keys are then its own, followed by what came; `slots` says where a block lies among them, and the ids in the
 shard's lists are replaced by it. A row visits the same blocks in the same order as on one device, so outputs and the
 gradients of queries have the same bits.
+
+Where few rows visit others' keys, they are a `Part` of their own, with the own blocks that they visit and what came.
+The other rows need nothing that travels, and their keys are not copied.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -32,6 +36,9 @@ GATHER_FROM = 0.9
 # What a step costs beside its blocks, as a number of blocks: some 20 us of latency, in which 300 GB/s bring as many of
 # 128 tokens, 8 heads and 128 numbers in bfloat16, keys and values.
 STEP_BLOCKS = 10
+# Rows that visit other shards' keys are computed apart from the rest where they, and the own keys that they visit, are
+# together at most this share of the shard's: it costs a copy of these, and spares one of all keys.
+TWO_PARTS_TO = 1.0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -60,12 +67,13 @@ class Step:
 
     # ---- within a shard's program -----------------------------------------------------------------------------------
 
-    def send(self, blocks: jax.Array, axis: Axes, shard: jax.Array) -> jax.Array:
-        """What comes to a shard, [.., count, block, K, H], from its own blocks, [.., m, block, K, H]."""
-        sent = jnp.take(blocks, jnp.asarray(self.blocks)[shard], axis=-4, mode="clip")
+    def send(self, blocks: Sequence[jax.Array], axis: Axes, shard: jax.Array) -> jax.Array:
+        """What comes to a shard, [.., count, block, K, H + ..], from its own blocks, arrays [.., m, block, K, H]."""
+        sent = jnp.asarray(self.blocks)[shard]
+        joint = jnp.concatenate([jnp.take(x, sent, axis=-4, mode="clip") for x in blocks], axis=-1)
         if self.gathers:
-            return jax.lax.all_gather(sent, axis, axis=sent.ndim - 4, tiled=True)
-        return jax.lax.ppermute(sent, axis, self.pairs)
+            return jax.lax.all_gather(joint, axis, axis=joint.ndim - 4, tiled=True)
+        return jax.lax.ppermute(joint, axis, self.pairs)
 
     def send_back(self, parts: jax.Array, axis: Axes, shards: int) -> list[jax.Array]:
         """The parts of the gradients of a shard's own blocks that others made, from those of what came to it."""
@@ -74,6 +82,50 @@ class Step:
         at = parts.ndim - 4
         came = jax.lax.all_to_all(parts, axis, split_axis=at, concat_axis=at, tiled=True)
         return jnp.split(came, shards, axis=at)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """Rows of each shard that are computed together, and the keys that they are given.
+
+    Attributes:
+      rows: int32 [shards, count], the shard's query block at each place, ascending; -1 where the list is empty.
+      places: int32 [shards, query blocks of a shard], place of each; -1 where it is not among `rows`.
+      keys: int32 [shards, count], the key block at each place among the part's keys; -1 where there is only padding.
+      slots: int32 [shards, n m], place of each key block among `keys`; -1 where it is not.
+      capacity: Number of entries of the longest list, at least 1.
+    """
+
+    rows: np.ndarray
+    places: np.ndarray
+    keys: np.ndarray
+    slots: np.ndarray
+    capacity: int
+
+    @classmethod
+    def of(cls, visits: Visits, chosen: np.ndarray, keys: np.ndarray, *, packed: bool = False) -> Part:
+        """A part of the rows `chosen`, bool [rows], with the keys `keys`.
+
+        The rows stay where they are, and the others have empty lists; or they are packed together.
+        """
+        shards = keys.shape[0]
+        of_shards = chosen.reshape(shards, -1)
+        if packed:
+            rows = _table(of_shards, -1)
+            places = np.where(of_shards, np.cumsum(of_shards, axis=1) - 1, -1).astype(np.int32)
+        else:
+            rows = places = np.where(of_shards, np.arange(of_shards.shape[1]), -1).astype(np.int32)
+        slots = np.full((shards, visits.columns), -1, np.int32)
+        shard, place = np.nonzero(keys >= 0)
+        slots[shard, keys[shard, place]] = place
+        return cls(rows, places, keys, slots, visits.capacity(shards, chosen))
+
+    def ids(self, ids: jax.Array, shard: jax.Array) -> jax.Array:
+        """The ids of a shard's lists as places among the part's keys; ids that are out of range stay so."""
+        slots = jnp.asarray(self.slots)[shard]
+        known = (ids >= 0) & (ids < slots.shape[0])
+        found = slots[jnp.clip(ids, 0, slots.shape[0] - 1)]
+        return jnp.where(known & (found >= 0), found, jnp.int32(2**31 - 1))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -86,6 +138,8 @@ class Exchange:
       steps: Steps of the exchange.
       slots: int32 [shards, n m], place of each key block among a shard's keys; -1 where it does not come.
       returned: int32 [shards, count], the shard's own blocks that travel; past their end `m`.
+      parts: All rows of a shard; or the rows that visit the shard's own keys alone, and the others.
+      kept: int32 [shards, count], own blocks that the second of two parts visits; past their end `m`. None of one part.
     """
 
     shards: int
@@ -93,6 +147,8 @@ class Exchange:
     steps: tuple[Step, ...]
     slots: np.ndarray
     returned: np.ndarray
+    parts: tuple[Part, ...] = ()
+    kept: np.ndarray | None = None
 
     def received(self) -> np.ndarray:
         """int64 [shards]: key blocks that each shard receives from others, padding included."""
@@ -104,64 +160,103 @@ class Exchange:
                 counts[to] += size
         return counts
 
-    # ---- within a shard's program -----------------------------------------------------------------------------------
-
-    def ids(self, ids: jax.Array, shard: jax.Array) -> jax.Array:
-        """The ids of a shard's lists as places among its keys; ids that are out of range stay so."""
-        slots = jnp.asarray(self.slots)[shard]
-        known = (ids >= 0) & (ids < slots.shape[0])
-        found = slots[jnp.clip(ids, 0, slots.shape[0] - 1)]
-        return jnp.where(known & (found >= 0), found, jnp.int32(2**31 - 1))
-
-    def columns(self, shard: jax.Array) -> jax.Array:
-        """int32 [blocks]: the key block at each place among a shard's keys; -1 where there is only padding."""
+    @property
+    def keys(self) -> np.ndarray:
+        """int32 [shards, blocks]: the key block at each place among a shard's keys; -1 where there is only padding."""
         table = np.full((self.shards, self.own + sum(step.count for step in self.steps)), -1, np.int32)
         shards, blocks = np.nonzero(self.slots >= 0)
         table[shards, self.slots[shards, blocks]] = blocks
-        return jnp.asarray(table)[shard]
+        return table
 
-    def bring(self, x: jax.Array, axis: Axes, shard: jax.Array) -> jax.Array:
-        """The keys or values that a shard needs, [.., S', K, H], from its own, [.., S / n, K, H]."""
-        blocks = self._blocks(x)
-        found, end = x, x.shape[-3]
-        if self.steps:
+    # ---- within a shard's program -----------------------------------------------------------------------------------
+
+    def bring(self, arrays: Sequence[jax.Array], axis: Axes, shard: jax.Array) -> list[jax.Array]:
+        """The keys and values that a shard needs, [.., S', K, H], from its own, [.., S / n, K, H].
+
+        They travel together. Of two parts, these are those of the second one.
+        """
+        if not self.steps:
+            return list(arrays)
+        blocks = [self._blocks(x) for x in arrays]
+        ends = np.cumsum([x.shape[-1] for x in arrays])[:-1]
+        joint = [jnp.split(step.send(blocks, axis, shard), ends, axis=-1) for step in self.steps]
+        came = [[_tokens(x) for x in xs] for xs in zip(*joint, strict=True)]
+        if self.kept is not None:
+            kept = jnp.asarray(self.kept)[shard]
+            own = [_tokens(jnp.take(x, kept, axis=-4, mode="clip")) for x in blocks]
+            return [jnp.concatenate([x, *more], axis=-3) for x, more in zip(own, came, strict=True)]
+        found = []
+        for x, more in zip(arrays, came, strict=True):
             # Room first: the shard's own keys are copied while the others' are on their way.
-            more = sum(step.count for step in self.steps) * blocks.shape[-3]
-            found = jnp.pad(x, [(0, more if axis == x.ndim - 3 else 0) for axis in range(x.ndim)])
-        for step in self.steps:
-            came = step.send(blocks, axis, shard).reshape(*x.shape[:-3], -1, *x.shape[-2:])
-            found = jax.lax.dynamic_update_slice_in_dim(found, came, end, axis=-3)
-            end += came.shape[-3]
+            room = sum(y.shape[-3] for y in more)
+            x = jax.lax.optimization_barrier(
+                jnp.pad(x, [(0, room if axis == x.ndim - 3 else 0) for axis in range(x.ndim)])
+            )
+            end = x.shape[-3] - room
+            for y in more:
+                x = jax.lax.dynamic_update_slice_in_dim(x, y, end, axis=-3)
+                end += y.shape[-3]
+            found.append(x)
         return found
 
-    def give_back(self, dx: jax.Array, axis: Axes, shard: jax.Array) -> jax.Array:
-        """The gradient of a shard's own keys or values, [.., S / n, K, H], from those of all it had, [.., S', K, H].
+    def give_back(
+        self,
+        gradients: Sequence[jax.Array],
+        axis: Axes,
+        shard: jax.Array,
+        near: Sequence[jax.Array] | None = None,
+    ) -> list[jax.Array]:
+        """The gradients of a shard's own keys and values, [.., S / n, K, H], from those of all it had, [.., S', K, H].
 
         Each block's parts are summed in float32: first the shard's own, then the others', in the order of the steps.
+
+        Args:
+          gradients: What `bring` returned has these gradients.
+          axis: Mesh axes of the shards.
+          shard: Number of the shard.
+          near: Of two parts, the gradients that the first one has of the shard's own keys and values.
         """
-        counts = [self.own, *(step.count for step in self.steps)]
-        size = dx.shape[-3] // sum(counts)
-        own, *others = jnp.split(dx, [int(n) * size for n in np.cumsum(counts)[:-1]], axis=-3)
         if not self.steps:
-            return own
+            return list(gradients)
+        counts = [self.own if self.kept is None else self.kept.shape[1], *(step.count for step in self.steps)]
+        size = gradients[0].shape[-3] // sum(counts)
+        ends = np.cumsum(counts)[:-1] * size
+        own, *others = zip(*(jnp.split(x, ends, axis=-3) for x in gradients), strict=True)
+        base = [self._blocks(x) for x in (own if near is None else near)]
         mine = jnp.asarray(self.returned)[shard]
-        wide = statistics_dtype(dx.dtype)
-        blocks = self._blocks(own)
-        total = jnp.take(blocks, mine, axis=-4, mode="clip").astype(wide)
-        for step, parts in zip(self.steps, others, strict=True):
-            sent = jnp.asarray(step.blocks)[shard]
+        wide = statistics_dtype(base[0].dtype)
+
+        def blocks_of(arrays: Sequence[jax.Array]) -> jax.Array:
+            return jnp.concatenate([x.reshape(*x.shape[:-3], -1, size, *x.shape[-2:]) for x in arrays], axis=-1)
+
+        def added(total: jax.Array, sent: np.ndarray, came: jax.Array) -> jax.Array:
             # Their places among `mine`, which holds them all, ascending.
-            places = _or_outside(sent < self.own, jnp.searchsorted(mine, sent).astype(jnp.int32), mine.shape[0])
-            parts = parts.reshape(*blocks.shape[:-4], -1, *blocks.shape[-3:])
-            for came in step.send_back(parts, axis, self.shards):
-                total = total.at[..., places, :, :, :].add(came.astype(wide), mode="drop", unique_indices=True)
+            found = [np.searchsorted(*tables) for tables in zip(self.returned, sent, strict=True)]
+            known = jnp.asarray(sent < self.own)[shard]
+            places = _or_outside(known, jnp.asarray(np.array(found, np.int32))[shard], mine.shape[0])
+            return total.at[..., places, :, :, :].add(came.astype(wide), mode="drop", unique_indices=True)
+
+        total = jnp.concatenate([jnp.take(x, mine, axis=-4, mode="clip") for x in base], axis=-1).astype(wide)
+        if self.kept is not None:
+            total = added(total, self.kept, blocks_of(own))
+        for step, parts in zip(self.steps, others, strict=True):
+            for came in step.send_back(blocks_of(parts), axis, self.shards):
+                total = added(total, step.blocks, came)
         mine = _or_outside(mine < self.own, mine, self.own)
-        blocks = blocks.at[..., mine, :, :, :].set(total.astype(dx.dtype), mode="drop", unique_indices=True)
-        return blocks.reshape(own.shape)
+        totals = jnp.split(total.astype(base[0].dtype), np.cumsum([x.shape[-1] for x in base])[:-1], axis=-1)
+        return [
+            _tokens(x.at[..., mine, :, :, :].set(y, mode="drop", unique_indices=True))
+            for x, y in zip(base, totals, strict=True)
+        ]
 
     def _blocks(self, x: jax.Array) -> jax.Array:
         """[.., m blocks, K, H] to [.., m, block, K, H]."""
         return x.reshape(*x.shape[:-3], self.own, x.shape[-3] // self.own, *x.shape[-2:])
+
+
+def _tokens(x: jax.Array) -> jax.Array:
+    """[.., m, block, K, H] to [.., m blocks, K, H]."""
+    return x.reshape(*x.shape[:-4], -1, *x.shape[-2:])
 
 
 def _or_outside(inside: jax.Array, places: jax.Array, size: int) -> jax.Array:
@@ -170,10 +265,42 @@ def _or_outside(inside: jax.Array, places: jax.Array, size: int) -> jax.Array:
 
 
 @functools.lru_cache(64)
-def exchange_of(visits: Visits, shards: int) -> Exchange | None:
-    """The exchange of a host mask's keys, or None where all are better gathered."""
+def exchange_of(visits: Visits, shards: int, *, two_parts: bool = True) -> Exchange | None:
+    """The exchange of a host mask's keys, or None where all are better gathered.
+
+    Args:
+      visits: Visits of the mask.
+      shards: Number of shards.
+      two_parts: Whether the rows may be computed in two parts.
+    """
     found = min((exchange(visits.needs(shards), popular) for popular in (False, True)), key=cost)
-    return None if cost(found) > GATHER_FROM * (shards - 1) * found.own + STEP_BLOCKS else found
+    if cost(found) > GATHER_FROM * (shards - 1) * found.own + STEP_BLOCKS:
+        return None
+    whole = Part.of(visits, np.ones(visits.rows, bool), found.keys)
+    if not found.steps or not two_parts:
+        return dataclasses.replace(found, parts=(whole,))
+    far = visits.far(shards)
+    kept = visits.needs_of(far, shards).reshape(shards, shards, -1)[np.arange(shards), np.arange(shards)]
+    count = int(kept.sum(1).max(initial=0))
+    if int(far.reshape(shards, -1).sum(1).max()) / (visits.rows // shards) + count / found.own > TWO_PARTS_TO:
+        return dataclasses.replace(found, parts=(whole,))
+    own = np.arange(shards * found.own, dtype=np.int32).reshape(shards, -1)
+    kept = _table(kept, found.own)
+    given = np.concatenate([np.where(kept < found.own, kept + own[:, :1], -1), found.keys[:, found.own :]], axis=1)
+    return dataclasses.replace(
+        found,
+        parts=(Part.of(visits, ~far, own), Part.of(visits, far, given, packed=True)),
+        kept=kept,
+        returned=_union(found.returned, kept, found.own),
+    )
+
+
+def _union(a: np.ndarray, b: np.ndarray, fill: int) -> np.ndarray:
+    """The numbers that one or both of two tables have for a shard."""
+    chosen = np.zeros((a.shape[0], fill + 1), bool)
+    for table in (a, b):
+        np.put_along_axis(chosen, table, True, axis=1)
+    return _table(chosen[:, :fill], fill)
 
 
 def cost(found: Exchange) -> float:

@@ -69,26 +69,47 @@ class Visits:
     def needs(self, shards: int) -> np.ndarray:
         """bool [shards, columns]: the key blocks that the rows of each shard visit in any example and head."""
         if shards not in self._needs:
-            shape = shards, self.columns + 1
-            changes = np.zeros(shards * (self.columns + 1), np.int32)
-            for b, h in np.ndindex(self._mask.row_offsets.shape[:2]):
-                rows, first, lengths, _ = self._mask.row_segments(b, h)
-                begin = rows // (self.rows // shards) * (self.columns + 1) + first
-                changes += np.bincount(begin, minlength=changes.size).astype(np.int32)
-                changes -= np.bincount(begin + lengths, minlength=changes.size).astype(np.int32)
-            needs = np.cumsum(changes.reshape(shape), axis=1, dtype=np.int32)[:, :-1] > 0
+            needs = self._needs_of(shards, None)
             if needs.size > _KEPT:
                 return needs
             self._needs[shards] = needs
         return self._needs[shards]
 
-    def capacity(self, shards: int) -> int:
-        """Number of entries of the longest list of a shard, at least 1."""
-        offsets = self._mask.row_offsets[..., :: self.rows // shards]
-        return max(1, int(np.diff(offsets, axis=-1).max()))
+    def far(self, shards: int) -> np.ndarray:
+        """bool [rows]: the query blocks that visit a key block of another shard in any example and head."""
+        found = np.zeros(self.rows, bool)
+        own = self.columns // shards
+        for b, h in np.ndindex(self._mask.row_offsets.shape[:2]):
+            rows, first, lengths, _ = self._mask.row_segments(b, h)
+            begin = rows // (self.rows // shards) * own
+            found[rows[(first < begin) | (first + lengths > begin + own)]] = True
+        return found
+
+    def needs_of(self, rows: np.ndarray, shards: int) -> np.ndarray:
+        """bool [shards, columns]: `needs` of some rows, bool [rows]."""
+        return self._needs_of(shards, rows)
+
+    def _needs_of(self, shards: int, chosen: np.ndarray | None) -> np.ndarray:
+        shape = shards, self.columns + 1
+        changes = np.zeros(shards * (self.columns + 1), np.int32)
+        for b, h in np.ndindex(self._mask.row_offsets.shape[:2]):
+            rows, first, lengths, _ = self._mask.row_segments(b, h)
+            if chosen is not None:
+                rows, first, lengths = (x[chosen[rows]] for x in (rows, first, lengths))
+            begin = rows // (self.rows // shards) * (self.columns + 1) + first
+            changes += np.bincount(begin, minlength=changes.size).astype(np.int32)
+            changes -= np.bincount(begin + lengths, minlength=changes.size).astype(np.int32)
+        return np.cumsum(changes.reshape(shape), axis=1, dtype=np.int32)[:, :-1] > 0
+
+    def capacity(self, shards: int, rows: np.ndarray | None = None) -> int:
+        """Number of entries of the longest list of a shard, at least 1: of all its rows, or of some, bool [rows]."""
+        lengths = np.diff(self._mask.row_offsets.astype(np.int64), axis=-1)
+        if rows is not None:
+            lengths = lengths * rows
+        return max(1, int(lengths.reshape(*lengths.shape[:2], shards, -1).sum(-1).max()))
 
 
-def visits_of_shards(mask: BlockMask, query: Any) -> Visits | None:
+def visits_of_shards(mask: BlockMask, query: Any, axis: Any = None) -> Visits | None:
     """The visits of a call's mask, where the query may be sharded along the sequence.
 
     They are a static part of the call, which is compiled anew for other visits. So an eager call has none where its
@@ -97,7 +118,10 @@ def visits_of_shards(mask: BlockMask, query: Any) -> Visits | None:
     Args:
       mask: Mask of the call.
       query: [B, T, N, H] array, which may be traced.
+      axis: Mesh axes of a `shard_map` that the query is a shard along, or None.
     """
+    if axis is not None:
+        return Visits.of(mask)
     if jax.device_count() == 1:
         return None
     if not isinstance(query, jax.core.Tracer):

@@ -59,6 +59,24 @@ def choose(implementation: str | None, facts: Facts) -> tuple[Implementation, bo
     return implementation, True
 
 
+def choose_native(implementation: str | None, facts: Facts, argument: str) -> tuple[Implementation, bool]:
+    """Picks the implementation of a call that only native kernels can take; see `choose`.
+
+    Args:
+      implementation: A name, or None for the platform's native kernel.
+      facts: The call.
+      argument: Name of the argument that "xla" does not take.
+    """
+    name = compat.default_platform() if implementation is None else implementation
+    if name in NATIVE:
+        reasons = refusals(name, facts)
+    else:
+        reasons = [f"{argument} needs a native kernel, of which {name} has none; use jit without a shard_map."]
+    if reasons:
+        raise UnsupportedError(implementation, reasons)
+    return choose(name, facts)[0], implementation is not None
+
+
 _already_said: set[tuple[str, ...]] = set()
 
 

@@ -60,6 +60,36 @@ def test_a_window_asks_its_neighbour_alone():
     assert found.received().tolist() == [0, *[4] * 7]
 
 
+@pytest.mark.parametrize("lazy", [LocalMask((128, 64)), CausalMask() & SegmentMask(np.arange(4096) // 700)])
+def test_rows_of_own_keys_alone_are_a_part_of_their_own(lazy):
+    mask = lazy.bind(4096, block_size=64)
+    visits, shards = Visits(mask), 4
+    found = exchange_of(visits, shards)
+    assert found is not None
+    near, far = found.parts
+    blocks = np.zeros((64, 64), bool)
+    for row, ids in enumerate(np.split(mask.kv_blocks[0, 0], mask.row_offsets[0, 0, 1:-1])):
+        blocks[row, ids] = True
+    for shard in range(shards):
+        own = slice(16 * shard, 16 * shard + 16)
+        asks = blocks[own].copy()
+        asks[:, own] = False
+        np.testing.assert_array_equal(near.rows[shard], np.where(asks.any(1), -1, np.arange(16)))
+        rows = np.flatnonzero(asks.any(1))
+        assert far.rows[shard][: rows.size].tolist() == rows.tolist()
+        assert (far.rows[shard][rows.size :] == -1).all()
+        for part, of_part in ((near, np.flatnonzero(~asks.any(1))), (far, rows)):
+            assert part.places[shard].tolist() == [
+                list(part.rows[shard]).index(i) if i in of_part else -1 for i in range(16)
+            ]
+            wanted = blocks[own][of_part].any(0)
+            assert (part.keys[shard][part.slots[shard][wanted]] == np.flatnonzero(wanted)).all()
+            assert part.capacity >= blocks[own][of_part].sum()
+    whole = exchange_of(visits, shards, two_parts=False)
+    assert whole is not None
+    assert len(whole.parts) == 1
+
+
 def test_documents_of_whole_shards_ask_nobody():
     mask = (CausalMask() & SegmentMask(np.arange(1024) // 256)).bind(1024, block_size=64)
     found = exchange_of(Visits(mask), 4)
