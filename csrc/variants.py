@@ -54,8 +54,9 @@ ATTENTION = (
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),
 )
-# Types and head sizes. A call takes the first variant that has its type and is large enough.
+# Types and head sizes, each for both kinds of keys. A call takes the first variant that has its type and is large enough.
 DECODE = ((HALVES, (64, 128, 256)), (("float",), (64, 128)))
+KEYS = ("Paged", "Listed")
 PRODUCTS = ("Product", "Narrow", "Sampled")  # each for both types and for every layout of the two operands
 LAYOUTS = ("Layout::kKMajor", "Layout::kMnMajor")
 
@@ -118,11 +119,11 @@ def variants(split: bool = False) -> list[Variant]:
                 )
             )
     for elements, sizes in DECODE:
-        for element, size in itertools.product(elements, sizes):
-            arguments = f"{_qualified(element)}, {size}"
+        for element, size, keys in itertools.product(elements, sizes, KEYS):
+            arguments = f"{_qualified(element)}, {size}, Keys::k{keys}"
             found.append(
                 Variant(
-                    path=f"decode/cuda/forward_{DTYPES[element]}{f'_{size}' if split else ''}.cu",
+                    path=f"decode/cuda/{keys.lower()}_{DTYPES[element]}{f'_{size}' if split else ''}.cu",
                     header="decode/cuda/forward.cuh",
                     namespace="decode::cuda",
                     instance=f"template cudaError_t Launch<Config<{arguments}>>({PARAMETERS['cuda', 'Decode']});",

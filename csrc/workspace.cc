@@ -30,7 +30,13 @@ void Take(const Sizes& sizes, std::initializer_list<std::pair<const char*, int64
 
 int64_t AttentionForward(const Sizes& sizes) {
   attention::Shape shape{};
-  Take(sizes, {{"batch", &shape.batch}, {"heads", &shape.heads}, {"q_len", &shape.q_len}});
+  Take(sizes, {{"batch", &shape.batch},
+               {"heads", &shape.heads},
+               {"kv_heads", &shape.kv_heads},
+               {"q_len", &shape.q_len},
+               {"kv_len", &shape.kv_len},
+               {"value_dim", &shape.value_dim},
+               {"block_q", &shape.block_q}});
   return 4 * attention::cuda::ForwardWorkspace(shape);
 }
 

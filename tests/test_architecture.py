@@ -204,10 +204,14 @@ def test_homes_of_what_has_one_home():
 
 
 def test_includes_of_csrc_go_downwards():
-    """Hardware, then what reads block lists, then the operations, which know nothing of each other."""
+    """Hardware, then what reads block lists, then the operations, which know nothing of each other.
+
+    But for attention, whose forward of few queries is decoding's kernel.
+    """
     below = {"device": {"device"}, "cpu": {"cpu"}, "ffi": {"ffi"}}
     below["lists"] = {"device", "cpu", "ffi", "lists"}
     below |= {operation: {*below["lists"], operation} for operation in ("attention", "decode", "matmul")}
+    below["attention"] |= {"decode"}
     csrc = PACKAGE.parent / "csrc"
     for path in csrc.rglob("*.*"):
         folder = path.relative_to(csrc).parts[0]

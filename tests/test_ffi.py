@@ -96,7 +96,12 @@ def test_a_library_that_does_not_fit_is_named(changes, targets, message):
 
 def test_workspaces_have_these_sizes():
     """Values of the formulas in C++, worked out once; sizes that Python and a handler see differently are refused."""
-    assert attention_ffi.forward_workspace((2, 1000, 8, 64)) == 4 * (1 + 2 * 8 * 16)
+    blocks = (128, 128)
+    assert attention_ffi.forward_workspace((2, 1000, 8, 64), (2, 900, 8, 64), 64, blocks) == 4 * (1 + 2 * 8 * 16)
+    # Few queries on many keys: four parts of each row, each of an output and two statistics.
+    few = attention_ffi.forward_workspace((8, 1, 32, 128), (8, 8192, 8, 128), 128, blocks)
+    assert few == 8 * 32 * 4 * (128 + 2) * 4
+    assert attention_ffi.forward_workspace((8, 1, 32, 128), (8, 512, 8, 128), 128, blocks) == 4 * (1 + 8 * 32)
     assert lists_ffi.choose_workspace((3, 5, 7), 14, 6, 2) == 4 * 2 * 3 * 5 * (1 + 12)
     assert matmul_ffi.product_workspace((2, 6)) == 4 * (1 + 2 * 5)
     assert matmul_ffi.sampled_workspace((2, 5)) == 4 * 2 * (1 + 2 * 5)

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention/few_queries.h"
 #include "attention/gates.h"
 #include "attention/prepare.h"
 #include "attention/variants.h"
@@ -21,6 +22,9 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
   if (scope.error() != cudaSuccess) return scope.error();
   DeviceFacts facts;
   if (const cudaError_t error = device::ReadDevice(device, &facts); error != cudaSuccess) return error;
+  if ((kernel == ForwardKernel::kAutomatic || kernel == ForwardKernel::kFewQueries) && TakesFewQueries(params)) {
+    return LaunchFewQueries(params, workspace, facts, stream);
+  }
   const ForwardVariant* variant = Choose(params, facts, kernel);
   if (variant == nullptr) return cudaErrorNotSupported;
   return variant->launch(params, {workspace, facts.multiprocessors, stream});

@@ -3,14 +3,16 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "dtype.h"
 #include "lists/block_list.h"
+#include "logits.h"
 
 namespace jax_bsk::attention {
 
 using jax_bsk::DType;
+using jax_bsk::kLeastPlainScale;
+using jax_bsk::kNoLogSumExp;
 using lists::BitTiles;
 using lists::BlockList;
 using lists::Lengths;
@@ -29,11 +31,6 @@ struct Shape {
   int64_t q_blocks;   // ceil(q_len / block_q)
   int64_t kv_blocks;  // ceil(kv_len / block_kv)
 };
-
-// The log-sum-exp of a query that attends to nothing, in the statistics type C: its least finite number, so that no
-// result holds an infinity nobody asked for (jax_debug_infs looks for them). The backward reads -inf alike.
-template <typename C>
-constexpr C kNoLogSumExp = std::numeric_limits<C>::lowest();
 
 // The statistics type ("stats"): float64 when the inputs are float64, float32 otherwise.
 struct ForwardParams {
@@ -63,10 +60,6 @@ struct ForwardParams {
   double scale_f64;  // scale and soft_cap before they were rounded to float32, for kernels that compute in float64
   double soft_cap_f64;
 };
-
-// Below this scale (and for negative ones) a row's largest product need not be its largest logit, or the product of
-// scale and log2(e) is denormal: kernels then scale first.
-constexpr float kLeastPlainScale = 1e-30f;
 
 struct BackwardParams {
   Shape shape;

@@ -28,25 +28,26 @@ struct Attributes {
   std::string_view version;
 };
 
-#define JAX_BSK_DECODE_FORWARD_BUFFERS(X)                                   \
-  X(kOperand, query)             /* [G, T, N, H] */                         \
-  X(kOperand, key)               /* [G, P, Z, K, H], or with 2 K: both */   \
-  X(kOptionalOperand, value)     /* [G, P, Z, K, Hv] */                     \
-  X(kOperand, kv_lens)           /* [G, Q] */                               \
-  X(kOperand, page_indices)      /* [G, Q, M] */                            \
-  X(kOperand, cu_q_lens)         /* [G, Q + 1] */                           \
-  X(kOperand, num_seqs)          /* [G, 1] */                               \
-  X(kOptionalOperand, selection) /* [G, Q, K, selected] */                  \
-  X(kOptionalOperand, tree)      /* [G, T, 2] */                            \
-  X(kOptionalOperand, sinks)     /* [N] */                                  \
-  X(kResult, out)                /* [G, T, N, Hv] */                        \
+#define JAX_BSK_DECODE_FORWARD_BUFFERS(X)                                 \
+  X(kOperand, query)             /* [G, T, N, H] */                       \
+  X(kOperand, key)               /* [G, P, Z, K, H], or with 2 K: both */ \
+  X(kOptionalOperand, value)     /* [G, P, Z, K, Hv] */                   \
+  X(kOperand, kv_lens)           /* [G, Q] */                             \
+  X(kOperand, page_indices)      /* [G, Q, M] */                          \
+  X(kOperand, cu_q_lens)         /* [G, Q + 1] */                         \
+  X(kOperand, num_seqs)          /* [G, 1] */                             \
+  X(kOptionalOperand, selection) /* [G, Q, K, selected] */                \
+  X(kOptionalOperand, tree)      /* [G, T, 2] */                          \
+  X(kOptionalOperand, sinks)     /* [N] */                                \
+  X(kResult, out)                /* [G, T, N, Hv] */                      \
   X(kResult, lse)                /* [G, T, N] */
 JAX_BSK_BUFFERS(ForwardBuffers, JAX_BSK_DECODE_FORWARD_BUFFERS);
 
 inline ffi::Error ReadAttributes(const Attributes& attributes, ForwardParams* params) {
   JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
   for (const int64_t part : {attributes.short_part, attributes.long_part}) {
-    if (part <= 0 || part % 64 != 0) return Refusal("parts are positive multiples of 64 keys, not " + std::to_string(part));
+    if (part <= 0 || part % 64 != 0)
+      return Refusal("parts are positive multiples of 64 keys, not " + std::to_string(part));
   }
   if (attributes.window < 0 || attributes.sink_tokens < 0) return Refusal("window and sink_tokens are not negative");
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max();
@@ -71,8 +72,17 @@ inline ffi::Error ReadShape(const ForwardBuffers& b, Shape* shape) {
   const std::vector<int64_t> query = WithBatch(b.query, 3), key = WithBatch(b.key, 4), out = WithBatch(b.out, 3),
                              table = WithBatch(b.page_indices, 2);
   const int64_t heads = key[3];
-  *shape = {query[0],   query[1], query[2], IsGiven(b.value) ? heads : heads / 2, query[3], out[3], table[1], key[1],
-            key[2],     table[2], IsGiven(b.selection) ? b.selection.dimensions().back() : 0};
+  *shape = {query[0],
+            query[1],
+            query[2],
+            IsGiven(b.value) ? heads : heads / 2,
+            query[3],
+            out[3],
+            table[1],
+            key[1],
+            key[2],
+            table[2],
+            IsGiven(b.selection) ? b.selection.dimensions().back() : 0};
   if (!IsGiven(b.value) && heads % 2 != 0) return Refusal("keys and values in one array have an even number of heads");
   if (shape->kv_heads == 0 ? shape->heads != 0 : shape->heads % shape->kv_heads != 0) {
     return Refusal(std::to_string(shape->heads) + " query heads do not divide by " + std::to_string(shape->kv_heads) +
@@ -81,8 +91,9 @@ inline ffi::Error ReadShape(const ForwardBuffers& b, Shape* shape) {
   constexpr int64_t kMost = std::numeric_limits<int32_t>::max() - 128;
   if (Product({shape->max_pages, shape->page_size}) > kMost || Product({shape->selected, shape->page_size}) > kMost ||
       shape->tokens > kMost || shape->pages > kMost || shape->page_size < 1) {
-    return Refusal("a cache has pages of one position or more, and fewer than 2^31 positions of a sequence, tokens, and "
-                   "pages");
+    return Refusal(
+        "a cache has pages of one position or more, and fewer than 2^31 positions of a sequence, tokens, and "
+        "pages");
   }
   return ffi::Error::Success();
 }
@@ -158,8 +169,8 @@ inline ffi::Error ReadForward(const ForwardBuffers& b, const Attributes& attribu
 
 }  // namespace jax_bsk::decode
 
-XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(
-    jax_bsk::decode::Attributes, StructMember<int64_t>("causal"), StructMember<int64_t>("window"),
-    StructMember<int64_t>("sink_tokens"), StructMember<double>("scale"), StructMember<double>("soft_cap"),
-    StructMember<double>("value_scale"), StructMember<int64_t>("short_part"), StructMember<int64_t>("long_part"),
-    StructMember<std::string_view>("version"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::decode::Attributes, StructMember<int64_t>("causal"),
+                                      StructMember<int64_t>("window"), StructMember<int64_t>("sink_tokens"),
+                                      StructMember<double>("scale"), StructMember<double>("soft_cap"),
+                                      StructMember<double>("value_scale"), StructMember<int64_t>("short_part"),
+                                      StructMember<int64_t>("long_part"), StructMember<std::string_view>("version"));

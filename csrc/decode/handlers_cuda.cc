@@ -1,5 +1,5 @@
-// XLA FFI handler of the decoding call on CUDA: buffers -> checked parameters -> launch. It allocates nothing and launches
-// the same kernels whatever the buffers hold, so XLA may record it in a CUDA graph.
+// XLA FFI handler of the decoding call on CUDA: buffers -> checked parameters -> launch. It allocates nothing and
+// launches the same kernels whatever the buffers hold, so XLA may record it in a CUDA graph.
 #include <cuda_runtime.h>
 
 #include "decode/buffers.h"

@@ -2,10 +2,9 @@
 #include "decode/launch.h"
 
 #include <algorithm>
-#include <iterator>
 
 #include "decode/cuda/config.h"
-#include "device/element.h"
+#include "decode/variants.h"
 #include "device/host.h"
 
 namespace jax_bsk::decode::cuda {
@@ -16,27 +15,8 @@ using device::DeviceScope;
 using device::Divisor;
 using device::kMaxInt;
 
-struct Variant {
-  DType dtype;
-  int dim;  // the largest head size
-  int shared_bytes;
-  cudaError_t (*launch)(const KernelParams&, const DeviceFacts&, cudaStream_t);
-};
-
-#define JAX_BSK_DECODE(Element, dim) \
-  {device::kDType<Element>, dim, SharedBytesAtMost<Config<Element, dim>>(), Launch<Config<Element, dim>>},
-constexpr Variant kVariants[] = {
-#include "decode/variants.inc"
-};
-#undef JAX_BSK_DECODE
-
-// The first variant that is large enough; null where there is none.
 const Variant* Choose(const ForwardParams& params) {
-  const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
-  const auto* found = std::find_if(std::begin(kVariants), std::end(kVariants), [&](const Variant& variant) {
-    return variant.dtype == params.dtype && variant.dim >= dim;
-  });
-  return found == std::end(kVariants) ? nullptr : found;
+  return Choose(Keys::kPaged, params.dtype, std::max(params.shape.head_dim, params.shape.value_dim));
 }
 
 int64_t Sequences(const Shape& shape) { return Product({shape.groups, shape.seqs}); }
@@ -55,10 +35,13 @@ std::string ShapeRefusal(const ForwardParams& params) {
   // A sequence has at most so many units, and no two sequences have a token in common but for empty parts.
   const int64_t parts = BlocksOf(MostSteps(shape), std::min(params.short_part, params.long_part) / kStep);
   if (rows > kMaxInt || Product({shape.tokens + shape.seqs, shape.heads, shape.groups, parts}) > kMaxInt ||
-      Product({shape.groups, shape.pages, shape.page_size}) > kMaxInt || shape.heads * std::max(shape.head_dim, shape.value_dim) > kMaxInt) {
-    return "the CUDA decoding kernels take fewer than 2^31 rows (tokens * heads), parts of rows, and positions of the cache";
+      Product({shape.groups, shape.pages, shape.page_size}) > kMaxInt ||
+      shape.heads * std::max(shape.head_dim, shape.value_dim) > kMaxInt) {
+    return "the CUDA decoding kernels take fewer than 2^31 rows (tokens * heads), parts of rows, and positions of the "
+           "cache";
   }
-  for (const void* pointer : {params.query, params.key.first, params.value.first, static_cast<const void*>(params.out)}) {
+  for (const void* pointer :
+       {params.query, params.key.first, params.value.first, static_cast<const void*>(params.out)}) {
     if (reinterpret_cast<uintptr_t>(pointer) % 16 != 0) return "the CUDA kernels need arrays aligned to 16 bytes";
   }
   return "";
@@ -76,6 +59,7 @@ KernelParams ForKernels(const ForwardParams& params, char* workspace) {
   result.kv_heads = number(shape.kv_heads), result.group_heads = number(shape.heads / shape.kv_heads);
   result.dim = number(shape.head_dim), result.value_dim = number(shape.value_dim);
   result.partial_dim = number(PartialLayout::Dim(shape));
+  result.sink_head_stride = 1;
   result.by_seqs = Divisor(std::max<int64_t>(shape.seqs, 1)), result.by_page_size = Divisor(shape.page_size);
   result.by_kv_heads = Divisor(shape.kv_heads), result.by_group_heads = Divisor(result.group_heads);
   result.by_short_part = Divisor(params.short_part / kStep), result.by_long_part = Divisor(params.long_part / kStep);

@@ -4,9 +4,9 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "dtype.h"
+#include "logits.h"
 
 namespace jax_bsk::decode {
 
@@ -24,9 +24,6 @@ struct Shape {
   int64_t max_pages;  // M, pages of a sequence at most
   int64_t selected;   // pages listed for a sequence and key/value head, 0 where all are visited
 };
-
-// The log-sum-exp of a query that attends to nothing: no result holds an infinity nobody asked for.
-constexpr float kNoLogSumExp = std::numeric_limits<float>::lowest();
 
 // Where the rows of keys or values lie: head k of position r of page p of group g at
 //   first + ((g * pages + p) * page_size + r) * stride + k * head_stride     elements.
@@ -69,8 +66,8 @@ struct ForwardParams {
   float scale;          // logits = scale * q.k, before the soft cap
   float soft_cap;       // 0: none
   float value_scale;    // factor of the output
-  // Keys of a part: a row's keys are summed in parts of so many positions (of visited ones, see the splits of a kernel),
-  // which are merged in their order. For sequences of few queries, and for others. A multiple of 64.
+  // Keys of a part: a row's keys are summed in parts of so many positions (of visited ones, see the splits of a
+  // kernel), which are merged in their order. For sequences of few queries, and for others. A multiple of 64.
   int64_t short_part;
   int64_t long_part;
   void* out;   // [G, T, N, Hv], dtype

@@ -35,8 +35,7 @@ struct PartialRows {
 };
 
 inline PartialRows ShortRows(const Shape& shape, int64_t part) {
-  return {BlocksOf(MostSteps(shape), part / kStep),
-          std::min(shape.tokens, Product({shape.seqs, ShortQueries(shape)}))};
+  return {BlocksOf(MostSteps(shape), part / kStep), std::min(shape.tokens, Product({shape.seqs, ShortQueries(shape)}))};
 }
 inline PartialRows LongRows(const Shape& shape, int64_t part) {
   return {BlocksOf(MostSteps(shape), part / kStep), shape.tokens};
@@ -51,8 +50,7 @@ struct PartialLayout {
 
   PartialLayout(const Shape& shape, int64_t short_part, int64_t long_part)
       : short_rows(ShortRows(shape, short_part)), long_rows(LongRows(shape, long_part)) {
-    const int64_t dim = Dim(shape), short_count = short_rows.Count(shape),
-                  long_count = long_rows.Count(shape);
+    const int64_t dim = Dim(shape), short_count = short_rows.Count(shape), long_count = long_rows.Count(shape);
     short_stats = Aligned(4 * shape.groups);
     short_out = Aligned(short_stats + Product({8, short_count}));
     long_stats = Aligned(short_out + Product({4, short_count, dim}));

@@ -83,10 +83,22 @@ class AttentionAttributes:
         }
 
 
-def forward_workspace(query_shape: Sequence[int]) -> int:
+def forward_workspace(
+    query_shape: Sequence[int], key_shape: Sequence[int], value_dim: int, block_size: tuple[int, int]
+) -> int:
     """Bytes of the forward's workspace on CUDA."""
-    *lead, length, heads, _ = query_shape
-    return library.workspace(ATTENTION_FORWARD, batch=math.prod(lead), heads=heads, q_len=length)
+    *lead, q_len, heads, _ = query_shape
+    kv_len, kv_heads = key_shape[-3:-1]
+    return library.workspace(
+        ATTENTION_FORWARD,
+        batch=math.prod(lead),
+        heads=heads,
+        kv_heads=kv_heads,
+        q_len=q_len,
+        kv_len=kv_len,
+        value_dim=value_dim,
+        block_q=block_size[0],
+    )
 
 
 def backward_workspace(

@@ -63,6 +63,11 @@ def _refusals(platform: str, query: Any, value: Any, call: AttentionCall) -> lis
     return facts.problems(platform, library.limits(platform))
 
 
+def _forward_workspace(avals: Avals, call: AttentionCall) -> int:
+    query, key, value = (x.shape for x in avals[:3])
+    return ffi.forward_workspace(query, key, value[-1], (call.attributes.block_q, call.attributes.block_kv))
+
+
 def _backward_workspace(avals: Avals, call: AttentionCall) -> int:
     _, query, key, *_ = (x.shape for x in avals)
     blocks = call.attributes.block_q, call.attributes.block_kv
@@ -74,7 +79,7 @@ FORWARD = NativeCall(
     dims=lambda call: ffi.FORWARD,
     shapes=_forward_shapes,
     attributes=lambda call: call.attributes.encode(),
-    workspace=lambda avals, call: ffi.forward_workspace(avals[0].shape),
+    workspace=_forward_workspace,
     refusals=lambda platform, avals, call: _refusals(platform, avals[0], avals[2], call),
     splitting=AttentionSplitting(),
 )

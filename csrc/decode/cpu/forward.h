@@ -46,7 +46,7 @@ template <class C, class E>
 void FillRow(const ForwardParams& p, int64_t index, bool poisoned) {
   E* const out = static_cast<E*>(p.out) + index * p.shape.value_dim;
   FillRows<C>(out, 0, 1, p.shape.value_dim, poisoned ? kNaN<C> : C(0));
-  p.lse[index] = poisoned ? kNaN<float> : kNoLogSumExp;
+  p.lse[index] = poisoned ? kNaN<float> : kNoLogSumExp<float>;
 }
 
 template <class C, class E>

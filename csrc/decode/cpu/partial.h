@@ -80,7 +80,7 @@ void Finish(const ForwardParams& p, const Tile& tile, const Partial<C>& x) {
       factor = sum == 0 && own == own ? 0 : __builtin_exp(maximum - shift) / (total + own);
       total += own;
     }
-    p.lse[index] = total == 0 ? kNoLogSumExp : static_cast<float>(shift + __builtin_log(total));
+    p.lse[index] = total == 0 ? kNoLogSumExp<float> : static_cast<float>(shift + __builtin_log(total));
     const C scale = static_cast<C>(factor * p.value_scale);
     E* const to = static_cast<E*>(p.out) + index * p.shape.value_dim;
     for (int64_t c = 0; c < p.shape.value_dim; c += kLanes<C>) {

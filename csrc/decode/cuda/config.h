@@ -12,15 +12,21 @@
 #include "device/divisor.h"
 #include "device/element.h"
 #include "device/host.h"
+#include "lists/block_list.h"
 
 namespace jax_bsk::decode::cuda {
 
+// Where a row's keys come from: pages of a cache that sequences share, or the blocks that a block list visits of keys
+// that lie in a row (attention/params.h), of which an example is one sequence.
+enum class Keys { kPaged, kListed };
+
 // A CTA of four warps takes steps of 64 keys. Of 16 rows or fewer, each warp has all of them and 16 of the keys; of
 // more, each warp has 16 rows and all keys. The products are mma.sync: memory is what bounds decoding.
-template <typename Element_, int kDim_>
+template <typename Element_, int kDim_, Keys kKeys>
 struct Config {
   using Element = Element_;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
+  static constexpr bool kListed = kKeys == Keys::kListed;
   static constexpr int kThreads = 128;
   static constexpr int kWarps = 4;
   static constexpr int kTileKv = 64;
@@ -40,14 +46,22 @@ struct KernelParams : ForwardParams {
   int pages, max_pages, selected;
   int kv_heads, group_heads;  // heads of the cache, and query heads of each
   int dim, value_dim, partial_dim;
+  int sink_group_stride, sink_head_stride;  // of the sinks' array
   device::Divisor by_seqs, by_page_size, by_kv_heads, by_group_heads, by_short_part, by_long_part;  // parts in steps
-  int short_parts, long_parts;   // of a row at most
-  int short_places, short_queries;  // see partials.h
+  int short_parts, long_parts;                                                                      // of a row at most
+  int short_places, short_queries;                                                                  // see partials.h
   int32_t* bad_groups;  // [G]: not 0 if the offsets of a group's sequences cannot be true
   float2* short_stats;  // [G, places, N, parts]: maximum and sum of a part's probabilities, in units of log2
   float* short_out;     // [G, places, N, parts, partial_dim]: not divided by the sum
   float2* long_stats;
   float* long_out;
+
+  // With Keys::kListed, where all rows are short:
+  lists::BlockList rows;  // of one head, and one row of blocks
+  lists::BitTiles bit_tiles;
+  lists::Lengths lengths;
+  int block_q, block_kv, block_steps;  // of a block of keys
+  float* lse_rest;                     // as lse, which is [G, N, T] then
 };
 
 // Bytes of shared memory that a CTA needs beside a word for each sequence.

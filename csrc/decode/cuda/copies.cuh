@@ -25,6 +25,7 @@ struct FoundRow {
   int row;  // of the cache of all groups, in positions
   int key;
 };
+constexpr FoundRow kNoRow = {0, kNoKey};
 
 // Row `at` of the visited step number `step`, of a sequence and key/value head.
 __device__ __forceinline__ FoundRow FindRow(const KernelParams& params, int table, int group, int kv_head, int kv_len,
@@ -36,15 +37,29 @@ __device__ __forceinline__ FoundRow FindRow(const KernelParams& params, int tabl
     page = params.by_page_size.Quotient(key);
   } else {
     const int place = step * kStepKeys + at, index = params.by_page_size.Quotient(place);
-    if (index >= params.selected) return {0, kNoKey};
+    if (index >= params.selected) return kNoRow;
     page = __ldg(params.selection + (int64_t{table} * params.kv_heads + kv_head) * params.selected + index);
-    if (page < 0 || page >= params.max_pages) return {0, kNoKey};
+    if (page < 0 || page >= params.max_pages) return kNoRow;
     key = page * page_size + (place - index * page_size);
   }
-  if (key >= kv_len) return {0, kNoKey};
+  if (key >= kv_len) return kNoRow;
   const int physical = __ldg(params.page_indices + int64_t{table} * params.max_pages + page);
   if (physical < 0 || physical >= params.pages) return {0, ~key};
   return {(group * params.pages + physical) * page_size + (key - page * page_size), key};
+}
+
+// The same of the visited blocks of a list, and the bit tile of the step's block, or -1.
+__device__ __forceinline__ FoundRow FindListed(const KernelParams& params, int group, int kv_len, int step, int at,
+                                               int* tile) {
+  const int entry = params.block_steps == 1 ? step : step / 2;  // blocks are 64 or 128 keys
+  const int64_t position = Sequence::ListOf(params, group).begin + entry;
+  const int block = __ldg(params.rows.ids + position), number = __ldg(params.rows.tiles + position);
+  *tile = -1;
+  if (block < 0 || block >= params.rows.ids_end || number < -1 || number >= params.bit_tiles.count) return {0, ~0};
+  *tile = number;
+  const int key = block * params.block_kv + (step - entry * params.block_steps) * kStepKeys + at;
+  if (key >= kv_len) return kNoRow;
+  return {group * params.by_page_size.value() + key, key};
 }
 
 // The row that a lane finds, of its warp's 16; two lanes have each.

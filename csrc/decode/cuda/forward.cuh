@@ -6,7 +6,6 @@
 
 #include <type_traits>
 
-#include "attention/softmax.cuh"
 #include "decode/cuda/config.h"
 #include "decode/cuda/copies.cuh"
 #include "decode/cuda/masks.cuh"
@@ -19,12 +18,13 @@
 #include "device/ptx/dependent_launch.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/thread.cuh"
+#include "device/softmax.cuh"
 #include "device/tile.cuh"
 
 namespace jax_bsk::decode::cuda {
 
-using attention::cuda::LogitMap;
-using attention::cuda::OnlineSoftmax;
+using device::LogitMap;
+using device::OnlineSoftmax;
 
 // Descriptions of units that are kept: of the one that is computed, and of those that the producer is ahead.
 constexpr int kUnitsKept = 4;
@@ -35,7 +35,9 @@ struct Shared {
   Stage<Config> stages[Config::kStages];
   // The queries, where registers have no room for them.
   device::Tile<typename Config::Element, Config::kQueriesInRegisters ? 1 : Config::kWideRows, Config::kDim> query;
-  int keys[Config::kStages][Config::kTileKv];    // as FoundRow has them
+  int keys[Config::kStages][Config::kTileKv];  // as FoundRow has them
+  int tiles[Config::kStages];                  // bit tile of listed keys, or -1, and the step's number in its block
+  int steps[Config::kStages];
   bool masked[Config::kStages][Config::kWarps];  // whether some row does not attend to a key that this warp found
   Unit units[kUnitsKept];
   float2 stats[Config::kWarps][Config::kNarrowRows];
@@ -131,7 +133,12 @@ class Producer {
       CopyRows(shared_.stages[stage].key, params_.key, row_, kv_head_, params_.dim);
       CopyRows(shared_.stages[stage].value, params_.value, row_, kv_head_, params_.value_dim);
       const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-      const bool whole = __all_sync(0xFFFFFFFFu, mask_(row_.key, static_cast<int>(params_.sink_tokens)));
+      const bool all =
+          Config::kListed ? tile_ < 0 && row_.key >= 0 : mask_(row_.key, static_cast<int>(params_.sink_tokens));
+      const bool whole = __all_sync(0xFFFFFFFFu, all);
+      if (Config::kListed && threadIdx.x == 0) {
+        shared_.tiles[stage] = tile_, shared_.steps[stage] = params_.block_steps == 1 ? 0 : (step_ - 1) % 2;
+      }
       if (lane < 16) shared_.keys[stage][RowOfLane(warp, lane)] = row_.key;
       if (lane == 0) shared_.masked[stage][warp] = !whole;
       Find();
@@ -144,8 +151,12 @@ class Producer {
     if (left_ == 0) NextUnit();
     found_ = left_ > 0;
     if (!found_) return;
-    const int thread = static_cast<int>(threadIdx.x);
-    row_ = FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, RowOfLane(thread / 32, thread % 32));
+    const int thread = static_cast<int>(threadIdx.x), at = RowOfLane(thread / 32, thread % 32);
+    if constexpr (Config::kListed) {
+      row_ = FindListed(params_, group_, kv_len_, step_, at, &tile_);
+    } else {
+      row_ = FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, at);
+    }
     ++step_, --left_;
   }
 
@@ -162,7 +173,7 @@ class Producer {
     left_ = unit.steps;
     if (left_ == 0) return;
     table_ = unit.table, group_ = unit.group, kv_head_ = unit.kv_head, kv_len_ = unit.kv_len, step_ = unit.step;
-    mask_ = UnitMask(params_, unit);
+    if constexpr (!Config::kListed) mask_ = UnitMask(params_, unit);
     Prefetch(unit);
   }
 
@@ -174,7 +185,7 @@ class Producer {
       const auto* row = Queries<Config>::Row(params_, unit, thread / kLines);
       device::PrefetchL2(reinterpret_cast<const char*>(row) + thread % kLines * 128);
     }
-    if (params_.selection == nullptr) {
+    if (!Config::kListed && params_.selection == nullptr) {
       const int first = params_.by_page_size.Quotient(steps_[unit.step] * kStepKeys);
       const int last = params_.by_page_size.Quotient(steps_[unit.step + unit.steps - 1] * kStepKeys + kStepKeys - 1);
       const int page = first + 32 * thread;
@@ -190,6 +201,7 @@ class Producer {
   int slot_ = 0;
   bool found_ = false;
   FoundRow row_{};
+  int tile_ = -1;  // of listed keys
   // The unit whose steps are found.
   int table_ = 0, group_ = 0, kv_head_ = 0, kv_len_ = 0, step_ = 0, left_ = 0;
   Steps steps_{};
@@ -232,13 +244,14 @@ struct Consumer {
     const int lane = device::ThreadHere() % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const RowMask mask(params, unit, unit.row + WarpRow() + g + 8 * half);
+      const RowMask<Config> mask(params, unit, unit.row + WarpRow() + g + 8 * half, shared.tiles[stage],
+                                 shared.steps[stage]);
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const int column = first + 8 * n + 2 * t + e, found = shared.keys[stage][column];
-          change(x[0][n][2 * half + e], found != kNoKey && mask(found >= 0 ? found : ~found), found, column);
+          change(x[0][n][2 * half + e], mask(found, column), found, column);
         }
     }
   }
@@ -246,8 +259,8 @@ struct Consumer {
   // out += P V for one step.
   __device__ __forceinline__ void Step(int stage, const Unit& unit, const LogitMap& map) {
     auto& tiles = shared.stages[stage];
-    const bool masked = shared.masked[stage][0] || shared.masked[stage][1] || shared.masked[stage][2] ||
-                        shared.masked[stage][3];
+    const bool masked =
+        shared.masked[stage][0] || shared.masked[stage][1] || shared.masked[stage][2] || shared.masked[stage][3];
     uint64_t bad = 0;  // values that are not finite: they reach only the rows that attend to them
     if (masked) bad = device::CleanRows<Config::kThreads>(tiles.value, shared.bad_values, device::ThreadHere());
 #pragma unroll 1

@@ -4,7 +4,9 @@
 #include <cstdint>
 
 #include "decode/cuda/config.h"
+#include "decode/cuda/copies.cuh"
 #include "decode/cuda/units.cuh"
+#include "lists/block_list.cuh"
 
 namespace jax_bsk::decode::cuda {
 
@@ -17,29 +19,48 @@ __device__ __forceinline__ int WindowBegin(const KernelParams& params, int posit
 }
 
 // Of one row.
-struct RowMask {
-  int begin, end;  // of the positions in the window
-  int sinks;       // positions below are in it, too
-  int draft;       // first position that the tree's bits speak of
-  uint64_t bits;
-
-  // A row past the unit's last has any mask: nobody reads what becomes of it.
-  __device__ __forceinline__ RowMask(const KernelParams& params, const Unit& unit, int row) {
+template <typename Config>
+class RowMask {
+ public:
+  // A row past the unit's last has any mask: nobody reads what becomes of it. `tile` and `step` are of listed keys: the
+  // bit tile of the step, and its number within its block.
+  __device__ __forceinline__ RowMask(const KernelParams& params, const Unit& unit, int row, int tile, int step) {
     const int query = params.by_group_heads.Quotient(row), start = unit.kv_len - unit.q_len;
-    const bool tree = HasTree(params, unit);
-    begin = WindowBegin(params, start + query);
-    end = params.causal && !tree ? min(unit.kv_len, start + query + 1) : unit.kv_len;
-    sinks = static_cast<int>(params.sink_tokens);
-    draft = tree ? start : unit.kv_len;
-    bits = 0;
-    if (tree && query < unit.q_len) {
-      const uint32_t* words = params.tree + 2 * (int64_t{unit.group} * params.tokens + unit.first_token + query);
-      bits = __ldg(words) | static_cast<uint64_t>(__ldg(words + 1)) << 32;
+    if constexpr (Config::kListed) {
+      bits_ = ~uint64_t{0};
+      if (tile < 0 || query >= unit.q_len) return;
+      const uint32_t* words =
+          lists::BitTileRow(params.bit_tiles, unit.group, 0, tile, query, params.block_q, params.block_kv);
+      bits_ = lists::RowBits<64>(words + 2 * step);
+    } else {
+      const bool tree = HasTree(params, unit);
+      begin_ = WindowBegin(params, start + query);
+      end_ = params.causal && !tree ? min(unit.kv_len, start + query + 1) : unit.kv_len;
+      sinks_ = static_cast<int>(params.sink_tokens);
+      draft_ = tree ? start : unit.kv_len;
+      if (tree && query < unit.q_len) {
+        const uint32_t* words = params.tree + 2 * (int64_t{unit.group} * params.tokens + unit.first_token + query);
+        bits_ = lists::RowBits<64>(words);
+      }
     }
   }
-  __device__ __forceinline__ bool operator()(int key) const {
-    return key < end && (key >= begin || key < sinks) && (key < draft || (bits >> (key - draft) & 1) != 0);
+
+  // Whether the row attends to a key of the step, as it was found (FoundRow), in a column.
+  __device__ __forceinline__ bool operator()(int found, int column) const {
+    if (found == kNoKey) return false;
+    if constexpr (Config::kListed) {
+      return found < 0 || (bits_ >> column & 1) != 0;  // what cannot be true, all rows attend to
+    } else {
+      const int key = found >= 0 ? found : ~found;
+      return key < end_ && (key >= begin_ || key < sinks_) && (key < draft_ || (bits_ >> (key - draft_) & 1) != 0);
+    }
   }
+
+ private:
+  int begin_ = 0, end_ = 0;  // of the positions in the window
+  int sinks_ = 0;            // positions below are in it, too
+  int draft_ = 0;            // first position that the tree's bits speak of
+  uint64_t bits_ = 0;        // of the tree, or of a bit tile's row
 };
 
 // Of all rows together: true where each of them attends. The first query's end and the last one's window bound the

@@ -8,13 +8,13 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "attention/softmax.cuh"
 #include "decode/cuda/config.h"
 #include "decode/cuda/units.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/convert.cuh"
 #include "device/ptx/dependent_launch.cuh"
 #include "device/ptx/thread.cuh"
+#include "device/softmax.cuh"
 
 namespace jax_bsk::decode::cuda {
 
@@ -35,9 +35,9 @@ __device__ __forceinline__ void StoreFour(Element* to, const float4& x) {
 
 // The end of a row: its sink joins the denominator.
 struct RowEnd {
-  bool empty;    // the output is 0, whatever was accumulated
-  float factor;  // of the accumulated output
-  float lse;
+  bool empty;           // the output is 0, whatever was accumulated
+  float factor;         // of the accumulated output
+  float lse, lse_rest;  // and what rounding took from it
 
   // Largest and sum of the row's probabilities, in units of log2; `sink_logit` is -inf without a sink.
   __device__ __forceinline__ RowEnd(float max, float sum, float sink_logit, float value_scale) {
@@ -47,7 +47,9 @@ struct RowEnd {
     const float total = sum * rescale + (sink == shift ? 1.f : device::Exp2(sink - shift));  // also of +inf
     empty = total == 0.f;
     factor = rescale / total * value_scale;
-    lse = attention::cuda::StoredLse(sum == 0.f ? sink_logit : attention::cuda::LogSum::Of(top, total).value);
+    const auto log_sum = device::LogSum::Of(top, total);
+    lse = device::StoredLse(sum == 0.f ? sink_logit : log_sum.value);  // a sink as it came
+    lse_rest = sum == 0.f ? 0.f : log_sum.rest;
   }
   __device__ __forceinline__ float4 operator()(const float4& x) const {
     if (empty) return make_float4(0.f, 0.f, 0.f, 0.f);
@@ -55,8 +57,21 @@ struct RowEnd {
   }
 };
 
-__device__ __forceinline__ float SinkLogit(const KernelParams& params, int head) {
-  return params.sinks == nullptr ? -device::Infinity() : __ldg(params.sinks + head);
+__device__ __forceinline__ float SinkLogit(const KernelParams& params, int group, int head) {
+  if (params.sinks == nullptr) return -device::Infinity();
+  return __ldg(params.sinks + group * params.sink_group_stride + head * params.sink_head_stride);
+}
+
+// Stores the log-sum-exp of a row of the output.
+template <typename Config>
+__device__ __forceinline__ void StoreLse(const KernelParams& params, int group, int token, int head, float lse,
+                                         float lse_rest) {
+  if constexpr (Config::kListed) {
+    const int64_t index = (group * params.shape.heads + head) * params.tokens + token;
+    params.lse[index] = lse, params.lse_rest[index] = lse_rest;
+  } else {
+    params.lse[(int64_t{group} * params.tokens + token) * params.shape.heads + head] = lse;
+  }
 }
 
 // The index of a row's first part.
@@ -83,13 +98,12 @@ struct RowStore {
     const int query = params.by_group_heads.Quotient(unit.row + row), token = unit.first_token + query;
     const int head = unit.kv_head * params.group_heads + params.by_group_heads.Rest(unit.row + row);
     if (unit.parts == 1) {
-      const RowEnd end(max, sum, SinkLogit(params, head), params.value_scale);
+      const RowEnd end(max, sum, SinkLogit(params, unit.group, head), params.value_scale);
       const int64_t index = (int64_t{unit.group} * params.tokens + token) * params.shape.heads + head;
       StoreFour(static_cast<Element*>(params.out) + index * params.value_dim + column, end(x));
-      if (column == 0) params.lse[index] = end.lse;
+      if (column == 0) StoreLse<Config>(params, unit.group, token, head, end.lse, end.lse_rest);
     } else {
-      const int64_t index =
-          unit.part + FirstPart(params, unit.is_short, unit.group, unit.sequence, query, token, head);
+      const int64_t index = unit.part + FirstPart(params, unit.is_short, unit.group, unit.sequence, query, token, head);
       auto* out = (unit.is_short ? params.short_out : params.long_out) + index * params.partial_dim + column;
       *reinterpret_cast<float4*>(out) = x;
       if (column == 0) (unit.is_short ? params.short_stats : params.long_stats)[index] = make_float2(max, sum);
@@ -118,8 +132,7 @@ struct RowSum {
 
 // A row of the output for each kRowWarps warps, which take its parts in turn.
 template <typename Config, int kRowWarps>
-__global__ void __launch_bounds__(Config::kThreads)
-    MergeKernel(const __grid_constant__ KernelParams params) {
+__global__ void __launch_bounds__(Config::kThreads) MergeKernel(const __grid_constant__ KernelParams params) {
   using Element = typename Config::Element;
   constexpr int kRows = Config::kWarps / kRowWarps, kColumns = (Config::kDim + 127) / 128;  // four a lane each
   __shared__ float4 shares[kRowWarps > 1 ? Config::kWarps : 1][kColumns][32];
@@ -138,31 +151,36 @@ __global__ void __launch_bounds__(Config::kThreads)
     for (int column = 4 * lane; column < dim; column += 128) {
       StoreFour(out + column, make_float4(value, value, value, value));
     }
-    if (lane == 0) params.lse[index] = attention::cuda::StoredLse(lse);
+    if (lane == 0) StoreLse<Config>(params, group, token, head, device::StoredLse(lse), 0.f);
   };
 
   // ---- The token's sequence: the last one that does not begin behind it
-  const int32_t* offsets = params.cu_q_lens + group * (params.seqs + 1);
-  const int count = min(max(__ldg(params.num_seqs + group), 0), params.seqs);
-  int low = 0, high = count;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (__ldg(offsets + middle) <= token ? low : high) = middle;
+  int low = 0;
+  bool inside = true;
+  if constexpr (!Config::kListed) {
+    const int32_t* offsets = params.cu_q_lens + group * (params.seqs + 1);
+    const int count = min(max(__ldg(params.num_seqs + group), 0), params.seqs);
+    int high = count;
+    while (high - low > 1) {
+      const int middle = (low + high) / 2;
+      (__ldg(offsets + middle) <= token ? low : high) = middle;
+    }
+    inside = count > 0 && token >= __ldg(offsets) && token < __ldg(offsets + count);
   }
-  const bool inside = count > 0 && token >= __ldg(offsets) && token < __ldg(offsets + count);
 
   // ---- Its tile's parts
-  const Sequence sequence(params, group, inside ? low : 0);
+  const Sequence sequence = Sequence::Read<Config>(params, group, inside ? low : 0);
   const RowTiles tiles = RowTiles::Of<Config>(params, sequence);
   const int query = token - sequence.first, row = query * params.group_heads + params.by_group_heads.Rest(head);
   const int height = tiles.Height<Config>(), first_row = row / height * height;
-  const Steps steps(params, sequence, params.by_group_heads.Quotient(first_row),
-                    params.by_group_heads.Quotient(min(first_row + height, tiles.rows) - 1));
-  const int parts = tiles.Part(params).Ceiling(steps.count);
+  const Steps steps = Steps::Of<Config>(params, sequence, params.by_group_heads.Quotient(first_row),
+                                        params.by_group_heads.Quotient(min(first_row + height, tiles.rows) - 1));
+  const int parts = Parts::Of<Config>(params, tiles, steps.count).count;
+  if (Config::kListed) inside = query < sequence.q_len;
 
   // ---- What the forward wrote
   device::WaitForKernelBefore();
-  if (params.bad_groups[group] != 0) return fill(device::QuietNan(), device::QuietNan());
+  if (!Config::kListed && params.bad_groups[group] != 0) return fill(device::QuietNan(), device::QuietNan());
   if (!inside) return fill(0.f, -device::Infinity());
   if (sequence.kv_len < 0) return fill(device::QuietNan(), device::QuietNan());
   if (parts == 1) return;
@@ -172,7 +190,7 @@ __global__ void __launch_bounds__(Config::kThreads)
   const float2* stats = (tiles.is_short ? params.short_stats : params.long_stats) + first;
   const float* partial = (tiles.is_short ? params.short_out : params.long_out) + first * params.partial_dim;
   RowSum<kColumns> total;
-  constexpr int kUnroll = 4 / kColumns;
+  constexpr int kUnroll = kColumns == 1 ? 4 : 1;  // with two, one kernel spills
 #pragma unroll kUnroll
   for (int part = warp % kRowWarps; part < parts; part += kRowWarps) {
     float4 x[kColumns] = {};
@@ -201,13 +219,13 @@ __global__ void __launch_bounds__(Config::kThreads)
       total.Add(x, share_stats[w]);
     }
   }
-  const RowEnd end(total.max, total.sum, SinkLogit(params, head), params.value_scale);
+  const RowEnd end(total.max, total.sum, SinkLogit(params, group, head), params.value_scale);
 #pragma unroll
   for (int i = 0; i < kColumns; ++i) {
     const int column = 4 * lane + 128 * i;
     if (column < dim) StoreFour(out + column, end(total.out[i]));
   }
-  if (lane == 0) params.lse[index] = end.lse;
+  if (lane == 0) StoreLse<Config>(params, group, token, head, end.lse, end.lse_rest);
 }
 
 // Launches it behind the forward, on the same stream. On Hopper its CTAs start while the forward's last ones end.

@@ -25,15 +25,17 @@ struct Unit {
 // be true.
 template <typename Config>
 __device__ __forceinline__ int CountUnitsOf(const KernelParams& params, int group, int number) {
-  const int count = __ldg(params.num_seqs + group);
-  const Sequence sequence(params, group, number);
-  if (count < 0 || count > params.seqs) return -1;
-  if (number == 0 && (sequence.first < 0 || sequence.first > params.tokens)) return -1;
-  if (number >= count) return 0;
-  if (sequence.q_len < 0 || sequence.first + sequence.q_len > params.tokens) return -1;
+  const Sequence sequence = Sequence::Read<Config>(params, group, number);
+  if constexpr (!Config::kListed) {
+    const int count = __ldg(params.num_seqs + group);
+    if (count < 0 || count > params.seqs) return -1;
+    if (number == 0 && (sequence.first < 0 || sequence.first > params.tokens)) return -1;
+    if (number >= count) return 0;
+    if (sequence.q_len < 0 || sequence.first + sequence.q_len > params.tokens) return -1;
+  }
   if (sequence.q_len == 0 || sequence.kv_len < 0) return 0;
   const RowTiles tiles = RowTiles::Of<Config>(params, sequence);
-  const int parts = tiles.Part(params).Ceiling(MostStepsOf<Config>(params, sequence, tiles));
+  const int parts = Parts::Of<Config>(params, tiles, MostStepsOf<Config>(params, sequence, tiles)).count;
   return tiles.Count<Config>() * parts * params.kv_heads;
 }
 
@@ -55,7 +57,7 @@ __device__ __forceinline__ void CountUnits(const KernelParams& params, int* befo
     any_bad |= before[i] < 0;
   }
   any_bad = __syncthreads_or(any_bad);
-  for (int group = thread; group < params.shape.groups; group += Config::kThreads) {
+  for (int group = thread; !Config::kListed && group < params.shape.groups; group += Config::kThreads) {
     bool bad = seqs == 0 && __ldg(params.num_seqs + group) != 0;
     for (int i = 0; any_bad && i < seqs; ++i) bad |= before[group * seqs + i] < 0;
     if (bad && seqs > 0) before[group * seqs] = -1;  // where the group's other sequences look
@@ -105,17 +107,16 @@ __device__ __forceinline__ Unit FindUnit(const KernelParams& params, const int* 
   }
   Unit unit;
   unit.group = params.by_seqs.Quotient(low), unit.sequence = low - unit.group * params.seqs;
-  const Sequence sequence(params, unit.group, unit.sequence);
+  const Sequence sequence = Sequence::Read<Config>(params, unit.group, unit.sequence);
   unit.first_token = sequence.first, unit.q_len = sequence.q_len, unit.kv_len = sequence.kv_len;
   unit.table = sequence.table;
   const RowTiles tiles = RowTiles::Of<Config>(params, sequence);
-  const device::Divisor& part = tiles.Part(params);
   const int rest = number - before[low], of_head = params.by_kv_heads.Quotient(rest);
   unit.kv_head = rest - of_head * params.kv_heads;
   int tile = 0;
   unit.part = of_head;
   if (!tiles.narrow) {
-    const int parts = part.Ceiling(MostStepsOf<Config>(params, sequence, tiles));
+    const int parts = Parts::Of<Config>(params, tiles, MostStepsOf<Config>(params, sequence, tiles)).count;
     tile = tiles.Count<Config>() - 1 - of_head / parts;  // tiles with the most keys come first
     unit.part = of_head % parts;
   }
@@ -123,11 +124,12 @@ __device__ __forceinline__ Unit FindUnit(const KernelParams& params, const int* 
   unit.rows = min(tiles.Height<Config>(), tiles.rows - unit.row);
   unit.narrow = tiles.narrow, unit.is_short = tiles.is_short;
 
-  *visited = Steps(params, sequence, params.by_group_heads.Quotient(unit.row),
-                   params.by_group_heads.Quotient(unit.row + unit.rows - 1));
-  unit.parts = part.Ceiling(visited->count);
-  unit.step = unit.part * part.value();
-  unit.steps = max(0, min(part.value(), visited->count - unit.step));
+  *visited = Steps::Of<Config>(params, sequence, params.by_group_heads.Quotient(unit.row),
+                               params.by_group_heads.Quotient(unit.row + unit.rows - 1));
+  const Parts parts = Parts::Of<Config>(params, tiles, visited->count);
+  unit.parts = parts.count;
+  unit.step = unit.part * parts.steps;
+  unit.steps = max(0, min(parts.steps, visited->count - unit.step));
   return unit;
 }
 

@@ -108,7 +108,7 @@ def forward_call(implementation: str) -> DirectCall:
     results = {"out": shape("float32", B, T, N, H)}
     results |= {name: shape("float32", B, N, T) for name in ("lse", "lse_rest")}
     if implementation == "cuda":
-        results["workspace"] = shape("int32", ffi.forward_workspace((B, T, N, H)) // 4)
+        results["workspace"] = shape("int32", ffi.forward_workspace((B, T, N, H), (B, S, N, H), H, (BLOCK, BLOCK)) // 4)
     sinks = jnp.full((1, 1), -jnp.inf, jnp.float32)
     operands = {**_inputs(), **_rows(), **_rest(), "sinks": sinks, "gates": shape("float32", *ffi.NO_GATES)}
     return DirectCall(ffi.ATTENTION_FORWARD, operands, results, _attributes())
