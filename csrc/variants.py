@@ -54,7 +54,7 @@ ATTENTION = (
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),
 )
-# Types and head sizes, each for both kinds of keys. A call takes the first variant that has its type and is large enough.
+# Types and head sizes, each for both kinds of keys. A call takes the first variant that has its type and room for it.
 DECODE = ((HALVES, (64, 128, 256)), (("float",), (64, 128)))
 KEYS = ("Paged", "Listed")
 PRODUCTS = ("Product", "Narrow", "Sampled")  # each for both types and for every layout of the two operands
