@@ -30,6 +30,6 @@ Handlers Registrations() { return {{kDecodeForward, kForward}}; }
 
 CallBuffers Buffers() { return {{kDecodeForward, NamesOf<ForwardBuffers>(true)}}; }
 
-Facts BuildInfo() { return {}; }
+Facts BuildInfo() { return CudaLimits(); }
 
 }  // namespace jax_bsk::decode
