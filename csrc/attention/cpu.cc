@@ -37,7 +37,7 @@ std::string Refusal(const Shape& shape) {
   return "";
 }
 
-int64_t ForwardTasks(const ForwardParams& params) { return QueryTasks(params.shape); }
+int64_t ForwardTasks(const ForwardParams& params) { return QueryTasks(params.shape) / HeadsOfTask(params); }
 
 int64_t BackwardTasks(const BackwardParams& params) { return KeyTasks(params) + QueryTasks(params.shape); }
 

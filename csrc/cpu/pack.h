@@ -11,9 +11,19 @@ JAX_BSK_INLINE constexpr int64_t RoundUpToLanes(int64_t n) {
   return (n + kLanes<C> - 1) / kLanes<C> * kLanes<C>;
 }
 
+// Where rows begin, in elements: `group` of them lie `inner` apart, and groups `outer`.
+struct RowOffsets {
+  int64_t outer, group, inner;
+  JAX_BSK_INLINE RowOffsets(int64_t outer, int64_t group = 1, int64_t inner = 0)
+      : outer(outer), group(group), inner(inner) {}
+  JAX_BSK_INLINE int64_t operator()(int64_t row) const {
+    return group == 1 ? row * outer : row / group * outer + row % group * inner;
+  }
+};
+
 // to[column][row] = factor * from[row][column]. Columns and rows are padded with zeros to whole vectors.
 template <class C, class E>
-JAX_BSK_NO_INLINE void PackTransposed(const E* from, int64_t stride, int64_t rows, int64_t columns, C factor, C* to,
+JAX_BSK_NO_INLINE void PackTransposed(const E* from, RowOffsets offset, int64_t rows, int64_t columns, C factor, C* to,
                                       int64_t ld) {
   constexpr int n = kLanes<C>;
   for (int64_t r = 0; r < rows; r += n) {
@@ -21,7 +31,7 @@ JAX_BSK_NO_INLINE void PackTransposed(const E* from, int64_t stride, int64_t row
       Vec<C> square[n];
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) {
-        square[k] = r + k < rows ? factor * LoadUpTo<C>(from + (r + k) * stride + c, columns - c) : Vec<C>{};
+        square[k] = r + k < rows ? factor * LoadUpTo<C>(from + offset(r + k) + c, columns - c) : Vec<C>{};
       }
       TransposeSquare<C>(square);
 #pragma GCC unroll 16
@@ -34,7 +44,7 @@ JAX_BSK_NO_INLINE void PackTransposed(const E* from, int64_t stride, int64_t row
 // vectors.
 template <class C, class E>
 JAX_BSK_NO_INLINE void UnpackTransposed(const C* from, int64_t ld, const C* factor, int64_t rows, int64_t columns,
-                                        E* to, int64_t stride) {
+                                        E* to, RowOffsets offset) {
   constexpr int n = kLanes<C>;
   for (int64_t r = 0; r < rows; r += n) {
     const Vec<C> scale = factor != nullptr ? Load<C>(factor + r) : Broadcast<C>(C(1));
@@ -45,7 +55,7 @@ JAX_BSK_NO_INLINE void UnpackTransposed(const C* from, int64_t ld, const C* fact
       TransposeSquare<C>(square);
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) {
-        if (r + k < rows) StoreUpTo<C>(to + (r + k) * stride + c, square[k], columns - c);
+        if (r + k < rows) StoreUpTo<C>(to + offset(r + k) + c, square[k], columns - c);
       }
     }
   }

@@ -64,11 +64,16 @@ JAX_BSK_INLINE const uint32_t* TileWords(const BitTiles& tiles, const Shape& sha
 }
 
 // A tile with the queries along the lanes: to[word][query], so that one load, one AND tell which of a vector's queries
-// attend to a key. Lanes beyond the queries attend to nothing.
+// attend to a key. Lanes beyond the queries attend to nothing. `heads` lanes in a row are of one query.
 template <class C>
-void PackTile(const uint32_t* words, int64_t words_per_row, int64_t queries, int64_t lanes, Lane<C>* to) {
+void PackTile(const uint32_t* words, int64_t words_per_row, int64_t queries, int64_t lanes, Lane<C>* to,
+              int64_t heads = 1) {
   for (int64_t w = 0; w < words_per_row; ++w) {
-    for (int64_t q = 0; q < lanes; ++q) to[w * lanes + q] = q < queries ? words[q * words_per_row + w] : 0u;
+    Lane<C>* lane = to + w * lanes;
+    for (int64_t q = 0; q < queries; ++q) {
+      for (int64_t h = 0; h < heads; ++h) *lane++ = words[q * words_per_row + w];
+    }
+    while (lane != to + (w + 1) * lanes) *lane++ = 0u;
   }
 }
 

@@ -1,4 +1,5 @@
-// Forward: one task computes one block of queries of one head, visiting the row's key blocks with an online softmax.
+// Forward: one task computes one block of queries of one head, or few queries of all heads that share keys and values,
+// visiting the row's key blocks with an online softmax.
 // Scores are kept transposed, S^T[key][query], in base-2 units: Q is packed with scale * log2(e) in it.
 //
 // Transposed to suit Multiply: with lanes along the queries, S^T = K Q^T and O^T += V^T P^T both broadcast keys and
@@ -10,6 +11,7 @@
 #include "cpu/multiply.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
+#include "kernels.h"
 
 namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
 
@@ -153,16 +155,18 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
   const ForwardScratch<C> x(s, memory);
 
-  // --- Where: batch b, head h, query block i. Late query blocks first: under a causal mask they are the longest.
+  // --- Where: batch b, head h and those after it, query block i. Late query blocks first: under a causal mask they are
+  // the longest. A row is query * heads + head.
+  const int64_t heads = HeadsOfTask(p);
   const int64_t i = s.q_blocks - 1 - task % s.q_blocks;
-  const int64_t h = task / s.q_blocks % s.heads;
-  const int64_t b = task / s.q_blocks / s.heads;
+  const int64_t h = task / s.q_blocks % (s.heads / heads) * heads;
+  const int64_t b = task / s.q_blocks / (s.heads / heads);
   const int64_t kv_head = h / (s.heads / s.kv_heads);
   const int64_t first = i * s.block_q;
   const int64_t rows = Minimum(s.block_q, s.q_len - first);
   const int64_t queries = Clamp(QueryLength(p.lengths, s, b) - first, rows);
   const int64_t kv_length = KeyLength(p.lengths, s, b);
-  const int64_t vectors = RoundUpToLanes<C>(queries) / kLanes<C>;
+  const int64_t vectors = RoundUpToLanes<C>(queries * heads) / kLanes<C>;
   const int64_t ld = s.block_q;
   const int64_t key_stride = s.kv_heads * s.head_dim;
   const int64_t value_stride = s.kv_heads * s.value_dim;
@@ -174,21 +178,26 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   C* const lse_rest = static_cast<C*>(p.lse_rest) + (b * s.heads + h) * s.q_len + first;
 
   // --- Rows beyond the example's length, and rows whose list is broken.
-  FillRows<C>(out + queries * out_stride, out_stride, rows - queries, s.value_dim, C(0));
-  Fill<C>(lse + queries, rows - queries, kNoLogSumExp<C>);
-  Fill<C>(lse_rest, rows, C(0));
+  for (int64_t j = 0; j < heads; ++j) {
+    FillRows<C>(out + queries * out_stride + j * s.value_dim, out_stride, rows - queries, s.value_dim, C(0));
+    Fill<C>(lse + j * s.q_len + queries, rows - queries, kNoLogSumExp<C>);
+    Fill<C>(lse_rest + j * s.q_len, rows, C(0));
+  }
   if (queries == 0) return;
   const BlockRow row = ReadRow(p.rows, p.tiles.count, b, h, i);
   if (row.poisoned) {
-    FillRows<C>(out, out_stride, queries, s.value_dim, kNaN<C>);
-    Fill<C>(lse, queries, kNaN<C>);
+    for (int64_t j = 0; j < heads; ++j) {
+      FillRows<C>(out + j * s.value_dim, out_stride, queries, s.value_dim, kNaN<C>);
+      Fill<C>(lse + j * s.q_len, queries, kNaN<C>);
+    }
     return;
   }
 
   // --- Start: Q^T with the scale in it, nothing attended to yet.
   const LogitUnits<C> units(p);
   const E* const query = static_cast<const E*>(p.query) + ((b * s.q_len + first) * s.heads + h) * s.head_dim;
-  PackTransposed<C>(query, s.heads * s.head_dim, queries, s.head_dim, units.packed, x.query, ld);
+  PackTransposed<C>(query, {s.heads * s.head_dim, heads, s.head_dim}, queries * heads, s.head_dim, units.packed,
+                    x.query, ld);
   Fill<C>(x.out, RoundUpToLanes<C>(s.value_dim) * ld, C(0));
   Fill<C>(x.maximum, ld, -kInfinity<C>);
   Fill<C>(x.sum, ld, C(0));
@@ -208,7 +217,7 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     PackRows<C>(values + first_key * value_stride, value_stride, n_keys, s.value_dim, x.value, value_ld);
     bool spoiled = false;
     if (partial) {
-      PackTile<C>(TileWords(p.tiles, s, b, h, row.tiles[entry]), s.block_kv / 32, queries, ld, x.tile);
+      PackTile<C>(TileWords(p.tiles, s, b, h, row.tiles[entry]), s.block_kv / 32, queries, ld, x.tile, heads);
       Fill<uint8_t>(x.bad, n_keys, 0);
       spoiled = CleanRows<C>(x.value, value_ld, n_keys, s.value_dim, x.bad);
     }
@@ -239,9 +248,10 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   }
 
   // --- Finish: the sink joins the denominator; log-sum-exp in natural units; O = O^T / sum.
-  C sink = -kInfinity<C>;
-  if (p.sinks != nullptr) sink = static_cast<const C*>(p.sinks)[LeadingIndex(p.sinks_batch, p.sinks_heads, b, h)];
   for (int64_t r = 0; r < vectors * kLanes<C>; ++r) {
+    const int64_t j = r % heads, index = j * s.q_len + r / heads;
+    C sink = -kInfinity<C>;
+    if (p.sinks != nullptr) sink = static_cast<const C*>(p.sinks)[LeadingIndex(p.sinks_batch, p.sinks_heads, b, h + j)];
     const double maximum = x.maximum[r] * kLn2;
     const double sum = x.sum[r];
     double total = sum;
@@ -258,12 +268,12 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     } else {
       x.rescale[r] = static_cast<C>(sum == 0 ? 0 : 1 / sum);
     }
-    if (r >= queries) continue;
-    lse[r] = total == 0 ? kNoLogSumExp<C> : static_cast<C>(shift + __builtin_log(total));
-    const double rest = (shift - lse[r]) + __builtin_log(total) + lost;
-    lse_rest[r] = rest - rest == 0 ? static_cast<C>(rest) : C(0);
+    if (r >= queries * heads) continue;
+    lse[index] = total == 0 ? kNoLogSumExp<C> : static_cast<C>(shift + __builtin_log(total));
+    const double rest = (shift - lse[index]) + __builtin_log(total) + lost;
+    lse_rest[index] = rest - rest == 0 ? static_cast<C>(rest) : C(0);
   }
-  UnpackTransposed<C>(x.out, ld, x.rescale, queries, s.value_dim, out, out_stride);
+  UnpackTransposed<C>(x.out, ld, x.rescale, queries * heads, s.value_dim, out, {out_stride, heads, s.value_dim});
 }
 
 }  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

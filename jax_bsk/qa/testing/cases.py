@@ -296,6 +296,9 @@ def random_case(
     kv_heads = pick(1, 1, 2, 3)
     heads = kv_heads * pick(1, 4, 8) if kv_heads < 3 else 3
     head_size = pick(64, 96, 128, 256, 8, 17, 40)
+    few = np.random.default_rng([seed, 21])  # of its own, so that the other cases stay what they were
+    if max_len >= 1024 and few.random() < 0.08:  # few queries on many keys, which CUDA has a kernel for
+        q_len, kv_len = int(few.integers(1, 1 + 64 * kv_heads // heads)), int(few.integers(1024, 3 * max_len))
     return Case(
         name=f"seed-{seed}",
         batch=pick(1, 1, 2, 3),
@@ -367,6 +370,12 @@ CORNER_CASES: dict[str, Case] = {
         _corner("half-block-tail", q_len=192, kv_len=192, pattern="causal"),
         _corner("tail-of-one", q_len=257, kv_len=129, pattern="random", density=0.8),
         _corner("more-queries", q_len=384, kv_len=128, pattern="causal", block_q=64),
+        _corner("few-queries", batch=2, q_len=1, kv_len=1100, heads=8, kv_heads=2, pattern="full", lengths=True),
+        _corner(
+            "few-queries-bits", q_len=5, kv_len=1500, heads=8, dtype="bfloat16", block_kv=64, density=0.4, sinks=True
+        ),
+        _corner("few-queries-float16", q_len=16, kv_len=2100, heads=4, head_size=128, dtype="float16", pattern="window"),
+        _corner("few-queries-256", q_len=3, kv_len=1030, head_size=256, value_size=64, dtype="bfloat16", soft_cap=5.0),
         _corner("more-keys", q_len=100, kv_len=500, pattern="window", block_kv=64),
         _corner("all-masked", q_len=200, kv_len=200, pattern="empty"),
         _corner("all-masked-sinks", q_len=200, kv_len=200, pattern="empty", sinks=True),
