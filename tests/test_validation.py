@@ -404,6 +404,7 @@ def test_harden_goes_on_after_the_part_that_was_cut_short(tmp_path, monkeypatch)
     monkeypatch.setattr(provenance, "implementation", lambda: "cpu")
     monkeypatch.setattr(harden, "_repeats", part("repeats", Verdict.FAILED))
     monkeypatch.setattr(harden, "_products", part("products", Verdict.SKIPPED))
+    monkeypatch.setattr(harden, "_decoding", part("decoding"))
     monkeypatch.setattr(harden, "_faults", cut_short)
     monkeypatch.setattr(harden, "_processes", part("memory"))
     settings = Settings(tmp_path, quiet=True)
@@ -412,8 +413,8 @@ def test_harden_goes_on_after_the_part_that_was_cut_short(tmp_path, monkeypatch)
     monkeypatch.setattr(harden, "_faults", part("faults"))
     found = harden.run(dataclasses.replace(settings, resume=True), Clock(60))
     # What failed is kept, what was skipped is tried again.
-    assert calls == ["repeats", "products", "products", "faults", "memory"]
-    assert [check.name for check in found.checks] == ["repeats", "products", "faults", "memory"]
+    assert calls == ["repeats", "products", "decoding", "products", "faults", "memory"]
+    assert [check.name for check in found.checks] == ["repeats", "products", "decoding", "faults", "memory"]
     assert found.checks[0].verdict is Verdict.FAILED
     assert found.data["repeats"] == {"of": "repeats"}
 
@@ -455,12 +456,13 @@ def test_cases_of_one_name_are_measured_in_every_pass(tmp_path, monkeypatch):
     ]
 
 
-def test_products_that_hang_or_crash_fail(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["products", "decoding"])
+def test_products_and_decoding_that_hang_or_crash_fail(what, tmp_path, monkeypatch):
     program = "import sys; sys.stdin.readline(); sys.exit('illegal memory access')"
     broken = functools.partial(Worker, command=[sys.executable, "-c", program])
     monkeypatch.setattr(harden, "Worker", broken)
-    checks, data = harden._products(Settings(tmp_path), Clock(60), "cuda")
-    assert [check.name for check in checks] == ["bit-equal products", "memory of products"]
+    checks, data = getattr(harden, f"_{what}")(Settings(tmp_path), Clock(60), "cuda")
+    assert [check.name for check in checks] == [f"bit-equal {what}", f"memory of {what}"]
     assert all(check.verdict is Verdict.FAILED and "illegal memory access" in check.detail for check in checks)
     assert data["unequal"] == data["shapes"]
     assert "device_growth_bytes" not in data

@@ -21,4 +21,5 @@ def test_a_serving_batch_repeats():
     case = steady.DECODING["cpu"]["float32-short-parts"]
     assert steady.repeats_are_equal(case, "cpu", 2)
     q, _, lengths, table, offsets, number = case.operands()
-    assert q.shape[0] == offsets[-1] and number[0] == len(lengths) == len(table)
+    assert q.shape[0] == offsets[-1]
+    assert number[0] == len(lengths) == len(table)
