@@ -47,8 +47,8 @@ GATED_BACKWARD_128 = ("attention/sm90/bwd_bf16_128_plaingated.cu",)
 PRODUCT = ("matmul/sm90/product_bf16.cu",)
 NARROW = ("matmul/sm90/narrow_bf16.cu",)
 SAMPLED = ("matmul/sm90/sampled_bf16.cu",)
-DECODE_64 = ("decode/cuda/forward_bf16_64.cu",)
-DECODE_128 = ("decode/cuda/forward_bf16_128.cu",)
+DECODE_64 = ("decode/cuda/paged_bf16_64.cu",)
+DECODE_128 = ("decode/cuda/paged_bf16_128.cu",)
 PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
 PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
 GATED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_gated.cu",)
@@ -149,8 +149,8 @@ FORWARD = (
     Mutation(
         name="forward-lse-base",
         what="the log-sum-exp adds the maximum in units of log2 to a natural logarithm",
-        file="attention/softmax.cuh",
-        before="value = fmaf(max, device::kLn2, log_sum);",
+        file="device/softmax.cuh",
+        before="value = fmaf(max, kLn2, log_sum);",
         after="value = max + log_sum;",
         instances=FORWARD_64,
         cases=("basic", "full", "one-query"),
@@ -158,7 +158,7 @@ FORWARD = (
     Mutation(
         name="forward-no-rest",
         what="what rounding takes from the log-sum-exp is not kept",
-        file="attention/softmax.cuh",
+        file="device/softmax.cuh",
         before="return {value, isfinite(rest) ? rest : 0.f};",
         after="return {value, 0.f};",
         instances=FORWARD_64,
@@ -1153,15 +1153,15 @@ DECODE_KERNELS = (
         "tree-bits",
         "a token's bits of the tree are read one token too far",
         "masks.cuh",
-        "(bits >> (key - draft) & 1)",
-        "(bits >> (key - draft + 1) & 1)",
+        "(bits_ >> (key - draft_) & 1)",
+        "(bits_ >> (key - draft_ + 1) & 1)",
     ),
     _decode(
         "first-sink",
         "every head has the first one's sink",
         "merge.cuh",
-        "__ldg(params.sinks + head);",
-        "__ldg(params.sinks);",
+        "params.sink_group_stride + head * params.sink_head_stride);",
+        "params.sink_group_stride);",
     ),
     _decode(
         "merge-rescale",
