@@ -244,8 +244,8 @@ def test_a_quick_run_without_a_gpu(quick_run):
     products_of = numbers["matmul"]
     assert products_of["forward_cases"] >= PRODUCTS["cpu", Level.QUICK]
     assert 0 < products_of["backward_cases"] < products_of["forward_cases"]
-    decoding = numbers["decode"]
-    assert (decoding["forward_cases"], decoding["backward_cases"]) == (DECODING["cpu", Level.QUICK], 0)
+    assert numbers["decode"]["forward_cases"] >= DECODING["cpu", Level.QUICK]
+    assert numbers["decode"]["backward_cases"] == 0
     counts = numbers["histogram"]["counts"]
     assert sum(counts["out"]) == numbers["forward_cases"]
     assert sum(counts["dq"]) == numbers["backward_cases"]
