@@ -1,5 +1,5 @@
-// Problems of decoding, drawn at random, and what their results should be by a plain loop in float64: csrc/decode/params.h
-// in other words. For the CPU's check and the GPU's.
+// Problems of decoding, drawn at random, and what their results should be by a plain loop in float64: in other words
+// what csrc/decode/params.h says. For the CUDA kernels; the CPU's take other sizes and types and have their own.
 #pragma once
 
 #include <algorithm>
@@ -259,7 +259,8 @@ inline DecodeProblem DrawDecode(unsigned seed, const DecodeKinds& kinds = {}) {
   if (has_selection) {
     s.selected = upto(1, s.max_pages + 2);
     for (int64_t i = 0; i < s.groups * s.seqs * s.kv_heads * s.selected; ++i) {
-      p.selection.push_back(static_cast<int32_t>(chance(0.1) ? pick({-1, -5, s.max_pages, 1 << 30}) : upto(0, s.max_pages - 1)));
+      const int64_t page = chance(0.1) ? pick({-1, -5, s.max_pages, 1 << 30}) : upto(0, s.max_pages - 1);
+      p.selection.push_back(static_cast<int32_t>(page));
     }
   }
   if (chance(0.3)) fill(p.sinks, s.heads);
@@ -287,7 +288,8 @@ inline DecodeProblem DrawDecode(unsigned seed, const DecodeKinds& kinds = {}) {
         const int32_t page = p.page_indices[(g * s.seqs + i) * s.max_pages + position / s.page_size];
         if (chance(0.6)) {
           auto& values = p.both ? p.key : p.value;
-          values[p.ValueIndex(g, page, position % s.page_size, k)] = chance(0.5) ? nan : std::numeric_limits<float>::infinity();
+          values[p.ValueIndex(g, page, position % s.page_size, k)] =
+              chance(0.5) ? nan : std::numeric_limits<float>::infinity();
         } else {
           p.key[p.KeyIndex(g, page, position % s.page_size, k)] = nan;
         }
