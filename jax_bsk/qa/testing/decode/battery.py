@@ -65,13 +65,15 @@ def judge_case(case: Case, implementation: str, *, multiprocessors: int | None =
     return Judgement(case, tuple(comparisons), tuple(problems))
 
 
-def run_case(case: Case, implementation: str) -> str:
+def run_case(case: Case, implementation: str, *, multiprocessors: int | None = None) -> str:
     """The report of `judge_case`.
 
     Raises:
       Mismatch: A result is outside the tolerance rule.
     """
-    return judge_case(case, implementation).report(f"--implementation {implementation}")
+    command = f"--implementation {implementation}"
+    command += "" if multiprocessors is None else f" --multiprocessors {multiprocessors}"
+    return judge_case(case, implementation, multiprocessors=multiprocessors).report(command)
 
 
 def _run(program: Callable[..., Any], inputs: Inputs) -> dict[str, np.ndarray]:
