@@ -14,6 +14,8 @@ import pytest
 
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.qa.testing import battery, cases, faults, grid, steady
+from jax_bsk.qa.testing.decode import battery as decode_battery
+from jax_bsk.qa.testing.decode import cases as decode_cases
 from jax_bsk.qa.testing.gpu_load import concurrent_load
 from jax_bsk.qa.testing.matmul import battery as product_battery
 from jax_bsk.qa.testing.matmul import cases as product_cases
@@ -57,6 +59,19 @@ def test_corner_of_products(name):
 def test_random_product(random_seed):
     case = product_cases.random_case(random_seed, "cuda")
     product_battery.run_case(case, "cuda", multiprocessors=grid.LIMITS[random_seed % len(grid.LIMITS)])
+
+
+def test_random_decoding(random_seed):
+    case = decode_cases.random_case(random_seed)
+    if case.dtype == "float32" and max(case.head_dim, case.value_dim) > 128:
+        pytest.skip("refused by the CUDA kernels, with a reason")
+    decode_battery.run_case(case, "cuda", multiprocessors=grid.LIMITS[random_seed % len(grid.LIMITS)])
+
+
+@pytest.mark.parametrize("name", steady.DECODING["cuda"])
+def test_decoding_beside_other_work_gives_the_same_bits(name):
+    with concurrent_load():
+        assert steady.repeats_are_equal(steady.DECODING["cuda"][name], "cuda", 1000)
 
 
 @pytest.mark.parametrize("name", steady.PRODUCTS["cuda"])

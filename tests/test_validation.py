@@ -38,7 +38,7 @@ from jax_bsk.qa.validation import (
 )
 from jax_bsk.qa.validation.measured import Measured
 from jax_bsk.qa.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
-from jax_bsk.qa.validation.settings import CASES, PRODUCTS, STAGES, Clock, Level, Settings
+from jax_bsk.qa.validation.settings import CASES, DECODING, PRODUCTS, STAGES, Clock, Level, Settings
 
 ROOT = Path(__file__).parents[1]
 FACTS = {
@@ -244,6 +244,8 @@ def test_a_quick_run_without_a_gpu(quick_run):
     products_of = numbers["matmul"]
     assert products_of["forward_cases"] >= PRODUCTS["cpu", Level.QUICK]
     assert 0 < products_of["backward_cases"] < products_of["forward_cases"]
+    assert numbers["decode"]["forward_cases"] >= DECODING["cpu", Level.QUICK]
+    assert numbers["decode"]["backward_cases"] == 0
     counts = numbers["histogram"]["counts"]
     assert sum(counts["out"]) == numbers["forward_cases"]
     assert sum(counts["dq"]) == numbers["backward_cases"]
@@ -276,10 +278,11 @@ def test_what_a_run_writes(quick_run):
     assert {"jax_bsk", "xla"} <= {row["contender"] for row in rows}
     with (out / "matmul.csv").open() as file:
         assert {row["contender"] for row in csv.DictReader(file)} == {"jax_bsk", "dense", "dense-random"}
-    with (out / "numerics-matmul.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == found["stages"]["validate"]["data"]["matmul"]["forward_cases"]
-    assert {row["verdict"] for row in rows} == {"passed"}
+    for name in ("matmul", "decode"):
+        with (out / f"numerics-{name}.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert len(rows) == found["stages"]["validate"]["data"][name]["forward_cases"]
+        assert {row["verdict"] for row in rows} == {"passed"}
     pytest.importorskip("matplotlib")
     for name in ("roofline.png", "errors.png", "forward-density.png", "matmul.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
@@ -327,7 +330,7 @@ def test_refusals_alone_and_fewer_cases_than_the_level_asks_for_are_not_a_pass(t
     assert numerics._judge("corner cases", refused, "cpu", 1).verdict is Verdict.SKIPPED
     monkeypatch.setattr(numerics, "CORNER_CASES", {"one-token": None})
     one = {"draw": 0, "ok": True, "gradients": True, "case": {}, "results": []}
-    tasks = ("one-token", "3", "matmul:3")
+    tasks = ("one-token", "3", "matmul:3", "decode:3")
     monkeypatch.setattr(numerics, "_answers", lambda *a: iter([one | {"task": task} for task in tasks]))
     result = numerics.run(Settings(tmp_path, cases=1, quiet=True), Clock(60))
     verdicts = {check.name: check.verdict for check in result.checks}
@@ -335,26 +338,30 @@ def test_refusals_alone_and_fewer_cases_than_the_level_asks_for_are_not_a_pass(t
         "corner cases": Verdict.PASSED,
         "random cases from seed 0": Verdict.SKIPPED,
         "products: random cases from seed 0": Verdict.SKIPPED,
+        "decoding: random cases from seed 0": Verdict.SKIPPED,
     }
 
 
 def test_tasks_are_given_out_until_each_suite_has_enough(tmp_path):
-    attention, matmul = suites = numerics.suites(Settings(tmp_path, Level.FULL, cases=3), "cuda")
+    attention, matmul, decode = suites = numerics.suites(Settings(tmp_path, Level.FULL, cases=3), "cuda")
     assert (attention.wanted, matmul.wanted) == (3, PRODUCTS["cuda", Level.FULL])
+    assert decode.wanted == DECODING["cuda", Level.FULL]
     taken = dict.fromkeys(suites, 0)
     tasks = numerics._tasks(40, taken)
     corners = [next(tasks) for suite in suites for _ in suite.corners]
-    assert {"one-token", "matmul:one-number"} <= set(corners)
-    assert [next(tasks) for _ in range(3)] == ["40", "matmul:40", "41"]
+    assert {"one-token", "matmul:one-number", "decode:prompts"} <= set(corners)
+    assert [next(tasks) for _ in range(4)] == ["40", "matmul:40", "decode:40", "41"]
     taken[attention] = 3
-    assert [next(tasks) for _ in range(3)] == ["matmul:41", "matmul:42", "matmul:43"]
-    taken[matmul] = 600
+    assert [next(tasks) for _ in range(4)] == ["matmul:41", "decode:41", "matmul:42", "decode:42"]
+    taken[matmul] = taken[decode] = 600
     assert list(tasks) == []
     (record,) = (
         {"task": "matmul:7", "draw": 1, "ok": False, "gradients": True, "case": {}, "results": [], "text": ""},
     )
     check = numerics._judge("random", [record], "cuda", 1)
     assert "python -m jax_bsk.qa.testing matmul --seed 7 --draw 1 --implementation cuda" in check.detail
+    check = numerics._judge("random", [record | {"task": "decode:7"}], "cuda", 1)
+    assert "python -m jax_bsk.qa.testing.decode --cases 1 --seed 7 --implementation cuda --multi" in check.detail
 
 
 def test_programs_of_other_sources_are_no_evidence(tmp_path):
@@ -397,6 +404,7 @@ def test_harden_goes_on_after_the_part_that_was_cut_short(tmp_path, monkeypatch)
     monkeypatch.setattr(provenance, "implementation", lambda: "cpu")
     monkeypatch.setattr(harden, "_repeats", part("repeats", Verdict.FAILED))
     monkeypatch.setattr(harden, "_products", part("products", Verdict.SKIPPED))
+    monkeypatch.setattr(harden, "_decoding", part("decoding"))
     monkeypatch.setattr(harden, "_faults", cut_short)
     monkeypatch.setattr(harden, "_processes", part("memory"))
     settings = Settings(tmp_path, quiet=True)
@@ -405,8 +413,8 @@ def test_harden_goes_on_after_the_part_that_was_cut_short(tmp_path, monkeypatch)
     monkeypatch.setattr(harden, "_faults", part("faults"))
     found = harden.run(dataclasses.replace(settings, resume=True), Clock(60))
     # What failed is kept, what was skipped is tried again.
-    assert calls == ["repeats", "products", "products", "faults", "memory"]
-    assert [check.name for check in found.checks] == ["repeats", "products", "faults", "memory"]
+    assert calls == ["repeats", "products", "decoding", "products", "faults", "memory"]
+    assert [check.name for check in found.checks] == ["repeats", "products", "decoding", "faults", "memory"]
     assert found.checks[0].verdict is Verdict.FAILED
     assert found.data["repeats"] == {"of": "repeats"}
 
@@ -448,12 +456,13 @@ def test_cases_of_one_name_are_measured_in_every_pass(tmp_path, monkeypatch):
     ]
 
 
-def test_products_that_hang_or_crash_fail(tmp_path, monkeypatch):
+@pytest.mark.parametrize("what", ["products", "decoding"])
+def test_products_and_decoding_that_hang_or_crash_fail(what, tmp_path, monkeypatch):
     program = "import sys; sys.stdin.readline(); sys.exit('illegal memory access')"
     broken = functools.partial(Worker, command=[sys.executable, "-c", program])
     monkeypatch.setattr(harden, "Worker", broken)
-    checks, data = harden._products(Settings(tmp_path), Clock(60), "cuda")
-    assert [check.name for check in checks] == ["bit-equal products", "memory of products"]
+    checks, data = getattr(harden, f"_{what}")(Settings(tmp_path), Clock(60), "cuda")
+    assert [check.name for check in checks] == [f"bit-equal {what}", f"memory of {what}"]
     assert all(check.verdict is Verdict.FAILED and "illegal memory access" in check.detail for check in checks)
     assert data["unequal"] == data["shapes"]
     assert "device_growth_bytes" not in data

@@ -7,9 +7,11 @@ no test without a GPU would notice. So the built library is disassembled and eve
   load), no LDL or STL, no stack or local memory, and a fence between an LDSM and the next arrival at a barrier: the
   copy engine may refill what is released there, and nothing but a fence makes an LDSM, whose registers only matrix
   products read, come first (wrong rows, seen on an H200);
-- in a namespace `sm80` with a 16-bit type: HMMA (mma.sync).
+- in a namespace `sm80` with a 16-bit type: HMMA (mma.sync);
+- in the namespace `decode`: no LDL or STL, no stack or local memory, and in the forward LDGSTS (cp.async) and, with a
+  16-bit type, HMMA.
 
-A kernel that has no matrix product (a reduction, a merge) therefore belongs in neither namespace.
+A kernel that has no matrix product (a reduction, a merge) therefore belongs in neither `sm80` nor `sm90`.
 
 Usage: python tools/check_sass.py [LIBRARY.so] [--require-sm90]. Needs cuobjdump and nvdisasm: of a CUDA toolkit, or the
 PyPI wheels nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm, which the extra `dev` has.
@@ -35,7 +37,7 @@ from pathlib import Path
 from jax_bsk.qa.support.cuda_tools import RESOURCES, find_tool, short_names
 
 # Namespaces and types as they stand in a mangled name, which needs no demangler: length, then identifier.
-SM80, SM90 = "4sm80", "4sm90"
+SM80, SM90, DECODE = "4sm80", "4sm90", "6decode"
 # Kernels there whose products are mma.sync's.
 SMALL_PRODUCTS = ("12NarrowKernel",)
 SIXTEEN_BIT = ("7Float16", "8BFloat16")
@@ -113,16 +115,20 @@ def violations(kernels: Iterable[Kernel], *, require_sm90: bool = False) -> list
                 found.append(f"{kernel} has no {product} instruction{where}.")
             if not count("UTMALDG"):
                 found.append(f"{kernel} has no UTMALDG instruction{where}.")
-            if count("LDL") or count("STL"):
-                found.append(f"{kernel} has {count('LDL', 0)} LDL and {count('STL', 0)} STL instructions.")
             if kernel.unfenced:
                 found.append(
                     f"{kernel} releases shared memory without a fence after LDSM, in {kernel.unfenced} places; call "
                     "FenceAsyncProxy before the release."
                 )
+        if SM90 in kernel.mangled or DECODE in kernel.mangled:
+            if count("LDL") or count("STL"):
+                found.append(f"{kernel} has {count('LDL', 0)} LDL and {count('STL', 0)} STL instructions.")
             if kernel.local_bytes:
                 found.append(f"{kernel} has {kernel.local_bytes} bytes of stack or local memory.")
-        if SM80 in kernel.mangled and any(t in kernel.mangled for t in SIXTEEN_BIT) and not count("HMMA"):
+        decodes = DECODE in kernel.mangled and "ForwardKernel" in kernel.mangled
+        if decodes and not count("LDGSTS"):
+            found.append(f"{kernel} has no LDGSTS instruction.")
+        if (decodes or SM80 in kernel.mangled) and any(t in kernel.mangled for t in SIXTEEN_BIT) and not count("HMMA"):
             found.append(f"{kernel} computes on a 16-bit type and has no HMMA instruction.")
     return found
 

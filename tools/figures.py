@@ -304,6 +304,25 @@ def context_parts() -> str:
     return table(names, rows) + f"\n\n{result['note']}"
 
 
+def decoding() -> str:
+    """Decoding beside its peers and a copy of as many bytes, and which goals it reaches."""
+    path = RESULTS / "decode-nvidia-h200.json"
+    if not path.exists():
+        return "not measured yet"
+    result, rows = read(path), []
+    peers = {"cudnn": "cuDNN (`jax.nn`)", "xla": "XLA (`jax.nn`)", "torch": "SDPA (torch)"}
+    for case in result["cases"]:
+        found = [case["peers"].get(name, {}).get("seconds") for name in peers]
+        times = [f"{one / case['seconds']:.2f}x" if one else "-" for one in found]
+        rate = f"{case['cache_bytes_per_second'] / 1e12:.2f} TB/s"
+        rows.append([case["name"], milliseconds(case["seconds"]), rate, share(case["share_of_copy"]), *times])
+    versions, device = result["versions"], result["devices"][0]["name"]
+    facts = f"{device}, jax {versions['jax']}; a copy ran at {result['copy_bytes_per_second'] / 1e12:.2f} TB/s."
+    verdicts = "\n".join(f"- {goal}: {verdict}" for goal, verdict in result["goals"].items())
+    names = ["", "time", "cache read", "of a copy's rate", *peers.values()]
+    return f"{table(names, rows)}\n\n{facts}\n\nGoals:\n\n{verdicts}"
+
+
 def selection() -> str:
     result = read(RESULTS / "selection-nvidia-h200.json")
     seconds = {name: one["seconds"] for name, one in result["contenders"].items()}
@@ -474,6 +493,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "scaling": scaling,
     "context": context,
     "context-parts": context_parts,
+    "decoding": decoding,
     "documents": of_pattern("documents"),
     "windows": of_pattern("window"),
     "density-time": density_time,

@@ -1,5 +1,5 @@
-// Problems of decoding, drawn at random, and what their results should be by a plain loop in float64: csrc/decode/params.h
-// in other words. For the CPU's check and the GPU's.
+// Problems of decoding, drawn at random, and what their results should be by a plain loop in float64: in other words
+// what csrc/decode/params.h says. For the CUDA kernels; the CPU's take other sizes and types and have their own.
 #pragma once
 
 #include <algorithm>
@@ -51,6 +51,7 @@ struct DecodeProblem {
 // What a result should be; `terms` bounds the rounding of what it is the sum of.
 struct DecodeWanted {
   std::vector<double> out, terms, lse;
+  std::vector<char> spoiled;  // rows that attend to a value that is not finite: their other columns may be NaN, too
 };
 
 inline DecodeWanted DecodeReference(const DecodeProblem& p) {
@@ -59,7 +60,7 @@ inline DecodeWanted DecodeReference(const DecodeProblem& p) {
   const double none = std::numeric_limits<float>::lowest();
   const int64_t rows = s.groups * s.tokens * s.heads, group_heads = s.kv_heads ? s.heads / s.kv_heads : 1;
   DecodeWanted want{std::vector<double>(rows * s.value_dim), std::vector<double>(rows * s.value_dim),
-                    std::vector<double>(rows, none)};
+                    std::vector<double>(rows, none), std::vector<char>(rows)};
   const auto fill = [&](int64_t group, int64_t token, double out, double lse) {
     const int64_t first = (group * s.tokens + token) * s.heads;
     std::fill_n(want.out.begin() + first * s.value_dim, s.heads * s.value_dim, out);
@@ -148,6 +149,7 @@ inline DecodeWanted DecodeReference(const DecodeProblem& p) {
             const double weight = std::exp(logits[j] - largest) / sum * p.value_scale;
             for (int64_t h = 0; h < s.value_dim; ++h) {
               out[h] += weight * y[h];
+              want.spoiled[row] |= !std::isfinite(y[h]);
               terms[h] += std::abs(weight * y[h]);
             }
           }
@@ -160,10 +162,17 @@ inline DecodeWanted DecodeReference(const DecodeProblem& p) {
 
 // ---- Problems of every kind
 
-inline DecodeProblem DrawDecode(unsigned seed, bool small_heads = false) {
+// What problems are drawn from; these are those of every kind.
+struct DecodeKinds {
+  std::vector<int64_t> head_dims = {64, 64, 128, 128, 96, 40, 256};
+  int64_t most_positions = 900, most_queries = 90;  // of a sequence
+  double faults = 0.2;                              // share of problems in which something cannot be true
+};
+
+inline DecodeProblem DrawDecode(unsigned seed, const DecodeKinds& kinds = {}) {
   std::mt19937 rng(seed);
-  const auto pick = [&](std::initializer_list<int64_t> values) {
-    return *(values.begin() + std::uniform_int_distribution<size_t>(0, values.size() - 1)(rng));
+  const auto pick = [&](const std::vector<int64_t>& values) {
+    return values[std::uniform_int_distribution<size_t>(0, values.size() - 1)(rng)];
   };
   const auto chance = [&](double p) { return std::bernoulli_distribution(p)(rng); };
   const auto upto = [&](int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(rng); };
@@ -173,12 +182,13 @@ inline DecodeProblem DrawDecode(unsigned seed, bool small_heads = false) {
   s.groups = pick({1, 1, 1, 2, 3});
   s.kv_heads = pick({1, 2, 3});
   s.heads = s.kv_heads * pick({1, 2, 4, 5, 8, 16, 24});
-  s.head_dim = small_heads ? pick({8, 16, 64}) : pick({64, 64, 128, 128, 96, 40, 256});
+  s.head_dim = pick(kinds.head_dims);
   p.both = chance(0.5);
-  s.value_dim = p.both || chance(0.7) ? s.head_dim : pick({8, 64, 128});
+  const int64_t largest_dim = *std::max_element(kinds.head_dims.begin(), kinds.head_dims.end());
+  s.value_dim = p.both || chance(0.7) ? s.head_dim : std::min(pick({8, 64, 128}), largest_dim);
   s.seqs = upto(1, 5);
   s.page_size = pick({1, 5, 16, 16, 32, 64, 64, 100, 128, 256});
-  s.max_pages = std::max<int64_t>(1, upto(1, 900) / s.page_size);
+  s.max_pages = std::max<int64_t>(1, upto(1, kinds.most_positions) / s.page_size);
   const int64_t positions = s.max_pages * s.page_size;
   p.causal = chance(0.85);
   if (chance(0.3)) p.window = upto(1, 300), p.sink_tokens = chance(0.5) ? upto(0, 140) : 0;
@@ -194,7 +204,7 @@ inline DecodeProblem DrawDecode(unsigned seed, bool small_heads = false) {
     p.num_seqs.push_back(static_cast<int32_t>(count));
     for (int64_t i = 0; i < s.seqs; ++i) {
       p.cu_q_lens.push_back(static_cast<int32_t>(token));
-      const int64_t q_len = many_queries && chance(0.5) ? upto(0, 90) : pick({0, 1, 1, 1, 2, 3, 5});
+      const int64_t q_len = many_queries && chance(0.5) ? upto(0, kinds.most_queries) : pick({0, 1, 1, 1, 2, 3, 5});
       if (i < count) token += q_len;
       const int64_t least = chance(0.9) ? std::min(q_len, positions) : 0;
       p.kv_lens.push_back(static_cast<int32_t>(i < count ? upto(least, positions) : upto(-5, 5)));
@@ -249,12 +259,13 @@ inline DecodeProblem DrawDecode(unsigned seed, bool small_heads = false) {
   if (has_selection) {
     s.selected = upto(1, s.max_pages + 2);
     for (int64_t i = 0; i < s.groups * s.seqs * s.kv_heads * s.selected; ++i) {
-      p.selection.push_back(static_cast<int32_t>(chance(0.1) ? pick({-1, -5, s.max_pages, 1 << 30}) : upto(0, s.max_pages - 1)));
+      const int64_t page = chance(0.1) ? pick({-1, -5, s.max_pages, 1 << 30}) : upto(0, s.max_pages - 1);
+      p.selection.push_back(static_cast<int32_t>(page));
     }
   }
   if (chance(0.3)) fill(p.sinks, s.heads);
   // What cannot be true.
-  if (chance(0.2)) {
+  if (chance(kinds.faults)) {
     const int64_t g = upto(0, s.groups - 1), i = upto(0, s.seqs - 1);
     switch (upto(0, 5)) {
       case 0:
@@ -270,16 +281,18 @@ inline DecodeProblem DrawDecode(unsigned seed, bool small_heads = false) {
       case 3:
         p.num_seqs[g] = static_cast<int32_t>(chance(0.5) ? -1 : s.seqs + 1);
         break;
-      case 4: {  // a key or value that is not finite, in a page in use
-        const int32_t page = p.page_indices[(g * s.seqs + i) * s.max_pages];
-        if (page < 0) break;
-        auto& values = p.both ? p.key : p.value;
-        values[p.ValueIndex(g, page, 0, 0)] = chance(0.5) ? nan : std::numeric_limits<float>::infinity();
-        break;
-      }
-      default: {
-        const int32_t page = p.page_indices[(g * s.seqs + i) * s.max_pages];
-        if (page >= 0) p.key[p.KeyIndex(g, page, 0, s.kv_heads - 1)] = nan;
+      default: {  // a key or value that is not finite, at a position that some queries attend to, or all
+        const int64_t kv_len = p.kv_lens[g * s.seqs + i];
+        if (i >= p.num_seqs[g] || kv_len < 1) break;
+        const int64_t position = upto(0, kv_len - 1), k = upto(0, s.kv_heads - 1);
+        const int32_t page = p.page_indices[(g * s.seqs + i) * s.max_pages + position / s.page_size];
+        if (chance(0.6)) {
+          auto& values = p.both ? p.key : p.value;
+          values[p.ValueIndex(g, page, position % s.page_size, k)] =
+              chance(0.5) ? nan : std::numeric_limits<float>::infinity();
+        } else {
+          p.key[p.KeyIndex(g, page, position % s.page_size, k)] = nan;
+        }
       }
     }
   }

@@ -235,6 +235,8 @@ inline Milliseconds Time(const std::function<void()>& launch) {
 // Cases that are not run but timed have names that begin with time-.
 std::vector<std::string> ChooseNames();
 bool RunChoose(const std::string& name, bool& known);
+std::vector<std::string> DecodeNames();
+bool RunDecode(const std::string& name, bool& known);
 std::vector<std::string> ListsNames();
 bool RunLists(const std::string& name, bool& known);
 std::vector<std::string> MatmulNames();

@@ -29,6 +29,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 CASE_SECONDS = 30  # that a case of cuda_check may take
 
@@ -46,6 +47,8 @@ GATED_BACKWARD_128 = ("attention/sm90/bwd_bf16_128_plaingated.cu",)
 PRODUCT = ("matmul/sm90/product_bf16.cu",)
 NARROW = ("matmul/sm90/narrow_bf16.cu",)
 SAMPLED = ("matmul/sm90/sampled_bf16.cu",)
+DECODE_64 = ("decode/cuda/paged_bf16_64.cu",)
+DECODE_128 = ("decode/cuda/paged_bf16_128.cu",)
 PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
 PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
 GATED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_gated.cu",)
@@ -146,8 +149,8 @@ FORWARD = (
     Mutation(
         name="forward-lse-base",
         what="the log-sum-exp adds the maximum in units of log2 to a natural logarithm",
-        file="attention/softmax.cuh",
-        before="value = fmaf(max, device::kLn2, log_sum);",
+        file="device/softmax.cuh",
+        before="value = fmaf(max, kLn2, log_sum);",
         after="value = max + log_sum;",
         instances=FORWARD_64,
         cases=("basic", "full", "one-query"),
@@ -155,7 +158,7 @@ FORWARD = (
     Mutation(
         name="forward-no-rest",
         what="what rounding takes from the log-sum-exp is not kept",
-        file="attention/softmax.cuh",
+        file="device/softmax.cuh",
         before="return {value, isfinite(rest) ? rest : 0.f};",
         after="return {value, 0.f};",
         instances=FORWARD_64,
@@ -1072,7 +1075,134 @@ LISTS_KERNELS = (
     ),
 )
 
-MUTATIONS = FORWARD + BACKWARD + GATES + LISTS_KERNELS + MATMUL + PORTABLE + CPU_KERNELS
+
+def _decode(name: str, what: str, file: str, before: str, after: str, **others: Any) -> Mutation:
+    """A bug of the decoding kernels, in those of bf16 and 64 dimensions unless said otherwise."""
+    fields = {"instances": DECODE_64, "cases": ("decode-bf16-d64", "decode-faults-bf16-d64")} | others
+    return Mutation(f"decode-{name}", what, f"decode/cuda/{file}", before, after, **fields)
+
+
+DECODE_KERNELS = (
+    _decode(
+        "unit-slot",
+        "the producer describes its units in two slots by turns, the consumers look in four",
+        "forward.cuh",
+        "slot_ = (slot_ + 1) % kUnitsKept;",
+        "slot_ = (slot_ + 1) % 2;",
+    ),
+    _decode(
+        "early-step",
+        "a step's copies are not waited for",
+        "forward.cuh",
+        "device::WaitForGroups<kStages - 2>();",
+        "device::WaitForGroups<kStages - 1>();",
+    ),
+    _decode(
+        "no-barrier",
+        "rows are stored over a stage that other warps still read",
+        "forward.cuh",
+        "    __syncthreads();  // nobody reads the stage any more\n",
+        "",
+        instances=DECODE_128,
+        cases=("decode-bf16-d128", "decode-faults-bf16-d128", "decode-0-15", "decode-16-31", "decode-32-47"),
+    ),
+    _decode(
+        "no-second-barrier",
+        "rows are read from a stage before the other warps have stored theirs",
+        "forward.cuh",
+        "    __syncthreads();\n    const RowStore<Config> store(params, unit);",
+        "    const RowStore<Config> store(params, unit);",
+    ),
+    _decode(
+        "last-step",
+        "a last step of fewer than 64 keys is not visited",
+        "sequence.cuh",
+        "const int last = (max(end, 0) + kStepKeys - 1) / kStepKeys;",
+        "const int last = max(end, 0) / kStepKeys;",
+    ),
+    _decode(
+        "part-query",
+        "the queries of a short sequence keep their parts in one place",
+        "merge.cuh",
+        "sequence * params.short_queries + query;",
+        "sequence * params.short_queries;",
+    ),
+    _decode(
+        "no-cleaning",
+        "values that are not finite reach rows that do not attend to them",
+        "forward.cuh",
+        "if (masked) bad = device::CleanRows<Config::kThreads>(tiles.value, shared.bad_values, device::ThreadHere());",
+        "(void)tiles;",
+        cases=("decode-faults-bf16-d64",),
+    ),
+    _decode(
+        "last-mask",
+        "the last step of a unit has no mask",
+        "forward.cuh",
+        "shared_.masked[stage][warp] = !whole;",
+        "shared_.masked[stage][warp] = !whole && left_ > 0;",
+    ),
+    _decode(
+        "window",
+        "a window has one more key",
+        "masks.cuh",
+        "position - params.window + 1 : 0;",
+        "position - params.window : 0;",
+    ),
+    _decode(
+        "tree-bits",
+        "a token's bits of the tree are read one token too far",
+        "masks.cuh",
+        "(bits_ >> (key - draft_) & 1)",
+        "(bits_ >> (key - draft_ + 1) & 1)",
+    ),
+    _decode(
+        "first-sink",
+        "every head has the first one's sink",
+        "merge.cuh",
+        "params.sink_group_stride + head * params.sink_head_stride);",
+        "params.sink_group_stride);",
+    ),
+    _decode(
+        "merge-rescale",
+        "the sum of the parts so far is not rescaled when a part raises the maximum",
+        "merge.cuh",
+        "sum = fmaf(stats.y, factor, sum * old);",
+        "sum = fmaf(stats.y, factor, sum);",
+    ),
+    _decode(
+        "warp-sums",
+        "the warps' sums of a narrow tile are added as if they had one maximum",
+        "forward.cuh",
+        "sum = fmaf(stats.y, factor, sum);",
+        "sum += stats.y;",
+    ),
+    _decode(
+        "first-group",
+        "every group reads the first one's pages",
+        "copies.cuh",
+        "return {(group * params.pages + physical) * page_size",
+        "return {physical * page_size",
+    ),
+    _decode(
+        "page-check",
+        "pages past the cache's last are read",
+        "copies.cuh",
+        "if (physical < 0 || physical >= params.pages) return",
+        "if (physical < 0) return",
+        cases=("decode-faults-bf16-d64",),
+    ),
+    _decode(
+        "length-check",
+        "queries of a sequence whose length cannot be true give 0",
+        "merge.cuh",
+        "if (sequence.kv_len < 0) return fill(device::QuietNan(), device::QuietNan());",
+        "if (sequence.kv_len < 0) return fill(0.f, -device::Infinity());",
+        cases=("decode-faults-bf16-d64",),
+    ),
+)
+
+MUTATIONS = FORWARD + BACKWARD + GATES + LISTS_KERNELS + MATMUL + DECODE_KERNELS + PORTABLE + CPU_KERNELS
 
 
 # ---- Copies

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk import BSR, BlockMask, sampled_matmul, sparse_attention, sparse_matmul
+from jax_bsk import BSR, BlockMask, decode, sampled_matmul, sparse_attention, sparse_matmul
 from jax_bsk.masks import CausalMask, GlobalMask, LocalMask
 
 Step = Callable[..., tuple[jax.Array, ...]]
@@ -124,6 +124,65 @@ class Product:
         return step
 
 
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A serving batch: prompts among sequences of one to four tokens, their pages in random order.
+
+    Attributes:
+      prompts: tokens of each prompt, which come first.
+      few: sequences of few tokens.
+      longest: positions of a sequence; shorter ones are drawn.
+    """
+
+    prompts: tuple[int, ...] = (200, 70)
+    few: int = 40
+    longest: int = 3000
+    heads: int = 8
+    kv_heads: int = 2
+    head_dim: int = 128
+    page_size: int = 16
+    dtype: str = "bfloat16"
+    part: int | None = None  # keys of a part
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def operands(self) -> tuple[jax.Array, ...]:
+        """q, kv_pages, kv_lens, page_indices, cu_q_lens, num_seqs."""
+        rng = np.random.default_rng(0)
+        q_lens = np.array([*self.prompts, *rng.integers(1, 5, self.few)])
+        lengths = rng.integers(q_lens, self.longest + 1)
+        pages = -(-lengths // self.page_size)
+        order, table = rng.permutation(pages.sum()), np.zeros((len(q_lens), -(-self.longest // self.page_size)))
+        for row, count, last in zip(table, pages, np.cumsum(pages), strict=True):
+            row[:count] = order[last - count : last]
+
+        def normal(*shape: int) -> jax.Array:
+            return jnp.asarray(rng.standard_normal(shape, np.float32)).astype(self.dtype)
+
+        integers = (lengths, table, np.cumsum([0, *q_lens]), [len(q_lens)])
+        return (
+            normal(q_lens.sum(), self.heads, self.head_dim),
+            normal(pages.sum(), self.page_size, 2 * self.kv_heads, self.head_dim),
+            *(jnp.asarray(np.asarray(x, np.int32)) for x in integers),
+        )
+
+    def step(self, implementation: Any) -> Step:
+        """The operands -> output and log-sum-exp."""
+
+        @jax.jit
+        def step(*operands: jax.Array):
+            return decode.ragged_paged_attention(
+                *operands,
+                sm_scale=self.head_dim**-0.5,
+                keys_per_part=self.part,
+                implementation=implementation,
+                return_residual=True,
+                **self.options,
+            )
+
+        return step
+
+
+Case = Attention | Product | Decoding
 ATTENTION = {
     "d128": Attention(2, 2048, 2048, 16, 16, 128),  # 512 tiles of 128 keys
     "d128-gqa": Attention(2, 1500, 1900, 16, 4, 128),
@@ -162,16 +221,29 @@ PRODUCTS = {
         "32-empty-rows": Product(384, 100, 32, 0.05, empty_rows=3),
     },
 }
-# By the names that workers know: of attention as above, of products with the prefix, and two whose growth is watched.
-STEADY: dict[str, Attention | Product] = {
+DECODING = {
+    "cuda": {
+        "d128": Decoding(),
+        "d64-short-parts": Decoding(head_dim=64, part=64),
+        "d256-window": Decoding(head_dim=256, options={"sliding_window": 700, "sink_tokens": 20}),
+        "f16-mqa-pages-256": Decoding(kv_heads=1, page_size=256, dtype="float16"),
+        "float32": Decoding(head_dim=64, few=8, longest=700, dtype="float32"),
+    },
+    "cpu": {"float32-short-parts": Decoding((40,), 6, 400, head_dim=64, dtype="float32", part=64)},
+}
+# By the names that workers know: of attention as above, of products and decoding with their prefixes, and those whose
+# growth is watched.
+STEADY: dict[str, Case] = {
     **ATTENTION,
     **{f"matmul:{name}": case for cases in PRODUCTS.values() for name, case in cases.items()},
     "small": Attention(1, 256, 256, 2, 2, 64, density=None, dtype="float32"),
     "matmul:small": Product(256, 128, 64, 0.5),
+    **{f"decode:{name}": case for cases in DECODING.values() for name, case in cases.items()},
+    "decode:small": Decoding((20,), 3, 200, head_dim=64, dtype="float32"),
 }
 
 
-def repeats_are_equal(case: Attention | Product, implementation: str, repeats: int) -> bool:
+def repeats_are_equal(case: Case, implementation: str, repeats: int) -> bool:
     """Whether all results of so many calls have the bits of the first, which must be finite.
 
     Raises:
@@ -187,7 +259,7 @@ def repeats_are_equal(case: Attention | Product, implementation: str, repeats: i
     return bool(same)
 
 
-def growth(case: Attention | Product, implementation: str, calls: int) -> tuple[int, int]:
+def growth(case: Case, implementation: str, calls: int) -> tuple[int, int]:
     """KiB of the process and bytes of the device that so many calls add, after as many that may: at most 1,000."""
     step, operands = case.step(implementation), case.operands()
 

@@ -4,14 +4,16 @@ Each is answered by lines of JSON, records that have "task", "ok" and "text" at 
 
     SEED, NAME [gradients]        random cases of attention, or a corner case, judged by `battery`
     matmul:SEED, matmul:NAME ..   the same of block-sparse products
+    decode:SEED, decode:NAME      the same of decoding, which has no gradients
     fault:NAME                    a scenario of the fault table
     steady:NAME COUNT [load]      a call again and again, beside other work on the GPU: "ok" where all bits are the same
     growth:NAME COUNT             what so many calls add: "host_growth_kib", "device_growth_bytes"
 
 Records of cases have "draw", "gradients", "case" and "results" too, whose errors are shares of their bounds, or
 "refused" with the reason. A seed has a case for each draw of its shape (see `cases.redraw`): masks and lists are
-traced, so that they share two compiled programs, which take far longer than the rest. On CUDA each is judged once more
-on 1, 2, 3 or 7 multiprocessors. A process that dies takes a task with it, which its caller knows (`isolate`).
+traced, so that they share two compiled programs, which take far longer than the rest. A seed of decoding has one case.
+On CUDA each is judged once more on 1, 2, 3 or 7 multiprocessors. A process that dies takes a task with it, which its
+caller knows (`isolate`).
 """
 
 from __future__ import annotations
@@ -31,14 +33,17 @@ import jax
 
 from jax_bsk import UnsupportedError
 from jax_bsk.qa.testing import battery, cases, faults, grid, steady
+from jax_bsk.qa.testing.decode import battery as decoding
+from jax_bsk.qa.testing.decode import cases as decode_cases
 from jax_bsk.qa.testing.gpu_load import concurrent_load
 from jax_bsk.qa.testing.judgement import Judgement
 from jax_bsk.qa.testing.matmul import battery as products
 from jax_bsk.qa.testing.matmul import cases as product_cases
 
 MAX_LEN = 700  # of random cases of attention; the dense reference and the oracle grow with its square
-PRODUCT = "matmul:"
-CORNERS = frozenset([*cases.CORNER_CASES, *(PRODUCT + name for name in product_cases.CORNER_CASES)])
+PRODUCT, DECODE = "matmul:", "decode:"  # before the tasks of other operations than attention
+_KITS: dict[str, Any] = {"": cases, PRODUCT: product_cases, DECODE: decode_cases}
+CORNERS = frozenset(prefix + name for prefix, kit in _KITS.items() for name in kit.CORNER_CASES)
 _attention = functools.cache(battery.from_public)
 
 
@@ -77,11 +82,25 @@ def judge(task: str, implementation: str, gradients: bool) -> Iterator[dict[str,
             return
 
 
+def split(task: str) -> tuple[str, str]:
+    """The prefix of a task's operation, and its seed or the name of its case."""
+    prefix = next((prefix for prefix in (PRODUCT, DECODE) if task.startswith(prefix)), "")
+    return prefix, task.removeprefix(prefix)
+
+
+def has_gradients(task: str) -> bool:
+    """Whether a task is asked for gradients: corners have them, and every second random shape; decoding has none."""
+    prefix, name = split(task)
+    return prefix != DECODE and (task in CORNERS or int(name) % 2 == 0)
+
+
 def _cases(task: str, implementation: str) -> Iterable[Any]:
-    name = task.removeprefix(PRODUCT)
+    prefix, name = split(task)
     if task in CORNERS:
-        return [(product_cases if task.startswith(PRODUCT) else cases).CORNER_CASES[name]]
-    if not task.startswith(PRODUCT):
+        return [_KITS[prefix].CORNER_CASES[name]]
+    if prefix == DECODE:
+        return [decode_cases.random_case(int(name))]
+    if prefix != PRODUCT:
         shape = cases.random_case(int(name), max_len=MAX_LEN)
         return (cases.redraw(shape, draw) for draw in range(cases.DRAWS))
     first = product_cases.random_case(int(name), implementation)
@@ -92,13 +111,16 @@ def _cases(task: str, implementation: str) -> Iterable[Any]:
 
 
 def _judge(task: str, draw: int, case: Any, implementation: str, gradients: bool) -> dict[str, Any]:
-    is_product = task.startswith(PRODUCT)
+    prefix, _ = split(task)
+    is_product = prefix == PRODUCT
     # The gradients of a product whose lists make no sense are not defined.
     gradients = gradients and not (is_product and case.fault)
     record = {"task": task, "draw": draw, "gradients": gradients, "case": dataclasses.asdict(case)}
     options: dict[str, Any] = {"gradients": gradients, "multiprocessors": limit(task, draw, implementation)}
     try:
-        if is_product:
+        if prefix == DECODE:
+            judged = decoding.judge_case(case, implementation, multiprocessors=options["multiprocessors"])
+        elif is_product:
             judged = products.judge_case(case, implementation, **options)
         else:
             judged = battery.judge_case(case, _attention(implementation), traced_mask=True, **options)
@@ -111,7 +133,7 @@ def _judge(task: str, draw: int, case: Any, implementation: str, gradients: bool
 
 def limit(task: str, draw: int, implementation: str) -> int | None:
     """The multiprocessors that a case is judged once more on; None for the CPU."""
-    number = len(task) if task in CORNERS else int(task.removeprefix(PRODUCT))
+    number = len(task) if task in CORNERS else int(split(task)[1])
     return grid.LIMITS[(number + draw) % len(grid.LIMITS)] if implementation == "cuda" else None
 
 
@@ -132,16 +154,19 @@ def _results(judged: Judgement) -> list[dict[str, Any]]:
 
 def repro(task: str, draw: int, implementation: str, gradients: bool) -> str:
     """The command that judges one case alone."""
-    name = task.removeprefix(PRODUCT)
+    prefix, name = split(task)
+    multiprocessors = limit(task, draw, implementation)
+    limited = "" if multiprocessors is None else f" --multiprocessors {multiprocessors}"
+    if prefix == DECODE:
+        case = f"--case {name}" if task in CORNERS else f"--cases 1 --seed {name}"
+        return f"python -m jax_bsk.qa.testing.decode {case} --implementation {implementation}{limited}"
     case = f"--case {name}" if task in CORNERS else f"--seed {name} --draw {draw}"
-    if task.startswith(PRODUCT):
+    if prefix == PRODUCT:
         case = f"matmul {case}"
     else:
         case += ("" if task in CORNERS else f" --max-len {MAX_LEN}") + " --traced-mask"
     command = f"python -m jax_bsk.qa.testing {case} --implementation {implementation}"
-    command += "" if gradients else " --no-gradients"
-    multiprocessors = limit(task, draw, implementation)
-    return command if multiprocessors is None else f"{command} --multiprocessors {multiprocessors}"
+    return command + ("" if gradients else " --no-gradients") + limited
 
 
 def main() -> None:

@@ -23,6 +23,7 @@ from jax_bsk.qa.validation.settings import Clock, Level, Settings
 REPEATS = {("cuda", Level.QUICK): 100, ("cuda", Level.FULL): 500, ("cpu", Level.QUICK): 10, ("cpu", Level.FULL): 100}
 CALLS = {Level.QUICK: 1000, Level.FULL: 5000}  # while memory is watched
 PRODUCT_CALLS = 300  # the same of products
+DECODE_CALLS = {Level.QUICK: 1000, Level.FULL: 10_000}  # and of decoding
 TASK_SECONDS = 180  # after which repeated calls hang
 GROWTH_KIB = 20_000  # that a process may have grown by then: allocators keep some
 
@@ -33,6 +34,7 @@ def run(settings: Settings, clock: Clock) -> StageResult:
     parts: list[tuple[str, Callable[..., tuple[list[Check], Any]]]] = [
         ("repeats", _repeats),
         ("products", _products),
+        ("decoding", _decoding),
         ("faults", _faults),
         ("memory and teardown", _processes),
     ]
@@ -88,6 +90,21 @@ def _products(settings: Settings, clock: Clock, implementation: str, note: Note 
     memory, grown = _growth("memory of products", worker, "matmul:small", PRODUCT_CALLS)
     worker.close()
     unequal = [name.removeprefix("matmul:") for name, record in records.items() if not record["ok"]]
+    data = {"unequal": unequal, "repeats": REPEATS[implementation, settings.level], "shapes": chosen}
+    return [check, memory], data | grown
+
+
+def _decoding(settings: Settings, clock: Clock, implementation: str, note: Note = unheard) -> tuple[list[Check], Any]:
+    """A serving batch again and again: parts of rows are merged in their order, whoever is done first."""
+    chosen = list(steady.DECODING[implementation])
+    worker = Worker(implementation, TASK_SECONDS)
+    what = "serving batches, prompts among sequences of few tokens"
+    tasks = [f"decode:{name}" for name in chosen]
+    check, records = _steady("bit-equal decoding", worker, tasks, what, implementation, settings.level, note)
+    note("memory")
+    memory, grown = _growth("memory of decoding", worker, "decode:small", DECODE_CALLS[settings.level])
+    worker.close()
+    unequal = [name.removeprefix("decode:") for name, record in records.items() if not record["ok"]]
     data = {"unequal": unequal, "repeats": REPEATS[implementation, settings.level], "shapes": chosen}
     return [check, memory], data | grown
 

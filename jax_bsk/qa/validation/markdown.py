@@ -102,6 +102,8 @@ def _numerics(data: dict[str, Any]) -> str:
     parts = ["## Numbers", _numbers(data), "A line a case: `numerics.csv`."]
     if "matmul" in data:
         parts += ["Block-sparse products:", _numbers(data["matmul"]), "A line a case: `numerics-matmul.csv`."]
+    if "decode" in data:
+        parts += ["Decoding:", _numbers(data["decode"]), "A line a case: `numerics-decode.csv`."]
     return "\n\n".join(parts)
 
 

@@ -1,8 +1,8 @@
 """Stage validate: every corner case and seeded random ones against float64, by the tolerance rules.
 
-Of attention and of block-sparse products, whose tasks have `worker.PRODUCT` before their names. Cases run in worker
-processes beside each other. One that kills its worker or hangs fails, with the command that repeats it, and a new
-worker goes on.
+Of attention, of block-sparse products and of decoding; tasks of the latter two have `worker.PRODUCT` and
+`worker.DECODE` before their names. Cases run in worker processes beside each other. One that kills its worker or hangs
+fails, with the command that repeats it, and a new worker goes on.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import itertools
 import os
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,12 @@ from jax_bsk.qa.support import environment
 from jax_bsk.qa.support.progress import Progress
 from jax_bsk.qa.testing import worker
 from jax_bsk.qa.testing.cases import CORNER_CASES
+from jax_bsk.qa.testing.decode.cases import CORNER_CASES as DECODE_CORNERS
 from jax_bsk.qa.testing.isolate import Worker
 from jax_bsk.qa.testing.matmul.cases import CORNER_CASES as PRODUCT_CORNERS
 from jax_bsk.qa.validation import provenance
 from jax_bsk.qa.validation.outcome import Check, StageResult, failed, passed, skipped
-from jax_bsk.qa.validation.settings import CASES, PRODUCTS, Clock, Level, Settings
+from jax_bsk.qa.validation.settings import CASES, DECODING, PRODUCTS, Clock, Level, Settings
 
 CASE_SECONDS = 120  # after which a case counts as hung
 STEPS = 20  # of the progress through random cases
@@ -38,6 +39,7 @@ class Suite:
 
     Attributes:
       title: before the names of its checks.
+      name: of its facts and its table; none for attention, whose are the stage's own.
       prefix: of its tasks.
       corners: names of corner cases that are run.
       wanted: random cases.
@@ -45,49 +47,57 @@ class Suite:
     """
 
     title: str
+    name: str
     prefix: str
     corners: tuple[str, ...]
     wanted: int
     required: int
 
     def has(self, record: dict[str, Any]) -> bool:
-        return record["task"].startswith(worker.PRODUCT) == bool(self.prefix)
+        return worker.split(record["task"])[0] == self.prefix
 
 
-def suites(settings: Settings, implementation: str) -> tuple[Suite, Suite]:
-    """Attention and products."""
-    usual, usual_products = (table[implementation, settings.level] for table in (CASES, PRODUCTS))
+def suites(settings: Settings, implementation: str) -> tuple[Suite, Suite, Suite]:
+    """Attention, products and decoding."""
+    usual = CASES[implementation, settings.level]
     count = settings.cases or usual
-    # Without a GPU a quick run leaves the products' corners to the tests: they are a program each.
-    corners = () if (implementation, settings.level) == ("cpu", Level.QUICK) else tuple(PRODUCT_CORNERS)
+    # Without a GPU a quick run leaves these corners to the tests: they are a program each.
+    skipped_corners = (implementation, settings.level) == ("cpu", Level.QUICK)
+
+    def other(title: str, name: str, prefix: str, corners: Iterable[str], table: dict[Any, int]) -> Suite:
+        required = table[implementation, settings.level]
+        chosen = () if skipped_corners else tuple(corners)
+        return Suite(title, name, prefix, chosen, max(required, count // 5), required)
+
     return (
-        Suite("", "", tuple(CORNER_CASES), count, max(count, usual)),
-        Suite("products: ", worker.PRODUCT, corners, max(usual_products, count // 5), usual_products),
+        Suite("", "", "", tuple(CORNER_CASES), count, max(count, usual)),
+        other("products: ", "matmul", worker.PRODUCT, PRODUCT_CORNERS, PRODUCTS),
+        other("decoding: ", "decode", worker.DECODE, DECODE_CORNERS, DECODING),
     )
 
 
 def run(settings: Settings, clock: Clock) -> StageResult:
     """Corner cases, then random ones, in workers beside each other."""
     implementation = provenance.implementation()
-    both = suites(settings, implementation)
-    first, total = sum(len(suite.corners) for suite in both), sum(suite.wanted for suite in both)
+    all_suites = suites(settings, implementation)
+    first, total = sum(len(suite.corners) for suite in all_suites), sum(suite.wanted for suite in all_suites)
     records = []
     with Progress(1 + STEPS, settings.quiet) as progress:
         progress.step("corner cases")
-        for record in _answers(settings, clock, implementation, both):
+        for record in _answers(settings, clock, implementation, all_suites):
             if progress.done <= STEPS and (len(records) - first) * STEPS >= progress.done * total:
                 progress.step(f"{total} random cases")
             records.append(record)
             if len(records) < first:
                 progress.note(f"{len(records)} of {first} done")
     checks, data = [], {}
-    for suite in both:
+    for suite in all_suites:
         mine = [record for record in records if suite.has(record)]
-        name = "numerics-matmul.csv" if suite.prefix else "numerics.csv"
-        _write(settings.out / name, mine, *(_PRODUCT_COLUMNS if suite.prefix else _COLUMNS))
+        name = f"numerics-{suite.name}.csv" if suite.name else "numerics.csv"
+        _write(settings.out / name, mine, *_COLUMNS[suite.name])
         found, facts = _judge_suite(suite, mine, settings, implementation)
         checks += found
-        data |= {"matmul": facts} if suite.prefix else facts
+        data |= {suite.name: facts} if suite.name else facts
     return StageResult("validate", tuple(checks), data)
 
 
@@ -117,15 +127,14 @@ def _judge_suite(
 # ---- Cases in workers
 
 
-def _answers(settings: Settings, clock: Clock, implementation: str, both: Sequence[Suite]) -> Iterator[dict[str, Any]]:
-    """Records of the corner cases and of random ones until as many of those were taken as wanted, or time is over.
-
-    Corners have gradients, and every second random shape.
-    """
+def _answers(
+    settings: Settings, clock: Clock, implementation: str, all_suites: Sequence[Suite]
+) -> Iterator[dict[str, Any]]:
+    """Records of the corner cases and of random ones until as many of those were taken as wanted, or time is over."""
     cores = environment.usable_cores()
     # On a CPU compiling is most of it, which two processes do beside each other.
     jobs = settings.jobs or max(1, cores - 2 if implementation == "cuda" else min(cores, 2))
-    taken = dict.fromkeys(both, 0)
+    taken = dict.fromkeys(all_suites, 0)
     tasks = _tasks(settings.seed, taken)
     done: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
     stop, lock = threading.Event(), threading.Lock()
@@ -137,8 +146,7 @@ def _answers(settings: Settings, clock: Clock, implementation: str, both: Sequen
                 task = next(tasks, None)
             if task is None:
                 break
-            even = task in worker.CORNERS or int(task.removeprefix(worker.PRODUCT)) % 2 == 0
-            for record in _records(process, task, gradients=even):
+            for record in _records(process, task, gradients=worker.has_gradients(task)):
                 done.put(record)
         process.close()
         done.put(None)
@@ -154,7 +162,7 @@ def _answers(settings: Settings, clock: Clock, implementation: str, both: Sequen
             continue
         yield record
         if "refused" not in record and record["task"] not in worker.CORNERS:
-            taken[next(suite for suite in both if suite.has(record))] += 1
+            taken[next(suite for suite in all_suites if suite.has(record))] += 1
         if clock.left < 0:
             stop.set()  # what is under way still counts
 
@@ -234,7 +242,7 @@ def _largest(accepted: list[dict[str, Any]], field: str) -> dict[str, dict[str, 
 
 
 # Fields of a case, and its results.
-_COLUMNS = (
+_ATTENTION_COLUMNS = (
     (
         *("batch", "q_len", "kv_len", "heads", "kv_heads", "head_size", "value_size", "dtype", "block_q", "block_kv"),
         *("pattern", "density", "mask_per_batch", "mask_per_head", "lengths", "soft_cap", "sinks", "gates", "scale"),
@@ -248,6 +256,37 @@ _PRODUCT_COLUMNS = (
     ),
     ("out", "ddata", "ddense", "dleft", "dright"),
 )
+_DECODE_COLUMNS = (
+    (
+        *(
+            "q_lens",
+            "kv_lens",
+            "seqs",
+            "padding",
+            "kv_heads",
+            "group",
+            "head_dim",
+            "value_dim",
+            "page_size",
+            "max_pages",
+        ),
+        *(
+            "contiguous",
+            "causal",
+            "window",
+            "sink_tokens",
+            "tree",
+            "selected",
+            "sinks",
+            "soft_cap",
+            "k_scale",
+            "v_scale",
+        ),
+        *("shared", "groups", "part", "dtype", "fault"),
+    ),
+    ("out", "lse"),
+)
+_COLUMNS = {"": _ATTENTION_COLUMNS, "matmul": _PRODUCT_COLUMNS, "decode": _DECODE_COLUMNS}
 
 
 def _write(path: Path, records: list[dict[str, Any]], fields: Sequence[str], names: Sequence[str]) -> None:
@@ -265,8 +304,8 @@ def _write(path: Path, records: list[dict[str, Any]], fields: Sequence[str], nam
 
 
 def _name(record: dict[str, Any]) -> str:
-    return record["task"].removeprefix(worker.PRODUCT)
+    return worker.split(record["task"])[1]
 
 
 def _text(value: Any) -> Any:
-    return " ".join(value) if isinstance(value, list | tuple) else value
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else value

@@ -20,6 +20,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--cases", type=int, default=40, help="random cases")
     parser.add_argument("--seed", type=int, default=0, help="of the first random case")
     parser.add_argument("--case", metavar="NAME", help="a named case instead, or `corners` for all of them")
+    parser.add_argument("--multiprocessors", type=int, help="on CUDA, the second run is confined to so many")
     parser.add_argument("--verbose", action="store_true", help="prints the report of each case")
     args = parser.parse_args(argv)
     if args.platform is not None:
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     failures, refused, begun = 0, 0, time.perf_counter()
     for case in chosen:
         try:
-            judgement = battery.judge_case(case, implementation)
+            judgement = battery.judge_case(case, implementation, multiprocessors=args.multiprocessors)
         except UnsupportedError as error:
             refused += 1
             print(f"refused {case.name}: {' '.join(error.reasons)}", flush=True)

@@ -1,11 +1,13 @@
 """One case through one implementation, judged against float64: the battery that every implementation passes.
 
-The program runs three times: again with the same arrays, which must give the same bits, and with the sequences in the
+The program runs three times: again with the same arrays, which must give the same bits (on CUDA also where it may use
+a few multiprocessors only), and with the sequences in the
 reverse order, which must give each token the same bits, too (batch invariance).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -15,30 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import decode
-from jax_bsk.qa.testing import tolerance
+from jax_bsk.qa.testing import grid, tolerance
 from jax_bsk.qa.testing.decode.cases import Case, Inputs, make_inputs
 from jax_bsk.qa.testing.decode.oracle import oracle, poisoned
 from jax_bsk.qa.testing.judgement import Judgement
 
 
-def judge_case(case: Case, implementation: str) -> Judgement:
+def judge_case(case: Case, implementation: str, *, multiprocessors: int | None = None) -> Judgement:
     """Runs a case under `jit` and judges its results, and their bits when it runs again.
 
     Args:
       case: What to run.
       implementation: Of the public functions.
+      multiprocessors: On CUDA, the second run is confined to so many (`grid.limited`).
     """
     inputs = poisoned(case, make_inputs(case))
     expected, reference = oracle(case, inputs)
     program = _program(case, implementation)
     first = _run(program, inputs)
-    again = _run(program, inputs)
+    with contextlib.nullcontext() if multiprocessors is None else grid.limited(multiprocessors):
+        again = _run(program, inputs)
+    elsewhere = "" if multiprocessors is None else f" on {multiprocessors} multiprocessors"
     comparisons, problems = [], []
     if first["out"].dtype != jnp.dtype(case.dtype) or first["lse"].dtype != np.float32:
         problems.append(f"out is {first['out'].dtype} and lse {first['lse'].dtype}")
     for name, got in first.items():
         if got.tobytes() != again[name].tobytes():
-            problems.append(f"{name} has other bits when it is computed again")
+            problems.append(f"{name} has other bits when it is computed again{elsewhere}")
         comparisons.append(
             tolerance.compare(
                 name,
@@ -60,13 +65,15 @@ def judge_case(case: Case, implementation: str) -> Judgement:
     return Judgement(case, tuple(comparisons), tuple(problems))
 
 
-def run_case(case: Case, implementation: str) -> str:
+def run_case(case: Case, implementation: str, *, multiprocessors: int | None = None) -> str:
     """The report of `judge_case`.
 
     Raises:
       Mismatch: A result is outside the tolerance rule.
     """
-    return judge_case(case, implementation).report(f"--implementation {implementation}")
+    command = f"--implementation {implementation}"
+    command += "" if multiprocessors is None else f" --multiprocessors {multiprocessors}"
+    return judge_case(case, implementation, multiprocessors=multiprocessors).report(command)
 
 
 def _run(program: Callable[..., Any], inputs: Inputs) -> dict[str, np.ndarray]:
