@@ -25,6 +25,9 @@ Facts decode::CudaLimits() {
           {"decode_head_dim_multiple", Limits::kHeadDimMultiple},
           {"decode_max_head_dim", Limits::kMaxHeadDim},
           {"decode_max_head_dim_float32", Limits::kMaxHeadDimF32},
+          {"decode_cache_dtypes", std::vector<std::string>{"float8_e4m3fn", "int8"}},
+          {"decode_quantised_head_dim_multiple", Limits::kQuantisedMultiple},
+          {"decode_quantised_max_head_dim", Limits::kMaxQuantisedHeadDim},
           {"decode_max_sequences", Limits::kMaxSequences}};
 }
 

@@ -57,6 +57,7 @@ ATTENTION = (
 # Types and head sizes, each for both kinds of keys. A call takes the first variant that has its type and room for it.
 DECODE = ((HALVES, (64, 128, 256)), (("float",), (64, 128)))
 KEYS = ("Paged", "Listed")
+QUANTISED = ("Float8E4M3", "Int8")  # caches in pages that are not of the queries' type, for both of these, of 128
 PRODUCTS = ("Product", "Narrow", "Sampled")  # each for both types and for every layout of the two operands
 LAYOUTS = ("Layout::kKMajor", "Layout::kMnMajor")
 
@@ -118,19 +119,21 @@ def variants(split: bool = False) -> list[Variant]:
                     hopper=row.arch == "sm90",
                 )
             )
-    for elements, sizes in DECODE:
-        for element, size, keys in itertools.product(elements, sizes, KEYS):
-            arguments = f"{_qualified(element)}, {size}, Keys::k{keys}"
-            found.append(
-                Variant(
-                    path=f"decode/cuda/{keys.lower()}_{DTYPES[element]}{f'_{size}' if split else ''}.cu",
-                    header="decode/cuda/forward.cuh",
-                    namespace="decode::cuda",
-                    instance=f"template cudaError_t Launch<Config<{arguments}>>({PARAMETERS['cuda', 'Decode']});",
-                    row=f"JAX_BSK_DECODE({arguments})",
-                    hopper=False,
-                )
+    decode = [(e, e, size, keys) for types, sizes in DECODE for e, size, keys in itertools.product(types, sizes, KEYS)]
+    decode += [(element, cache, 128, "Paged") for element, cache in itertools.product(HALVES, QUANTISED)]
+    for element, cache, size, keys in decode:
+        arguments = f"{_qualified(element)}, {_qualified(cache)}, {size}, Keys::k{keys}"
+        name = f"{keys.lower()}_{DTYPES[element]}" if cache == element else f"quantised_{DTYPES[element]}"
+        found.append(
+            Variant(
+                path=f"decode/cuda/{name}{f'_{size}' if split else ''}.cu",
+                header="decode/cuda/forward.cuh",
+                namespace="decode::cuda",
+                instance=f"template cudaError_t Launch<Config<{arguments}>>({PARAMETERS['cuda', 'Decode']});",
+                row=f"JAX_BSK_DECODE({arguments})",
+                hopper=False,
             )
+        )
     for kernel, element, left, right in itertools.product(PRODUCTS, HALVES, LAYOUTS, LAYOUTS):
         arguments = f"{_qualified(element)}, {left}, {right}"
         found.append(

@@ -15,7 +15,8 @@ using decode::cuda::Variant;
 using device::Divisor;
 
 const Variant* Choose(const ForwardParams& params) {
-  return decode::cuda::Choose(Keys::kListed, params.dtype, std::max(params.shape.head_dim, params.shape.value_dim));
+  return decode::cuda::Choose(Keys::kListed, params.dtype, decode::CacheType::kSame,
+                              std::max(params.shape.head_dim, params.shape.value_dim));
 }
 
 // As decode/cuda/config.h has them: an example is a group of one sequence, whose keys are one page.

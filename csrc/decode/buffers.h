@@ -98,7 +98,8 @@ inline ffi::Error ReadShape(const ForwardBuffers& b, Shape* shape) {
   return ffi::Error::Success();
 }
 
-inline ffi::Error CheckBuffers(const ForwardBuffers& b, const Shape& shape, ffi::DataType element) {
+inline ffi::Error CheckBuffers(const ForwardBuffers& b, const Shape& shape, ffi::DataType element,
+                               ffi::DataType cache) {
   const bool both = !IsGiven(b.value);
   const int64_t g = shape.groups, t = shape.tokens, n = shape.heads, k = shape.kv_heads, q = shape.seqs;
   JAX_BSK_RETURN_IF_ERROR(
@@ -108,7 +109,7 @@ inline ffi::Error CheckBuffers(const ForwardBuffers& b, const Shape& shape, ffi:
   } else {
     JAX_BSK_RETURN_IF_ERROR(
         CheckBatched("value", b.value, {{g}, {shape.pages}, {shape.page_size}, {k}, {shape.value_dim}}));
-    JAX_BSK_RETURN_IF_ERROR(CheckType("value", b.value, element));
+    JAX_BSK_RETURN_IF_ERROR(CheckType("value", b.value, cache));
   }
   JAX_BSK_RETURN_IF_ERROR(CheckBatched("kv_lens", b.kv_lens, {{g}, {q}}));
   JAX_BSK_RETURN_IF_ERROR(CheckBatched("page_indices", b.page_indices, {{g}, {q}, {shape.max_pages}}));
@@ -132,7 +133,7 @@ inline ffi::Error CheckBuffers(const ForwardBuffers& b, const Shape& shape, ffi:
     JAX_BSK_RETURN_IF_ERROR(CheckType(name, *array, ffi::S32));
   }
   if (IsGiven(b.selection)) JAX_BSK_RETURN_IF_ERROR(CheckType("selection", b.selection, ffi::S32));
-  JAX_BSK_RETURN_IF_ERROR(CheckType("key", b.key, element));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("key", b.key, cache));
   JAX_BSK_RETURN_IF_ERROR(CheckType("out", b.out, element));
   JAX_BSK_RETURN_IF_ERROR(CheckBatched("out", b.out, {{g}, {t}, {n}, {shape.value_dim}}));
   JAX_BSK_RETURN_IF_ERROR(CheckType("lse", b.lse, ffi::F32));
@@ -143,9 +144,12 @@ inline ffi::Error ReadForward(const ForwardBuffers& b, const Attributes& attribu
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
   JAX_BSK_RETURN_IF_ERROR(ReadShape(b, &params->shape));
   JAX_BSK_RETURN_IF_ERROR(ReadDType("query", b.query, &params->dtype));
-  JAX_BSK_RETURN_IF_ERROR(CheckBuffers(b, params->shape, b.query.element_type()));
+  const ffi::DataType element = b.query.element_type(), found = b.key.element_type();
+  params->cache = found == ffi::F8E4M3FN ? CacheType::kE4M3 : found == ffi::S8 ? CacheType::kInt8 : CacheType::kSame;
+  const bool same = params->cache == CacheType::kSame;
+  JAX_BSK_RETURN_IF_ERROR(CheckBuffers(b, params->shape, element, same ? element : found));
   const Shape& shape = params->shape;
-  const int64_t bytes = params->dtype == DType::kF64 ? 8 : params->dtype == DType::kF32 ? 4 : 2;
+  const int64_t bytes = !same ? 1 : params->dtype == DType::kF64 ? 8 : params->dtype == DType::kF32 ? 4 : 2;
   params->query = b.query.untyped_data();
   if (IsGiven(b.value)) {
     params->key = {b.key.untyped_data(), shape.kv_heads * shape.head_dim, shape.head_dim};

@@ -152,7 +152,9 @@ void RunTask(const ForwardParams& p, Tasks& tasks, const Task& task, void* scrat
 
 }  // namespace
 
-std::string Refusal(const Shape& shape) {
+std::string Refusal(const ForwardParams& params) {
+  if (params.cache != CacheType::kSame) return "the CPU decoding kernels take a cache of the query's type";
+  const Shape& shape = params.shape;
   for (const int64_t dim : {shape.head_dim, shape.value_dim}) {
     if (dim > kMaxHeadDim) {
       return "the CPU kernels take head sizes up to " + std::to_string(kMaxHeadDim) + ", not " + std::to_string(dim);

@@ -20,7 +20,7 @@ namespace jax_bsk::decode::cpu {
 inline constexpr int64_t kMaxHeadDim = 256;  // of query and key, and of value
 
 // Why the kernels cannot take a call of these sizes; empty if they can. To be asked before anything else.
-std::string Refusal(const Shape& shape);
+std::string Refusal(const ForwardParams& params);
 
 struct Tasks;
 

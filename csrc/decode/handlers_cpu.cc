@@ -10,7 +10,7 @@ namespace {
 ffi::Future Forward(const ForwardBuffers& buffers, ffi::ThreadPool pool, Attributes attributes) {
   ForwardParams params{};
   ffi::Error error = ReadForward(buffers, attributes, &params);
-  if (error.success()) error = Refusal(cpu::Refusal(params.shape));
+  if (error.success()) error = Refusal(cpu::Refusal(params));
   if (error.failure()) return Completed(error);
   cpu::Call call;
   if (!cpu::Plan(params, pool.num_threads(), &call)) {

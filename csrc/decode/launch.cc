@@ -16,16 +16,16 @@ using device::Divisor;
 using device::kMaxInt;
 
 const Variant* Choose(const ForwardParams& params) {
-  return Choose(Keys::kPaged, params.dtype, std::max(params.shape.head_dim, params.shape.value_dim));
+  return Choose(Keys::kPaged, params.dtype, params.cache, std::max(params.shape.head_dim, params.shape.value_dim));
 }
 
 int64_t Sequences(const Shape& shape) { return Product({shape.groups, shape.seqs}); }
 
 std::string ShapeRefusal(const ForwardParams& params) {
   const Shape& shape = params.shape;
-  if (shape.head_dim % Limits::kHeadDimMultiple != 0 || shape.value_dim % Limits::kHeadDimMultiple != 0) {
-    return "the CUDA decoding kernels take head sizes that are multiples of " +
-           std::to_string(Limits::kHeadDimMultiple);
+  const int64_t multiple = params.cache == CacheType::kSame ? Limits::kHeadDimMultiple : Limits::kQuantisedMultiple;
+  if (shape.head_dim % multiple != 0 || shape.value_dim % multiple != 0) {
+    return "the CUDA decoding kernels take head sizes that are multiples of " + std::to_string(multiple);
   }
   if (Sequences(shape) > Limits::kMaxSequences) {
     return "the CUDA decoding kernels take " + std::to_string(Limits::kMaxSequences) + " sequences at most, not " +
@@ -86,6 +86,9 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   }
   if (facts.capability < Limits::kMinComputeCapability) {
     return "the CUDA decoding kernels need compute capability 8.0 or newer";
+  }
+  if (params.cache == CacheType::kE4M3 && facts.capability < Limits::kFloat8ComputeCapability) {
+    return "the CUDA decoding kernels take a cache of float8 on compute capability 8.9 or newer";
   }
   const Variant* variant = Choose(params);
   if (variant == nullptr) return "there is no CUDA decoding kernel for this combination of dtype and head size";

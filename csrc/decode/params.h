@@ -25,6 +25,10 @@ struct Shape {
   int64_t selected;   // pages listed for a sequence and key/value head, 0 where all are visited
 };
 
+// What the cache holds: elements of the queries' type, or such of one byte, which are widened exactly. Their scales are
+// part of `scale` and `value_scale`.
+enum class CacheType : int32_t { kSame, kE4M3, kInt8 };
+
 // Where the rows of keys or values lie: head k of position r of page p of group g at
 //   first + ((g * pages + p) * page_size + r) * stride + k * head_stride     elements.
 struct Rows {
@@ -50,6 +54,7 @@ struct Rows {
 struct ForwardParams {
   Shape shape;
   DType dtype;
+  CacheType cache;
   const void* query;            // [G, T, N, H]
   Rows key;                     // [G, P, Z, K, H], or the even heads of [G, P, Z, 2 K, H]
   Rows value;                   // [G, P, Z, K, Hv], or the odd heads of the same

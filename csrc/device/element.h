@@ -14,6 +14,13 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+// Of caches alone: kernels widen them.
+struct Float8E4M3 {
+  uint8_t bits;
+};
+struct Int8 {
+  int8_t value;
+};
 
 // The name of an element type outside the kernels.
 template <typename Element>

@@ -60,7 +60,11 @@ __device__ __forceinline__ bool HasNonFinite(const uint4& chunk) {
   bool found = false;
 #pragma unroll
   for (const uint32_t word : words) {
-    if constexpr (sizeof(Element) == 4) {
+    if constexpr (std::is_same_v<Element, Int8>) {
+      break;
+    } else if constexpr (std::is_same_v<Element, Float8E4M3>) {
+      found |= (((word & 0x7F7F7F7Fu) + 0x01010101u) & 0x80808080u) != 0;  // a NaN is all ones; there is no infinity
+    } else if constexpr (sizeof(Element) == 4) {
       found |= (word & 0x7F800000u) == 0x7F800000u;
     } else {
       constexpr uint32_t kExponent = std::is_same_v<Element, Float16> ? 0x7C00u : 0x7F80u;

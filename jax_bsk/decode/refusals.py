@@ -31,12 +31,6 @@ class DecodeFacts:
         """Why a native library's kernels cannot take the call; it says of decoding what differs from attention."""
         del implementation
         reasons = []
-        if self.cache_dtype != self.dtype:
-            reasons.append(
-                f"Its kernels take a cache of the query's type {self.dtype}, got {self.cache_dtype}; cast one of them."
-            )
-        if not info:
-            return reasons
 
         def limit(name: str, otherwise: Any) -> Any:
             return info.get(f"decode_{name}", info.get(name, otherwise))
@@ -44,8 +38,20 @@ class DecodeFacts:
         dtypes = limit("dtypes", [self.dtype])
         if self.dtype not in dtypes:
             reasons.append(f"Its kernels take {', '.join(dtypes)}, got {self.dtype}; cast the inputs.")
+        quantised = ""
+        if self.cache_dtype != self.dtype:
+            quantised = "quantised_"
+            caches = info.get("decode_cache_dtypes", [])
+            if self.cache_dtype not in caches:
+                also = f" or of {' or '.join(caches)}" if caches else ""
+                reasons.append(
+                    f"Its kernels take a cache of the query's type {self.dtype}{also}, got {self.cache_dtype}; cast one "
+                    "of them."
+                )
+            elif self.dtype not in ("bfloat16", "float16"):
+                reasons.append(f"Its kernels take a cache of {self.cache_dtype} with bfloat16 and float16 queries.")
         for name, size in (("query's", self.head_dim), ("value's", self.value_dim)):
-            most, multiple = limit("max_head_dim", size), limit("head_dim_multiple", 1)
+            most, multiple = limit(f"{quantised}max_head_dim", size), limit(f"{quantised}head_dim_multiple", 1)
             most = limit(f"max_head_dim_{self.dtype}", most)
             if size > most:
                 reasons.append(f"The {name} head size is at most {most}, got {size}.")

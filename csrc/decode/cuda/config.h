@@ -22,9 +22,11 @@ enum class Keys { kPaged, kListed };
 
 // A CTA of four warps takes steps of 64 keys. Of 16 rows or fewer, each warp has all of them and 16 of the keys; of
 // more, each warp has 16 rows and all keys. The products are mma.sync: memory is what bounds decoding.
-template <typename Element_, int kDim_, Keys kKeys>
+template <typename Element_, typename Cache_, int kDim_, Keys kKeys>
 struct Config {
-  using Element = Element_;
+  using Element = Element_;  // of queries and output
+  using Cache = Cache_;      // of keys and values: the same, or one of a byte, which the products widen
+  static constexpr bool kQuantised = sizeof(Cache) == 1;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
   static constexpr bool kListed = kKeys == Keys::kListed;
   static constexpr int kThreads = 128;
@@ -38,6 +40,10 @@ struct Config {
   // Steps on their way and the one that is computed. Three where two CTAs of a multiprocessor have room for them.
   static constexpr int kStages = kHalf && kDim <= 128 ? 3 : 2;
   static constexpr int kCtas = kDim * sizeof(Element) <= 256 ? 2 : 1;  // of a multiprocessor
+  // Rows of the output on their way out go through the stage that was used last, if it is large enough.
+  static constexpr int kOutPitch = kDim + 8;  // in floats: no two of eight rows share a bank
+  static constexpr int kOutFloats = 64 * kOutPitch;
+  static_assert(!kQuantised || kQueriesInRegisters, "queries in shared memory are multiplied as they lie");
 };
 
 // What the kernels are given: the call's parameters, and what the host makes of them.
@@ -68,8 +74,10 @@ struct KernelParams : ForwardParams {
 template <typename Config>
 constexpr int SharedBytesAtMost() {
   constexpr int kPitch = Config::kDim * static_cast<int>(sizeof(typename Config::Element)) + 16;
-  constexpr int kRows = Config::kStages * 2 * Config::kTileKv + (Config::kQueriesInRegisters ? 1 : Config::kWideRows);
-  return kRows * kPitch + 2048;
+  constexpr int kCachePitch = Config::kDim * static_cast<int>(sizeof(typename Config::Cache)) + 16;
+  return Config::kStages * 2 * Config::kTileKv * kCachePitch +
+         (Config::kQueriesInRegisters ? 1 : Config::kWideRows) * kPitch +
+         (Config::kQuantised ? 4 * Config::kOutFloats : 0) + 2560;
 }
 
 template <typename Config>

@@ -17,7 +17,7 @@ constexpr int kNoKey = static_cast<int>(0x80000000u);
 
 template <typename Config>
 struct Stage {
-  device::Tile<typename Config::Element, Config::kTileKv, Config::kDim> key, value;
+  device::Tile<typename Config::Cache, Config::kTileKv, Config::kDim> key, value;
 };
 
 // What a thread finds out about a row of a step.

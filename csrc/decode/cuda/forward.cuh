@@ -35,8 +35,9 @@ struct Shared {
   Stage<Config> stages[Config::kStages];
   // The queries, where registers have no room for them.
   device::Tile<typename Config::Element, Config::kQueriesInRegisters ? 1 : Config::kWideRows, Config::kDim> query;
-  int keys[Config::kStages][Config::kTileKv];  // as FoundRow has them
-  int tiles[Config::kStages];                  // bit tile of listed keys, or -1, and the step's number in its block
+  float out[Config::kQuantised ? Config::kOutFloats : 1];  // on its way out, where a stage has no room for it
+  int keys[Config::kStages][Config::kTileKv];              // as FoundRow has them
+  int tiles[Config::kStages];  // bit tile of listed keys, or -1, and the step's number in its block
   int steps[Config::kStages];
   bool masked[Config::kStages][Config::kWarps];  // whether some row does not attend to a key that this warp found
   Unit units[kUnitsKept];
@@ -70,12 +71,13 @@ struct Queries {
       for (int half = 0; half < 2; ++half) {
         const int row = warp_row + g + 8 * half;
         const bool valid = row < unit.rows;
-        const auto* from = reinterpret_cast<const uint32_t*>(Row(params, unit, valid ? row : 0)) + t;
+        const auto* from = reinterpret_cast<const uint32_t*>(Row(params, unit, valid ? row : 0));
 #pragma unroll
         for (int k = 0; k < Config::kDim / 16; ++k) {
 #pragma unroll
-          for (int j = 0; j < 2; ++j) {  // columns 16k + 8j + 2t and the next
-            const int column = 16 * k + 8 * j;
+          for (int j = 0; j < 2; ++j) {
+            // Columns in the order in which a lane's keys have them: see Multiply.
+            const int column = Config::kQuantised ? 32 * (k / 2) + 8 * t + 4 * (k % 2) + 2 * j : 16 * k + 8 * j + 2 * t;
             fragments[k][half + 2 * j] = valid && column < dim ? __ldg(from + column / 2) : 0u;
           }
         }
@@ -97,7 +99,24 @@ struct Queries {
   __device__ __forceinline__ void Multiply(float (&acc)[1][kN8][4], const Shared<Config>& shared, int warp_row,
                                            const KeyTile& key) const {
     device::Clear(acc);
-    if constexpr (Config::kQueriesInRegisters) {
+    using Element = typename Config::Element;
+    if constexpr (Config::kQuantised) {
+      // A lane takes eight columns in a row of each 32, in four pairs, for two products: any order of the columns will
+      // do, if the queries have the same.
+      const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+#pragma unroll
+      for (int k = 0; k < Config::kDim / 16; k += 2) {
+#pragma unroll
+        for (int n = 0; n < kN8; ++n) {
+          const uint2 bytes = *reinterpret_cast<const uint2*>(key.Chunk(8 * n + g, k + t / 2) + t % 2 * 8);
+          const auto pair = [](uint32_t word, int half) {
+            return device::Widen<Element, typename Config::Cache>(word >> (16 * half));
+          };
+          device::MultiplyAccumulate<Element>(acc[0][n], fragments[k], pair(bytes.x, 0), pair(bytes.x, 1));
+          device::MultiplyAccumulate<Element>(acc[0][n], fragments[k + 1], pair(bytes.y, 0), pair(bytes.y, 1));
+        }
+      }
+    } else if constexpr (Config::kQueriesInRegisters) {
       const int lane = static_cast<int>(threadIdx.x) % 32;
       const uint32_t from =
           device::SharedAddress(key.data) + KeyTile::ChunkOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
@@ -107,8 +126,8 @@ struct Queries {
         for (int n = 0; n < kN8; n += 2) {
           uint32_t right[4];
           device::LoadMatrices(right, from + n * 8 * KeyTile::kPitch + k * 32);
-          device::MultiplyAccumulate<typename Config::Element>(acc[0][n], fragments[k], right[0], right[1]);
-          device::MultiplyAccumulate<typename Config::Element>(acc[0][n + 1], fragments[k], right[2], right[3]);
+          device::MultiplyAccumulate<Element>(acc[0][n], fragments[k], right[0], right[1]);
+          device::MultiplyAccumulate<Element>(acc[0][n + 1], fragments[k], right[2], right[3]);
         }
       }
     } else {
@@ -116,6 +135,43 @@ struct Queries {
     }
   }
 };
+
+// acc += A B as device::MultiplyColumns, B of one byte per element. Of each 16 columns of B the even ones go to one
+// tile of eight columns of `acc` and the odd ones to the next: a thread then has four columns in a row, 16c + 4t to 16c
+// + 4t + 3, as acc[2c][0], acc[2c + 1][0], acc[2c][1], acc[2c + 1][1].
+template <typename Element, int kK8, int kN8, typename TileB>
+__device__ __forceinline__ void MultiplyQuantisedColumns(float (&acc)[1][kN8][4], const float (&a)[1][kK8][4],
+                                                         const TileB& b) {
+  using Cache = typename TileB::Element;
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  // Four matrices of 8 rows and 16 bytes: rows 0-7 and 8-15 of one chunk, then of the next.
+  const uint32_t from = device::SharedAddress(b.data) + TileB::ChunkOffset(lane % 16, lane / 16);
+#pragma unroll
+  for (int k = 0; k < kK8 / 2; ++k) {
+    uint32_t left[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float (&pair)[4] = a[0][2 * k + i / 2];
+      left[i] = device::PackPair<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kN8 / 2; chunk += 2) {
+      // A word: two columns of one row, then of the next.
+      uint32_t words[4];
+      device::LoadMatricesTransposed(words, from + k * 16 * TileB::kPitch + chunk * 16);
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const uint32_t first = __byte_perm(words[2 * c], 0, 0x3120), second = __byte_perm(words[2 * c + 1], 0, 0x3120);
+#pragma unroll
+        for (int odd = 0; odd < 2; ++odd) {
+          device::MultiplyAccumulate<Element>(acc[0][2 * (chunk + c) + odd], left,
+                                              device::Widen<Element, Cache>(first >> (16 * odd)),
+                                              device::Widen<Element, Cache>(second >> (16 * odd)));
+        }
+      }
+    }
+  }
+}
 
 // ---- Producer: finds the steps of the CTA's units, one after another, and starts their copies
 
@@ -214,12 +270,13 @@ class Producer {
 template <typename Config, bool kNarrow>
 struct Consumer {
   static constexpr int kWarpKeys = kNarrow ? Config::kTileKv / Config::kWarps : Config::kTileKv;
-  // At a time: logits of 64 keys beside 256 columns of output would spill.
-  static constexpr int kKeys = !kNarrow && Config::kDim > 128 ? kWarpKeys / 4 : kWarpKeys;
-  using KeyTile = device::Tile<typename Config::Element, kKeys, Config::kDim>;
+  // At a time: logits of 64 keys would spill beside 256 columns of output, or beside bytes that are widened.
+  static constexpr int kPasses = kNarrow ? 1 : Config::kDim > 128 ? 4 : Config::kQuantised ? 2 : 1;
+  static constexpr int kKeys = kWarpKeys / kPasses;
+  using KeyTile = device::Tile<typename Config::Cache, kKeys, Config::kDim>;
   using Logits = float[1][kKeys / 8][4];
-  static constexpr int kPitch = Config::kDim + 8;  // of rows of the output in a stage: no two of eight share a bank
-  static_assert(sizeof(Stage<Config>) >= 4 * 64 * kPitch);
+  static constexpr int kPitch = Config::kOutPitch;
+  static_assert(Config::kQuantised || sizeof(Stage<Config>) >= 4 * Config::kOutFloats);
 
   const KernelParams& params;
   Shared<Config>& shared;
@@ -264,7 +321,7 @@ struct Consumer {
     uint64_t bad = 0;  // values that are not finite: they reach only the rows that attend to them
     if (masked) bad = device::CleanRows<Config::kThreads>(tiles.value, shared.bad_values, device::ThreadHere());
 #pragma unroll 1
-    for (int pass = 0; pass < kWarpKeys / kKeys; ++pass) {
+    for (int pass = 0; pass < kPasses; ++pass) {
       const int first = WarpKey() + pass * kKeys;
       Logits x;
       queries.Multiply(x, shared, WarpRow(), reinterpret_cast<const KeyTile&>(*tiles.key.Chunk(first, 0)));
@@ -290,22 +347,36 @@ struct Consumer {
           if (attended && (bad >> column & 1) != 0) probability = device::QuietNan();
         });
       }
-      device::MultiplyColumns(out, x, reinterpret_cast<const KeyTile&>(*tiles.value.Chunk(first, 0)));
+      const auto& value = reinterpret_cast<const KeyTile&>(*tiles.value.Chunk(first, 0));
+      if constexpr (Config::kQuantised) {
+        MultiplyQuantisedColumns<typename Config::Element>(out, x, value);
+      } else {
+        device::MultiplyColumns(out, x, value);
+      }
     }
   }
 
   // Stores the rows, or this part of them, by way of the stage that was used last.
   __device__ __forceinline__ void Finish(int stage, const Unit& unit) {
     const int thread = device::ThreadHere(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    auto* rows = reinterpret_cast<float*>(&shared.stages[stage]);
+    auto* rows = Config::kQuantised ? shared.out : reinterpret_cast<float*>(&shared.stages[stage]);
     __syncthreads();  // nobody reads the stage any more
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = 16 * warp + g + 8 * half;
+      if constexpr (Config::kQuantised) {
 #pragma unroll
-      for (int n = 0; n < Config::kDim / 8; ++n) {
-        *reinterpret_cast<float2*>(rows + row * kPitch + 8 * n + 2 * t) =
-            make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
+        for (int n = 0; n < Config::kDim / 8; n += 2) {
+          const float (&even)[4] = out[0][n], (&odd)[4] = out[0][n + 1];
+          *reinterpret_cast<float4*>(rows + row * kPitch + 8 * n + 4 * t) =
+              make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]);
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < Config::kDim / 8; ++n) {
+          *reinterpret_cast<float2*>(rows + row * kPitch + 8 * n + 2 * t) =
+              make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
+        }
       }
       const float sum = device::QuadSum(softmax.sum[half]);
       if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);
