@@ -185,19 +185,22 @@ cudaError_t LaunchNarrow(const ProductParams& params, int device, cudaStream_t s
   const int64_t bk = transposed ? params.out_block : params.in_block;
   const int64_t width = params.width, in = params.in_length, batch = params.dense_batch;
   const int64_t entries = params.matrix_batch * params.capacity;
+  const int64_t rows = std::min<int64_t>(params.out_block, sm90::kNarrowRows);
   const int columns = width <= 8 ? 8 : width <= 32 ? 32 : sm90::kNarrowColumns;  // of a tile
   const auto pieces = [](int64_t length) { return static_cast<int>(length) / kPiece; };
   // A stage is 64 of the contracted length. An array without elements has the result's address, which is never read.
   if (!device::sm90::MakeTensorMap(params.dtype, entries == 0 ? params.out : params.data, kPiece,
                                    {{bm, bk}, {bk / kPiece, kPiece}, {entries, bm * bk}},
-                                   transposed ? kPiece : static_cast<int>(params.out_block),
-                                   transposed ? pieces(params.out_block) : 1, &plan.data) ||
+                                   transposed ? kPiece : static_cast<int>(rows), transposed ? pieces(rows) : 1,
+                                   &plan.data) ||
       !(left ? MakeMap(params.dtype, params.dense, params.out, batch, width, in, &plan.dense, columns)
              : MakeMap(params.dtype, params.dense, params.out, batch, in, width, &plan.dense, kPiece, columns))) {
     return cudaErrorInvalidValue;
   }
   plan.shift = pieces(params.in_block) - 1;
   plan.groups = static_cast<int>(CeilDiv(width, sm90::kNarrowColumns));
+  const int64_t block_bytes = 2 * bm * bk;
+  plan.prefetched = entries * block_bytes <= sm90::kNarrowPrefetchBytes ? static_cast<int>(block_bytes) : 0;
   if (NarrowCtas(params, plan.groups) > kMaxInt) return cudaErrorInvalidValue;
   const auto launch = Find(kNarrow, params.dtype, transposed, !left);
   return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, columns, stream);

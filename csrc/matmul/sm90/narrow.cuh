@@ -39,6 +39,7 @@ template <typename Element_, int kRows_, int kColumns_>
 struct NarrowShared {
   using Element = Element_;
   static constexpr int kRows = kRows_, kColumns = kColumns_;
+  static constexpr int kParts = kRows / kNarrowPartRows;  // CTAs of the cluster
   static constexpr int kStageBytes = (kRows + kColumns) * kPiece * 2;
   static constexpr int kStages = kNarrowRingBytes / kStageBytes < 12 ? kNarrowRingBytes / kStageBytes : 12;
 
@@ -60,26 +61,80 @@ struct NarrowShared {
 struct NarrowTile {
   int matrix, dense, batch;
   int block;   // the out block
-  int column;  // the first one
+  int piece;   // of the out block: the tile's rows
+  int row;     // the tile's first one
+  int column;  // the tile's first one
   int begin;   // the first entry of the list
+  int stored;  // entries of all the matrix's lists, unless these are wrong
   bool poisoned;
   int64_t first, last;  // stages of the list
 
-  __device__ __forceinline__ NarrowTile(const ProductParams& params, const NarrowPlan& plan, int parts, int rank) {
-    const int tile = static_cast<int>(blockIdx.x) / parts, row = tile / plan.groups;
-    column = (tile - row * plan.groups) * kNarrowColumns;
-    batch = row / static_cast<int>(params.out_blocks);
-    block = row - batch * static_cast<int>(params.out_blocks);
-    matrix = params.matrix_batch == 1 ? 0 : batch;
-    dense = params.dense_batch == 1 ? 0 : batch;
-    const int32_t* offsets = params.lists.offsets + matrix * (params.out_blocks + 1) + block;
-    const int end = __ldg(offsets + 1);
-    begin = __ldg(offsets);
-    poisoned = begin < 0 || end < begin || end > params.capacity;
-    const int64_t stages = poisoned ? 0 : int64_t{end - begin} << plan.shift;
-    first = stages * rank / parts;
-    last = stages * (rank + 1) / parts;
+  template <typename Shared>
+  __device__ __forceinline__ static NarrowTile Of(const ProductParams& params, const NarrowPlan& plan, int rank) {
+    NarrowTile x;
+    const int pieces = static_cast<int>(params.out_block) / Shared::kRows;  // 1 or 2
+    const int tile = static_cast<int>(blockIdx.x) / Shared::kParts, line = tile / plan.groups;
+    x.column = (tile - line * plan.groups) * kNarrowColumns;
+    const int blocks = static_cast<int>(params.out_blocks), line_block = line / pieces;
+    x.piece = line - line_block * pieces;
+    x.batch = line_block / blocks;
+    x.block = line_block - x.batch * blocks;
+    x.row = x.block * static_cast<int>(params.out_block) + x.piece * Shared::kRows;
+    x.matrix = params.matrix_batch == 1 ? 0 : x.batch;
+    x.dense = params.dense_batch == 1 ? 0 : x.batch;
+    const int32_t* offsets = params.lists.offsets + x.matrix * (params.out_blocks + 1);
+    const int end = __ldg(offsets + x.block + 1);
+    x.begin = __ldg(offsets + x.block);
+    x.stored = __ldg(offsets + params.out_blocks);
+    x.poisoned = x.begin < 0 || end < x.begin || end > params.capacity;
+    const int64_t stages = x.poisoned ? 0 : int64_t{end - x.begin} << plan.shift;
+    x.first = stages * rank / Shared::kParts;
+    x.last = stages * (rank + 1) / Shared::kParts;
+    return x;
   }
+};
+
+// ---- Before the lists have been followed, a warp asks for what all CTAs of the matrix will need, to have it in L2: for
+// an equal part of the lists, and where that pays of the blocks. So the memory is at work early, and for all
+// multiprocessors alike however long the rows of blocks are.
+template <typename Shared>
+class NarrowPrefetch {
+ public:
+  __device__ __forceinline__ NarrowPrefetch(const ProductParams& params, const NarrowPlan& plan, const NarrowTile& tile,
+                                            int rank)
+      : params_(params), plan_(plan), tile_(tile), lane_(threadIdx.x % 32) {
+    const int pieces = static_cast<int>(params.out_block) / Shared::kRows;
+    part_ = int64_t{tile.block * pieces + tile.piece} * Shared::kParts + rank;
+    parts_ = tile.batch == tile.matrix && tile.column == 0 ? params.out_blocks * pieces * Shared::kParts : 0;
+  }
+
+  // A line of 32 words a lane, of either list.
+  __device__ __forceinline__ void Lists() const {
+    if (parts_ == 0) return;
+    const int64_t end = params_.capacity * (part_ + 1) / parts_;
+    for (int64_t at = params_.capacity * part_ / parts_ + lane_ / 2 * 32; at < end; at += 16 * 32) {
+      device::PrefetchL2((lane_ % 2 == 0 ? params_.lists.ids : params_.lists.places) + First() + at);
+    }
+  }
+
+  __device__ __forceinline__ void Blocks() const {
+    if (parts_ == 0 || plan_.prefetched == 0 || tile_.stored <= 0 || tile_.stored > params_.capacity) return;
+    constexpr int kUnit = 4096;  // bytes: a half or less of a block
+    const int64_t units = int64_t{tile_.stored} * (plan_.prefetched / kUnit), end = units * (part_ + 1) / parts_;
+    const auto* data = static_cast<const unsigned char*>(params_.data) + First() * plan_.prefetched;
+    for (int64_t unit = units * part_ / parts_ + lane_; unit < end; unit += 32) {
+      device::sm90::PrefetchBytes(data + unit * kUnit, kUnit);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ int64_t First() const { return tile_.matrix * params_.capacity; }
+
+  const ProductParams& params_;
+  const NarrowPlan& plan_;
+  const NarrowTile& tile_;
+  const int lane_;
+  int64_t part_, parts_;  // this CTA's and all; 0: another tile's CTAs have the same parts
 };
 
 // ---- The producer: a warp walks a part of the list. Of an entry that makes no sense nothing is copied: its stage is
@@ -120,7 +175,8 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
           device::sm90::ArriveExpecting(shared.full[stage], Shared::kStageBytes);
           const int row = of * static_cast<int>(params.in_block) + half * kPiece;
           device::sm90::LoadBox(shared.blocks[stage], plan.data, shared.full[stage], 0,
-                                kTransposeLeft ? half * kPiece : 0, kTransposeLeft ? 0 : half, first_entry + at);
+                                kTransposeLeft ? half * kPiece : tile.piece * Shared::kRows,
+                                kTransposeLeft ? tile.piece * (Shared::kRows / kPiece) : half, first_entry + at);
           device::sm90::LoadBox(shared.dense[stage], plan.dense, shared.full[stage],
                                 kTransposeRight ? tile.column : row, kTransposeRight ? row : tile.column, tile.dense,
                                 0);
@@ -145,7 +201,7 @@ class NarrowConsumer {
   // time. The pitches spread the accumulators of a warp over the banks.
   static constexpr int kPitch = kTransposeRight ? kColumns + 8 : kRows + 4;
   static constexpr int kSums = kPitch * (kTransposeRight ? kRows : kColumns);
-  static_assert(kSums * kDepthWarps * 4 <= sizeof(Shared::blocks));
+  static_assert(kSums * kDepthWarps * 4 <= sizeof(Shared::blocks) + sizeof(Shared::dense));
 
   __device__ explicit NarrowConsumer(Shared& shared)
       : shared_(shared), lane_(threadIdx.x % 32), warp_(__shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0)) {}
@@ -170,14 +226,14 @@ class NarrowConsumer {
 
   // Adds 32 rows of all CTAs' sums, and stores them.
   __device__ __forceinline__ void Merge(const ProductParams& params, const NarrowTile& tile, int rank) const {
-    constexpr int kParts = kRows / kNarrowPartRows, kVectors = kNarrowPartRows * kColumns / 4;
+    constexpr int kParts = Shared::kParts, kVectors = kNarrowPartRows * kColumns / 4;
     bool poisoned = false;
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       poisoned |= device::sm90::LoadFromCluster(device::sm90::ClusterAddress(&shared_.poisoned, part)) != 0;
     }
     const int length = static_cast<int>(params.out_length), width = static_cast<int>(params.width);
-#pragma unroll 1
+#pragma unroll
     for (int i = threadIdx.x; i < kVectors; i += 32 * kNarrowConsumers) {
       // Four columns of a row, or four rows of a column.
       const int row = rank * kNarrowPartRows + (kTransposeRight ? i / (kColumns / 4) : i % (kNarrowPartRows / 4) * 4);
@@ -194,7 +250,7 @@ class NarrowConsumer {
         }
       }
       if (poisoned) sum.x = sum.y = sum.z = sum.w = device::QuietNan();
-      const int r = tile.block * kRows + row, c = tile.column + column;
+      const int r = tile.row + row, c = tile.column + column;
       if (r >= length || c >= width) continue;
       Store(params,
             tile.batch * params.out_length * params.width +
@@ -302,7 +358,7 @@ class NarrowConsumer {
 };
 
 template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kRows, int kColumns>
-__global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds__(kNarrowThreads, 2)
+__global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds__(kNarrowThreads, kNarrowResident)
     NarrowKernel(const __grid_constant__ ProductParams params, const __grid_constant__ NarrowPlan plan) {
   using Shared = NarrowShared<Element, kRows, kColumns>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
@@ -315,8 +371,11 @@ __global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds_
     device::sm90::PrefetchTensorMap(plan.data);
     device::sm90::PrefetchTensorMap(plan.dense);
   }
-  const NarrowTile tile(params, plan, kRows / kNarrowPartRows, rank);
+  const NarrowTile tile = NarrowTile::Of<Shared>(params, plan, rank);
+  const NarrowPrefetch<Shared> prefetch(params, plan, tile, rank);
+  if (warp == 1) prefetch.Lists();
   __syncthreads();
+  if (warp == 1) prefetch.Blocks();
 
   using Consumer = NarrowConsumer<Shared, kTransposeLeft, kTransposeRight>;
   if (warp == kNarrowConsumers) {
@@ -339,7 +398,7 @@ cudaError_t LaunchNarrowTile(const ProductParams& params, const NarrowPlan& plan
       error != cudaSuccess) {
     return error;
   }
-  const int64_t grid = params.batch * params.out_blocks * plan.groups * (kRows / kNarrowPartRows);
+  const int64_t grid = params.batch * params.out_blocks * plan.groups * (params.out_block / kNarrowPartRows);
   kernel<<<static_cast<unsigned>(grid), kNarrowThreads, kBytes, stream>>>(params, plan);
   return cudaGetLastError();
 }
@@ -347,17 +406,17 @@ cudaError_t LaunchNarrowTile(const ProductParams& params, const NarrowPlan& plan
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, cudaStream_t stream) {
   constexpr bool kL = kLeft == Layout::kMnMajor, kR = kRight == Layout::kMnMajor;
-  const bool small = params.out_block == 64;
+  const bool small = params.out_block < kNarrowRows;
   switch (columns) {
     case 8:
       return (small ? LaunchNarrowTile<Element, kL, kR, 64, 8>
-                    : LaunchNarrowTile<Element, kL, kR, 128, 8>)(params, plan, stream);
+                    : LaunchNarrowTile<Element, kL, kR, kNarrowRows, 8>)(params, plan, stream);
     case 32:
       return (small ? LaunchNarrowTile<Element, kL, kR, 64, 32>
-                    : LaunchNarrowTile<Element, kL, kR, 128, 32>)(params, plan, stream);
+                    : LaunchNarrowTile<Element, kL, kR, kNarrowRows, 32>)(params, plan, stream);
     default:
       return (small ? LaunchNarrowTile<Element, kL, kR, 64, 64>
-                    : LaunchNarrowTile<Element, kL, kR, 128, 64>)(params, plan, stream);
+                    : LaunchNarrowTile<Element, kL, kR, kNarrowRows, 64>)(params, plan, stream);
   }
 }
 
