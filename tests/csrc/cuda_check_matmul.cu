@@ -339,13 +339,13 @@ bool RunProduct(const ProductCase& c) {
   return passed;
 }
 
-// Products of few columns whose bits must not depend on what else is computed: three columns alone, 64 columns, and 64
-// of each of three examples, of which the last are these.
+// Products of few columns whose bits must not depend on what else is computed: three columns alone, 64, as many as the
+// kernel takes, and as many of each of three examples, of which the last are these.
 bool RunInvariance(int64_t block) {
   if (!IsHopper()) return true;
   std::mt19937 rng(99);
   ProductCase c;
-  c.block_rows = c.block_columns = block, c.rows = 1288, c.columns = 1400, c.width = 64;
+  c.block_rows = c.block_columns = block, c.rows = 1288, c.columns = 1400, c.width = cuda::Limits::kNarrowWidth;
   Matrix matrix = MakeMatrix(c, rng);
   ProductParams p{};
   p.dtype = p.out_dtype = c.dtype;
@@ -370,10 +370,11 @@ bool RunInvariance(int64_t block) {
     CUDA_OK(cudaDeviceSynchronize());
     return out.Bytes();
   };
-  const auto three = run(1, 3), full = run(1, 64), batch = run(3, 64);
-  const bool columns = std::equal(three.begin(), three.end(), full.begin());
+  const auto three = run(1, 3), some = run(1, 64), full = run(1, c.width), batch = run(3, c.width);
+  const bool columns =
+      std::equal(three.begin(), three.end(), full.begin()) && std::equal(some.begin(), some.end(), full.begin());
   const bool examples = std::equal(full.begin(), full.end(), batch.end() - full.size());
-  std::printf("  three columns of 64: %s; an example of three: %s\n", columns ? "the same" : "other bits   <-- FAILED",
+  std::printf("  three and 64 columns: %s; an example of three: %s\n", columns ? "the same" : "other bits   <-- FAILED",
               examples ? "the same" : "other bits   <-- FAILED");
   return columns && examples;
 }
@@ -381,7 +382,7 @@ bool RunInvariance(int64_t block) {
 // Which kernel a product takes: by its width alone.
 bool RunChoice() {
   bool passed = true;
-  for (const int64_t width : {1, 2, 8, 63, 64, 65, 128, 4096})
+  for (const int64_t width : {1, 2, 8, 64, 65, 127, 128, 129, 4096})
     for (const int64_t block : {64, 128})
       for (const int64_t blocks : {1, 64, 4096}) {
         ProductParams p{};
@@ -634,8 +635,8 @@ bool TimeProducts(int64_t block) {
 }
 
 // Both kernels of the product, bfloat16 [8192, 8192] with 22 % of the blocks, by the width: microseconds of a call
-// among twenty in a CUDA graph, and the stored blocks' bytes by it. All calls take one matrix, or four in turn, which L2
-// cannot keep.
+// among twenty in a CUDA graph, and the stored blocks' bytes by it. All calls take one matrix, or four in turn, which
+// L2 cannot keep.
 bool TimeNarrow(int64_t block) {
   constexpr int64_t kLength = 8192, kMost = 256;
   constexpr int kCalls = 20, kMatrices = 4;
@@ -836,10 +837,9 @@ std::vector<Named> Cases() {
   product("matmul-narrow-sixteen", [](ProductCase& c) { c.width = 16; });
   product("matmul-narrow-thirty-three", [](ProductCase& c) { c.width = 33; });
   product("matmul-narrow-forty", [](ProductCase& c) { c.width = 40, c.block_rows = c.block_columns = 128; });
-  // Groups of 64 columns, which no call takes.
-  product("matmul-narrow-groups", [](ProductCase& c) { c.width = 136, c.batch = 2, c.kernel = Kernel::kNarrow; });
-  product("matmul-narrow-groups-128",
-          [](ProductCase& c) { c.width = 200, c.block_rows = c.block_columns = 128, c.kernel = Kernel::kNarrow; });
+  // Groups of 64 columns, in part and whole.
+  product("matmul-narrow-groups", [](ProductCase& c) { c.width = 72, c.batch = 2, c.dense_batched = true; });
+  product("matmul-narrow-groups-128", [](ProductCase& c) { c.width = 128, c.block_rows = c.block_columns = 128; });
   product("matmul-narrow-least", [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull; });
   product("matmul-narrow-least-128", [](ProductCase& c) {
     c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;

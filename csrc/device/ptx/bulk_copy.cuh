@@ -45,10 +45,6 @@ __device__ __forceinline__ void LoadBytes(void* shared, const void* global, Barr
                "l"(global), "r"(bytes), "r"(SharedAddress(&barrier))
                : "memory");
 }
-// Asks for bytes of global memory to be brought into L2; address and count are multiples of 16.
-__device__ __forceinline__ void PrefetchBytes(const void* global, int bytes) {
-  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
-}
 // From shared to global memory, as part of this thread's current group of stores; addresses and count are multiples of
 // 16. What was written with ordinary stores needs FenceAsyncProxy before.
 __device__ __forceinline__ void StoreBytes(void* global, const void* shared, int bytes) {

@@ -64,35 +64,23 @@ struct SampledPlan {
 };
 constexpr int kItemShift = 28;
 
-// ---- Products of few columns: a CTA's tile is up to NARROW_ROWS rows of one out block x up to 64 columns. The entries
-// of the block are divided among the CTAs of a cluster, whatever the problem and the device: the bits of a result
-// depend on its own list alone.
-#ifndef NARROW_ROWS
-#define NARROW_ROWS 128
-#endif
-#ifndef NARROW_PART_ROWS
-#define NARROW_PART_ROWS 32
-#endif
-constexpr int kNarrowColumns = 64;
-constexpr int kNarrowRows = NARROW_ROWS;           // of a tile at most
-constexpr int kNarrowPartRows = NARROW_PART_ROWS;  // of the tile, for each CTA of the cluster
-constexpr int kNarrowConsumers = 4;                // warps
+// ---- Products of few columns: a cluster has 64 rows of one out block x up to 64 columns, and its CTAs divide the
+// entries of the block, whatever the problem and the device: the bits of a result depend on its own list alone.
+constexpr int kNarrowRows = kPiece;  // of a tile: a block of 128 has two
+constexpr int kNarrowColumns = 64;   // of a tile at most
+constexpr int kNarrowParts = 2;      // CTAs of a cluster
+constexpr int kNarrowConsumers = 4;  // warps
 constexpr int kNarrowThreads = 32 * (kNarrowConsumers + 1);
-// CTAs that share a multiprocessor, and what the stages of each take of its 228 KB: some 200 KB are under way, where the
-// memory needs about 40 at all times. So late CTAs go on at the memory's speed when others are done.
-constexpr int kNarrowResident = kNarrowPartRows == 32 ? 2 : 4;
+// CTAs that share a multiprocessor, and what the stages of each take of its 228 KB: some 200 KB are under way, where
+// the memory needs about 40 at all times. So late CTAs go on at the memory's speed when others are done.
+constexpr int kNarrowResident = 2;
 constexpr int kNarrowRingBytes = (216 << 10) / kNarrowResident;
-
-// Blocks of so many bytes in all are brought into L2 (50 MB) as soon as a CTA starts, each CTA an equal part. More would
-// be evicted before they are read.
-constexpr int64_t kNarrowPrefetchBytes = 36 << 20;
 
 struct NarrowPlan {
   CUtensorMap data;   // (column of 64, row, 64 columns, entry)
   CUtensorMap dense;  // (column, row, batch)
   int shift;          // log2 of the stages of a block: in_block / 64
   int groups;         // of 64 columns
-  int prefetched;     // bytes of a block, when all blocks are to be brought into L2 at once; 0 otherwise
 };
 
 // Which index of an operand runs through neighbouring elements: the contracted one, or the one that it shares with the
@@ -102,7 +90,8 @@ enum class Layout { kKMajor, kMnMajor };
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchProduct(const ProductParams& params, const ProductPlan& plan, int grid, cudaStream_t stream);
 template <typename Element, Layout kLeft, Layout kRight>
-cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, cudaStream_t stream);
+cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, int grid,
+                         cudaStream_t stream);
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream);
 

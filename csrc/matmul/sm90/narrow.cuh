@@ -1,6 +1,7 @@
-// BSR x dense of few columns on Hopper (sm_90a): bound by reading the blocks. A cluster has one out block; each of its
-// CTAs streams a part of the block's entries through a ring of stages and multiplies them by mma.sync, and the parts
-// are added through the cluster's shared memory. The design and what it was worth: docs/design/hopper-products.md.
+// BSR x dense of few columns on Hopper (sm_90a): bound by reading the blocks. A cluster has 64 rows of one out block;
+// each of its CTAs streams a part of the block's entries through a ring of stages and multiplies them by mma.sync, and
+// the parts are added through the cluster's shared memory. The design and what it was worth:
+// docs/design/hopper-products.md.
 #pragma once
 
 #include "device/mma.cuh"
@@ -25,7 +26,7 @@ using device::sm90::Ring;
 //
 //   producer (one warp)                consumers (four warps)
 //   reads 32 entries at a time
-//   stage n =======================>   blocks: 64 of the contracted length x all rows of the out block
+//   stage n =======================>   blocks: 64 of the contracted length x the tile's 64 rows
 //                                      dense: the same 64 x the columns
 //     <-- stage n --------------------  by every warp, when it has multiplied it
 //   says whether an entry was wrong    sums to shared memory, over the stages
@@ -35,15 +36,14 @@ using device::sm90::Ring;
 //
 // Nothing is persistent: a CTA has one tile, and the hardware hands out the next cluster when one is done.
 
-template <typename Element_, int kRows_, int kColumns_>
+template <typename Element_, int kColumns_>
 struct NarrowShared {
   using Element = Element_;
-  static constexpr int kRows = kRows_, kColumns = kColumns_;
-  static constexpr int kParts = kRows / kNarrowPartRows;  // CTAs of the cluster
-  static constexpr int kStageBytes = (kRows + kColumns) * kPiece * 2;
-  static constexpr int kStages = kNarrowRingBytes / kStageBytes < 12 ? kNarrowRingBytes / kStageBytes : 12;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kStageBytes = (kNarrowRows + kColumns) * kPiece * 2;
+  static constexpr int kStages = kNarrowRingBytes / kStageBytes;
 
-  alignas(1024) Element blocks[kStages][kRows * kPiece];
+  alignas(1024) Element blocks[kStages][kNarrowRows * kPiece];
   alignas(1024) Element dense[kStages][kColumns * kPiece];
   Barrier full[kStages], empty[kStages];
   int poisoned;  // an entry of this CTA's part, or the list as a whole
@@ -57,85 +57,51 @@ struct NarrowShared {
   }
 };
 
-// A CTA's tile and its part of the out block's stages.
+// A cluster's tile, and its CTA's part of the out block's stages.
 struct NarrowTile {
   int matrix, dense, batch;
   int block;   // the out block
-  int piece;   // of the out block: the tile's rows
+  int piece;   // of the out block: which 64 of its rows
   int row;     // the tile's first one
   int column;  // the tile's first one
   int begin;   // the first entry of the list
-  int stored;  // entries of all the matrix's lists, unless these are wrong
   bool poisoned;
   int64_t first, last;  // stages of the list
 
-  template <typename Shared>
-  __device__ __forceinline__ static NarrowTile Of(const ProductParams& params, const NarrowPlan& plan, int rank) {
-    NarrowTile x;
-    const int pieces = static_cast<int>(params.out_block) / Shared::kRows;  // 1 or 2
-    const int tile = static_cast<int>(blockIdx.x) / Shared::kParts, line = tile / plan.groups;
-    x.column = (tile - line * plan.groups) * kNarrowColumns;
-    const int blocks = static_cast<int>(params.out_blocks), line_block = line / pieces;
-    x.piece = line - line_block * pieces;
-    x.batch = line_block / blocks;
-    x.block = line_block - x.batch * blocks;
-    x.row = x.block * static_cast<int>(params.out_block) + x.piece * Shared::kRows;
-    x.matrix = params.matrix_batch == 1 ? 0 : x.batch;
-    x.dense = params.dense_batch == 1 ? 0 : x.batch;
-    const int32_t* offsets = params.lists.offsets + x.matrix * (params.out_blocks + 1);
-    const int end = __ldg(offsets + x.block + 1);
-    x.begin = __ldg(offsets + x.block);
-    x.stored = __ldg(offsets + params.out_blocks);
-    x.poisoned = x.begin < 0 || end < x.begin || end > params.capacity;
-    const int64_t stages = x.poisoned ? 0 : int64_t{end - x.begin} << plan.shift;
-    x.first = stages * rank / Shared::kParts;
-    x.last = stages * (rank + 1) / Shared::kParts;
-    return x;
+  __device__ __forceinline__ NarrowTile(const ProductParams& params, const NarrowPlan& plan, int rank) {
+    const int pieces = static_cast<int>(params.out_block) / kNarrowRows;  // 1 or 2
+    const int blocks = static_cast<int>(params.out_blocks);
+    const int tile = static_cast<int>(blockIdx.x) / kNarrowParts, line = tile / plan.groups, of = line / pieces;
+    column = (tile - line * plan.groups) * kNarrowColumns;
+    piece = line - of * pieces;
+    batch = of / blocks;
+    block = of - batch * blocks;
+    row = block * static_cast<int>(params.out_block) + piece * kNarrowRows;
+    matrix = params.matrix_batch == 1 ? 0 : batch;
+    dense = params.dense_batch == 1 ? 0 : batch;
+    const int32_t* offsets = params.lists.offsets + matrix * (params.out_blocks + 1) + block;
+    const int end = __ldg(offsets + 1);
+    begin = __ldg(offsets);
+    poisoned = begin < 0 || end < begin || end > params.capacity;
+    const int64_t stages = poisoned ? 0 : int64_t{end - begin} << plan.shift;
+    first = stages * rank / kNarrowParts;
+    last = stages * (rank + 1) / kNarrowParts;
   }
 };
 
-// ---- Before the lists have been followed, a warp asks for what all CTAs of the matrix will need, to have it in L2: for
-// an equal part of the lists, and where that pays of the blocks. So the memory is at work early, and for all
-// multiprocessors alike however long the rows of blocks are.
-template <typename Shared>
-class NarrowPrefetch {
- public:
-  __device__ __forceinline__ NarrowPrefetch(const ProductParams& params, const NarrowPlan& plan, const NarrowTile& tile,
-                                            int rank)
-      : params_(params), plan_(plan), tile_(tile), lane_(threadIdx.x % 32) {
-    const int pieces = static_cast<int>(params.out_block) / Shared::kRows;
-    part_ = int64_t{tile.block * pieces + tile.piece} * Shared::kParts + rank;
-    parts_ = tile.batch == tile.matrix && tile.column == 0 ? params.out_blocks * pieces * Shared::kParts : 0;
-  }
-
+// Before a CTA has followed its own list, a warp asks for an equal part of the matrix's lists, to have them in L2: all
+// CTAs wait for them at the same time.
+__device__ __forceinline__ void PrefetchLists(const ProductParams& params, const NarrowTile& tile, int rank) {
+  if (tile.batch != tile.matrix || tile.column != 0) return;  // another tile's CTAs ask for the same part
+  const int lane = threadIdx.x % 32, pieces = static_cast<int>(params.out_block) / kNarrowRows;
+  const int64_t part = (int64_t{tile.block} * pieces + tile.piece) * kNarrowParts + rank;
+  const int64_t parts = params.out_blocks * pieces * kNarrowParts, end = params.capacity * (part + 1) / parts;
   // A line of 32 words a lane, of either list.
-  __device__ __forceinline__ void Lists() const {
-    if (parts_ == 0) return;
-    const int64_t end = params_.capacity * (part_ + 1) / parts_;
-    for (int64_t at = params_.capacity * part_ / parts_ + lane_ / 2 * 32; at < end; at += 16 * 32) {
-      device::PrefetchL2((lane_ % 2 == 0 ? params_.lists.ids : params_.lists.places) + First() + at);
-    }
+  const int32_t* list = (lane % 2 == 0 ? params.lists.ids : params.lists.places) + tile.matrix * params.capacity;
+  for (int64_t at = params.capacity * part / parts + lane / 2 * 32; at < end; at += 16 * 32) {
+    device::PrefetchL2(list + at);
   }
-
-  __device__ __forceinline__ void Blocks() const {
-    if (parts_ == 0 || plan_.prefetched == 0 || tile_.stored <= 0 || tile_.stored > params_.capacity) return;
-    constexpr int kUnit = 4096;  // bytes: a half or less of a block
-    const int64_t units = int64_t{tile_.stored} * (plan_.prefetched / kUnit), end = units * (part_ + 1) / parts_;
-    const auto* data = static_cast<const unsigned char*>(params_.data) + First() * plan_.prefetched;
-    for (int64_t unit = units * part_ / parts_ + lane_; unit < end; unit += 32) {
-      device::sm90::PrefetchBytes(data + unit * kUnit, kUnit);
-    }
-  }
-
- private:
-  __device__ __forceinline__ int64_t First() const { return tile_.matrix * params_.capacity; }
-
-  const ProductParams& params_;
-  const NarrowPlan& plan_;
-  const NarrowTile& tile_;
-  const int lane_;
-  int64_t part_, parts_;  // this CTA's and all; 0: another tile's CTAs have the same parts
-};
+}
 
 // ---- The producer: a warp walks a part of the list. Of an entry that makes no sense nothing is copied: its stage is
 // passed on as it is, because the out block becomes NaN whatever is multiplied.
@@ -175,8 +141,8 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
           device::sm90::ArriveExpecting(shared.full[stage], Shared::kStageBytes);
           const int row = of * static_cast<int>(params.in_block) + half * kPiece;
           device::sm90::LoadBox(shared.blocks[stage], plan.data, shared.full[stage], 0,
-                                kTransposeLeft ? half * kPiece : tile.piece * Shared::kRows,
-                                kTransposeLeft ? tile.piece * (Shared::kRows / kPiece) : half, first_entry + at);
+                                (kTransposeLeft ? half : tile.piece) * kPiece, kTransposeLeft ? tile.piece : half,
+                                first_entry + at);
           device::sm90::LoadBox(shared.dense[stage], plan.dense, shared.full[stage],
                                 kTransposeRight ? tile.column : row, kTransposeRight ? row : tile.column, tile.dense,
                                 0);
@@ -189,19 +155,19 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
   if (lane == 0) shared.poisoned = poisoned;
 }
 
-// ---- The consumers: four warps with 32 rows each, and with blocks of 64 rows half of the contracted length each.
+// ---- The consumers: four warps with 32 of the rows and half of a stage's contracted length each.
 template <typename Shared, bool kTransposeLeft, bool kTransposeRight>
 class NarrowConsumer {
  public:
   using Element = typename Shared::Element;
-  static constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
-  static constexpr int kRowWarps = kRows / 32, kDepthWarps = kNarrowConsumers / kRowWarps;
+  static constexpr int kColumns = Shared::kColumns;
+  static constexpr int kRowWarps = kNarrowRows / 32, kDepthWarps = kNarrowConsumers / kRowWarps;
   static constexpr int kSlices = kPiece / 16 / kDepthWarps;  // of 16 of the contracted length, of a stage
   // The sums in shared memory, over the stages: rows, or columns where the result lies so; four of them are stored at a
   // time. The pitches spread the accumulators of a warp over the banks.
-  static constexpr int kPitch = kTransposeRight ? kColumns + 8 : kRows + 4;
-  static constexpr int kSums = kPitch * (kTransposeRight ? kRows : kColumns);
-  static_assert(kSums * kDepthWarps * 4 <= sizeof(Shared::blocks) + sizeof(Shared::dense));
+  static constexpr int kPitch = kTransposeRight ? kColumns + 8 : kNarrowRows + 4;
+  static constexpr int kSums = kPitch * (kTransposeRight ? kNarrowRows : kColumns);
+  static_assert(kSums * kDepthWarps * 4 <= sizeof(Shared::blocks));
 
   __device__ explicit NarrowConsumer(Shared& shared)
       : shared_(shared), lane_(threadIdx.x % 32), warp_(__shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0)) {}
@@ -226,22 +192,22 @@ class NarrowConsumer {
 
   // Adds 32 rows of all CTAs' sums, and stores them.
   __device__ __forceinline__ void Merge(const ProductParams& params, const NarrowTile& tile, int rank) const {
-    constexpr int kParts = Shared::kParts, kVectors = kNarrowPartRows * kColumns / 4;
+    constexpr int kOwn = kNarrowRows / kNarrowParts, kVectors = kOwn * kColumns / 4;  // rows of this CTA
     bool poisoned = false;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kNarrowParts; ++part) {
       poisoned |= device::sm90::LoadFromCluster(device::sm90::ClusterAddress(&shared_.poisoned, part)) != 0;
     }
     const int length = static_cast<int>(params.out_length), width = static_cast<int>(params.width);
 #pragma unroll
     for (int i = threadIdx.x; i < kVectors; i += 32 * kNarrowConsumers) {
       // Four columns of a row, or four rows of a column.
-      const int row = rank * kNarrowPartRows + (kTransposeRight ? i / (kColumns / 4) : i % (kNarrowPartRows / 4) * 4);
-      const int column = kTransposeRight ? i % (kColumns / 4) * 4 : i / (kNarrowPartRows / 4);
+      const int row = rank * kOwn + (kTransposeRight ? i / (kColumns / 4) : i % (kOwn / 4) * 4);
+      const int column = kTransposeRight ? i % (kColumns / 4) * 4 : i / (kOwn / 4);
       const float* place = Sums() + (kTransposeRight ? row * kPitch + column : column * kPitch + row);
       float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kNarrowParts; ++part) {
         const uint32_t address = device::sm90::ClusterAddress(place, part);
 #pragma unroll
         for (int depth = 0; depth < kDepthWarps; ++depth) {
@@ -291,8 +257,8 @@ class NarrowConsumer {
       for (int m = 0; m < 2; ++m) {
         const int row = first_row + 16 * m;
         if constexpr (kTransposeLeft) {
-          const int at = Swizzled<128>(16 * k + lane_ / 16 * 8 + lane_ % 8, row % kPiece / 8 + lane_ / 8 % 2);
-          device::LoadMatricesTransposed(left[m], blocks + row / kPiece * kPieceBytes + at);
+          const int at = Swizzled<128>(16 * k + lane_ / 16 * 8 + lane_ % 8, row / 8 + lane_ / 8 % 2);
+          device::LoadMatricesTransposed(left[m], blocks + at);
         } else {
           device::LoadMatrices(left[m], blocks + Swizzled<128>(row + lane_ % 16, 2 * k + lane_ / 16));
         }
@@ -357,10 +323,10 @@ class NarrowConsumer {
   const int lane_, warp_;
 };
 
-template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kRows, int kColumns>
-__global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds__(kNarrowThreads, kNarrowResident)
+template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kColumns>
+__global__ void __cluster_dims__(kNarrowParts, 1, 1) __launch_bounds__(kNarrowThreads, kNarrowResident)
     NarrowKernel(const __grid_constant__ ProductParams params, const __grid_constant__ NarrowPlan plan) {
-  using Shared = NarrowShared<Element, kRows, kColumns>;
+  using Shared = NarrowShared<Element, kColumns>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
@@ -371,11 +337,9 @@ __global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds_
     device::sm90::PrefetchTensorMap(plan.data);
     device::sm90::PrefetchTensorMap(plan.dense);
   }
-  const NarrowTile tile = NarrowTile::Of<Shared>(params, plan, rank);
-  const NarrowPrefetch<Shared> prefetch(params, plan, tile, rank);
-  if (warp == 1) prefetch.Lists();
+  const NarrowTile tile(params, plan, rank);
+  if (warp == 1) PrefetchLists(params, tile, rank);
   __syncthreads();
-  if (warp == 1) prefetch.Blocks();
 
   using Consumer = NarrowConsumer<Shared, kTransposeLeft, kTransposeRight>;
   if (warp == kNarrowConsumers) {
@@ -390,33 +354,29 @@ __global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds_
   device::sm90::SyncCluster();  // no CTA leaves while another reads its sums
 }
 
-template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kRows, int kColumns>
-cudaError_t LaunchNarrowTile(const ProductParams& params, const NarrowPlan& plan, cudaStream_t stream) {
-  const auto kernel = NarrowKernel<Element, kTransposeLeft, kTransposeRight, kRows, kColumns>;
-  constexpr int kBytes = sizeof(NarrowShared<Element, kRows, kColumns>);
+template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kColumns>
+cudaError_t LaunchNarrowTile(const ProductParams& params, const NarrowPlan& plan, int grid, cudaStream_t stream) {
+  const auto kernel = NarrowKernel<Element, kTransposeLeft, kTransposeRight, kColumns>;
+  constexpr int kBytes = sizeof(NarrowShared<Element, kColumns>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       error != cudaSuccess) {
     return error;
   }
-  const int64_t grid = params.batch * params.out_blocks * plan.groups * (params.out_block / kNarrowPartRows);
   kernel<<<static_cast<unsigned>(grid), kNarrowThreads, kBytes, stream>>>(params, plan);
   return cudaGetLastError();
 }
 
 template <typename Element, Layout kLeft, Layout kRight>
-cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, cudaStream_t stream) {
+cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, int grid,
+                         cudaStream_t stream) {
   constexpr bool kL = kLeft == Layout::kMnMajor, kR = kRight == Layout::kMnMajor;
-  const bool small = params.out_block < kNarrowRows;
   switch (columns) {
     case 8:
-      return (small ? LaunchNarrowTile<Element, kL, kR, 64, 8>
-                    : LaunchNarrowTile<Element, kL, kR, kNarrowRows, 8>)(params, plan, stream);
+      return LaunchNarrowTile<Element, kL, kR, 8>(params, plan, grid, stream);
     case 32:
-      return (small ? LaunchNarrowTile<Element, kL, kR, 64, 32>
-                    : LaunchNarrowTile<Element, kL, kR, kNarrowRows, 32>)(params, plan, stream);
+      return LaunchNarrowTile<Element, kL, kR, 32>(params, plan, grid, stream);
     default:
-      return (small ? LaunchNarrowTile<Element, kL, kR, 64, 64>
-                    : LaunchNarrowTile<Element, kL, kR, kNarrowRows, 64>)(params, plan, stream);
+      return LaunchNarrowTile<Element, kL, kR, kNarrowColumns>(params, plan, grid, stream);
   }
 }
 
