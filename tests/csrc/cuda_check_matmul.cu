@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -635,8 +636,8 @@ bool TimeProducts(int64_t block) {
 }
 
 // Both kernels of the product, bfloat16 [8192, 8192] with 22 % of the blocks, by the width: microseconds of a call
-// among twenty in a CUDA graph, and the stored blocks' bytes by it. All calls take one matrix, or four in turn, which
-// L2 cannot keep.
+// among twenty in a CUDA graph, and the stored blocks' bytes by it. All calls take one matrix, or four in turn, each
+// with its own lists, which L2 cannot keep.
 bool TimeNarrow(int64_t block) {
   constexpr int64_t kLength = 8192, kMost = 256;
   constexpr int kCalls = 20, kMatrices = 4;
@@ -661,8 +662,11 @@ bool TimeNarrow(int64_t block) {
   const auto capacity = static_cast<int64_t>(ids[0].size());
   const int64_t size = capacity * block * block * 2;  // bytes of a matrix
   const Device data(kMatrices * size), dense(kLength * kMost * 2), out(kLength * kMost * 2);
-  const Exact list[2][3] = {{Exact(offsets[0]), Exact(ids[0]), Exact(places[0])},
-                            {Exact(offsets[1]), Exact(ids[1]), Exact(places[1])}};
+  std::deque<Exact> lists[2][3];  // of the matrices, all alike
+  for (int i = 0; i < kMatrices; ++i)
+    for (int t = 0; t < 2; ++t) {
+      lists[t][0].emplace_back(offsets[t]), lists[t][1].emplace_back(ids[t]), lists[t][2].emplace_back(places[t]);
+    }
   ProductParams p{};
   p.dtype = p.out_dtype = DType::kBF16;
   p.batch = p.matrix_batch = p.dense_batch = 1;
@@ -676,14 +680,16 @@ bool TimeNarrow(int64_t block) {
   for (const bool dense_left : {false, true})
     for (const bool transposed : {false, true}) {
       p.transposed = transposed, p.dense_left = dense_left;
-      p.lists = {Words(list[transposed][0]), Words(list[transposed][1]), Words(list[transposed][2])};
       std::printf("  %-6s", dense_left ? transposed ? "b A" : "b A^T" : transposed ? "A^T b" : "A b");
       for (const int64_t width : {1, 8, 16, 32, 64, 96, 128, 256}) {
         if (!dense_left && width % 8 != 0) continue;
         p.width = width;
         const auto time = [&](Kernel kernel, int matrices) {
           const auto call = [&](int i) {
-            p.data = static_cast<const char*>(data.data()) + i % matrices * size;
+            const auto& list = lists[transposed];
+            const int at = i % matrices;
+            p.data = static_cast<const char*>(data.data()) + at * size;
+            p.lists = {Words(list[0][at]), Words(list[1][at]), Words(list[2][at])};
             Launch(p, workspace, stream, kernel);
           };
           call(0);  // loads the kernel, which a capture must not

@@ -3,8 +3,8 @@
 An item is the next stage of each CTA's part: COPIED, WRONG (its entry makes no sense, and nothing is copied) or None
 where the part has ended before the others'.
 
-Not modelled: what is computed; initialisation, which __syncthreads() divides from all else, because no CTA signals
-another one's barriers.
+Not modelled: what is computed; the prefetch of the lists; initialisation, which __syncthreads() divides from all else,
+because no CTA signals another one's barriers.
 """
 
 from __future__ import annotations

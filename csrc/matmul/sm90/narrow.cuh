@@ -89,17 +89,14 @@ struct NarrowTile {
   }
 };
 
-// Before a CTA has followed its own list, a warp asks for an equal part of the matrix's lists, to have them in L2: all
-// CTAs wait for them at the same time.
-__device__ __forceinline__ void PrefetchLists(const ProductParams& params, const NarrowTile& tile, int rank) {
-  if (tile.batch != tile.matrix || tile.column != 0) return;  // another tile's CTAs ask for the same part
-  const int lane = threadIdx.x % 32, pieces = static_cast<int>(params.out_block) / kNarrowRows;
-  const int64_t part = (int64_t{tile.block} * pieces + tile.piece) * kNarrowParts + rank;
-  const int64_t parts = params.out_blocks * pieces * kNarrowParts, end = params.capacity * (part + 1) / parts;
-  // A line of 32 words a lane, of either list.
-  const int32_t* list = (lane % 2 == 0 ? params.lists.ids : params.lists.places) + tile.matrix * params.capacity;
-  for (int64_t at = params.capacity * part / parts + lane / 2 * 32; at < end; at += 16 * 32) {
-    device::PrefetchL2(list + at);
+// A CTA's part of all lists, which a warp asks for at once, to have them in L2: by the time that the bounds of a list
+// are known, its entries are under way. Parts are of equal size, and not what the CTA itself will read.
+__device__ __forceinline__ void PrefetchLists(const ProductParams& params, const NarrowPlan& plan) {
+  const int lane = threadIdx.x % 32;
+  const int32_t* list = lane % 2 == 0 ? params.lists.ids : params.lists.places;
+  const int64_t first = int64_t{blockIdx.x} * plan.list_lines, entries = params.matrix_batch * params.capacity;
+  for (int line = lane / 2; line < plan.list_lines; line += 16) {
+    if ((first + line) * kLineEntries < entries) device::PrefetchL2(list + (first + line) * kLineEntries);
   }
 }
 
@@ -331,6 +328,7 @@ __global__ void __cluster_dims__(kNarrowParts, 1, 1) __launch_bounds__(kNarrowTh
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int rank = device::sm90::ClusterRank();
+  if (warp == 1) PrefetchLists(params, plan);
   if (threadIdx.x == 0) {
     shared.Init();
   } else if (threadIdx.x == 32 * kNarrowConsumers) {
@@ -338,7 +336,6 @@ __global__ void __cluster_dims__(kNarrowParts, 1, 1) __launch_bounds__(kNarrowTh
     device::sm90::PrefetchTensorMap(plan.dense);
   }
   const NarrowTile tile(params, plan, rank);
-  if (warp == 1) PrefetchLists(params, tile, rank);
   __syncthreads();
 
   using Consumer = NarrowConsumer<Shared, kTransposeLeft, kTransposeRight>;
