@@ -146,8 +146,8 @@ FORWARD = (
     Mutation(
         name="forward-lse-base",
         what="the log-sum-exp adds the maximum in units of log2 to a natural logarithm",
-        file="attention/softmax.cuh",
-        before="value = fmaf(max, device::kLn2, log_sum);",
+        file="device/softmax.cuh",
+        before="value = fmaf(max, kLn2, log_sum);",
         after="value = max + log_sum;",
         instances=FORWARD_64,
         cases=("basic", "full", "one-query"),
@@ -155,7 +155,7 @@ FORWARD = (
     Mutation(
         name="forward-no-rest",
         what="what rounding takes from the log-sum-exp is not kept",
-        file="attention/softmax.cuh",
+        file="device/softmax.cuh",
         before="return {value, isfinite(rest) ? rest : 0.f};",
         after="return {value, 0.f};",
         instances=FORWARD_64,
