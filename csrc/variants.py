@@ -69,7 +69,7 @@ PARAMETERS = {
     ("sm90", "Backward"): "const BackwardParams&, const BackwardLayout&, void*, int, cudaStream_t",
     ("cuda", "Decode"): "const KernelParams&, const device::DeviceFacts&, cudaStream_t",
     ("sm90", "Product"): "const ProductParams&, const ProductPlan&, int, cudaStream_t",
-    ("sm90", "Narrow"): "const ProductParams&, const NarrowPlan&, int, cudaStream_t",
+    ("sm90", "Narrow"): "const ProductParams&, const NarrowPlan&, int, int, cudaStream_t",
     ("sm90", "Sampled"): "const SampledParams&, const SampledPlan&, int, cudaStream_t",
 }
 

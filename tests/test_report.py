@@ -49,6 +49,18 @@ def test_a_report_of_before_the_products_were_measured(committed, monkeypatch):
     assert text.endswith("Of 1 goals: 1 missed. Not met: a case: useful TFLOP/s >= 650.")
 
 
+def test_products_of_few_columns(tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "RESULTS", tmp_path)
+    assert figures.few_columns() == "not measured yet"
+    case = {"form": "x W", "block": 128, "columns": 8, "seconds": {"jax_bsk": 1.25e-5, "dense": 3.5e-5}}
+    case |= {"stored_bytes_per_second": 2.36e12, "share_of_copy": 0.72, "ratio_to_dense": 2.8}
+    result = {"cases": [case], "goals": {"speed over dense >= 2.8": "met (2.80)"}}
+    (tmp_path / "few-columns-nvidia-h200.json").write_text(json.dumps(result))
+    text = figures.few_columns()
+    assert "| Y = X W | 128 | 8 | 12.5 us | 2.36 TB/s | 0.72 | 2.80x |" in text
+    assert text.endswith("Goal, speed over dense >= 2.8: met (2.80).")
+
+
 def test_a_sequence_over_two_gpus(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "RESULTS", tmp_path)
     assert figures.context() == "not measured yet"

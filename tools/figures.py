@@ -199,6 +199,28 @@ def matmul_grid() -> str:
     return table(["", *(f"{column} left out" for column in columns)], rows)
 
 
+def few_columns() -> str:
+    """Products of few columns: a row per form, block and number of columns, and which goals they reach."""
+    path = RESULTS / "few-columns-nvidia-h200.json"
+    if not path.exists():
+        return "not measured yet"
+    found = read(path)
+    rows = [
+        [
+            f"Y = {case['form'].replace('x', 'X')}",
+            str(case["block"]),
+            str(case["columns"]),
+            milliseconds(case["seconds"]["jax_bsk"]),
+            f"{case['stored_bytes_per_second'] / 1e12:.2f} TB/s",
+            f"{case['share_of_copy']:.2f}",
+            f"{case['ratio_to_dense']:.2f}x",
+        ]
+        for case in found["cases"]
+    ]
+    text = table(["product", "block", "columns", "time", "stored blocks", "of a copy's rate", "dense"], rows)
+    return "\n\n".join([text, *(f"Goal, {goal}: {verdict}." for goal, verdict in found["goals"].items())])
+
+
 def attention_cpu() -> str:
     """Attention on CPU cores: a row per share of blocks, beside XLA with the dense mask."""
     rows: dict[float, list[str]] = {}
@@ -487,6 +509,7 @@ FIGURES: dict[str, Callable[[], str]] = {
     "matmul": matmul,
     "matmul-grid": matmul_grid,
     "matmul-cpu": matmul_cpu,
+    "few-columns": few_columns,
     "selection": selection,
     "long-context": long_context,
     "training-step": training_step,

@@ -7,7 +7,7 @@ namespace jax_bsk::matmul::cuda {
 struct Limits {
   static constexpr int kComputeCapability = 90;  // major * 10 + minor: Hopper alone
   static constexpr int kBlocks[] = {64, 128};
-  static constexpr int kNarrowWidth = 64;  // columns up to which a product takes the kernel of few columns
+  static constexpr int kNarrowWidth = 128;  // columns up to which a product takes the kernel of few columns
   static constexpr int kMultiple = 8;  // of the innermost dimension of every array: rows are copied 16 bytes at a time
 };
 

@@ -93,7 +93,7 @@ struct Variant {
   Launch* launch;
 };
 using ProductLaunch = cudaError_t(const ProductParams&, const sm90::ProductPlan&, int, cudaStream_t);
-using NarrowLaunch = cudaError_t(const ProductParams&, const sm90::NarrowPlan&, int, cudaStream_t);
+using NarrowLaunch = cudaError_t(const ProductParams&, const sm90::NarrowPlan&, int, int, cudaStream_t);
 using SampledLaunch = cudaError_t(const SampledParams&, const sm90::SampledPlan&, int, cudaStream_t);
 
 #define JAX_BSK_PRODUCT(Element, left, right) \
@@ -162,12 +162,14 @@ std::string SampledRefusal(const SampledParams& params, int device) {
   return reason.empty() ? DeviceRefusal(device) : reason;
 }
 
-int64_t NarrowCtas(const ProductParams& params, int64_t groups) {
-  return params.batch * params.out_blocks * groups * (params.out_block / sm90::kNarrowPartRows);
+int64_t NarrowGroups(const ProductParams& params) { return CeilDiv(params.width, sm90::kNarrowColumns); }
+int64_t NarrowCtas(const ProductParams& params) {
+  const int64_t pieces = params.out_block / sm90::kNarrowRows;
+  return params.batch * params.out_blocks * pieces * NarrowGroups(params) * sm90::kNarrowParts;
 }
 
 bool IsNarrow(const ProductParams& params) {
-  return params.width <= Limits::kNarrowWidth && NarrowCtas(params, 1) <= kMaxInt;
+  return params.width <= Limits::kNarrowWidth && NarrowCtas(params) <= kMaxInt;
 }
 
 cudaError_t LaunchProduct(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {
@@ -178,6 +180,8 @@ cudaError_t LaunchNarrow(const ProductParams& params, int device, cudaStream_t s
   if (params.batch * params.out_length * params.width == 0) return cudaSuccess;
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return scope.error();
+  const int64_t grid = NarrowCtas(params);
+  if (grid > kMaxInt) return cudaErrorInvalidValue;
 
   sm90::NarrowPlan plan{};
   const bool left = params.dense_left, transposed = params.transposed;
@@ -186,21 +190,19 @@ cudaError_t LaunchNarrow(const ProductParams& params, int device, cudaStream_t s
   const int64_t width = params.width, in = params.in_length, batch = params.dense_batch;
   const int64_t entries = params.matrix_batch * params.capacity;
   const int columns = width <= 8 ? 8 : width <= 32 ? 32 : sm90::kNarrowColumns;  // of a tile
-  const auto pieces = [](int64_t length) { return static_cast<int>(length) / kPiece; };
-  // A stage is 64 of the contracted length. An array without elements has the result's address, which is never read.
+  // A stage is 64 of the contracted length and 64 rows. An array without elements has the result's address, which is
+  // never read.
   if (!device::sm90::MakeTensorMap(params.dtype, entries == 0 ? params.out : params.data, kPiece,
-                                   {{bm, bk}, {bk / kPiece, kPiece}, {entries, bm * bk}},
-                                   transposed ? kPiece : static_cast<int>(params.out_block),
-                                   transposed ? pieces(params.out_block) : 1, &plan.data) ||
+                                   {{bm, bk}, {bk / kPiece, kPiece}, {entries, bm * bk}}, kPiece, 1, &plan.data) ||
       !(left ? MakeMap(params.dtype, params.dense, params.out, batch, width, in, &plan.dense, columns)
              : MakeMap(params.dtype, params.dense, params.out, batch, in, width, &plan.dense, kPiece, columns))) {
     return cudaErrorInvalidValue;
   }
-  plan.shift = pieces(params.in_block) - 1;
-  plan.groups = static_cast<int>(CeilDiv(width, sm90::kNarrowColumns));
-  if (NarrowCtas(params, plan.groups) > kMaxInt) return cudaErrorInvalidValue;
+  plan.shift = static_cast<int>(params.in_block) / kPiece - 1;
+  plan.groups = static_cast<int>(NarrowGroups(params));
+  plan.list_lines = static_cast<int>(CeilDiv(CeilDiv(entries, sm90::kLineEntries), grid));
   const auto launch = Find(kNarrow, params.dtype, transposed, !left);
-  return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, columns, stream);
+  return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, columns, static_cast<int>(grid), stream);
 }
 
 cudaError_t LaunchWide(const ProductParams& params, int32_t* workspace, int device, cudaStream_t stream) {

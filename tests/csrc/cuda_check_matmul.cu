@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <deque>
 #include <functional>
 #include <limits>
 #include <memory>
@@ -339,13 +340,13 @@ bool RunProduct(const ProductCase& c) {
   return passed;
 }
 
-// Products of few columns whose bits must not depend on what else is computed: three columns alone, 64 columns, and 64
-// of each of three examples, of which the last are these.
+// Products of few columns whose bits must not depend on what else is computed: three columns alone, 64, as many as the
+// kernel takes, and as many of each of three examples, of which the last are these.
 bool RunInvariance(int64_t block) {
   if (!IsHopper()) return true;
   std::mt19937 rng(99);
   ProductCase c;
-  c.block_rows = c.block_columns = block, c.rows = 1288, c.columns = 1400, c.width = 64;
+  c.block_rows = c.block_columns = block, c.rows = 1288, c.columns = 1400, c.width = cuda::Limits::kNarrowWidth;
   Matrix matrix = MakeMatrix(c, rng);
   ProductParams p{};
   p.dtype = p.out_dtype = c.dtype;
@@ -370,10 +371,11 @@ bool RunInvariance(int64_t block) {
     CUDA_OK(cudaDeviceSynchronize());
     return out.Bytes();
   };
-  const auto three = run(1, 3), full = run(1, 64), batch = run(3, 64);
-  const bool columns = std::equal(three.begin(), three.end(), full.begin());
+  const auto three = run(1, 3), some = run(1, 64), full = run(1, c.width), batch = run(3, c.width);
+  const bool columns =
+      std::equal(three.begin(), three.end(), full.begin()) && std::equal(some.begin(), some.end(), full.begin());
   const bool examples = std::equal(full.begin(), full.end(), batch.end() - full.size());
-  std::printf("  three columns of 64: %s; an example of three: %s\n", columns ? "the same" : "other bits   <-- FAILED",
+  std::printf("  three and 64 columns: %s; an example of three: %s\n", columns ? "the same" : "other bits   <-- FAILED",
               examples ? "the same" : "other bits   <-- FAILED");
   return columns && examples;
 }
@@ -381,7 +383,7 @@ bool RunInvariance(int64_t block) {
 // Which kernel a product takes: by its width alone.
 bool RunChoice() {
   bool passed = true;
-  for (const int64_t width : {1, 2, 8, 63, 64, 65, 128, 4096})
+  for (const int64_t width : {1, 2, 8, 64, 65, 127, 128, 129, 4096})
     for (const int64_t block : {64, 128})
       for (const int64_t blocks : {1, 64, 4096}) {
         ProductParams p{};
@@ -634,10 +636,11 @@ bool TimeProducts(int64_t block) {
 }
 
 // Both kernels of the product, bfloat16 [8192, 8192] with 22 % of the blocks, by the width: microseconds of a call
-// among twenty in a CUDA graph, and the stored blocks' bytes by it.
+// among twenty in a CUDA graph, and the stored blocks' bytes by it. All calls take one matrix, or four in turn, each
+// with its own lists, which L2 cannot keep.
 bool TimeNarrow(int64_t block) {
   constexpr int64_t kLength = 8192, kMost = 256;
-  constexpr int kCalls = 20;
+  constexpr int kCalls = 20, kMatrices = 4;
   const int64_t blocks = kLength / block;
   std::mt19937 rng(7);
   std::vector<int32_t> offsets[2] = {{0}, {0}}, ids[2], places[2];
@@ -657,48 +660,58 @@ bool TimeNarrow(int64_t block) {
     offsets[1].push_back(static_cast<int32_t>(ids[1].size()));
   }
   const auto capacity = static_cast<int64_t>(ids[0].size());
-  const Device data(capacity * block * block * 2), dense(kLength * kMost * 2), out(kLength * kMost * 2);
-  const Exact list[2][3] = {{Exact(offsets[0]), Exact(ids[0]), Exact(places[0])},
-                            {Exact(offsets[1]), Exact(ids[1]), Exact(places[1])}};
+  const int64_t size = capacity * block * block * 2;  // bytes of a matrix
+  const Device data(kMatrices * size), dense(kLength * kMost * 2), out(kLength * kMost * 2);
+  std::deque<Exact> lists[2][3];  // of the matrices, all alike
+  for (int i = 0; i < kMatrices; ++i)
+    for (int t = 0; t < 2; ++t) {
+      lists[t][0].emplace_back(offsets[t]), lists[t][1].emplace_back(ids[t]), lists[t][2].emplace_back(places[t]);
+    }
   ProductParams p{};
   p.dtype = p.out_dtype = DType::kBF16;
   p.batch = p.matrix_batch = p.dense_batch = 1;
   p.out_length = p.in_length = kLength, p.out_block = p.in_block = block, p.out_blocks = p.in_blocks = blocks;
   p.capacity = capacity, p.data = data.data(), p.dense = dense.data(), p.out = out.data();
   const Device workspace(Workspace(p) * 4);
-  const double bytes = 2. * capacity * block * block;
-  std::printf("  %.1f %% of the blocks, %.1f MB; columns: narrow us (TB/s), wide us\n",
-              100. * capacity / (blocks * blocks), bytes * 1e-6);
+  cudaStream_t stream;
+  CUDA_OK(cudaStreamCreate(&stream));
+  std::printf("  %.1f %% of the blocks, %.1f MB; columns: narrow us (TB/s), of four in turn us (TB/s), wide us\n",
+              100. * capacity / (blocks * blocks), size * 1e-6);
   for (const bool dense_left : {false, true})
     for (const bool transposed : {false, true}) {
       p.transposed = transposed, p.dense_left = dense_left;
-      p.lists = {Words(list[transposed][0]), Words(list[transposed][1]), Words(list[transposed][2])};
       std::printf("  %-6s", dense_left ? transposed ? "b A" : "b A^T" : transposed ? "A^T b" : "A b");
       for (const int64_t width : {1, 8, 16, 32, 64, 96, 128, 256}) {
         if (!dense_left && width % 8 != 0) continue;
         p.width = width;
-        double us[2];
-        for (const Kernel kernel : {Kernel::kNarrow, Kernel::kWide}) {
-          cudaStream_t stream;
+        const auto time = [&](Kernel kernel, int matrices) {
+          const auto call = [&](int i) {
+            const auto& list = lists[transposed];
+            const int at = i % matrices;
+            p.data = static_cast<const char*>(data.data()) + at * size;
+            p.lists = {Words(list[0][at]), Words(list[1][at]), Words(list[2][at])};
+            Launch(p, workspace, stream, kernel);
+          };
+          call(0);  // loads the kernel, which a capture must not
+          CUDA_OK(cudaStreamSynchronize(stream));
           cudaGraph_t graph;
           cudaGraphExec_t executable;
-          CUDA_OK(cudaStreamCreate(&stream));
-          Launch(p, workspace, stream, kernel);  // loads the kernel, which a capture must not
-          CUDA_OK(cudaStreamSynchronize(stream));
           CUDA_OK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-          for (int i = 0; i < kCalls; ++i) Launch(p, workspace, stream, kernel);
+          for (int i = 0; i < kCalls; ++i) call(i);
           CUDA_OK(cudaStreamEndCapture(stream, &graph));
           CUDA_OK(cudaGraphInstantiate(&executable, graph, 0));
-          us[kernel == Kernel::kWide] =
-              Time([&] { CUDA_OK(cudaGraphLaunch(executable, nullptr)); }).median * 1e3 / kCalls;
+          const double us = Time([&] { CUDA_OK(cudaGraphLaunch(executable, nullptr)); }).median * 1e3 / kCalls;
           CUDA_OK(cudaGraphExecDestroy(executable));
           CUDA_OK(cudaGraphDestroy(graph));
-          CUDA_OK(cudaStreamDestroy(stream));
-        }
-        std::printf("  %d: %.1f (%.2f) %.1f", static_cast<int>(width), us[0], bytes * 1e-6 / us[0], us[1]);
+          return us;
+        };
+        const double one = time(Kernel::kNarrow, 1), turns = time(Kernel::kNarrow, kMatrices);
+        std::printf("  %d: %.1f (%.2f) %.1f (%.2f) %.1f", static_cast<int>(width), one, size * 1e-6 / one, turns,
+                    size * 1e-6 / turns, time(Kernel::kWide, 1));
       }
       std::printf("\n");
     }
+  CUDA_OK(cudaStreamDestroy(stream));
   return true;
 }
 
@@ -830,10 +843,9 @@ std::vector<Named> Cases() {
   product("matmul-narrow-sixteen", [](ProductCase& c) { c.width = 16; });
   product("matmul-narrow-thirty-three", [](ProductCase& c) { c.width = 33; });
   product("matmul-narrow-forty", [](ProductCase& c) { c.width = 40, c.block_rows = c.block_columns = 128; });
-  // Groups of 64 columns, which no call takes.
-  product("matmul-narrow-groups", [](ProductCase& c) { c.width = 136, c.batch = 2, c.kernel = Kernel::kNarrow; });
-  product("matmul-narrow-groups-128",
-          [](ProductCase& c) { c.width = 200, c.block_rows = c.block_columns = 128, c.kernel = Kernel::kNarrow; });
+  // Groups of 64 columns, in part and whole.
+  product("matmul-narrow-groups", [](ProductCase& c) { c.width = 72, c.batch = 2, c.dense_batched = true; });
+  product("matmul-narrow-groups-128", [](ProductCase& c) { c.width = 128, c.block_rows = c.block_columns = 128; });
   product("matmul-narrow-least", [](ProductCase& c) { c.rows = c.columns = c.width = 8, c.pattern = P::kFull; });
   product("matmul-narrow-least-128", [](ProductCase& c) {
     c.rows = c.columns = c.width = 8, c.pattern = P::kFull, c.block_rows = c.block_columns = 128;

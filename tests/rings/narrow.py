@@ -1,10 +1,10 @@
-"""The pipeline of the Hopper product of few columns, csrc/matmul/sm90/narrow.cuh: a cluster with one out block.
+"""The pipeline of the Hopper product of few columns, csrc/matmul/sm90/narrow.cuh: a cluster with one tile.
 
 An item is the next stage of each CTA's part: COPIED, WRONG (its entry makes no sense, and nothing is copied) or None
 where the part has ended before the others'.
 
-Not modelled: what is computed; initialisation, which __syncthreads() divides from all else, because no CTA signals
-another one's barriers.
+Not modelled: what is computed; the prefetch of the lists; initialisation, which __syncthreads() divides from all else,
+because no CTA signals another one's barriers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tests.rings.sources import NARROW, Constants
 
 MODELLED_WARPS = 2  # of the four consumers: each stands for two of them, and arrives for both
 WARPS = 4 // MODELLED_WARPS
-CLUSTER = 2  # CTAs that are modelled; four with blocks of 128 rows, which do the same
+CLUSTER = 2  # CTAs
 
 COPIED, WRONG = "copied", "wrong"
 Item = tuple[str | None, ...]  # a stage for each CTA
@@ -36,16 +36,16 @@ class Narrow(Model):
     The sums lie over the stages, from the first on. `blocks` stands for both arrays of a stage.
 
     Args:
-      rows: of the out block.
       columns: of a tile.
       mistake: Seeded mistake, one of MISTAKES.
     """
 
-    def __init__(self, rows: int, columns: int, mistake: str = ""):
+    def __init__(self, columns: int, mistake: str = ""):
         assert not mistake or mistake in MISTAKES, mistake
         self.mistake = mistake
-        constants = Constants(NARROW, kRows_=rows, kColumns_=columns)
+        constants = Constants(NARROW, kColumns_=columns)
         assert constants["kNarrowConsumers"] == MODELLED_WARPS * WARPS
+        assert constants["kNarrowParts"] == CLUSTER
         self.stages = stages = constants.size("full")
         ctas = range(CLUSTER)
         self.full = [Barriers("full", constants.count("full"), stages, _stages(cta), cta) for cta in ctas]

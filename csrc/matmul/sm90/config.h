@@ -64,22 +64,25 @@ struct SampledPlan {
 };
 constexpr int kItemShift = 28;
 
-// ---- Products of few columns: a CTA's tile is one out block x up to 64 columns. The entries of the block are divided
-// among the CTAs of a cluster, one per 32 rows, whatever the problem and the device: the bits of a result depend on its
-// own list alone.
-constexpr int kNarrowColumns = 64;
-constexpr int kNarrowPartRows = 32;
+// ---- Products of few columns: a cluster has 64 rows of one out block x up to 64 columns, and its CTAs divide the
+// entries of the block, whatever the problem and the device: the bits of a result depend on its own list alone.
+constexpr int kNarrowRows = kPiece;  // of a tile: a block of 128 has two
+constexpr int kNarrowColumns = 64;   // of a tile at most
+constexpr int kNarrowParts = 2;      // CTAs of a cluster
 constexpr int kNarrowConsumers = 4;  // warps
 constexpr int kNarrowThreads = 32 * (kNarrowConsumers + 1);
-// Of a CTA's stages. Two CTAs share the 228 KB of a multiprocessor: some 200 KB are under way, where the memory needs
-// about 40 at all times. So late CTAs go on at the memory's speed when others are done.
-constexpr int kNarrowRingBytes = 108 << 10;
+// CTAs that share a multiprocessor, and what the stages of each take of its 228 KB: some 200 KB are under way, where
+// the memory needs about 40 at all times. So late CTAs go on at the memory's speed when others are done.
+constexpr int kNarrowResident = 2;
+constexpr int kNarrowRingBytes = (216 << 10) / kNarrowResident;
+constexpr int kLineEntries = 32;  // of a list, in 128 bytes
 
 struct NarrowPlan {
   CUtensorMap data;   // (column of 64, row, 64 columns, entry)
   CUtensorMap dense;  // (column, row, batch)
   int shift;          // log2 of the stages of a block: in_block / 64
   int groups;         // of 64 columns
+  int list_lines;     // of 128 bytes of all ids (and places), for each CTA
 };
 
 // Which index of an operand runs through neighbouring elements: the contracted one, or the one that it shares with the
@@ -89,7 +92,8 @@ enum class Layout { kKMajor, kMnMajor };
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchProduct(const ProductParams& params, const ProductPlan& plan, int grid, cudaStream_t stream);
 template <typename Element, Layout kLeft, Layout kRight>
-cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, cudaStream_t stream);
+cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, int grid,
+                         cudaStream_t stream);
 template <typename Element, Layout kLeft, Layout kRight>
 cudaError_t LaunchSampled(const SampledParams& params, const SampledPlan& plan, int grid, cudaStream_t stream);
 

@@ -1,6 +1,7 @@
-// BSR x dense of few columns on Hopper (sm_90a): bound by reading the blocks. A cluster has one out block; each of its
-// CTAs streams a part of the block's entries through a ring of stages and multiplies them by mma.sync, and the parts
-// are added through the cluster's shared memory. The design and what it was worth: docs/design/hopper-products.md.
+// BSR x dense of few columns on Hopper (sm_90a): bound by reading the blocks. A cluster has 64 rows of one out block;
+// each of its CTAs streams a part of the block's entries through a ring of stages and multiplies them by mma.sync, and
+// the parts are added through the cluster's shared memory. The design and what it was worth:
+// docs/design/hopper-products.md.
 #pragma once
 
 #include "device/mma.cuh"
@@ -25,7 +26,7 @@ using device::sm90::Ring;
 //
 //   producer (one warp)                consumers (four warps)
 //   reads 32 entries at a time
-//   stage n =======================>   blocks: 64 of the contracted length x all rows of the out block
+//   stage n =======================>   blocks: 64 of the contracted length x the tile's 64 rows
 //                                      dense: the same 64 x the columns
 //     <-- stage n --------------------  by every warp, when it has multiplied it
 //   says whether an entry was wrong    sums to shared memory, over the stages
@@ -35,14 +36,14 @@ using device::sm90::Ring;
 //
 // Nothing is persistent: a CTA has one tile, and the hardware hands out the next cluster when one is done.
 
-template <typename Element_, int kRows_, int kColumns_>
+template <typename Element_, int kColumns_>
 struct NarrowShared {
   using Element = Element_;
-  static constexpr int kRows = kRows_, kColumns = kColumns_;
-  static constexpr int kStageBytes = (kRows + kColumns) * kPiece * 2;
-  static constexpr int kStages = kNarrowRingBytes / kStageBytes < 12 ? kNarrowRingBytes / kStageBytes : 12;
+  static constexpr int kColumns = kColumns_;
+  static constexpr int kStageBytes = (kNarrowRows + kColumns) * kPiece * 2;
+  static constexpr int kStages = kNarrowRingBytes / kStageBytes;
 
-  alignas(1024) Element blocks[kStages][kRows * kPiece];
+  alignas(1024) Element blocks[kStages][kNarrowRows * kPiece];
   alignas(1024) Element dense[kStages][kColumns * kPiece];
   Barrier full[kStages], empty[kStages];
   int poisoned;  // an entry of this CTA's part, or the list as a whole
@@ -56,20 +57,26 @@ struct NarrowShared {
   }
 };
 
-// A CTA's tile and its part of the out block's stages.
+// A cluster's tile, and its CTA's part of the out block's stages.
 struct NarrowTile {
   int matrix, dense, batch;
   int block;   // the out block
-  int column;  // the first one
+  int piece;   // of the out block: which 64 of its rows
+  int row;     // the tile's first one
+  int column;  // the tile's first one
   int begin;   // the first entry of the list
   bool poisoned;
   int64_t first, last;  // stages of the list
 
-  __device__ __forceinline__ NarrowTile(const ProductParams& params, const NarrowPlan& plan, int parts, int rank) {
-    const int tile = static_cast<int>(blockIdx.x) / parts, row = tile / plan.groups;
-    column = (tile - row * plan.groups) * kNarrowColumns;
-    batch = row / static_cast<int>(params.out_blocks);
-    block = row - batch * static_cast<int>(params.out_blocks);
+  __device__ __forceinline__ NarrowTile(const ProductParams& params, const NarrowPlan& plan, int rank) {
+    const int pieces = static_cast<int>(params.out_block) / kNarrowRows;  // 1 or 2
+    const int blocks = static_cast<int>(params.out_blocks);
+    const int tile = static_cast<int>(blockIdx.x) / kNarrowParts, line = tile / plan.groups, of = line / pieces;
+    column = (tile - line * plan.groups) * kNarrowColumns;
+    piece = line - of * pieces;
+    batch = of / blocks;
+    block = of - batch * blocks;
+    row = block * static_cast<int>(params.out_block) + piece * kNarrowRows;
     matrix = params.matrix_batch == 1 ? 0 : batch;
     dense = params.dense_batch == 1 ? 0 : batch;
     const int32_t* offsets = params.lists.offsets + matrix * (params.out_blocks + 1) + block;
@@ -77,10 +84,21 @@ struct NarrowTile {
     begin = __ldg(offsets);
     poisoned = begin < 0 || end < begin || end > params.capacity;
     const int64_t stages = poisoned ? 0 : int64_t{end - begin} << plan.shift;
-    first = stages * rank / parts;
-    last = stages * (rank + 1) / parts;
+    first = stages * rank / kNarrowParts;
+    last = stages * (rank + 1) / kNarrowParts;
   }
 };
+
+// A CTA's part of all lists, which a warp asks for at once, to have them in L2: by the time that the bounds of a list
+// are known, its entries are under way. Parts are of equal size, and not what the CTA itself will read.
+__device__ __forceinline__ void PrefetchLists(const ProductParams& params, const NarrowPlan& plan) {
+  const int lane = threadIdx.x % 32;
+  const int32_t* list = lane % 2 == 0 ? params.lists.ids : params.lists.places;
+  const int64_t first = int64_t{blockIdx.x} * plan.list_lines, entries = params.matrix_batch * params.capacity;
+  for (int line = lane / 2; line < plan.list_lines; line += 16) {
+    if ((first + line) * kLineEntries < entries) device::PrefetchL2(list + (first + line) * kLineEntries);
+  }
+}
 
 // ---- The producer: a warp walks a part of the list. Of an entry that makes no sense nothing is copied: its stage is
 // passed on as it is, because the out block becomes NaN whatever is multiplied.
@@ -120,7 +138,8 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
           device::sm90::ArriveExpecting(shared.full[stage], Shared::kStageBytes);
           const int row = of * static_cast<int>(params.in_block) + half * kPiece;
           device::sm90::LoadBox(shared.blocks[stage], plan.data, shared.full[stage], 0,
-                                kTransposeLeft ? half * kPiece : 0, kTransposeLeft ? 0 : half, first_entry + at);
+                                (kTransposeLeft ? half : tile.piece) * kPiece, kTransposeLeft ? tile.piece : half,
+                                first_entry + at);
           device::sm90::LoadBox(shared.dense[stage], plan.dense, shared.full[stage],
                                 kTransposeRight ? tile.column : row, kTransposeRight ? row : tile.column, tile.dense,
                                 0);
@@ -133,18 +152,18 @@ __device__ __forceinline__ void ProduceNarrow(Shared& shared, const ProductParam
   if (lane == 0) shared.poisoned = poisoned;
 }
 
-// ---- The consumers: four warps with 32 rows each, and with blocks of 64 rows half of the contracted length each.
+// ---- The consumers: four warps with 32 of the rows and half of a stage's contracted length each.
 template <typename Shared, bool kTransposeLeft, bool kTransposeRight>
 class NarrowConsumer {
  public:
   using Element = typename Shared::Element;
-  static constexpr int kRows = Shared::kRows, kColumns = Shared::kColumns;
-  static constexpr int kRowWarps = kRows / 32, kDepthWarps = kNarrowConsumers / kRowWarps;
+  static constexpr int kColumns = Shared::kColumns;
+  static constexpr int kRowWarps = kNarrowRows / 32, kDepthWarps = kNarrowConsumers / kRowWarps;
   static constexpr int kSlices = kPiece / 16 / kDepthWarps;  // of 16 of the contracted length, of a stage
   // The sums in shared memory, over the stages: rows, or columns where the result lies so; four of them are stored at a
   // time. The pitches spread the accumulators of a warp over the banks.
-  static constexpr int kPitch = kTransposeRight ? kColumns + 8 : kRows + 4;
-  static constexpr int kSums = kPitch * (kTransposeRight ? kRows : kColumns);
+  static constexpr int kPitch = kTransposeRight ? kColumns + 8 : kNarrowRows + 4;
+  static constexpr int kSums = kPitch * (kTransposeRight ? kNarrowRows : kColumns);
   static_assert(kSums * kDepthWarps * 4 <= sizeof(Shared::blocks));
 
   __device__ explicit NarrowConsumer(Shared& shared)
@@ -170,22 +189,22 @@ class NarrowConsumer {
 
   // Adds 32 rows of all CTAs' sums, and stores them.
   __device__ __forceinline__ void Merge(const ProductParams& params, const NarrowTile& tile, int rank) const {
-    constexpr int kParts = kRows / kNarrowPartRows, kVectors = kNarrowPartRows * kColumns / 4;
+    constexpr int kOwn = kNarrowRows / kNarrowParts, kVectors = kOwn * kColumns / 4;  // rows of this CTA
     bool poisoned = false;
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) {
+    for (int part = 0; part < kNarrowParts; ++part) {
       poisoned |= device::sm90::LoadFromCluster(device::sm90::ClusterAddress(&shared_.poisoned, part)) != 0;
     }
     const int length = static_cast<int>(params.out_length), width = static_cast<int>(params.width);
-#pragma unroll 1
+#pragma unroll
     for (int i = threadIdx.x; i < kVectors; i += 32 * kNarrowConsumers) {
       // Four columns of a row, or four rows of a column.
-      const int row = rank * kNarrowPartRows + (kTransposeRight ? i / (kColumns / 4) : i % (kNarrowPartRows / 4) * 4);
-      const int column = kTransposeRight ? i % (kColumns / 4) * 4 : i / (kNarrowPartRows / 4);
+      const int row = rank * kOwn + (kTransposeRight ? i / (kColumns / 4) : i % (kOwn / 4) * 4);
+      const int column = kTransposeRight ? i % (kColumns / 4) * 4 : i / (kOwn / 4);
       const float* place = Sums() + (kTransposeRight ? row * kPitch + column : column * kPitch + row);
       float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
-      for (int part = 0; part < kParts; ++part) {
+      for (int part = 0; part < kNarrowParts; ++part) {
         const uint32_t address = device::sm90::ClusterAddress(place, part);
 #pragma unroll
         for (int depth = 0; depth < kDepthWarps; ++depth) {
@@ -194,7 +213,7 @@ class NarrowConsumer {
         }
       }
       if (poisoned) sum.x = sum.y = sum.z = sum.w = device::QuietNan();
-      const int r = tile.block * kRows + row, c = tile.column + column;
+      const int r = tile.row + row, c = tile.column + column;
       if (r >= length || c >= width) continue;
       Store(params,
             tile.batch * params.out_length * params.width +
@@ -235,8 +254,8 @@ class NarrowConsumer {
       for (int m = 0; m < 2; ++m) {
         const int row = first_row + 16 * m;
         if constexpr (kTransposeLeft) {
-          const int at = Swizzled<128>(16 * k + lane_ / 16 * 8 + lane_ % 8, row % kPiece / 8 + lane_ / 8 % 2);
-          device::LoadMatricesTransposed(left[m], blocks + row / kPiece * kPieceBytes + at);
+          const int at = Swizzled<128>(16 * k + lane_ / 16 * 8 + lane_ % 8, row / 8 + lane_ / 8 % 2);
+          device::LoadMatricesTransposed(left[m], blocks + at);
         } else {
           device::LoadMatrices(left[m], blocks + Swizzled<128>(row + lane_ % 16, 2 * k + lane_ / 16));
         }
@@ -301,21 +320,22 @@ class NarrowConsumer {
   const int lane_, warp_;
 };
 
-template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kRows, int kColumns>
-__global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds__(kNarrowThreads, 2)
+template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kColumns>
+__global__ void __cluster_dims__(kNarrowParts, 1, 1) __launch_bounds__(kNarrowThreads, kNarrowResident)
     NarrowKernel(const __grid_constant__ ProductParams params, const __grid_constant__ NarrowPlan plan) {
-  using Shared = NarrowShared<Element, kRows, kColumns>;
+  using Shared = NarrowShared<Element, kColumns>;
   extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int rank = device::sm90::ClusterRank();
+  if (warp == 1) PrefetchLists(params, plan);
   if (threadIdx.x == 0) {
     shared.Init();
   } else if (threadIdx.x == 32 * kNarrowConsumers) {
     device::sm90::PrefetchTensorMap(plan.data);
     device::sm90::PrefetchTensorMap(plan.dense);
   }
-  const NarrowTile tile(params, plan, kRows / kNarrowPartRows, rank);
+  const NarrowTile tile(params, plan, rank);
   __syncthreads();
 
   using Consumer = NarrowConsumer<Shared, kTransposeLeft, kTransposeRight>;
@@ -331,33 +351,29 @@ __global__ void __cluster_dims__(kRows / kNarrowPartRows, 1, 1) __launch_bounds_
   device::sm90::SyncCluster();  // no CTA leaves while another reads its sums
 }
 
-template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kRows, int kColumns>
-cudaError_t LaunchNarrowTile(const ProductParams& params, const NarrowPlan& plan, cudaStream_t stream) {
-  const auto kernel = NarrowKernel<Element, kTransposeLeft, kTransposeRight, kRows, kColumns>;
-  constexpr int kBytes = sizeof(NarrowShared<Element, kRows, kColumns>);
+template <typename Element, bool kTransposeLeft, bool kTransposeRight, int kColumns>
+cudaError_t LaunchNarrowTile(const ProductParams& params, const NarrowPlan& plan, int grid, cudaStream_t stream) {
+  const auto kernel = NarrowKernel<Element, kTransposeLeft, kTransposeRight, kColumns>;
+  constexpr int kBytes = sizeof(NarrowShared<Element, kColumns>);
   if (const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
       error != cudaSuccess) {
     return error;
   }
-  const int64_t grid = params.batch * params.out_blocks * plan.groups * (kRows / kNarrowPartRows);
   kernel<<<static_cast<unsigned>(grid), kNarrowThreads, kBytes, stream>>>(params, plan);
   return cudaGetLastError();
 }
 
 template <typename Element, Layout kLeft, Layout kRight>
-cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, cudaStream_t stream) {
+cudaError_t LaunchNarrow(const ProductParams& params, const NarrowPlan& plan, int columns, int grid,
+                         cudaStream_t stream) {
   constexpr bool kL = kLeft == Layout::kMnMajor, kR = kRight == Layout::kMnMajor;
-  const bool small = params.out_block == 64;
   switch (columns) {
     case 8:
-      return (small ? LaunchNarrowTile<Element, kL, kR, 64, 8>
-                    : LaunchNarrowTile<Element, kL, kR, 128, 8>)(params, plan, stream);
+      return LaunchNarrowTile<Element, kL, kR, 8>(params, plan, grid, stream);
     case 32:
-      return (small ? LaunchNarrowTile<Element, kL, kR, 64, 32>
-                    : LaunchNarrowTile<Element, kL, kR, 128, 32>)(params, plan, stream);
+      return LaunchNarrowTile<Element, kL, kR, 32>(params, plan, grid, stream);
     default:
-      return (small ? LaunchNarrowTile<Element, kL, kR, 64, 64>
-                    : LaunchNarrowTile<Element, kL, kR, 128, 64>)(params, plan, stream);
+      return LaunchNarrowTile<Element, kL, kR, kNarrowColumns>(params, plan, grid, stream);
   }
 }
 
