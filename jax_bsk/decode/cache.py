@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.core import inputs
+from jax_bsk.core import inputs, scalars
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.decode import call
 from jax_bsk.decode import inputs as checks
@@ -32,6 +32,8 @@ def attention(
     tree_mask: ArrayLike | None = None,
     key_blocks: ArrayLike | None = None,
     block_size: int = 128,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
@@ -54,6 +56,8 @@ def attention(
     tree_mask: ArrayLike | None = None,
     key_blocks: ArrayLike | None = None,
     block_size: int = 128,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
@@ -75,6 +79,8 @@ def attention(
     tree_mask: ArrayLike | None = None,
     key_blocks: ArrayLike | None = None,
     block_size: int = 128,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
@@ -89,7 +95,7 @@ def attention(
 
     Args:
       query: [B, T, N, H] array of float32, bfloat16, float16 or float64.
-      key_cache: [B, S, K, H] array of query's type. Only "xla" takes other floating types and int8.
+      key_cache: [B, S, K, H] array of query's type, or quantised: see `ragged_paged_attention`.
       value_cache: [B, S, K, H] array of key_cache's type; its head size may differ.
       lengths: Integers [B] in [0, S], the filled positions, those of the queries included.
       is_causal: Whether a query attends to no position after its own.
@@ -105,6 +111,8 @@ def attention(
         key/value head attend to. Numbers below 0 and blocks past the length list nothing. A block that is listed twice
         counts twice. None for all.
       block_size: Positions of a block of `key_blocks`; it divides S.
+      k_scale: Scale of quantised keys, a Python number: the logits are multiplied by it.
+      v_scale: Scale of quantised values: the output is multiplied by it.
       keys_per_part: As in `ragged_paged_attention`.
       implementation: As in `sparse_attention`.
       return_residual: Whether the log-sum-exp is returned too. It is -inf for queries that attend to nothing.
@@ -149,9 +157,12 @@ def attention(
     if length < 1 or values.shape[3] < 1:
         raise ValueError(f"a cache has one position and a head size of 1 or more, got {shapes}")
     checks.heads(heads, kv_heads)
+    factor = 1 / math.sqrt(max(head_dim, 1)) if scale is None else scalars.logits_scale(scale, 1, "scale")
+    if k_scale is not None:
+        factor *= scalars.logits_scale(k_scale, 1, "k_scale")
     attributes = checks.attributes(
-        scale=(1 / math.sqrt(max(head_dim, 1)) if scale is None else scale, "scale"),
-        value_scale=1.0,
+        scale=(factor, "scale" if k_scale is None else "scale * k_scale"),
+        value_scale=1.0 if v_scale is None else v_scale,
         causal=is_causal,
         window=(window, "window"),
         sink_tokens=sink_tokens,

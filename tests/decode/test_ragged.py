@@ -133,7 +133,7 @@ def test_words_and_booleans_are_the_same_tree():
 
 
 @pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
-def test_quantised_caches_are_xlas(dtype):
+def test_quantised_caches(dtype):
     q, pages, *rest = batch()
     scale = 4 / 127
     small = (pages / scale).round().clip(-127, 127).astype("int8") if dtype == "int8" else (pages / scale).astype(dtype)
@@ -142,6 +142,33 @@ def test_quantised_caches_are_xlas(dtype):
     assert_close(out, decode.ragged_paged_attention(q, dense, *rest, implementation="xla"), 1e-4)
     with pytest.raises(UnsupportedError, match="a cache of the query's type float32"):
         decode.ragged_paged_attention(q, small, *rest, implementation="cpu")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize("queries", ["bfloat16", "float16"])
+def test_quantised_caches_on_cuda(dtype, queries):
+    """Against float64 of what the cache holds; NaN in a page of float8 reaches those that attend to it."""
+    rng = np.random.default_rng(0)
+    for head_dim, group, page, lens in ((128, 4, 16, (1, 3, 70)), (64, 16, 64, (1, 1, 1)), (96, 1, 32, (33, 2, 5))):
+        kv_lens = np.array([rng.integers(n, 700) for n in lens], np.int32)
+        pages = -(-kv_lens.max() // page)
+        table = rng.permutation(3 * pages).reshape(3, pages).astype(np.int32)
+        offsets = np.cumsum([0, *lens]).astype(np.int32)
+        cache = jnp.asarray(rng.standard_normal((3 * pages, page, 4, head_dim)) * 30).round().clip(-127, 127)
+        if dtype == "float8_e4m3fn":
+            cache = cache.at[table[1, 0], 0, 2, 3].set(jnp.nan)  # a key
+        cache = cache.astype(dtype)
+        q = jnp.asarray(rng.standard_normal((offsets[-1] + 2, 2 * group, head_dim)), queries)
+        args = kv_lens, table, offsets, np.array([3], np.int32)
+        options = {"sm_scale": 0.2, "k_scale": 1 / 30, "v_scale": 1 / 30}
+        out = decode.ragged_paged_attention(q, cache, *args, implementation="cuda", **options)
+        with jax.enable_x64(True):
+            exact = jnp.asarray(q, jnp.float64), jnp.asarray(cache, jnp.float64)
+            want = decode.ragged_paged_attention(*exact, *args, implementation="xla", **options)
+        got, want = np.asarray(out.astype(jnp.float32)), np.asarray(want, np.float64)
+        np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+        assert np.nanmax(np.abs(got - want)) < (0.03 if queries == "bfloat16" else 0.004)
 
 
 def test_what_no_kernel_takes_falls_back_and_says_so():

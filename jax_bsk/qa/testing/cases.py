@@ -374,7 +374,9 @@ CORNER_CASES: dict[str, Case] = {
         _corner(
             "few-queries-bits", q_len=5, kv_len=1500, heads=8, dtype="bfloat16", block_kv=64, density=0.4, sinks=True
         ),
-        _corner("few-queries-float16", q_len=16, kv_len=2100, heads=4, head_size=128, dtype="float16", pattern="window"),
+        _corner(
+            "few-queries-float16", q_len=16, kv_len=2100, heads=4, head_size=128, dtype="float16", pattern="window"
+        ),
         _corner("few-queries-256", q_len=3, kv_len=1030, head_size=256, value_size=64, dtype="bfloat16", soft_cap=5.0),
         _corner("more-keys", q_len=100, kv_len=500, pattern="window", block_kv=64),
         _corner("all-masked", q_len=200, kv_len=200, pattern="empty"),
