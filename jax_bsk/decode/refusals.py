@@ -45,8 +45,8 @@ class DecodeFacts:
             if self.cache_dtype not in caches:
                 also = f" or of {' or '.join(caches)}" if caches else ""
                 reasons.append(
-                    f"Its kernels take a cache of the query's type {self.dtype}{also}, got {self.cache_dtype}; cast one "
-                    "of them."
+                    f"Its kernels take a cache of the query's type {self.dtype}{also}, got {self.cache_dtype}; "
+                    "cast one of them."
                 )
             elif self.dtype not in ("bfloat16", "float16"):
                 reasons.append(f"Its kernels take a cache of {self.cache_dtype} with bfloat16 and float16 queries.")
