@@ -70,7 +70,7 @@ LAYERS = {
         ["call", "inputs"],
         ["native"],
         ["xla", "sharding", "refusals"],
-        ["ffi", "tokens", "parts", "pool"],
+        ["ffi", "tokens", "parts", "pool", "merge", "shared"],
     ],
     "matmul": [
         ["api"],

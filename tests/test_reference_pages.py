@@ -503,6 +503,12 @@ RAISED: dict[str, Callable[[], Any]] = {
     "page_selection is [...] with ... and a count of 1 or more, got shape ...; fill it up with -1": lambda: serve(
         page_selection=np.array([[0]])
     ),
+    "shared_pages are attended to by all tokens of a sequence, but a sliding_window or page_selection leaves some out; "
+    "leave shared_pages out": lambda: serve(shared_pages=1, sliding_window=4),
+    "outs and lses have one array per partial result, at least one, got ...": lambda: decode.merge_partials([X], []),
+    "outs have one shape [..., head size] and type, and lses have that shape without the head size, got ...": (
+        lambda: decode.merge_partials([X], [X])
+    ),
     "keys_per_part is a positive multiple of 64, got ...": lambda: serve(keys_per_part=100),
     "block_size divides the cache's ... positions, got ...; pad the cache": lambda: decode.attention(
         X[:, :1], X, X, np.array([4]), key_blocks=np.zeros((1, 2, 1), int)

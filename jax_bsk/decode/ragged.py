@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, overload
 
 import jax
@@ -10,8 +11,9 @@ from jax.typing import ArrayLike
 
 from jax_bsk.core import inputs, scalars
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.decode import call, tokens
+from jax_bsk.decode import call, shared, tokens
 from jax_bsk.decode import inputs as checks
+from jax_bsk.decode.merge import merge_partials
 
 _MASK_VALUE = -1e4  # logits of masked keys are to vanish; here they do not exist
 
@@ -35,6 +37,7 @@ def ragged_paged_attention(
     tree_mask: ArrayLike | None = None,
     page_selection: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    shared_pages: ArrayLike | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
@@ -63,6 +66,7 @@ def ragged_paged_attention(
     tree_mask: ArrayLike | None = None,
     page_selection: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    shared_pages: ArrayLike | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
@@ -90,6 +94,7 @@ def ragged_paged_attention(
     tree_mask: ArrayLike | None = None,
     page_selection: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    shared_pages: ArrayLike | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
@@ -137,6 +142,11 @@ def ragged_paged_attention(
         counted within the sequence (0 is its first Z positions). Numbers below 0 and pages past the length list
         nothing. A page that is listed twice counts twice. None for all pages.
       sinks: [N] logits, one per head, that join the denominator of each softmax and carry no value (arXiv 2508.10925).
+      shared_pages: Integer [] or [1], which may be traced: how many leading pages to read once for all sequences that
+        share them. Sequences that stand side by side and begin with the same page share the leading pages that all
+        their tables have in common and that end before the first token of each. Too large a number (M, say) is
+        therefore no mistake. What is shared and what is not are two calls, which `merge_partials` puts together:
+        their outputs are rounded to q's type before that. None makes one call.
       keys_per_part: Keys that are summed in a row, a multiple of 64, before such parts are merged in their order. None
         chooses by the sizes of the call. With equal parts a sequence has the same bits whatever else is in the batch.
       implementation: "cuda" or "cpu" (native kernels), "xla" (plain JAX, for every platform and type), or None for the
@@ -199,27 +209,43 @@ def ragged_paged_attention(
         sink_tokens=sink_tokens,
         soft_cap=soft_cap,
     )
-    return call.attend(
-        call.Operands(
-            query=q,
-            key=kv_pages,
-            value=None,
-            kv_lens=lengths,
-            page_indices=table,
-            cu_q_lens=offsets,
-            num_seqs=number,
-            selection=checks.selection(
-                page_selection, "page_selection", (seqs, kv_heads), "sequences, key/value heads"
-            ),
-            tree=checks.tree_words(tree_mask, (count,), "tokens"),
-            sinks=checks.sinks(sinks, heads),
-        ),
-        attributes,
-        function="decode.ragged_paged_attention",
-        implementation=implementation,
-        keys_per_part=checks.keys_per_part(keys_per_part),
-        return_residual=return_residual,
+    options: dict[str, Any] = {
+        "function": "decode.ragged_paged_attention",
+        "implementation": implementation,
+        "keys_per_part": checks.keys_per_part(keys_per_part),
+    }
+    operands = call.Operands(
+        query=q,
+        key=kv_pages,
+        value=None,
+        kv_lens=lengths,
+        page_indices=table,
+        cu_q_lens=offsets,
+        num_seqs=number,
+        selection=checks.selection(page_selection, "page_selection", (seqs, kv_heads), "sequences, key/value heads"),
+        tree=checks.tree_words(tree_mask, (count,), "tokens"),
+        sinks=checks.sinks(sinks, heads),
     )
+    if shared_pages is None:
+        return call.attend(operands, attributes, return_residual=return_residual, **options)
+    if sliding_window is not None or page_selection is not None:
+        raise ValueError(
+            "shared_pages are attended to by all tokens of a sequence, but a sliding_window or page_selection leaves "
+            "some out; leave shared_pages out"
+        )
+    most = jnp.asarray(shared_pages)
+    most = checks.integers(most[None] if most.ndim == 0 else most, "shared_pages", (1,), "[1]")[0]
+    prefixes, rest = shared.split(shared.Ragged(lengths, table, offsets, number), most, kv_pages.shape[1])
+    # The tokens of a group are one sequence of queries behind its prefix: all of them attend to all of it.
+    behind = operands._replace(tree=None, sinks=None, **prefixes._asdict())
+    partials = [
+        call.attend(
+            behind, dataclasses.replace(attributes, causal=False), return_residual=True, one_sequence=True, **options
+        ),
+        call.attend(operands._replace(**rest._asdict()), attributes, return_residual=True, **options),
+    ]
+    out, lse = merge_partials(*zip(*partials, strict=True))
+    return (out, lse) if return_residual else out
 
 
 def append_pages(
