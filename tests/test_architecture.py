@@ -68,7 +68,7 @@ LAYERS = {
     "decode": [
         ["ragged", "cache"],
         ["call", "inputs"],
-        ["native"],
+        ["native", "sequence"],
         ["xla", "sharding", "refusals"],
         ["ffi", "tokens", "parts", "pool", "merge", "shared"],
     ],
