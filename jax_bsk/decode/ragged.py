@@ -180,19 +180,19 @@ def ragged_paged_attention(
       ((7, 4, 32), True)
     """
     del num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
-    q, kv_pages = inputs.floating(q, "q"), checks.cache(kv_pages, "kv_pages")
+    q = inputs.floating(q, "q")
     if q.ndim != 3:
         raise ValueError(
             f"q is [tokens, heads, head size], got shape {q.shape}; put the tokens of all sequences in a row"
         )
-    _check_pages(kv_pages, "kv_pages")
+    kv_pages = checks.pages(kv_pages, "kv_pages")
     count, heads, head_dim = q.shape
     kv_heads = kv_pages.shape[2] // 2
     if kv_pages.shape[3] != head_dim:
         raise ValueError(f"kv_pages has q's head size {head_dim}, got {kv_pages.shape[3]}; pad the smaller")
     checks.heads(heads, kv_heads)
-    table, lengths, offsets, number = _ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
-    seqs = table.shape[0]
+    batch = checks.ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
+    seqs = batch.page_indices.shape[0]
     if mask_value is not None and not scalars.number(mask_value, "mask_value") <= _MASK_VALUE:
         raise ValueError(
             f"mask_value is None or below {_MASK_VALUE:g}, got {mask_value}: masked keys have no weight here, whatever "
@@ -218,10 +218,7 @@ def ragged_paged_attention(
         query=q,
         key=kv_pages,
         value=None,
-        kv_lens=lengths,
-        page_indices=table,
-        cu_q_lens=offsets,
-        num_seqs=number,
+        **batch._asdict(),
         selection=checks.selection(page_selection, "page_selection", (seqs, kv_heads), "sequences, key/value heads"),
         tree=checks.tree_words(tree_mask, (count,), "tokens"),
         sinks=checks.sinks(sinks, heads),
@@ -235,7 +232,7 @@ def ragged_paged_attention(
         )
     most = jnp.asarray(shared_pages)
     most = checks.integers(most[None] if most.ndim == 0 else most, "shared_pages", (1,), "[1]")[0]
-    prefixes, rest = shared.split(shared.Ragged(lengths, table, offsets, number), most, kv_pages.shape[1])
+    prefixes, rest = shared.split(batch, most, kv_pages.shape[1])
     # The tokens of a group are one sequence of queries behind its prefix: all of them attend to all of it.
     behind = operands._replace(tree=None, sinks=None, **prefixes._asdict())
     partials = [
@@ -292,9 +289,8 @@ def append_pages(
       >>> pages[3, :3, 0, 0].tolist(), pages[0, 0, :, 0].tolist()
       ([1.0, 1.0, 0.0], [1.0, 2.0])
     """
-    kv_pages = checks.cache(kv_pages, "kv_pages")
+    kv_pages = checks.pages(kv_pages, "kv_pages")
     key, value = checks.cache(key, "key"), checks.cache(value, "value")
-    _check_pages(kv_pages, "kv_pages")
     pages, size, combined, head_dim = kv_pages.shape
     for x, name in ((key, "key"), (value, "value")):
         if x.ndim != 3 or x.shape[1:] != (combined // 2, head_dim) or x.shape[0] != key.shape[0]:
@@ -302,7 +298,7 @@ def append_pages(
                 f"{name} is [tokens, key/value heads, head size] = (tokens, {combined // 2}, {head_dim}) of kv_pages, "
                 f"got shape {x.shape}"
             )
-    table, lengths, offsets, number = _ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
+    lengths, table, offsets, number = checks.ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
     token = jnp.arange(key.shape[0], dtype=jnp.int32)
     seq, owned, sound = tokens.sequences(token, offsets, number)
     length = lengths[seq]
@@ -314,28 +310,3 @@ def append_pages(
     new = jnp.stack([key, value], axis=2).reshape((-1, combined, head_dim)).astype(kv_pages.dtype)
     flat = kv_pages.reshape((pages * size, combined, head_dim))
     return flat.at[row].set(new, mode="drop").reshape(kv_pages.shape)
-
-
-def _check_pages(kv_pages: jax.Array, name: str) -> None:
-    if kv_pages.ndim != 4 or kv_pages.shape[2] % 2 or 0 in kv_pages.shape:
-        raise ValueError(
-            f"{name} is [pages, page size, 2 key/value heads, head size], keys at even heads, none of them 0, got "
-            f"shape {kv_pages.shape}"
-        )
-
-
-def _ragged(kv_lens: Any, page_indices: Any, cu_q_lens: Any, num_seqs: Any) -> tuple[jax.Array, ...]:
-    """The table, lengths, offsets and number of sequences, checked."""
-    table = jnp.asarray(page_indices)
-    if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(
-            f"page_indices is [sequences, pages of a sequence], none of them 0, got shape {table.shape}; pad it"
-        )
-    seqs = table.shape[0]
-    number = jnp.asarray(num_seqs)
-    return (
-        checks.integers(table, "page_indices", table.shape, "[sequences, pages of a sequence]"),
-        checks.integers(kv_lens, "kv_lens", (seqs,), "[sequences]"),
-        checks.integers(cu_q_lens, "cu_q_lens", (seqs + 1,), "[sequences + 1]"),
-        checks.integers(number[None] if number.ndim == 0 else number, "num_seqs", (1,), "[1]"),
-    )

@@ -7,19 +7,10 @@ All of it is integers of the size of the table, on the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-
-class Ragged(NamedTuple):
-    """Lengths, tables and offsets of a call, as `ragged_paged_attention` has them."""
-
-    kv_lens: jax.Array  # int32 [Q]
-    page_indices: jax.Array  # int32 [Q, M]
-    cu_q_lens: jax.Array  # int32 [Q + 1]
-    num_seqs: jax.Array  # int32 [1]
+from jax_bsk.decode.tokens import Ragged
 
 
 def split(batch: Ragged, most: jax.Array, page_size: int) -> tuple[Ragged, Ragged]:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from jax_bsk import decode
-from jax_bsk.decode.shared import Ragged, split
+from jax_bsk.decode.shared import split
+from jax_bsk.decode.tokens import Ragged
 from tests.util import assert_close
 
 HEADS, KV_HEADS, HEAD_DIM, SIZE, PAGES = 4, 2, 16, 16, 24
