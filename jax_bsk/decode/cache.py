@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any, Literal, TypeAlias, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +15,6 @@ from jax_bsk.core import inputs
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.decode import call, sequence
 from jax_bsk.decode import inputs as checks
-
-AxisName: TypeAlias = str | tuple[str, ...]
 
 
 @overload
@@ -35,7 +33,7 @@ def attention(
     tree_mask: ArrayLike | None = None,
     key_blocks: ArrayLike | None = None,
     block_size: int = 128,
-    axis_name: AxisName | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
@@ -58,7 +56,7 @@ def attention(
     tree_mask: ArrayLike | None = None,
     key_blocks: ArrayLike | None = None,
     block_size: int = 128,
-    axis_name: AxisName | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
@@ -80,7 +78,7 @@ def attention(
     tree_mask: ArrayLike | None = None,
     key_blocks: ArrayLike | None = None,
     block_size: int = 128,
-    axis_name: AxisName | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
@@ -127,7 +125,7 @@ def attention(
       the softmax's denominator.
 
     Raises:
-      ValueError: A shape or a number does not fit.
+      ValueError: A shape or a number does not fit, or there is no `shard_map` of `axis_name` around the call.
       TypeError: An argument has the wrong type.
       UnsupportedError: The named implementation cannot take the call.
 
@@ -178,6 +176,7 @@ def attention(
     lengths = checks.integers(lengths, "lengths", (batch,), "[batch]")
     head_sinks = checks.sinks(sinks, heads)
     if axis_name is not None:
+        sequence.devices(axis_name)
         head_sinks = sequence.of_first(axis_name, head_sinks)
         if count == 1 and selection is None and window is None and tree_mask is None:
             # One query attends to all that is filled, wherever it stands: no position matters.
@@ -210,7 +209,9 @@ def attention(
     return (out, lse) if return_residual else out
 
 
-def append(cache: ArrayLike, new: ArrayLike, lengths: ArrayLike, *, axis_name: AxisName | None = None) -> jax.Array:
+def append(
+    cache: ArrayLike, new: ArrayLike, lengths: ArrayLike, *, axis_name: str | tuple[str, ...] | None = None
+) -> jax.Array:
     """Writes new keys (or values) behind those that a contiguous cache holds.
 
     Donate the cache to `jax.jit` and it is updated in place.
@@ -241,7 +242,7 @@ def append(cache: ArrayLike, new: ArrayLike, lengths: ArrayLike, *, axis_name: A
     starts = checks.integers(lengths, "lengths", (cache.shape[0],), "[batch]")
     most = cache.shape[1]
     if axis_name is not None:
-        starts = starts - jax.lax.axis_index(axis_name) * most
+        starts = starts - sequence.first_of_device(axis_name, most)
 
     def one(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         position = start + jnp.arange(new.shape[0], dtype=jnp.int32)

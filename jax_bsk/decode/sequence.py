@@ -15,6 +15,30 @@ from jax_bsk.core.arrays import of_rank
 from jax_bsk.decode.merge import merge_partials
 
 
+def devices(axis_name: Any) -> int:
+    """The number of devices along mesh axes of the `shard_map` around a call.
+
+    Raises:
+      ValueError: There is none.
+    """
+    try:
+        return jax.lax.axis_size(axis_name)
+    except NameError:
+        raise ValueError(
+            f"axis_name names mesh axes of a shard_map around the call, got {axis_name!r}; outside of one, leave it out"
+        ) from None
+
+
+def first_of_device(axis_name: Any, held: int) -> jax.Array:
+    """The number of the first position (or page) that this device holds, where each holds so many.
+
+    Raises:
+      ValueError: There is no `shard_map` around the call.
+    """
+    devices(axis_name)
+    return jax.lax.axis_index(axis_name) * held
+
+
 def own_pages(axis_name: Any, pages: int, selection: jax.Array | None, lead: tuple[int, int]) -> tuple[Any, Any]:
     """The page table of the whole cache and the pages that this device visits.
 
@@ -27,8 +51,8 @@ def own_pages(axis_name: Any, pages: int, selection: jax.Array | None, lead: tup
     Returns:
       int32 [1, pages of all devices], -1 for what is elsewhere; int32 [B, K, count].
     """
-    first = jax.lax.axis_index(axis_name) * pages
-    local = jnp.arange(jax.lax.axis_size(axis_name) * pages, dtype=jnp.int32) - first
+    first = first_of_device(axis_name, pages)
+    local = jnp.arange(devices(axis_name) * pages, dtype=jnp.int32) - first
     table = jnp.where((local >= 0) & (local < pages), local, -1)[None]
     if selection is None:
         return table, jnp.broadcast_to(of_rank(first + jnp.arange(pages, dtype=jnp.int32), 3), (*lead, pages))
@@ -43,9 +67,8 @@ def own_length(axis_name: Any, positions: int, lengths: jax.Array) -> jax.Array:
       positions: Positions that this device holds.
       lengths: int32 [B], filled positions of the whole cache.
     """
-    first = jax.lax.axis_index(axis_name) * positions
-    wrong = (lengths < 0) | (lengths > jax.lax.axis_size(axis_name) * positions)
-    return jnp.where(wrong, -1, jnp.clip(lengths - first, 0, positions))
+    wrong = (lengths < 0) | (lengths > devices(axis_name) * positions)
+    return jnp.where(wrong, -1, jnp.clip(lengths - first_of_device(axis_name, positions), 0, positions))
 
 
 def of_first(axis_name: Any, sinks: jax.Array | None) -> jax.Array | None:

@@ -146,5 +146,7 @@ def test_several_axes_and_unchecked_axes():
 
 def test_it_has_no_meaning_outside_of_a_shard_map():
     q, keys, values = inputs()
-    with pytest.raises(NameError, match="sequence"):
+    with pytest.raises(ValueError, match="axis_name names mesh axes of a shard_map around the call, got 'sequence'"):
         decode.attention(q, keys, values, LENGTHS, axis_name="sequence")
+    with pytest.raises(ValueError, match="axis_name names mesh axes"):
+        decode.append(keys, keys[:, :1], LENGTHS, axis_name="sequence")
