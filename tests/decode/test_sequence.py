@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jax_bsk import decode
@@ -142,6 +142,16 @@ def test_several_axes_and_unchecked_axes():
         check_vma=False,
     )
     assert_close(jax.jit(program)(*args), decode.attention(*args, window=50))
+
+
+def test_without_a_name_the_cache_is_gathered():
+    """What the guide says of `jit` alone: the same values, and the whole cache travels."""
+    q, keys, values = inputs()
+    split = NamedSharding(mesh(), P(None, "sequence"))
+    args = q, jax.device_put(keys, split), jax.device_put(values, split), LENGTHS
+    program = jax.jit(functools.partial(decode.attention, implementation="cpu")).lower(*args).compile()
+    assert set(collectives(program)) == {"all-gather"}
+    assert_close(program(*args), decode.attention(q, keys, values, LENGTHS, implementation="cpu"))
 
 
 def test_it_has_no_meaning_outside_of_a_shard_map():
