@@ -19,7 +19,7 @@ ROOMS = {
     "context": {"core", "masks"},
     "attention": {"core", "masks", "context"},
     "decode": {"core"},
-    "selection": {"core", "lists", "masks"},
+    "selection": {"core", "lists", "masks", "decode"},
     "matmul": {"core"},
     "compositions": {"core", "masks", "attention", "selection"},
     "flops": {"core", "masks", "attention", "matmul"},
@@ -68,9 +68,9 @@ LAYERS = {
     "decode": [
         ["ragged", "cache"],
         ["call", "inputs"],
-        ["native"],
+        ["native", "sequence", "shared"],
         ["xla", "sharding", "refusals"],
-        ["ffi", "tokens", "parts", "pool"],
+        ["ffi", "tokens", "parts", "pool", "merge"],
     ],
     "matmul": [
         ["api"],
@@ -80,8 +80,8 @@ LAYERS = {
         ["bsr_lists", "refusals", "sharding", "ffi"],
     ],
     "selection": [
-        ["_moba", "_nsa", "_sparsek", "_topk", "_xattention"],
-        ["choice"],
+        ["_moba", "_nsa", "_pages", "_sparsek", "_topk", "_xattention"],
+        ["choice", "summaries"],
         ["candidates", "soft_topk_causal"],
         ["inputs", "_prefixes", "soft_topk"],
     ],

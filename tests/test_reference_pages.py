@@ -261,6 +261,19 @@ def serve(**changes: Any) -> Any:
     return decode.ragged_paged_attention(**(args | changes))
 
 
+def choose_pages(choose: Callable[..., Any] = selection.quest_pages, **changes: Any) -> Any:
+    args = {
+        "query": X[0, :4],
+        "summaries": selection.summarize_pages(X.reshape(4, 16, 2, 16)),
+        "kv_lens": np.array([4]),
+        "page_indices": np.array([[0]]),
+        "cu_q_lens": np.array([0, 4]),
+        "num_seqs": np.array([1]),
+        "count": 2,
+    }
+    return choose(**(args | changes))
+
+
 def freed_twice() -> None:
     pool = decode.PagePool(4, 16)
     sequence = pool.allocate(20)
@@ -474,6 +487,27 @@ RAISED: dict[str, Callable[[], Any]] = {
     "mask is known beforehand, got ... with traced arrays; put those into the scores, as -inf": with_traced(
         lambda ids: selection.from_topk(jnp.zeros((1, 1)), 1, q_len=64, mask=SegmentMask(ids)), np.zeros(64, np.int32)
     ),
+    "quest reads bounds, and these summaries have none; make them with bounds=True": lambda: choose_pages(
+        summaries=selection.summarize_pages(X.reshape(4, 16, 2, 16), bounds=False)
+    ),
+    "moba reads means, and these summaries have none; make them with means=True": lambda: choose_pages(
+        selection.moba_pages, summaries=selection.summarize_pages(X.reshape(4, 16, 2, 16), means=False)
+    ),
+    "summaries keep bounds or means; pass bounds=True for quest_pages, means=True for moba_pages": (
+        lambda: selection.summarize_pages(X.reshape(4, 16, 2, 16), bounds=False, means=False)
+    ),
+    "summaries are PageSummaries, got ...; make them by summarize_pages or summarize_blocks": lambda: choose_pages(
+        summaries=X
+    ),
+    "summaries hold arrays ..., got shape ...; those of pages are made by summarize_pages, those of a contiguous cache "
+    "by summarize_blocks": lambda: choose_pages(summaries=selection.summarize_blocks(X, np.array([4]), block_size=16)),
+    "summaries are those of the cache, ... of ... positions, got shape ... of ...; make them of this cache": (
+        lambda: selection.update_block_summaries(
+            selection.summarize_blocks(X, np.array([4]), block_size=16), X[:, :32], np.array([4])
+        )
+    ),
+    "keep_first and keep_last are at least 0, and together at most count = ..., got ...": lambda: choose_pages(count=1),
+    "combine is 'max' or 'sum', got ...": lambda: choose_pages(combine="mean"),
     "gates are floating-point numbers of shape ..., got ...": lambda: jax_bsk.nsa_attention(X, X, X, X),
     "scores has one number a key and key/value or query head, shape ..., got ...": lambda: jax_bsk.sparsek_attention(
         X, X, X, X
@@ -502,6 +536,12 @@ RAISED: dict[str, Callable[[], Any]] = {
     ),
     "page_selection is [...] with ... and a count of 1 or more, got shape ...; fill it up with -1": lambda: serve(
         page_selection=np.array([[0]])
+    ),
+    "shared_pages are attended to by all tokens of a sequence, but a sliding_window or page_selection leaves some out; "
+    "leave shared_pages out": lambda: serve(shared_pages=1, sliding_window=4),
+    "outs and lses have one array per partial result, at least one, got ...": lambda: decode.merge_partials([X], []),
+    "outs have one shape [..., head size] and type, and lses have that shape without the head size, got ...": (
+        lambda: decode.merge_partials([X], [X])
     ),
     "keys_per_part is a positive multiple of 64, got ...": lambda: serve(keys_per_part=100),
     "block_size divides the cache's ... positions, got ...; pad the cache": lambda: decode.attention(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jax_bsk.core import inputs, scalars
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.decode import call
+from jax_bsk.decode import call, sequence
 from jax_bsk.decode import inputs as checks
 
 
@@ -34,6 +35,7 @@ def attention(
     block_size: int = 128,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
@@ -58,6 +60,7 @@ def attention(
     block_size: int = 128,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
@@ -81,6 +84,7 @@ def attention(
     block_size: int = 128,
     k_scale: float | None = None,
     v_scale: float | None = None,
+    axis_name: str | tuple[str, ...] | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
@@ -113,6 +117,12 @@ def attention(
       block_size: Positions of a block of `key_blocks`; it divides S.
       k_scale: Scale of quantised keys, a Python number: the logits are multiplied by it.
       v_scale: Scale of quantised values: the output is multiplied by it.
+      axis_name: Inside `jax.shard_map`, the mesh axis (or a tuple of axes) that the cache's positions are sharded over.
+        S is then the number of this device's positions: device i holds positions i S to (i + 1) S - 1. Lengths and
+        `key_blocks` count positions and blocks of the whole cache. They and `query` are the same on all devices. Each
+        device attends to its own positions, then outputs and log-sum-exps are gathered and merged in the order of the
+        devices (`merge_partials`), so all have the same result. Outputs are rounded to query's type before that. The
+        cache is not moved.
       keys_per_part: As in `ragged_paged_attention`.
       implementation: As in `sparse_attention`.
       return_residual: Whether the log-sum-exp is returned too. It is -inf for queries that attend to nothing.
@@ -123,7 +133,7 @@ def attention(
       the softmax's denominator.
 
     Raises:
-      ValueError: A shape or a number does not fit.
+      ValueError: A shape or a number does not fit, or there is no `shard_map` of `axis_name` around the call.
       TypeError: An argument has the wrong type.
       UnsupportedError: The named implementation cannot take the call.
 
@@ -173,29 +183,46 @@ def attention(
     if page < 1 or length % page:
         raise ValueError(f"block_size divides the cache's {length} positions, got {block_size}; pad the cache")
     pages = length // page
-    lengths = checks.integers(lengths, "lengths", (batch,), "[batch]")[:, None]
-    return call.attend(
+    table: Any = np.arange(pages, dtype=np.int32)[None]
+    lengths = checks.integers(lengths, "lengths", (batch,), "[batch]")
+    head_sinks = checks.sinks(sinks, heads)
+    if axis_name is not None:
+        sequence.devices(axis_name)
+        head_sinks = sequence.of_first(axis_name, head_sinks)
+        if count == 1 and selection is None and window is None and tree_mask is None:
+            # One query attends to all that is filled, wherever it stands: no position matters.
+            attributes = dataclasses.replace(attributes, causal=False)
+            lengths = sequence.own_length(axis_name, length, lengths)
+        else:
+            table, selection = sequence.own_pages(axis_name, pages, selection, (batch, kv_heads))
+    result = call.attend(
         call.Operands(
             query=query,
             key=keys.reshape((batch, pages, page, *keys.shape[2:])),
             value=values.reshape((batch, pages, page, *values.shape[2:])),
-            kv_lens=lengths,
-            page_indices=np.arange(pages, dtype=np.int32)[None],
+            kv_lens=lengths[:, None],
+            page_indices=table,
             cu_q_lens=np.array([0, count], np.int32),
             num_seqs=np.ones(1, np.int32),
             selection=None if selection is None else selection[:, None],
             tree=checks.tree_words(tree_mask, (batch, count), "batch, queries"),
-            sinks=checks.sinks(sinks, heads),
+            sinks=head_sinks,
         ),
         attributes,
         function="decode.attention",
         implementation=implementation,
         keys_per_part=checks.keys_per_part(keys_per_part),
-        return_residual=return_residual,
+        return_residual=return_residual or axis_name is not None,
     )
+    if axis_name is None:
+        return result
+    out, lse = sequence.merge(axis_name, *result)
+    return (out, lse) if return_residual else out
 
 
-def append(cache: ArrayLike, new: ArrayLike, lengths: ArrayLike) -> jax.Array:
+def append(
+    cache: ArrayLike, new: ArrayLike, lengths: ArrayLike, *, axis_name: str | tuple[str, ...] | None = None
+) -> jax.Array:
     """Writes new keys (or values) behind those that a contiguous cache holds.
 
     Donate the cache to `jax.jit` and it is updated in place.
@@ -204,6 +231,7 @@ def append(cache: ArrayLike, new: ArrayLike, lengths: ArrayLike) -> jax.Array:
       cache: [B, S, K, H] array.
       new: [B, T, K, H] array, cast to the cache's type.
       lengths: Integers [B], the filled positions before the update: example b's token t is written at lengths[b] + t.
+      axis_name: As in `attention`: each device writes the positions that it holds.
 
     Returns:
       The updated cache. Positions past the end of the cache, and below 0, are dropped.
@@ -224,6 +252,8 @@ def append(cache: ArrayLike, new: ArrayLike, lengths: ArrayLike) -> jax.Array:
         raise ValueError(f"cache is [B, S, K, H] and new [B, T, K, H], got {cache.shape} and {new.shape}")
     starts = checks.integers(lengths, "lengths", (cache.shape[0],), "[batch]")
     most = cache.shape[1]
+    if axis_name is not None:
+        starts = starts - sequence.first_of_device(axis_name, most)
 
     def one(cache: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
         position = start + jnp.arange(new.shape[0], dtype=jnp.int32)

@@ -49,6 +49,7 @@ def attend(
     implementation: str | None,
     keys_per_part: int | None,
     return_residual: bool,
+    one_sequence: bool = False,
 ) -> Any:
     """The output, and with `return_residual` the log-sum-exp, -inf where nothing is attended to.
 
@@ -59,6 +60,7 @@ def attend(
       implementation: As the public functions have it.
       keys_per_part: Keys of a part, or None to choose.
       return_residual: Whether the log-sum-exp is returned, too.
+      one_sequence: Whether to choose the parts of long sequences as if one sequence had all tokens.
     """
     query, key, value, _, table, *_, selection, _, _ = operands
     *lead, tokens, heads, head_dim = query.shape
@@ -79,6 +81,8 @@ def attend(
         positions=pages * key.shape[-3],
     )
     short_part, long_part = parts.choose(sizes, keys_per_part)
+    if one_sequence:
+        _, long_part = parts.choose(dataclasses.replace(sizes, seqs=1), keys_per_part)
     attributes = dataclasses.replace(attributes, short_part=short_part, long_part=long_part)
     nothing = {
         "value": ffi.no_value(kv_heads, key.dtype),

@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 
 from jax_bsk.core import inputs, scalars
 from jax_bsk.decode.ffi import DecodeAttributes
+from jax_bsk.decode.tokens import Ragged
 
 MOST_DRAFTS = 64  # bits of a token's word
 
@@ -25,6 +26,44 @@ def cache(x: ArrayLike, name: str) -> jax.Array:
     if not (jnp.issubdtype(array.dtype, jnp.floating) or array.dtype == jnp.int8):
         raise TypeError(f"{name} is a floating-point or int8 array, got {array.dtype}; cast it")
     return array
+
+
+def pages(x: ArrayLike, name: str) -> jax.Array:
+    """A cache in pages [P, Z, 2 K, H].
+
+    Raises:
+      TypeError: It is of another type.
+      ValueError: It has another shape.
+    """
+    array = cache(x, name)
+    if array.ndim != 4 or array.shape[2] % 2 or 0 in array.shape:
+        raise ValueError(
+            f"{name} is [pages, page size, 2 key/value heads, head size], keys at even heads, none of them 0, got "
+            f"shape {array.shape}"
+        )
+    return array
+
+
+def ragged(kv_lens: Any, page_indices: Any, cu_q_lens: Any, num_seqs: Any) -> Ragged:
+    """Lengths, table, offsets and number of sequences of a batch.
+
+    Raises:
+      TypeError: One holds no integers.
+      ValueError: One has another shape.
+    """
+    table = jnp.asarray(page_indices)
+    if table.ndim != 2 or 0 in table.shape:
+        raise ValueError(
+            f"page_indices is [sequences, pages of a sequence], none of them 0, got shape {table.shape}; pad it"
+        )
+    seqs = table.shape[0]
+    number = jnp.asarray(num_seqs)
+    return Ragged(
+        kv_lens=integers(kv_lens, "kv_lens", (seqs,), "[sequences]"),
+        page_indices=integers(table, "page_indices", table.shape, "[sequences, pages of a sequence]"),
+        cu_q_lens=integers(cu_q_lens, "cu_q_lens", (seqs + 1,), "[sequences + 1]"),
+        num_seqs=integers(number[None] if number.ndim == 0 else number, "num_seqs", (1,), "[1]"),
+    )
 
 
 def integers(x: ArrayLike, name: str, shape: tuple[int, ...], letters: str) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal, overload
 
 import jax
@@ -10,8 +11,9 @@ from jax.typing import ArrayLike
 
 from jax_bsk.core import inputs, scalars
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.decode import call, tokens
+from jax_bsk.decode import call, shared, tokens
 from jax_bsk.decode import inputs as checks
+from jax_bsk.decode.merge import merge_partials
 
 _MASK_VALUE = -1e4  # logits of masked keys are to vanish; here they do not exist
 
@@ -35,6 +37,7 @@ def ragged_paged_attention(
     tree_mask: ArrayLike | None = None,
     page_selection: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    shared_pages: ArrayLike | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
@@ -63,6 +66,7 @@ def ragged_paged_attention(
     tree_mask: ArrayLike | None = None,
     page_selection: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    shared_pages: ArrayLike | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
@@ -90,6 +94,7 @@ def ragged_paged_attention(
     tree_mask: ArrayLike | None = None,
     page_selection: ArrayLike | None = None,
     sinks: ArrayLike | None = None,
+    shared_pages: ArrayLike | None = None,
     keys_per_part: int | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
@@ -137,6 +142,11 @@ def ragged_paged_attention(
         counted within the sequence (0 is its first Z positions). Numbers below 0 and pages past the length list
         nothing. A page that is listed twice counts twice. None for all pages.
       sinks: [N] logits, one per head, that join the denominator of each softmax and carry no value (arXiv 2508.10925).
+      shared_pages: Integer [] or [1], which may be traced: how many leading pages to read once for all sequences that
+        share them. Sequences that stand side by side and begin with the same page share the leading pages that all
+        their tables have in common and that end before the first token of each. Too large a number (M, say) is
+        therefore no mistake. What is shared and what is not are two calls, which `merge_partials` puts together:
+        their outputs are rounded to q's type before that. None makes one call.
       keys_per_part: Keys that are summed in a row, a multiple of 64, before such parts are merged in their order. None
         chooses by the sizes of the call. With equal parts a sequence has the same bits whatever else is in the batch.
       implementation: "cuda" or "cpu" (native kernels), "xla" (plain JAX, for every platform and type), or None for the
@@ -170,19 +180,19 @@ def ragged_paged_attention(
       ((7, 4, 32), True)
     """
     del num_kv_pages_per_block, num_queries_per_block, vmem_limit_bytes
-    q, kv_pages = inputs.floating(q, "q"), checks.cache(kv_pages, "kv_pages")
+    q = inputs.floating(q, "q")
     if q.ndim != 3:
         raise ValueError(
             f"q is [tokens, heads, head size], got shape {q.shape}; put the tokens of all sequences in a row"
         )
-    _check_pages(kv_pages, "kv_pages")
+    kv_pages = checks.pages(kv_pages, "kv_pages")
     count, heads, head_dim = q.shape
     kv_heads = kv_pages.shape[2] // 2
     if kv_pages.shape[3] != head_dim:
         raise ValueError(f"kv_pages has q's head size {head_dim}, got {kv_pages.shape[3]}; pad the smaller")
     checks.heads(heads, kv_heads)
-    table, lengths, offsets, number = _ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
-    seqs = table.shape[0]
+    batch = checks.ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
+    seqs = batch.page_indices.shape[0]
     if mask_value is not None and not scalars.number(mask_value, "mask_value") <= _MASK_VALUE:
         raise ValueError(
             f"mask_value is None or below {_MASK_VALUE:g}, got {mask_value}: masked keys have no weight here, whatever "
@@ -199,27 +209,40 @@ def ragged_paged_attention(
         sink_tokens=sink_tokens,
         soft_cap=soft_cap,
     )
-    return call.attend(
-        call.Operands(
-            query=q,
-            key=kv_pages,
-            value=None,
-            kv_lens=lengths,
-            page_indices=table,
-            cu_q_lens=offsets,
-            num_seqs=number,
-            selection=checks.selection(
-                page_selection, "page_selection", (seqs, kv_heads), "sequences, key/value heads"
-            ),
-            tree=checks.tree_words(tree_mask, (count,), "tokens"),
-            sinks=checks.sinks(sinks, heads),
-        ),
-        attributes,
-        function="decode.ragged_paged_attention",
-        implementation=implementation,
-        keys_per_part=checks.keys_per_part(keys_per_part),
-        return_residual=return_residual,
+    options: dict[str, Any] = {
+        "function": "decode.ragged_paged_attention",
+        "implementation": implementation,
+        "keys_per_part": checks.keys_per_part(keys_per_part),
+    }
+    operands = call.Operands(
+        query=q,
+        key=kv_pages,
+        value=None,
+        **batch._asdict(),
+        selection=checks.selection(page_selection, "page_selection", (seqs, kv_heads), "sequences, key/value heads"),
+        tree=checks.tree_words(tree_mask, (count,), "tokens"),
+        sinks=checks.sinks(sinks, heads),
     )
+    if shared_pages is None:
+        return call.attend(operands, attributes, return_residual=return_residual, **options)
+    if sliding_window is not None or page_selection is not None:
+        raise ValueError(
+            "shared_pages are attended to by all tokens of a sequence, but a sliding_window or page_selection leaves "
+            "some out; leave shared_pages out"
+        )
+    most = jnp.asarray(shared_pages)
+    most = checks.integers(most[None] if most.ndim == 0 else most, "shared_pages", (1,), "[1]")[0]
+    prefixes, rest = shared.split(batch, most, kv_pages.shape[1])
+    # The tokens of a group are one sequence of queries behind its prefix: all of them attend to all of it.
+    behind = operands._replace(tree=None, sinks=None, **prefixes._asdict())
+    partials = [
+        call.attend(
+            behind, dataclasses.replace(attributes, causal=False), return_residual=True, one_sequence=True, **options
+        ),
+        call.attend(operands._replace(**rest._asdict()), attributes, return_residual=True, **options),
+    ]
+    out, lse = merge_partials(*zip(*partials, strict=True))
+    return (out, lse) if return_residual else out
 
 
 def append_pages(
@@ -266,9 +289,8 @@ def append_pages(
       >>> pages[3, :3, 0, 0].tolist(), pages[0, 0, :, 0].tolist()
       ([1.0, 1.0, 0.0], [1.0, 2.0])
     """
-    kv_pages = checks.cache(kv_pages, "kv_pages")
+    kv_pages = checks.pages(kv_pages, "kv_pages")
     key, value = checks.cache(key, "key"), checks.cache(value, "value")
-    _check_pages(kv_pages, "kv_pages")
     pages, size, combined, head_dim = kv_pages.shape
     for x, name in ((key, "key"), (value, "value")):
         if x.ndim != 3 or x.shape[1:] != (combined // 2, head_dim) or x.shape[0] != key.shape[0]:
@@ -276,7 +298,7 @@ def append_pages(
                 f"{name} is [tokens, key/value heads, head size] = (tokens, {combined // 2}, {head_dim}) of kv_pages, "
                 f"got shape {x.shape}"
             )
-    table, lengths, offsets, number = _ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
+    lengths, table, offsets, number = checks.ragged(kv_lens, page_indices, cu_q_lens, num_seqs)
     token = jnp.arange(key.shape[0], dtype=jnp.int32)
     seq, owned, sound = tokens.sequences(token, offsets, number)
     length = lengths[seq]
@@ -288,28 +310,3 @@ def append_pages(
     new = jnp.stack([key, value], axis=2).reshape((-1, combined, head_dim)).astype(kv_pages.dtype)
     flat = kv_pages.reshape((pages * size, combined, head_dim))
     return flat.at[row].set(new, mode="drop").reshape(kv_pages.shape)
-
-
-def _check_pages(kv_pages: jax.Array, name: str) -> None:
-    if kv_pages.ndim != 4 or kv_pages.shape[2] % 2 or 0 in kv_pages.shape:
-        raise ValueError(
-            f"{name} is [pages, page size, 2 key/value heads, head size], keys at even heads, none of them 0, got "
-            f"shape {kv_pages.shape}"
-        )
-
-
-def _ragged(kv_lens: Any, page_indices: Any, cu_q_lens: Any, num_seqs: Any) -> tuple[jax.Array, ...]:
-    """The table, lengths, offsets and number of sequences, checked."""
-    table = jnp.asarray(page_indices)
-    if table.ndim != 2 or 0 in table.shape:
-        raise ValueError(
-            f"page_indices is [sequences, pages of a sequence], none of them 0, got shape {table.shape}; pad it"
-        )
-    seqs = table.shape[0]
-    number = jnp.asarray(num_seqs)
-    return (
-        checks.integers(table, "page_indices", table.shape, "[sequences, pages of a sequence]"),
-        checks.integers(kv_lens, "kv_lens", (seqs,), "[sequences]"),
-        checks.integers(cu_q_lens, "cu_q_lens", (seqs + 1,), "[sequences + 1]"),
-        checks.integers(number[None] if number.ndim == 0 else number, "num_seqs", (1,), "[1]"),
-    )

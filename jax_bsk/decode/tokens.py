@@ -1,9 +1,20 @@
-"""Which sequence each token of a ragged batch belongs to; `csrc/decode/params.h` says which offsets are sound."""
+"""A ragged batch, and which sequence each of its tokens belongs to; `csrc/decode/params.h` says what is sound."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jax import Array
+
+
+class Ragged(NamedTuple):
+    """Lengths, table and offsets of a batch, as `ragged_paged_attention` has them."""
+
+    kv_lens: Array  # int32 [Q]
+    page_indices: Array  # int32 [Q, M]
+    cu_q_lens: Array  # int32 [Q + 1]
+    num_seqs: Array  # int32 [1]
 
 
 def sequences(number: Array, cu_q_lens: Array, num_seqs: Array) -> tuple[Array, Array, Array]:

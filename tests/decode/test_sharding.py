@@ -35,16 +35,20 @@ def placed(mesh, arrays, specs):
 HEADS = {"mha": (8, 8, "model"), "gqa": (16, 8, "model"), "mqa": (8, 1, None)}
 
 
-@pytest.mark.parametrize("selected", [False, True], ids=["all-pages", "selected"])
+@pytest.mark.parametrize("pages_read", ["all", "selected", "shared"])
 @pytest.mark.parametrize("name", HEADS)
-def test_heads_of_pages_split_without_collectives(name, selected, implementation):
+def test_heads_of_pages_split_without_collectives(name, pages_read, implementation):
     heads, kv_heads, axis = HEADS[name]
-    if implementation == "xla" and name == "mha":
+    if name == "mha" and (implementation == "xla" or pages_read == "shared"):
         pytest.skip("as gqa")
     (q, pages), _ = arrays(kv_heads, heads)
     mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
     options = {"sinks": jnp.arange(heads, dtype=jnp.float32)}
-    if selected:
+    lengths, table = LENGTHS, TABLE
+    if pages_read == "shared":
+        options["shared_pages"] = jnp.array(3)
+        lengths, table = LENGTHS.at[1].set(30), TABLE.at[1, 0].set(TABLE[0, 0])
+    if pages_read == "selected":
         options["page_selection"] = jnp.arange(2 * kv_heads * 2, dtype=jnp.int32).reshape(2, kv_heads, 2) % 3
         shardings = {"page_selection": NamedSharding(mesh, P(None, axis))}
     else:
@@ -52,7 +56,7 @@ def test_heads_of_pages_split_without_collectives(name, selected, implementation
 
     def attend(q, pages, options):
         return decode.ragged_paged_attention(
-            q, pages, LENGTHS, TABLE, OFFSETS, NUMBER, implementation=implementation, **options
+            q, pages, lengths, table, OFFSETS, NUMBER, implementation=implementation, **options
         )
 
     placed_options = {n: jax.device_put(x, shardings.get(n, NamedSharding(mesh, P()))) for n, x in options.items()}

@@ -136,6 +136,7 @@ def _program(case: Case, implementation: str) -> Callable[..., Any]:
             v_scale=None if case.v_scale == 1 else case.v_scale,
             tree_mask=arrays["tree"],
             page_selection=arrays["selection"],
+            shared_pages=case.max_pages if case.read_once else None,
             sinks=sinks,
             return_residual=True,
             **options,

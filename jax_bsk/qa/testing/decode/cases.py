@@ -63,6 +63,7 @@ class Case(NamedCase):
       soft_cap: of the logits; 0 for none.
       k_scale, v_scale: of a paged cache.
       shared: whether sequences share their first pages.
+      read_once: whether shared pages are read once for all sequences, by `shared_pages`.
       groups: problems that vmap maps over.
       part: keys of a part; 0 to choose.
       dtype: of query and cache.
@@ -91,6 +92,7 @@ class Case(NamedCase):
     k_scale: float = 1.0
     v_scale: float = 1.0
     shared: bool = False
+    read_once: bool = False
     groups: int = 1
     part: int = 0
     dtype: str = "float32"
@@ -240,7 +242,7 @@ def random_case(seed: int) -> Case:
     head_dim = one_of(64, 64, 128, 128, 32, 80, 96, 256)
     dtype = one_of("float32", "bfloat16", "bfloat16", "float16")
     fault = one_of(*FAULTS) if chance(0.15) and not contiguous else None
-    return Case(
+    case = Case(
         f"seed-{seed}",
         q_lens=tuple(q_lens),
         kv_lens=tuple(kv_lens),
@@ -269,6 +271,8 @@ def random_case(seed: int) -> Case:
         fault=fault,
         seed=seed,
     )
+    may_share = case.shared and not (case.contiguous or case.window or case.selected)
+    return dataclasses.replace(case, read_once=may_share and seed % 4 != 1)
 
 
 _SIZES = {"q_lens": (1, 5), "kv_lens": (33, 20), "seqs": 2, "max_pages": 3, "head_dim": 32, "value_dim": 32}
@@ -295,6 +299,8 @@ CORNER_CASES = {
         Case("soft-cap", soft_cap=2.0),
         Case("scales", k_scale=0.25, v_scale=4.0),
         Case("shared-prefix", shared=True, kv_lens=(100, 120, 130)),
+        Case("shared-prefix-once", shared=True, read_once=True, kv_lens=(100, 120, 130), sinks=True),
+        Case("shared-prefix-once-tree", shared=True, read_once=True, kv_lens=(100, 120, 130), tree=True, part=64),
         Case("large-pages", page_size=256, max_pages=2, kv_lens=(300, 7, 512)),
         Case("long", q_lens=(1, 2), kv_lens=(1500, 3000), page_size=64, max_pages=50, seqs=2, part=128),
         Case("vmap", groups=2),
