@@ -271,7 +271,7 @@ template <typename Config, bool kNarrow>
 struct Consumer {
   static constexpr int kWarpKeys = kNarrow ? Config::kTileKv / Config::kWarps : Config::kTileKv;
   // At a time: logits of 64 keys would spill beside 256 columns of output, or beside bytes that are widened.
-  static constexpr int kPasses = kNarrow ? 1 : Config::kDim > 128 || Config::kQuantised ? 4 : 1;
+  static constexpr int kPasses = kNarrow ? 1 : Config::kDim > 128 || Config::kQuantised ? 4 : Config::kListed ? 2 : 1;
   static constexpr int kKeys = kWarpKeys / kPasses;
   using KeyTile = device::Tile<typename Config::Cache, kKeys, Config::kDim>;
   using Logits = float[1][kKeys / 8][4];
