@@ -200,7 +200,6 @@ cudaError_t LaunchNarrow(const ProductParams& params, int device, cudaStream_t s
   }
   plan.shift = static_cast<int>(params.in_block) / kPiece - 1;
   plan.groups = static_cast<int>(NarrowGroups(params));
-  plan.list_lines = static_cast<int>(CeilDiv(CeilDiv(entries, sm90::kLineEntries), grid));
   const auto launch = Find(kNarrow, params.dtype, transposed, !left);
   return launch == nullptr ? cudaErrorNotSupported : launch(params, plan, columns, static_cast<int>(grid), stream);
 }

@@ -75,14 +75,12 @@ constexpr int kNarrowThreads = 32 * (kNarrowConsumers + 1);
 // the memory needs about 40 at all times. So late CTAs go on at the memory's speed when others are done.
 constexpr int kNarrowResident = 2;
 constexpr int kNarrowRingBytes = (216 << 10) / kNarrowResident;
-constexpr int kLineEntries = 32;  // of a list, in 128 bytes
 
 struct NarrowPlan {
   CUtensorMap data;   // (column of 64, row, 64 columns, entry)
   CUtensorMap dense;  // (column, row, batch)
   int shift;          // log2 of the stages of a block: in_block / 64
   int groups;         // of 64 columns
-  int list_lines;     // of 128 bytes of all ids (and places), for each CTA
 };
 
 // Which index of an operand runs through neighbouring elements: the contracted one, or the one that it shares with the

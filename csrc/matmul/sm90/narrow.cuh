@@ -89,17 +89,6 @@ struct NarrowTile {
   }
 };
 
-// A CTA's part of all lists, which a warp asks for at once, to have them in L2: by the time that the bounds of a list
-// are known, its entries are under way. Parts are of equal size, and not what the CTA itself will read.
-__device__ __forceinline__ void PrefetchLists(const ProductParams& params, const NarrowPlan& plan) {
-  const int lane = threadIdx.x % 32;
-  const int32_t* list = lane % 2 == 0 ? params.lists.ids : params.lists.places;
-  const int64_t first = int64_t{blockIdx.x} * plan.list_lines, entries = params.matrix_batch * params.capacity;
-  for (int line = lane / 2; line < plan.list_lines; line += 16) {
-    if ((first + line) * kLineEntries < entries) device::PrefetchL2(list + (first + line) * kLineEntries);
-  }
-}
-
 // ---- The producer: a warp walks a part of the list. Of an entry that makes no sense nothing is copied: its stage is
 // passed on as it is, because the out block becomes NaN whatever is multiplied.
 template <typename Shared, bool kTransposeLeft, bool kTransposeRight>
@@ -328,7 +317,6 @@ __global__ void __cluster_dims__(kNarrowParts, 1, 1) __launch_bounds__(kNarrowTh
   auto& shared = *reinterpret_cast<Shared*>(shared_bytes);
   const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);
   const int rank = device::sm90::ClusterRank();
-  if (warp == 1) PrefetchLists(params, plan);
   if (threadIdx.x == 0) {
     shared.Init();
   } else if (threadIdx.x == 32 * kNarrowConsumers) {
