@@ -277,7 +277,7 @@ FLEX: dict[str, Any] = {
     "score_mod": missing("score_mod"),
     "kernel_options": missing("kernel_options", "num_stages"),
     "torch.compile(flex_attention)": flex(),
-    "paged attention, decoding": missing("paged", "page_table", "decode"),
+    "paged attention, decoding": missing("paged", "page_table"),  # of `sparse_attention`: they are in `decode`
     # Block masks.
     "create_block_mask(mask_mod, None, 4, 256, 256, BLOCK_SIZE=64)": per_head,
     "and_masks(causal, window)": lambda: (Q >= K) & (abs(Q - K) <= 16),
