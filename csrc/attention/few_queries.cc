@@ -55,11 +55,15 @@ KernelParams ForKernels(const ForwardParams& params, char* workspace) {
 
 }  // namespace
 
-bool TakesFewQueries(const ForwardParams& params) {
+bool TakesFewQueries(const ForwardParams& params, const device::DeviceFacts& facts) {
   const Shape& shape = params.shape;
-  return FewQueries(shape) && params.rows.heads == 1 && (params.tiles.heads == 1 || params.tiles.count == 0) &&
-         params.gates == nullptr && shape.batch <= decode::cuda::Limits::kMaxSequences &&
-         Product({shape.batch, shape.kv_len}) < device::kMaxInt && Choose(params) != nullptr;
+  if (!FewQueries(shape) || params.rows.heads != 1 || (params.tiles.heads != 1 && params.tiles.count != 0) ||
+      params.gates != nullptr || shape.batch > decode::cuda::Limits::kMaxSequences ||
+      Product({shape.batch, shape.kv_len}) >= device::kMaxInt) {
+    return false;
+  }
+  const Variant* variant = Choose(params);
+  return variant != nullptr && variant->shared_bytes + 4 * shape.batch <= facts.shared_bytes;
 }
 
 cudaError_t LaunchFewQueries(const ForwardParams& params, void* workspace, const device::DeviceFacts& facts,

@@ -22,7 +22,7 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
   if (scope.error() != cudaSuccess) return scope.error();
   DeviceFacts facts;
   if (const cudaError_t error = device::ReadDevice(device, &facts); error != cudaSuccess) return error;
-  if ((kernel == ForwardKernel::kAutomatic || kernel == ForwardKernel::kFewQueries) && TakesFewQueries(params)) {
+  if ((kernel == ForwardKernel::kAutomatic || kernel == ForwardKernel::kFewQueries) && TakesFewQueries(params, facts)) {
     return LaunchFewQueries(params, workspace, facts, stream);
   }
   const ForwardVariant* variant = Choose(params, facts, kernel);

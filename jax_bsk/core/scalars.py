@@ -44,8 +44,10 @@ def number(x: Any, name: str) -> float:
         return math.inf if value > 0 else -math.inf
 
 
-def logits_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
+def logits_scale(scale: Any, head_dim: int, name: str = "scale", of: str = "query") -> float:
     """The factor of the logits, 1 / sqrt(H) where None is given; `name` is what the caller calls it.
+
+    `of` is what the caller can multiply instead.
 
     Raises:
       TypeError: as `number`.
@@ -57,7 +59,7 @@ def logits_scale(scale: Any, head_dim: int, name: str = "scale") -> float:
     if not abs(value) <= MAX_SCALE:  # nor NaN
         raise ValueError(
             f"{name} is in [{-MAX_SCALE:g}, {MAX_SCALE:g}], as it is used in float32, got {value:g}; multiply the "
-            "query by a part of it"
+            f"{of} by a part of it"
         )
     return value
 

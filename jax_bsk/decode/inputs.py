@@ -14,6 +14,7 @@ from jax_bsk.decode.ffi import DecodeAttributes
 from jax_bsk.decode.tokens import Ragged
 
 MOST_DRAFTS = 64  # bits of a token's word
+_INT32 = np.iinfo(np.int32)
 
 
 def cache(x: ArrayLike, name: str) -> jax.Array:
@@ -78,6 +79,10 @@ def integers(x: ArrayLike, name: str, shape: tuple[int, ...], letters: str) -> j
         raise TypeError(f"{name} holds integers, got {array.dtype}; cast it, e.g. {name}.astype('int32')")
     if array.shape != shape:
         raise ValueError(f"{name} is {letters} = {shape}, got shape {array.shape}; reshape or pad it")
+    if array.dtype.itemsize > 4:  # what 32 bits do not hold is wrong, and stays so
+        array = jnp.minimum(array, _INT32.max)
+        if jnp.issubdtype(array.dtype, jnp.signedinteger):
+            array = jnp.maximum(array, _INT32.min)
     return array.astype(jnp.int32)
 
 
@@ -107,29 +112,31 @@ def attributes(
     """
     factor = scalars.logits_scale(scale[0], 1, scale[1])
     cap = scalars.soft_cap(soft_cap, factor, "soft_cap")
-    near, name = window
-    if near is not None and whole(near, name) < 1:
-        raise ValueError(f"{name} is at least 1, the query's own position, got {near}; pass None for no window")
-    if whole(sink_tokens, "sink_tokens") < 0:
+    given, name = window
+    near, first = 0 if given is None else whole(given, name), whole(sink_tokens, "sink_tokens")
+    if given is not None and near < 1:
+        raise ValueError(f"{name} is at least 1, the query's own position, got {given}; pass None for no window")
+    if first < 0:
         raise ValueError(f"sink_tokens is at least 0, got {sink_tokens}; pass 0 for none")
-    if sink_tokens and near is None:
+    if first and given is None:
         raise ValueError(
             f"sink_tokens are positions that a window leaves visible, but the call has no {name}; pass both, or none"
         )
     return DecodeAttributes(
         scale=factor,
         soft_cap=cap or 0.0,
-        value_scale=scalars.logits_scale(value_scale, 1, "v_scale"),
+        value_scale=scalars.logits_scale(value_scale, 1, "v_scale", of="output"),
         causal=bool(causal),
-        window=near or 0,
-        sink_tokens=sink_tokens,
+        # No cache has more positions than 32 bits count.
+        window=min(near, _INT32.max),
+        sink_tokens=min(first, _INT32.max),
     )
 
 
 def whole(x: Any, name: str) -> int:
     """An integer that is known when tracing."""
     value = scalars.number(x, name)
-    if value != int(value):
+    if not value.is_integer():  # nor infinite, nor NaN
         raise TypeError(f"{name} is an integer, got {x!r}; round it")
     return int(value)
 
@@ -141,7 +148,7 @@ def keys_per_part(given: int | None) -> int | None:
     value = whole(given, "keys_per_part")
     if value < 64 or value % 64:
         raise ValueError(f"keys_per_part is a positive multiple of 64, got {given}; pass None to choose")
-    return value
+    return min(value, _INT32.max // 64 * 64)
 
 
 def tree_words(tree_mask: ArrayLike | None, lead: tuple[int, ...], letters: str) -> jax.Array | None:

@@ -244,7 +244,8 @@ def _of_pages(score: _Score, query: ArrayLike, summaries: PageSummaries, batch: 
     begins, ends = begins[:, None], ends[:, None]
     token = ends - 1 - jnp.arange(options.queries, dtype=jnp.int32)[None]
     said = (token >= begins) & (token >= 0) & (token < q.shape[0])
-    voters = q[jnp.where(said, token, 0)]  # [Q, queries, N, H]
+    # [Q, queries, N, H]; of no tokens at all nobody has a say
+    voters = q[jnp.where(said, token, 0)] if q.shape[0] else jnp.zeros((*said.shape, *q.shape[1:]), q.dtype)
     known = (table >= 0) & (table < pages)
     of_table = jax.tree.map(lambda x: x[jnp.where(known, table, 0)], summaries)  # [Q, M, K, H]
     return _choose(score, voters, said, of_table, lengths, known, options)
@@ -262,6 +263,8 @@ def _of_blocks(
     checks.heads(q.shape[2], kv_heads)
     held = checks.integers(lengths, "lengths", (batch,), "[batch]")
     said, known = jnp.ones(q.shape[:2], bool), jnp.ones((batch, blocks), bool)
+    if q.shape[1] == 0:  # nobody has a say
+        q, said = jnp.zeros((batch, 1, *q.shape[2:]), q.dtype), jnp.zeros((batch, 1), bool)
     return _choose(score, q, said, summaries, held, known, options)
 
 
@@ -290,7 +293,7 @@ def _choose(
     query = jax.lax.stop_gradient(query)
     split = query.reshape(seqs, tokens, kv_heads, heads // kv_heads, head_dim)
     # [S, K, tokens and members of the head group, H]
-    rows = jnp.moveaxis(split, 2, 1).reshape(seqs, kv_heads, -1, head_dim)
+    rows = jnp.moveaxis(split, 2, 1).reshape(seqs, kv_heads, tokens * (heads // kv_heads), head_dim)
     votes = jnp.repeat(said, heads // kv_heads, axis=1)[:, None, :, None]
     scores = jax.vmap(score)(rows, summaries).astype(dtype)  # [S, K, rows, M]
     if options.combine == "max":

@@ -259,7 +259,7 @@ def _blocks(key_cache: ArrayLike, size: int) -> jax.Array:
         raise ValueError(
             f"key_cache is [B, S, K, H] of whole blocks of {size} positions, got shape {keys.shape}; pad the cache"
         )
-    return keys.reshape((keys.shape[0], -1, size, *keys.shape[2:]))
+    return keys.reshape((keys.shape[0], keys.shape[1] // size, size, *keys.shape[2:]))
 
 
 def _summaries(keys: jax.Array, filled: jax.Array, bounds: bool, means: bool) -> PageSummaries:

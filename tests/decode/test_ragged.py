@@ -248,6 +248,8 @@ def refused(error, match, **changes):
         (ValueError, r"num_seqs is \[1\]", {"num_seqs": np.zeros(2, int)}),
         (ValueError, "sliding_window is at least 1", {"sliding_window": 0}),
         (ValueError, "the call has no sliding_window", {"sink_tokens": 4}),
+        (TypeError, "sliding_window is an integer, got inf", {"sliding_window": np.inf}),
+        (ValueError, "v_scale is in .* multiply the output by a part of it", {"v_scale": np.nan}),
         (ValueError, "mask_value is None or below -10000", {"mask_value": -1.0}),
         (ValueError, r"soft_cap is in \[1e-30", {"soft_cap": 0.0}),
         (ValueError, "sm_scale is in", {"sm_scale": np.inf}),
@@ -269,6 +271,28 @@ def test_derivatives_are_refused(implementation):
     q, *rest = batch()
     with pytest.raises(UnsupportedError, match="have no derivatives"):
         jax.grad(lambda q: decode.ragged_paged_attention(q, *rest, implementation=implementation).sum())(q)
+
+
+@pytest.mark.parametrize("number", [float, np.array, jnp.int32])
+def test_numbers_may_be_of_any_type(number, implementation):
+    options = {"implementation": implementation, "keys_per_part": 64}
+    want = decode.ragged_paged_attention(*batch(), sliding_window=7, sink_tokens=2, **options)
+    got = decode.ragged_paged_attention(*batch(), sliding_window=number(7), sink_tokens=number(2), **options)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_numbers_may_be_beyond_all_positions(implementation):
+    want = decode.ragged_paged_attention(*batch(), implementation=implementation)
+    options = {"sliding_window": 1 << 70, "sink_tokens": 1 << 40, "keys_per_part": 1 << 70}
+    assert_close(decode.ragged_paged_attention(*batch(), implementation=implementation, **options), want)
+
+
+def test_64_bit_integers_that_do_not_fit_in_32_are_wrong():
+    with jax.enable_x64():
+        q, pages, kv_lens, *rest = batch()
+        lengths = np.asarray(kv_lens, np.int64) + (1 << 32)
+        out = decode.ragged_paged_attention(q, pages, lengths, *rest, implementation="cpu")
+        assert bool(jnp.isnan(out[0]).all())
 
 
 def test_a_traced_number_is_refused():

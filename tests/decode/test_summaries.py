@@ -343,6 +343,23 @@ def test_mistakes_are_named(error, match, changes):
         selection.quest_pages(**args)
 
 
+@pytest.mark.parametrize("choose", ["quest", "moba"])
+def test_no_tokens_and_no_examples(choose):
+    pages, blocks = (getattr(selection, f"{choose}_{name}") for name in ("pages", "blocks"))
+    summaries = selection.summarize_pages(jnp.ones((8, 16, 4, 32)))
+    table = np.array([[3, 0, 0], [1, 6, 2]])
+    batch = np.array([5, 40]), table, np.array([0, 0, 0]), np.array([2])
+    listed = pages(jnp.zeros((0, 4, 32)), summaries, *batch, count=2, keep_first=1, keep_last=1)
+    assert listed[:, 0].tolist() == [[0, -1], [0, 2]]
+    keys = jnp.ones((2, 64, 2, 32))
+    for examples, tokens in ((1, 0), (0, 1)):
+        lengths = np.full(examples, 40)
+        summaries = selection.summarize_blocks(keys[:examples], lengths, block_size=16)
+        summaries = selection.update_block_summaries(summaries, keys[:examples], lengths)
+        listed = blocks(jnp.zeros((examples, tokens, 4, 32)), summaries, lengths, count=2, keep_first=1, keep_last=1)
+        assert listed.tolist() == [[[0, 2]] * 2] * examples
+
+
 def test_mistakes_of_summaries_are_named():
     _, pages, *rest = batch()
     summaries = selection.summarize_pages(pages, bounds=False)

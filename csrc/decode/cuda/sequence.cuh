@@ -14,7 +14,7 @@ constexpr int kStepKeys = static_cast<int>(kStep);
 struct Sequence {
   int table;   // its number among the sequences of all groups
   int first;   // token, counted in its group
-  int q_len;   // 0 for none
+  int q_len;   // 0 for none; -1: its offsets cannot be true
   int kv_len;  // -1: it cannot be true, and queries give NaN
 
   // Sequence `number` of a group.
@@ -37,8 +37,10 @@ struct Sequence {
   __device__ __forceinline__ Sequence(const KernelParams& params, int group, int number) {
     const int32_t* offsets = params.cu_q_lens + group * (params.seqs + 1) + number;
     table = group * params.seqs + number;
+    const int end = __ldg(offsets + 1);
     first = __ldg(offsets);
-    q_len = __ldg(offsets + 1) - first;
+    // The difference of numbers that cannot be true may not be one of 32 bits.
+    q_len = first < 0 || end < first || end > params.tokens ? -1 : end - first;
     kv_len = __ldg(params.kv_lens + table);
     if (kv_len < 0 || kv_len > params.max_pages * params.by_page_size.value()) kv_len = -1;
   }
@@ -120,7 +122,8 @@ template <typename Config>
 __device__ __forceinline__ int MostStepsOf(const KernelParams& params, const Sequence& sequence,
                                            const RowTiles& tiles) {
   const int count = Steps::Of<Config>(params, sequence, 0, sequence.q_len - 1).count;
-  if (Config::kListed || params.window == 0 || params.selection != nullptr) return count;
+  const bool bounded = params.window > 0 && params.causal && !sequence.HasTree(params);  // a tile's keys, by the window
+  if (Config::kListed || !bounded || params.selection != nullptr) return count;
   const int64_t keys = params.window + params.by_group_heads.Ceiling(tiles.Height<Config>());
   const int64_t sinks = (params.sink_tokens + kStepKeys - 1) / kStepKeys;
   return static_cast<int>(min(int64_t{count}, sinks + keys / kStepKeys + 2));

@@ -31,7 +31,7 @@ __device__ __forceinline__ int CountUnitsOf(const KernelParams& params, int grou
     if (count < 0 || count > params.seqs) return -1;
     if (number == 0 && (sequence.first < 0 || sequence.first > params.tokens)) return -1;
     if (number >= count) return 0;
-    if (sequence.q_len < 0 || sequence.first + sequence.q_len > params.tokens) return -1;
+    if (sequence.q_len < 0) return -1;
   }
   if (sequence.q_len == 0 || sequence.kv_len < 0) return 0;
   const RowTiles tiles = RowTiles::Of<Config>(params, sequence);

@@ -22,6 +22,7 @@ Fault = Literal[
     "offsets decrease",
     "offset negative",
     "offset too large",
+    "offset least",
     "too many sequences",
     "sequences negative",
 ]
@@ -33,6 +34,7 @@ FAULTS: tuple[Fault, ...] = (
     "offsets decrease",
     "offset negative",
     "offset too large",
+    "offset least",
     "too many sequences",
     "sequences negative",
 )
@@ -211,6 +213,8 @@ def _break(case: Case, lengths: Any, table: Any, offsets: Any, total: int, rng: 
         offsets[0] = -1
     elif case.fault == "offset too large":
         offsets[len(case.q_lens)] = case.tokens + 1
+    elif case.fault == "offset least":  # the number of tokens is not one of 32 bits
+        offsets[len(case.q_lens)] = -(1 << 31)
 
 
 def random_case(seed: int) -> Case:
@@ -292,6 +296,16 @@ CORNER_CASES = {
         Case("window-and-sink-tokens", window=20, sink_tokens=18, kv_lens=(100, 30, 150), q_lens=(1, 30, 4)),
         Case("tree", tree=True, q_lens=(1, 64, 9), kv_lens=(30, 100, 12)),
         Case("tree-in-a-window", tree=True, window=12, q_lens=(1, 40, 9), kv_lens=(30, 100, 12)),
+        Case(
+            "tree-and-window-in-parts",
+            tree=True,
+            window=100,
+            q_lens=(64,),
+            kv_lens=(257,),
+            seqs=1,
+            max_pages=17,
+            part=64,
+        ),
         Case("tree-of-too-many", tree=True, q_lens=(65, 2), kv_lens=(80, 40)),
         Case("selected", selected=3, kv_lens=(40, 60, 130)),
         Case("selected-in-a-window", selected=4, window=30, sink_tokens=5, kv_lens=(140, 60, 130)),
@@ -310,6 +324,17 @@ CORNER_CASES = {
         Case("contiguous-values", contiguous=True, q_lens=(1, 1, 1), seqs=3, padding=0, value_dim=32, head_dim=96),
         Case("contiguous-selected", contiguous=True, q_lens=(1, 1, 1), seqs=3, padding=0, selected=4, tree=True),
         Case("contiguous-not-causal", contiguous=True, q_lens=(9, 9, 9), seqs=3, padding=0, causal=False, window=30),
+        Case(
+            "not-causal-window-in-parts",
+            q_lens=(130,),
+            kv_lens=(160,),
+            seqs=1,
+            padding=0,
+            contiguous=True,
+            causal=False,
+            window=20,
+            part=64,
+        ),
         *(Case(fault.replace(" ", "-"), fault=fault, kv_lens=(40, 37, 130), sinks=True) for fault in FAULTS),
     )
 }
