@@ -274,7 +274,7 @@ def random_case(
 
     Args:
         seed: any int.
-        max_len: longest queries and keys.
+        max_len: longest queries and keys; where queries are few, keys are up to three times as long.
         dtypes: of the operands.
         blocks: block sizes of either side.
         bias: whether some cases have a bias (what only some implementations take).
