@@ -87,8 +87,8 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   if (facts.capability < Limits::kMinComputeCapability) {
     return "the CUDA decoding kernels need compute capability 8.0 or newer";
   }
-  if (params.cache == CacheType::kE4M3 && facts.capability < Limits::kFloat8ComputeCapability) {
-    return "the CUDA decoding kernels take a cache of float8 on compute capability 8.9 or newer";
+  if (params.cache == CacheType::kE4M3 && facts.capability != Limits::kFloat8ComputeCapability) {
+    return "the CUDA decoding kernels take a cache of float8 on compute capability 9.0 alone";
   }
   const Variant* variant = Choose(params);
   if (variant == nullptr) return "there is no CUDA decoding kernel for this combination of dtype and head size";

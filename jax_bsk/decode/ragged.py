@@ -120,8 +120,8 @@ def ragged_paged_attention(
 
     Args:
       q: [T, N, H] array of float32, bfloat16, float16 or float64.
-      kv_pages: [P, Z, 2 K, H] cache with keys at even and values at odd heads, of q's type. On CUDA also
-        float8_e4m3fn or int8, with bfloat16 and float16 queries; "xla" takes int8 and every floating type with all.
+      kv_pages: [P, Z, 2 K, H] cache with keys at even and values at odd heads, of q's type. On CUDA also int8, and on
+        Hopper float8_e4m3fn, with bfloat16 and float16 queries; "xla" takes int8 and every floating type with all.
       kv_lens: Integers [Q], positions of each sequence, those of its queries included.
       page_indices: Integers [Q, M], the page that holds each sequence's positions 0 to Z - 1, Z to 2 Z - 1, and so on.
         Entries past the sequence's length are not read.
