@@ -31,6 +31,7 @@ std::string ShapeRefusal(const ForwardParams& params) {
     return "the CUDA decoding kernels take " + std::to_string(Limits::kMaxSequences) + " sequences at most, not " +
            std::to_string(Sequences(shape));
   }
+  if (shape.seqs < 1) return "the CUDA decoding kernels take one sequence or more";
   const int64_t rows = Product({shape.groups, shape.tokens, shape.heads});
   // A sequence has at most so many units, and no two sequences have a token in common but for empty parts.
   const int64_t parts = BlocksOf(MostSteps(shape), std::min(params.short_part, params.long_part) / kStep);

@@ -17,7 +17,7 @@ class PagePool:
 
     A sequence is a number that `allocate` or `fork` returns. It has a length in positions, and as many pages as these
     need. Sequences of a common prefix share its full pages (`fork`), which are counted and go back to the pool with
-    their last owner. A page that is written to has one owner.
+    their last owner. A page that is written to has one owner. A pool is for one thread; several need a lock around it.
 
     Args:
       num_pages: Pages of the cache.

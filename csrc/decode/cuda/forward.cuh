@@ -237,9 +237,9 @@ class Producer {
   __device__ __forceinline__ void Prefetch(const Unit& unit) const {
     const int thread = static_cast<int>(threadIdx.x);
     constexpr int kLines = Config::kDim * static_cast<int>(sizeof(typename Config::Element)) / 128;
-    if (unit.narrow && thread < unit.rows * kLines) {
-      const auto* row = Queries<Config>::Row(params_, unit, thread / kLines);
-      device::PrefetchL2(reinterpret_cast<const char*>(row) + thread % kLines * 128);
+    const int column = thread % kLines * (128 / static_cast<int>(sizeof(typename Config::Element)));
+    if (unit.narrow && thread < unit.rows * kLines && column < params_.dim) {
+      device::PrefetchL2(Queries<Config>::Row(params_, unit, thread / kLines) + column);
     }
     if (!Config::kListed && params_.selection == nullptr) {
       const int first = params_.by_page_size.Quotient(steps_[unit.step] * kStepKeys);
