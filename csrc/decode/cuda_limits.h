@@ -12,7 +12,7 @@ struct Limits {
   static constexpr int64_t kMaxHeadDim = 256;       // of head_dim and value_dim
   static constexpr int64_t kMaxHeadDimF32 = 128;
   static constexpr int kFloat8ComputeCapability = 90;  // and no other: all others run the code of sm_80, without float8
-  static constexpr int64_t kQuantisedMultiple = 16;  // the same for caches of one byte per element
+  static constexpr int64_t kQuantisedMultiple = 16;    // the same for caches of one byte per element
   static constexpr int64_t kMaxQuantisedHeadDim = 128;
   static constexpr int64_t kMaxSequences = 2048;  // of all groups: a number for each is kept in shared memory
 };

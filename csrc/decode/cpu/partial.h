@@ -11,7 +11,6 @@ namespace jax_bsk::decode::cpu::JAX_BSK_CPU_ISA {
 
 using namespace jax_bsk::cpu::JAX_BSK_CPU_ISA;
 
-
 template <class C>
 struct Partial {
   C* out;      // [rows, ld] sums of 2^(score - maximum) * value

@@ -1,5 +1,5 @@
-// A kernel that is launched with cudaLaunchAttributeProgrammaticStreamSerialization may start before the one in front of
-// it has ended (sm_90; nothing elsewhere).
+// A kernel that is launched with cudaLaunchAttributeProgrammaticStreamSerialization may start before the one in front
+// of it has ended (sm_90; nothing elsewhere).
 #pragma once
 
 namespace jax_bsk::device {
