@@ -6,6 +6,7 @@
     pages        `ragged_paged_attention` over the same sequences in pages of 16 and of 64, in random order
     selected     64 of the 512 pages of each sequence and key/value head
     float8       pages of 64 that hold float8_e4m3fn
+    shared       64 sequences of 1k each behind the same 8k, read once for all and by each for itself
     prefill      a chunk of 2,048 tokens into 32k beside 63 decoding sequences of 8k, in one call and in two
 
 Beside them run `jax.nn.dot_product_attention` with cuDNN and with XLA, which are given the caches' lengths, and torch's
@@ -209,6 +210,8 @@ class Paged:
     Attributes:
       selected: pages listed for each sequence and key/value head; 0 for all.
       cache: type of the cache, where it is not the queries'.
+      shared: first positions that are the same pages for all sequences.
+      read_once: whether the call reads these once for all.
     """
 
     name: str
@@ -218,16 +221,21 @@ class Paged:
     page_size: int
     selected: int = 0
     cache: str = ""
+    shared: int = 0
+    read_once: bool = False
 
     def row(self) -> Row:
         sizes, size = self.sizes, self.page_size
         count, tokens = len(self.lengths), sum(self.q_lens)
         group, rng = sizes.heads // sizes.kv_heads, np.random.default_rng(0)
         needed = [length // size for length in self.lengths]
-        order = rng.permutation(sum(needed)).astype(np.int32)
+        common = self.shared // size
+        own = [pages - common for pages in needed]
+        order = rng.permutation(common + sum(own)).astype(np.int32)
         table_ = np.zeros((count, max(needed)), np.int32)
-        for s, first in enumerate(np.cumsum([0, *needed[:-1]])):
-            table_[s, : needed[s]] = order[first : first + needed[s]]
+        table_[:, :common] = order[:common]
+        for s, first in enumerate(common + np.cumsum([0, *own[:-1]])):
+            table_[s, common : needed[s]] = order[first : first + own[s]]
         offsets = np.cumsum([0, *self.q_lens]).astype(np.int32)
         lists = None
         if self.selected:
@@ -236,20 +244,19 @@ class Paged:
                 for row in heads:  # the newest page, and others in no order
                     others = rng.choice(needed[s] - 1, self.selected - 1, replace=False)
                     row[:] = rng.permutation([*others, needed[s] - 1])
-        pages = sizes.normal(0, sum(needed), size, 2 * sizes.kv_heads, sizes.head_dim)
+        pages = sizes.normal(0, len(order), size, 2 * sizes.kv_heads, sizes.head_dim)
         if self.cache:
             pages = pages.astype(self.cache)
         query = sizes.normal(99, tokens, sizes.heads, sizes.head_dim)
         integers = (np.array(self.lengths, np.int32), table_, offsets, np.array([count], np.int32))
         cache = (pages, *map(jnp.asarray, integers), None if lists is None else jnp.asarray(lists))
         # A selection's positions are read in all, and each cache once.
-        visited = self.selected * size * count if self.selected else sum(self.lengths)
+        visited = self.selected * size * count if self.selected else len(order) * size
 
         def step(x: Any, cache: Any) -> Any:
             *paged, selection = cache
-            return decode.ragged_paged_attention(
-                x, *paged, sm_scale=1 / math.sqrt(sizes.head_dim), page_selection=selection
-            )
+            options: dict[str, Any] = {"shared_pages": common} if self.read_once else {"page_selection": selection}
+            return decode.ragged_paged_attention(x, *paged, sm_scale=1 / math.sqrt(sizes.head_dim), **options)
 
         def wanted(token: int, head: int) -> np.ndarray:
             s = int(np.searchsorted(offsets, token, side="right")) - 1
@@ -418,6 +425,7 @@ GOALS = (
     Goal("pages of 64 over contiguous <= 1.05", _ratio("64 x 8k, pages of 64", "64 x 8k"), 1.05),
     Goal("64 of 512 pages over all <= 0.20", _ratio("64 x 8k, 64 of 512 pages", "64 x 8k, pages of 16"), 0.20),
     Goal("float8 cache, bfloat16's time over its >= 1.7", _ratio("64 x 8k, pages of 64", "64 x 8k, float8"), 1.7, True),
+    Goal("shared prefix, time apart over read once >= 4", _ratio("64 x 1k behind 8k", "the same, read once"), 4, True),
     Goal("prefill and decoding apart over together >= 0.9", _together, 0.9, True),
 )
 
@@ -438,6 +446,7 @@ def cases(sizes: Sizes, peers: Sequence[str]) -> Iterator[Iterator[tuple[str, Ca
     ):  # fmt: skip
         found = Contiguous(sizes, sizes.batch(batch), sizes.length(length), queries).rows(peers)
         yield _with_pages(sizes, found) if (batch, length) == (64, 8192) else found
+    yield _shared(sizes)
     length, chunk = sizes.length(8192), sizes.length(2048)
     decoding = sizes.batch(63)
     alone = ((1,) * decoding, (length,) * decoding), ((chunk,), (sizes.length(32768),))
@@ -447,6 +456,17 @@ def cases(sizes: Sizes, peers: Sequence[str]) -> Iterator[Iterator[tuple[str, Ca
         for name, lens in zip(
             ("prefill beside decoding", "decoding alone", "prefill alone"), (both, *alone), strict=True
         )
+    )
+
+
+def _shared(sizes: Sizes) -> Iterator[tuple[str, Callable[[], Row]]]:
+    """Sequences that begin with the same pages."""
+    batch, own, shared = sizes.batch(64), sizes.length(1024), sizes.length(8192)
+    lens = (1,) * batch, (shared + own,) * batch
+    name = f"{batch} x {_short(own)} behind {_short(shared)}"
+    return _ours(
+        Paged(name_, sizes, *lens, page_size=64, shared=shared, read_once=once)
+        for name_, once in ((name, False), ("the same, read once", True))
     )
 
 

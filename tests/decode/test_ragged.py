@@ -161,7 +161,7 @@ def test_quantised_caches_on_cuda(dtype, queries):
         cache = cache.astype(dtype)
         q = jnp.asarray(rng.standard_normal((offsets[-1] + 2, 2 * group, head_dim)), queries)
         args = kv_lens, table, offsets, np.array([3], np.int32)
-        options = {"sm_scale": 0.2, "k_scale": 1 / 30, "v_scale": 1 / 30}
+        options: dict[str, Any] = {"sm_scale": 0.2, "k_scale": 1 / 30, "v_scale": 1 / 30}
         out = decode.ragged_paged_attention(q, cache, *args, implementation="cuda", **options)
         with jax.enable_x64(True):
             exact = jnp.asarray(q, jnp.float64), jnp.asarray(cache, jnp.float64)
