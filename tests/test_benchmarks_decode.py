@@ -23,7 +23,13 @@ def test_a_quick_run(script, tmp_path, capsys):
     names = [case["name"] for case in result["cases"]]
     assert names[:5] == ["1 x 64", "1 x 512", "3 x 128", "3 x 128, 4 queries", "3 x 64"]
     assert names[6:9] == ["3 x 128, pages of 16", "3 x 128, pages of 64", "3 x 128, 1 of 8 pages"]
-    assert names[10:] == ["prefill beside decoding", "decoding alone", "prefill alone"]
+    assert names[10:] == [
+        "3 x 64 behind 128",
+        "the same, read once",
+        "prefill beside decoding",
+        "decoding alone",
+        "prefill alone",
+    ]
     for case in result["cases"]:
         assert case["ok"]
         rate = case["cache_bytes"] / case["seconds"]
