@@ -68,9 +68,10 @@ def _part(sizes: Sizes, row_tiles: int, tokens: int, most: int | None) -> int:
         part = -(-steps // parts)
         if parts > 1 and a_part * parts > _PARTIAL_BYTES:
             break
-        waves = -(-tiles * -(-steps // part) // _WORKERS)
-        if (most is None or part * _STEP <= most or best > part) and waves * (part + _PART_STEPS) < least:
-            best, least = part, waves * (part + _PART_STEPS)
         if most is not None and part * _STEP > most:
-            least = math.inf  # shorter ones are preferred, as long as their results have room
+            best = part  # until one is short enough
+            continue
+        waves = -(-tiles * -(-steps // part) // _WORKERS)
+        if waves * (part + _PART_STEPS) < least:
+            best, least = part, waves * (part + _PART_STEPS)
     return best * _STEP
