@@ -18,48 +18,91 @@ struct Attributes {
   int64_t block_kv;
   double scale;
   double soft_cap;
+  int64_t dropout;  // threshold in 256ths; 0: none
+  std::string_view version;
+};
+struct BiasGradientAttributes {
+  int64_t block_q;
+  int64_t block_kv;
+  double scale;
+  double soft_cap;
+  int64_t dropout;
+  int64_t term;  // a BiasTerm
   std::string_view version;
 };
 
-#define JAX_BSK_ATTENTION_FORWARD_BUFFERS(X)                                 \
-  X(kOperand, query)         /* [B, T, N, H] */                              \
-  X(kOperand, key)           /* [B, S, K, H] */                              \
-  X(kOperand, value)         /* [B, S, K, Hv] */                             \
-  X(kOperand, row_offsets)   /* [B|1, N|1, q_blocks + 1] */                  \
-  X(kOperand, kv_blocks)     /* [B|1, N|1, capacity] */                      \
-  X(kOperand, tiles)         /* [B|1, N|1, capacity] */                      \
-  X(kOperand, bit_tiles)     /* [B|1, N|1, count, block_q, block_kv / 32] */ \
-  X(kOperand, lengths)       /* [B|1, 2] */                                  \
-  X(kOptionalOperand, sinks) /* [B|1, N|1]: a logit per head */              \
-  X(kOptionalOperand, gates) /* [B, N, capacity]: a number per entry */      \
-  X(kResult, out)            /* [B, T, N, Hv] */                             \
-  X(kResult, lse)            /* [B, N, T] */                                 \
-  X(kResult, lse_rest)       /* [B, N, T] */
+#define JAX_BSK_ATTENTION_FORWARD_BUFFERS(X)                                             \
+  X(kOperand, query)                  /* [B, T, N, H] */                                 \
+  X(kOperand, key)                    /* [B, S, K, H] */                                 \
+  X(kOperand, value)                  /* [B, S, K, Hv] */                                \
+  X(kOperand, row_offsets)            /* [B|1, N|1, q_blocks + 1] */                     \
+  X(kOperand, kv_blocks)              /* [B|1, N|1, capacity] */                         \
+  X(kOperand, tiles)                  /* [B|1, N|1, capacity] */                         \
+  X(kOperand, bit_tiles)              /* [B|1, N|1, count, block_q, block_kv / 32] */    \
+  X(kOperand, lengths)                /* [B|1, 2] */                                     \
+  X(kOptionalOperand, sinks)          /* [B|1, N|1]: a logit per head */                 \
+  X(kOptionalOperand, gates)          /* [B, N, capacity]: a number per entry */         \
+  X(kOptionalOperand, dense_bias)     /* [B|1, N|1, T|1, S|1], query's type or stats */  \
+  X(kOptionalOperand, distance_bias)  /* [B|1, N|1, T + S - 1] */                        \
+  X(kOptionalOperand, bias_tiles)     /* [B|1, N|1, count, block_q|1, block_kv|1] */     \
+  X(kOptionalOperand, row_bias_tiles) /* as kv_blocks: a tile of bias_tiles per entry */ \
+  X(kOptionalOperand, dropout_keys)   /* [B, N]: a word per head */                      \
+  X(kResult, out)                     /* [B, T, N, Hv] */                                \
+  X(kResult, lse)                     /* [B, N, T] */                                    \
+  X(kResult, lse_rest)                /* [B, N, T] */
 JAX_BSK_BUFFERS(ForwardBuffers, JAX_BSK_ATTENTION_FORWARD_BUFFERS);
 
-#define JAX_BSK_ATTENTION_BACKWARD_BUFFERS(X)                                    \
-  X(kOperand, dout)              /* [B, T, N, Hv] */                             \
-  X(kOperand, query)             /* [B, T, N, H] */                              \
-  X(kOperand, key)               /* [B, S, K, H] */                              \
-  X(kOperand, value)             /* [B, S, K, Hv] */                             \
-  X(kOperand, lse)               /* [B, N, T] */                                 \
-  X(kOperand, lse_rest)          /* [B, N, T] */                                 \
-  X(kOperand, delta)             /* [B, N, T] */                                 \
-  X(kOperand, row_offsets)       /* [B|1, N|1, q_blocks + 1] */                  \
-  X(kOperand, kv_blocks)         /* [B|1, N|1, capacity] */                      \
-  X(kOperand, tiles)             /* [B|1, N|1, capacity] */                      \
-  X(kOperand, col_offsets)       /* [B|1, N|1, kv_blocks + 1] */                 \
-  X(kOperand, q_blocks)          /* [B|1, N|1, capacity] */                      \
-  X(kOperand, col_tiles)         /* [B|1, N|1, capacity] */                      \
-  X(kOperand, bit_tiles)         /* [B|1, N|1, count, block_q, block_kv / 32] */ \
-  X(kOperand, lengths)           /* [B|1, 2] */                                  \
-  X(kOptionalOperand, row_gates) /* [B, N, capacity of the rows] */              \
-  X(kOptionalOperand, col_gates) /* [B, N, capacity of the columns] */           \
-  X(kResult, dquery)             /* [B, T, N, H] */                              \
-  X(kResult, dkey)               /* [B, S, K, H] */                              \
-  X(kResult, dvalue)             /* [B, S, K, Hv] */                             \
-  X(kOptionalResult, dgates)     /* as col_gates */
+#define JAX_BSK_ATTENTION_BACKWARD_BUFFERS(X)                                           \
+  X(kOperand, dout)                   /* [B, T, N, Hv] */                               \
+  X(kOperand, query)                  /* [B, T, N, H] */                                \
+  X(kOperand, key)                    /* [B, S, K, H] */                                \
+  X(kOperand, value)                  /* [B, S, K, Hv] */                               \
+  X(kOperand, lse)                    /* [B, N, T] */                                   \
+  X(kOperand, lse_rest)               /* [B, N, T] */                                   \
+  X(kOperand, delta)                  /* [B, N, T] */                                   \
+  X(kOperand, row_offsets)            /* [B|1, N|1, q_blocks + 1] */                    \
+  X(kOperand, kv_blocks)              /* [B|1, N|1, capacity] */                        \
+  X(kOperand, tiles)                  /* [B|1, N|1, capacity] */                        \
+  X(kOperand, col_offsets)            /* [B|1, N|1, kv_blocks + 1] */                   \
+  X(kOperand, q_blocks)               /* [B|1, N|1, capacity] */                        \
+  X(kOperand, col_tiles)              /* [B|1, N|1, capacity] */                        \
+  X(kOperand, bit_tiles)              /* [B|1, N|1, count, block_q, block_kv / 32] */   \
+  X(kOperand, lengths)                /* [B|1, 2] */                                    \
+  X(kOptionalOperand, row_gates)      /* [B, N, capacity of the rows] */                \
+  X(kOptionalOperand, col_gates)      /* [B, N, capacity of the columns] */             \
+  X(kOptionalOperand, dense_bias)     /* [B|1, N|1, T|1, S|1], query's type or stats */ \
+  X(kOptionalOperand, distance_bias)  /* [B|1, N|1, T + S - 1] */                       \
+  X(kOptionalOperand, bias_tiles)     /* [B|1, N|1, count, block_q|1, block_kv|1] */    \
+  X(kOptionalOperand, row_bias_tiles) /* as kv_blocks */                                \
+  X(kOptionalOperand, col_bias_tiles) /* as q_blocks */                                 \
+  X(kOptionalOperand, dropout_keys)   /* [B, N] */                                      \
+  X(kResult, dquery)                  /* [B, T, N, H] */                                \
+  X(kResult, dkey)                    /* [B, S, K, H] */                                \
+  X(kResult, dvalue)                  /* [B, S, K, Hv] */                               \
+  X(kOptionalResult, dgates)          /* as col_gates */
 JAX_BSK_BUFFERS(BackwardBuffers, JAX_BSK_ATTENTION_BACKWARD_BUFFERS);
+
+#define JAX_BSK_ATTENTION_BIAS_GRADIENT_BUFFERS(X)                                      \
+  X(kOperand, dout)                   /* [B, T, N, Hv] */                               \
+  X(kOperand, query)                  /* [B, T, N, H] */                                \
+  X(kOperand, key)                    /* [B, S, K, H] */                                \
+  X(kOperand, value)                  /* [B, S, K, Hv] */                               \
+  X(kOperand, lse)                    /* [B, N, T] */                                   \
+  X(kOperand, lse_rest)               /* [B, N, T] */                                   \
+  X(kOperand, delta)                  /* [B, N, T] */                                   \
+  X(kOperand, row_offsets)            /* [B|1, N|1, q_blocks + 1] */                    \
+  X(kOperand, kv_blocks)              /* [B|1, N|1, capacity] */                        \
+  X(kOperand, tiles)                  /* [B|1, N|1, capacity] */                        \
+  X(kOperand, bit_tiles)              /* [B|1, N|1, count, block_q, block_kv / 32] */   \
+  X(kOperand, lengths)                /* [B|1, 2] */                                    \
+  X(kOptionalOperand, gates)          /* [B, N, capacity] */                            \
+  X(kOptionalOperand, dense_bias)     /* [B|1, N|1, T|1, S|1], query's type or stats */ \
+  X(kOptionalOperand, distance_bias)  /* [B|1, N|1, T + S - 1] */                       \
+  X(kOptionalOperand, bias_tiles)     /* [B|1, N|1, count, block_q|1, block_kv|1] */    \
+  X(kOptionalOperand, row_bias_tiles) /* as kv_blocks */                                \
+  X(kOptionalOperand, dropout_keys)   /* [B, N] */                                      \
+  X(kResult, dbias)                   /* as the term; distances: [B|1, N|1, 2, T + S - 1] */
+JAX_BSK_BUFFERS(BiasGradientBuffers, JAX_BSK_ATTENTION_BIAS_GRADIENT_BUFFERS);
 
 struct ListOperands {
   const Operand& offsets;
@@ -67,9 +110,13 @@ struct ListOperands {
   const Operand& tiles;
 };
 
-template <typename Params>
+template <typename Attributes, typename Params>
 ffi::Error ReadAttributes(const Attributes& attributes, Params* params) {
   JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
+  if (attributes.dropout < 0 || attributes.dropout > 255) {
+    return Refusal("dropout is in 256ths, 0 to 255, got " + std::to_string(attributes.dropout));
+  }
+  params->dropout.threshold = static_cast<int>(attributes.dropout);
   for (int64_t block : {attributes.block_q, attributes.block_kv}) {
     if (block <= 0 || block % 32 != 0) {
       return ffi::Error::InvalidArgument("jax_bsk: block sizes are positive multiples of 32, got " +
@@ -193,6 +240,74 @@ inline ffi::Error ReadGates(const char* name, const Operand& gates, const Shape&
   return ffi::Error::Success();
 }
 
+struct BiasOperands {
+  const Operand& dense;
+  const Operand& distances;
+  const Operand& tiles;
+  const Operand& row_tiles;
+  const Operand* col_tiles;  // null: the call has no key-major lists
+};
+
+inline ffi::Error ReadBiasTileNumbers(const char* name, const Operand& numbers, const BlockList& list,
+                                      const int32_t** data) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType(name, numbers, ffi::S32));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape(name, numbers, {{list.batch}, {list.heads}, {list.capacity}}));
+  *data = numbers.typed_data<int32_t>();
+  return ffi::Error::Success();
+}
+
+// The terms of the bias that are given; `rows` and `cols` (or null) are the call's lists.
+inline ffi::Error ReadBias(const BiasOperands& operands, const Shape& shape, ffi::DataType element, ffi::DataType stats,
+                           const BlockList& rows, const BlockList* cols, Bias* bias) {
+  *bias = Bias{};
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("dense_bias", operands.dense, 4));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("distance_bias", operands.distances, 3));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("bias_tiles", operands.tiles, 5));
+  const Extent batch{shape.batch, true}, heads{shape.heads, true};
+  if (IsGiven(operands.dense)) {
+    JAX_BSK_RETURN_IF_ERROR(
+        CheckShape("dense_bias", operands.dense, {batch, heads, {shape.q_len, true}, {shape.kv_len, true}}));
+    bias->dense_wide = operands.dense.element_type() == stats;
+    if (!bias->dense_wide) JAX_BSK_RETURN_IF_ERROR(CheckType("dense_bias", operands.dense, element));
+    const auto dims = MergeLeading(operands.dense, 3);
+    bias->dense_batch = dims[0], bias->dense_heads = dims[1], bias->dense_q = dims[2], bias->dense_kv = dims[3];
+    bias->dense = operands.dense.untyped_data();
+  }
+  if (IsGiven(operands.distances)) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType("distance_bias", operands.distances, stats));
+    JAX_BSK_RETURN_IF_ERROR(
+        CheckShape("distance_bias", operands.distances, {batch, heads, {shape.q_len + shape.kv_len - 1}}));
+    const auto dims = MergeLeading(operands.distances, 2);
+    bias->distances_batch = dims[0], bias->distances_heads = dims[1];
+    bias->distances = operands.distances.untyped_data();
+  }
+  if (IsGiven(operands.tiles)) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType("bias_tiles", operands.tiles, stats));
+    const auto dims = MergeLeading(operands.tiles, 4);
+    JAX_BSK_RETURN_IF_ERROR(CheckShape("bias_tiles", operands.tiles,
+                                       {batch, heads, {dims[2]}, {shape.block_q, true}, {shape.block_kv, true}}));
+    bias->tiles_batch = dims[0], bias->tiles_heads = dims[1], bias->tiles_count = dims[2];
+    bias->tiles_q = dims[3], bias->tiles_kv = dims[4];
+    JAX_BSK_RETURN_IF_ERROR(ReadBiasTileNumbers("row_bias_tiles", operands.row_tiles, rows, &bias->row_tiles));
+    if (cols != nullptr) {
+      JAX_BSK_RETURN_IF_ERROR(ReadBiasTileNumbers("col_bias_tiles", *operands.col_tiles, *cols, &bias->col_tiles));
+    }
+    if (bias->tiles_count > 0) bias->tiles = operands.tiles.untyped_data();
+  }
+  return ffi::Error::Success();
+}
+
+// [B, N] words, which come with a threshold or not at all.
+inline ffi::Error ReadDropout(const Operand& keys, const Shape& shape, Dropout* dropout) {
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dropout_keys", keys, ffi::U32));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("dropout_keys", keys, 2));
+  dropout->keys = nullptr;
+  if (!IsGiven(keys) || dropout->threshold == 0) return ffi::Error::Success();
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dropout_keys", keys, {{shape.batch}, {shape.heads}}));
+  dropout->keys = keys.typed_data<uint32_t>();
+  return ffi::Error::Success();
+}
+
 inline ffi::Error ReadForward(const ForwardBuffers& buffers, const Attributes& attributes, ForwardParams* params) {
   Shape& shape = params->shape;
   ffi::DataType stats;
@@ -206,6 +321,10 @@ inline ffi::Error ReadForward(const ForwardBuffers& buffers, const Attributes& a
   JAX_BSK_RETURN_IF_ERROR(ReadSinks(buffers.sinks, shape, stats, params));
   void* gate_values;
   JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", buffers.gates, shape, params->rows, stats, &gate_values));
+  JAX_BSK_RETURN_IF_ERROR(
+      ReadBias({buffers.dense_bias, buffers.distance_bias, buffers.bias_tiles, buffers.row_bias_tiles, nullptr}, shape,
+               buffers.query.element_type(), stats, params->rows, nullptr, &params->bias));
+  JAX_BSK_RETURN_IF_ERROR(ReadDropout(buffers.dropout_keys, shape, &params->dropout));
   JAX_BSK_RETURN_IF_ERROR(CheckType("out", buffers.out, buffers.query.element_type()));
   JAX_BSK_RETURN_IF_ERROR(
       CheckShape("out", buffers.out, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
@@ -259,6 +378,10 @@ inline ffi::Error ReadBackward(const BackwardBuffers& buffers, const Attributes&
   JAX_BSK_RETURN_IF_ERROR(ReadGates("row_gates", buffers.row_gates, shape, params->rows, stats, &row_values));
   JAX_BSK_RETURN_IF_ERROR(ReadGates("col_gates", buffers.col_gates, shape, params->cols, stats, &col_values));
   JAX_BSK_RETURN_IF_ERROR(ReadGates("dgates", buffers.dgates, shape, params->cols, stats, &params->dgates));
+  JAX_BSK_RETURN_IF_ERROR(ReadBias(
+      {buffers.dense_bias, buffers.distance_bias, buffers.bias_tiles, buffers.row_bias_tiles, &buffers.col_bias_tiles},
+      shape, buffers.query.element_type(), stats, params->rows, &params->cols, &params->bias));
+  JAX_BSK_RETURN_IF_ERROR(ReadDropout(buffers.dropout_keys, shape, &params->dropout));
   const bool gated = IsGiven(buffers.row_gates);
   if (IsGiven(buffers.col_gates) != gated || IsGiven(buffers.dgates) != gated) {
     return ffi::Error::InvalidArgument("jax_bsk: row_gates, col_gates and dgates come together or not at all");
@@ -278,8 +401,73 @@ inline ffi::Error ReadBackward(const BackwardBuffers& buffers, const Attributes&
   return ffi::Error::Success();
 }
 
+inline ffi::Error ReadBiasGradient(const BiasGradientBuffers& buffers, const BiasGradientAttributes& attributes,
+                                   BiasGradientParams* params) {
+  Shape& shape = params->shape;
+  ffi::DataType stats;
+  JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType(buffers.query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadShape(buffers.query, buffers.key, buffers.value, &shape));
+  JAX_BSK_RETURN_IF_ERROR(ReadList({buffers.row_offsets, buffers.kv_blocks, buffers.tiles}, shape, shape.q_blocks,
+                                   shape.kv_blocks, &params->rows));
+  JAX_BSK_RETURN_IF_ERROR(ReadTiles(buffers.bit_tiles, shape, &params->tiles));
+  JAX_BSK_RETURN_IF_ERROR(ReadLengths(buffers.lengths, shape, &params->lengths));
+  for (const auto& [name, buffer] : {std::pair<const char*, const Operand*>{"lse", &buffers.lse},
+                                     {"lse_rest", &buffers.lse_rest},
+                                     {"delta", &buffers.delta}}) {
+    JAX_BSK_RETURN_IF_ERROR(CheckType(name, *buffer, stats));
+    JAX_BSK_RETURN_IF_ERROR(CheckShape(name, *buffer, {{shape.batch}, {shape.heads}, {shape.q_len}}));
+  }
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dout", buffers.dout, buffers.query.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(
+      CheckShape("dout", buffers.dout, {{shape.batch}, {shape.q_len}, {shape.heads}, {shape.value_dim}}));
+  void* gate_values;
+  JAX_BSK_RETURN_IF_ERROR(ReadGates("gates", buffers.gates, shape, params->rows, stats, &gate_values));
+  JAX_BSK_RETURN_IF_ERROR(
+      ReadBias({buffers.dense_bias, buffers.distance_bias, buffers.bias_tiles, buffers.row_bias_tiles, nullptr}, shape,
+               buffers.query.element_type(), stats, params->rows, nullptr, &params->bias));
+  JAX_BSK_RETURN_IF_ERROR(ReadDropout(buffers.dropout_keys, shape, &params->dropout));
+  const Bias& bias = params->bias;
+  ffi::Error shaped = jax_bsk::Refusal("term is 0, 1 or 2, got " + std::to_string(attributes.term));
+  ffi::DataType type = stats;
+  bool given = false;
+  params->term = static_cast<BiasTerm>(attributes.term);
+  if (params->term == BiasTerm::kDense) {
+    given = bias.dense != nullptr;
+    type = buffers.dense_bias.element_type();
+    shaped =
+        CheckShape("dbias", buffers.dbias, {{bias.dense_batch}, {bias.dense_heads}, {bias.dense_q}, {bias.dense_kv}});
+  } else if (params->term == BiasTerm::kDistances) {
+    given = bias.distances != nullptr;
+    shaped = CheckShape("dbias", buffers.dbias,
+                        {{bias.distances_batch}, {bias.distances_heads}, {2}, {shape.q_len + shape.kv_len - 1}});
+  } else if (params->term == BiasTerm::kTiles) {
+    given = bias.tiles != nullptr;
+    shaped = CheckShape("dbias", buffers.dbias,
+                        {{bias.tiles_batch}, {bias.tiles_heads}, {bias.tiles_count}, {bias.tiles_q}, {bias.tiles_kv}});
+  }
+  if (!given) return jax_bsk::Refusal("the gradient of a term of the bias needs that term");
+  if (shaped.failure()) return shaped;
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dbias", buffers.dbias, type));
+  params->gates = gate_values;
+  params->dout = buffers.dout.untyped_data();
+  params->query = buffers.query.untyped_data();
+  params->key = buffers.key.untyped_data();
+  params->value = buffers.value.untyped_data();
+  params->lse = buffers.lse.untyped_data();
+  params->lse_rest = buffers.lse_rest.untyped_data();
+  params->delta = buffers.delta.untyped_data();
+  params->dbias = buffers.dbias.untyped_data();
+  return ffi::Error::Success();
+}
+
 }  // namespace jax_bsk::attention
 
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::attention::Attributes, StructMember<int64_t>("block_q"),
                                       StructMember<int64_t>("block_kv"), StructMember<double>("scale"),
-                                      StructMember<double>("soft_cap"), StructMember<std::string_view>("version"));
+                                      StructMember<double>("soft_cap"), StructMember<int64_t>("dropout"),
+                                      StructMember<std::string_view>("version"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::attention::BiasGradientAttributes, StructMember<int64_t>("block_q"),
+                                      StructMember<int64_t>("block_kv"), StructMember<double>("scale"),
+                                      StructMember<double>("soft_cap"), StructMember<int64_t>("dropout"),
+                                      StructMember<int64_t>("term"), StructMember<std::string_view>("version"));

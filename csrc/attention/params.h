@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "attention/bias.h"
+#include "attention/dropout.h"
 #include "dtype.h"
 #include "lists/block_list.h"
 #include "logits.h"
@@ -48,9 +50,11 @@ struct ForwardParams {
   int64_t sinks_batch;
   int64_t sinks_heads;
   const void* gates;  // stats [B, N, rows.capacity]: factor of each visited block's normalised probabilities; null: 1
-  float scale;        // logits = scale * q.k, before the soft cap
-  float soft_cap;     // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
-  void* out;          // [B, T, N, value_dim], dtype
+  Bias bias;
+  Dropout dropout;  // of the probabilities, after the softmax; the log-sum-exp does not depend on it
+  float scale;      // logits = scale * q.k, before the soft cap
+  float soft_cap;   // 0 = none; else logits = soft_cap * tanh(logits / soft_cap)
+  void* out;        // [B, T, N, value_dim], dtype
   // stats [B, N, T]: natural-log log-sum-exp of the masked logits and the sink, without the gates; kNoLogSumExp where
   // there is neither.
   void* lse;
@@ -84,12 +88,44 @@ struct BackwardParams {
   // an id or a tile out of range. A column that cannot be followed may make NaN of the gradients of its group's other
   // heads for the same keys.
   void* dgates;
+  Bias bias;
+  // With m being 0 for a dropped pair and Dropout's scale for others: dS = P (m dO V^T - delta), dV += m P^T dO. With
+  // gates, m g in place of m.
+  Dropout dropout;
   float scale;
   float soft_cap;
   void* dquery;      // [B, T, N, head_dim], dtype
   void* dkey;        // [B, S, K, head_dim], dtype; summed over the group's query heads
   void* dvalue;      // [B, S, K, value_dim], dtype
   double scale_f64;  // as in ForwardParams
+  double soft_cap_f64;
+};
+
+// The gradient of one term of the bias, from the query-major lists: the sum of dS = P (m g dO V^T - delta), without the
+// soft cap's slope, over the pairs that the term's element was added to, in a fixed order.
+struct BiasGradientParams {
+  Shape shape;
+  DType dtype;
+  const void* dout;  // as in BackwardParams
+  const void* query;
+  const void* key;
+  const void* value;
+  const void* lse;
+  const void* lse_rest;
+  const void* delta;
+  BlockList rows;
+  BitTiles tiles;
+  Lengths lengths;
+  const void* gates;  // stats [B, N, rows.capacity] or null
+  Bias bias;          // without col_tiles
+  Dropout dropout;
+  BiasTerm term;
+  float scale;
+  float soft_cap;
+  // The term's shape and type: elements that no listed pair has are 0. Of the distances stats [distances_batch,
+  // distances_heads, 2, T + S - 1], whose two halves are still to be added up.
+  void* dbias;
+  double scale_f64;
   double soft_cap_f64;
 };
 

@@ -220,7 +220,18 @@ def _call_forward(
     sinks = np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks
     gates = np.zeros(ffi.NO_GATES, stats) if gates is None else gates
     query = _marked(call, query)
-    operands = (query, key, value, *mask.kernel_rows(), mask.bit_tiles, lengths, sinks, gates)
+    lists = (*mask.kernel_rows(), mask.bit_tiles, lengths)
+    operands = (
+        query,
+        key,
+        value,
+        *lists,
+        sinks,
+        gates,
+        *ffi.no_bias(query.dtype),
+        ffi.no_bias_tile_numbers(),
+        ffi.no_dropout(),
+    )
     out, lse, lse_rest = _native(FORWARD, ffi.FORWARD, call, operands)
     return out, lse, lse_rest
 
@@ -243,7 +254,22 @@ def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents:
             mask, order = with_entry_order(mask)
         row_gates, col_gates = gates, to_columns(gates, order)
     lists = (*mask.kernel_rows(), *mask.kernel_columns(), mask.bit_tiles, lengths)
-    operands = (_marked(call, dout), query, key, value, lse, lse_rest, delta, *lists, row_gates, col_gates)
+    operands = (
+        _marked(call, dout),
+        query,
+        key,
+        value,
+        lse,
+        lse_rest,
+        delta,
+        *lists,
+        row_gates,
+        col_gates,
+        *ffi.no_bias(query.dtype),
+        ffi.no_bias_tile_numbers(),
+        ffi.no_bias_tile_numbers(),
+        ffi.no_dropout(),
+    )
     dquery, dkey, dvalue, dgates = _native(BACKWARD, ffi.BACKWARD, call, operands)
     dgates = None if order is None else to_rows(dgates, order)
     dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)

@@ -15,24 +15,48 @@ import numpy as np
 
 from jax_bsk.core import library
 from jax_bsk.core.dims import Dims
+from jax_bsk.core.dtypes import statistics_dtype
 
 ATTENTION_FORWARD = "jax_bsk_attention_forward"
 ATTENTION_BACKWARD = "jax_bsk_attention_backward"
+ATTENTION_BIAS_GRADIENT = "jax_bsk_attention_bias_gradient"
 
 # Shapes of what stands for an operand that is not given.
 NO_GATES = (1, 1, 0)
 NO_SINKS = (1, 0)
+NO_DENSE_BIAS = (1, 1, 1, 0)
+NO_DISTANCE_BIAS = (1, 1, 0)
+NO_BIAS_TILES = (1, 1, 0, 1, 0)
+NO_BIAS_TILE_NUMBERS = (1, 1, 0)
+NO_DROPOUT_KEYS = (1, 0)
 
 # Letters: B examples, T queries, S keys, N query heads, K key/value heads (see `core.dims`). Gates are one number per
 # entry of the lists.
 _ROWS = {"row_offsets": "bn.", "kv_blocks": "bn.", "tiles": "bn."}
 _COLUMNS = {"col_offsets": "bn.", "q_blocks": "bn.", "col_tiles": "bn."}
 _REST = {"bit_tiles": "bn...", "lengths": "b."}
+_BIAS = {"dense_bias": "bnts", "distance_bias": "bn.", "bias_tiles": "bn..."}
+_BIAS_SHARED = tuple((name,) for name in _BIAS)
+# Numbers of bias tiles share tables with the lists; those that are not given share nothing.
+_ROW_BIAS = {"row_bias_tiles": "bn."}
+_COLUMN_BIAS = {"col_bias_tiles": "bn."}
+_DROPOUT = {"dropout_keys": "bn"}
 
 FORWARD = Dims(
-    operands={"query": "BTN.", "key": "BSK.", "value": "BSK.", **_ROWS, **_REST, "sinks": "bn", "gates": "bn."},
+    operands={
+        "query": "BTN.",
+        "key": "BSK.",
+        "value": "BSK.",
+        **_ROWS,
+        **_REST,
+        "sinks": "bn",
+        "gates": "bn.",
+        **_BIAS,
+        **_ROW_BIAS,
+        **_DROPOUT,
+    },
     results={"out": "BTN.", "lse": "BNT", "lse_rest": "BNT"},
-    shared=(tuple(_ROWS), ("bit_tiles",), ("lengths",), ("sinks",)),
+    shared=((*_ROWS, *_ROW_BIAS), ("bit_tiles",), ("lengths",), ("sinks",), *_BIAS_SHARED),
     follow=("query",),
 )
 BACKWARD = Dims(
@@ -49,10 +73,14 @@ BACKWARD = Dims(
         **_REST,
         "row_gates": "bn.",
         "col_gates": "bn.",
+        **_BIAS,
+        **_ROW_BIAS,
+        **_COLUMN_BIAS,
+        **_DROPOUT,
     },
     results={"dquery": "BTN.", "dkey": "BSK.", "dvalue": "BSK.", "dgates": "bn."},
     # Kernels read the lists of both orders with one count of examples.
-    shared=((*_ROWS, *_COLUMNS), ("bit_tiles",), ("lengths",)),
+    shared=((*_ROWS, *_COLUMNS, *_ROW_BIAS, *_COLUMN_BIAS), ("bit_tiles",), ("lengths",), *_BIAS_SHARED),
     follow=("query",),
 )
 
@@ -66,12 +94,14 @@ class AttentionAttributes:
       block_kv: Keys per block.
       scale: Factor of the logits. It and the cap travel in float64, of which float64 inputs make use.
       soft_cap: Soft cap of the logits; 0 is none.
+      dropout: Share of the probabilities that are dropped, in 256ths; 0 is none.
     """
 
     block_q: int
     block_kv: int
     scale: float
     soft_cap: float
+    dropout: int = 0
 
     def encode(self) -> dict[str, Any]:
         """The attributes of the custom call."""
@@ -80,6 +110,7 @@ class AttentionAttributes:
             "block_kv": np.int64(self.block_kv),
             "scale": np.float64(self.scale),
             "soft_cap": np.float64(self.soft_cap),
+            "dropout": np.int64(self.dropout),
         }
 
 
@@ -125,3 +156,19 @@ def backward_workspace(
         capacity=ids_shape[-1],
         gates=math.prod(gates_shape),
     )
+
+
+def no_bias(dtype: Any) -> tuple[np.ndarray, ...]:
+    """What stands for the three terms of a bias that is not given."""
+    stats = statistics_dtype(dtype)
+    return tuple(np.zeros(shape, stats) for shape in (NO_DENSE_BIAS, NO_DISTANCE_BIAS, NO_BIAS_TILES))
+
+
+def no_bias_tile_numbers() -> np.ndarray:
+    """What stands for the tiles of entries."""
+    return np.zeros(NO_BIAS_TILE_NUMBERS, np.int32)
+
+
+def no_dropout() -> np.ndarray:
+    """What stands for the keys of dropout."""
+    return np.zeros(NO_DROPOUT_KEYS, np.uint32)

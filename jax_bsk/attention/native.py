@@ -37,6 +37,9 @@ class AttentionCall:
     axis: Axes = None
 
 
+_COL_GATES = list(ffi.BACKWARD.operands).index("col_gates")
+
+
 def _forward_shapes(query: Any, key: Any, value: Any, *others: Any, call: AttentionCall) -> tuple[Any, ...]:
     del key, others, call
     *lead, t, n, _ = query.shape
@@ -46,9 +49,9 @@ def _forward_shapes(query: Any, key: Any, value: Any, *others: Any, call: Attent
     return out, lse, lse
 
 
-def _backward_shapes(dout: Any, query: Any, key: Any, value: Any, *others: Any, call: AttentionCall) -> tuple[Any, ...]:
-    del dout, call
-    return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in (query, key, value, others[-1]))
+def _backward_shapes(*operands: Any, call: AttentionCall) -> tuple[Any, ...]:
+    del call
+    return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in (*operands[1:4], operands[_COL_GATES]))
 
 
 def _refusals(platform: str, query: Any, value: Any, call: AttentionCall) -> list[str]:
@@ -71,7 +74,7 @@ def _forward_workspace(avals: Avals, call: AttentionCall) -> int:
 def _backward_workspace(avals: Avals, call: AttentionCall) -> int:
     _, query, key, *_ = (x.shape for x in avals)
     blocks = call.attributes.block_q, call.attributes.block_kv
-    return ffi.backward_workspace(query, key, avals[8].shape, blocks, avals[-1].shape)
+    return ffi.backward_workspace(query, key, avals[8].shape, blocks, avals[_COL_GATES].shape)
 
 
 FORWARD = NativeCall(

@@ -103,6 +103,14 @@ def _attributes() -> dict[str, Any]:
     return {**ffi.AttentionAttributes(BLOCK, BLOCK, SCALE, 0.0).encode(), "version": __version__}
 
 
+def _extras(*tile_numbers: str) -> dict[str, Any]:
+    """Neither a bias nor dropout."""
+    terms = ("dense_bias", "distance_bias", "bias_tiles")
+    absent = dict(zip(terms, map(jnp.asarray, ffi.no_bias(np.float32)), strict=True))
+    absent |= {name: jnp.asarray(ffi.no_bias_tile_numbers()) for name in tile_numbers}
+    return absent | {"dropout_keys": jnp.asarray(ffi.no_dropout())}
+
+
 def forward_call(implementation: str) -> DirectCall:
     """The forward of ones."""
     results = {"out": shape("float32", B, T, N, H)}
@@ -111,6 +119,7 @@ def forward_call(implementation: str) -> DirectCall:
         results["workspace"] = shape("int32", ffi.forward_workspace((B, T, N, H), (B, S, N, H), H, (BLOCK, BLOCK)) // 4)
     sinks = jnp.full((1, 1), -jnp.inf, jnp.float32)
     operands = {**_inputs(), **_rows(), **_rest(), "sinks": sinks, "gates": shape("float32", *ffi.NO_GATES)}
+    operands |= _extras("row_bias_tiles")
     return DirectCall(ffi.ATTENTION_FORWARD, operands, results, _attributes())
 
 
@@ -130,7 +139,7 @@ def backward_call(implementation: str) -> DirectCall:
     lse = _ones(B, N, T) * (H * SCALE + math.log(BLOCK))
     statistics = {"lse": lse, "lse_rest": jnp.zeros_like(lse), "delta": _ones(B, N, T) * H}
     operands = {"dout": _ones(B, T, N, H), **_inputs(), **statistics, **_rows(), **_columns(), **_rest()}
-    operands |= {"row_gates": gates, "col_gates": gates}
+    operands |= {"row_gates": gates, "col_gates": gates, **_extras("row_bias_tiles", "col_bias_tiles")}
     return DirectCall(ffi.ATTENTION_BACKWARD, operands, results, _attributes())
 
 

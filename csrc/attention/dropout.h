@@ -1,0 +1,59 @@
+// Which pairs a call drops: a function of the head's key, the query and the key alone, the same in every kernel and in
+// jax_bsk/attention/dropout.py, whatever the order of blocks, the tiles, or the sharding of batch and heads.
+//
+// Pairs are taken four at a time, {q, q + 8} x {k, k + 8} of every 16 x 16: those that one thread has in the
+// accumulator of a tensor core's product, be its rows queries or keys. The four share a word, of which each has a byte.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define JAX_BSK_DROPOUT_FUNCTION __host__ __device__ __forceinline__
+#else
+#define JAX_BSK_DROPOUT_FUNCTION inline __attribute__((always_inline))
+#endif
+
+namespace jax_bsk::attention {
+
+// Probabilities of pairs whose byte is below `threshold` become 0, and the others are multiplied by `Scale()`.
+struct Dropout {
+  const uint32_t* keys;  // [B, N]; null: nothing is dropped
+  int threshold;         // 1 .. 255, in 256ths
+};
+
+inline bool Drops(const Dropout& dropout) { return dropout.keys != nullptr; }
+
+// A bijective hash of 32 bits ("lowbias32" of C. Wellons' search for such functions, public domain).
+JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutHash(uint32_t x) {
+  x ^= x >> 16;
+  x *= 0x7feb352dU;
+  x ^= x >> 15;
+  x *= 0x846ca68bU;
+  x ^= x >> 16;
+  return x;
+}
+
+// The number of a position among those that share its words: 8 of every 16.
+JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutPlace(int position) {
+  return static_cast<uint32_t>(position >> 4 << 3 | (position & 7));
+}
+// What a query contributes to its words, with its head's key, and what a key does.
+JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutQueryWord(uint32_t head_key, int query) {
+  return DropoutHash(head_key + 0x9e3779b9U * (DropoutPlace(query) + 1));
+}
+JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutKeyWord(int key) { return DropoutHash(DropoutPlace(key) + 0x85ebca6bU); }
+
+// The word of four pairs, and the place of a pair's byte in it: bits 8 * byte .. 8 * byte + 7.
+JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutWord(uint32_t query_word, uint32_t key_word) {
+  return DropoutHash(query_word + key_word);
+}
+JAX_BSK_DROPOUT_FUNCTION int DropoutByte(int query, int key) { return (query >> 3 & 1) + 2 * (key >> 3 & 1); }
+
+JAX_BSK_DROPOUT_FUNCTION bool IsDropped(uint32_t word, int byte, int threshold) {
+  return static_cast<int>(word >> (8 * byte) & 0xFF) < threshold;
+}
+
+// The factor of the pairs that stay.
+JAX_BSK_DROPOUT_FUNCTION float DropoutScale(int threshold) { return 256.f / static_cast<float>(256 - threshold); }
+
+}  // namespace jax_bsk::attention
