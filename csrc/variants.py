@@ -25,7 +25,7 @@ from pathlib import Path
 DTYPES = {"BFloat16": "bf16", "Float16": "f16", "float": "f32"}  # types of device/element.h: in names of files
 HALVES = ("BFloat16", "Float16")
 GATES_APART = ("Ungated", "Gated")
-HOPPER = ("Plain", "SoftCap", "PlainGated")
+HOPPER = ("Plain", "SoftCap", "PlainGated", "PlainBiased")
 
 
 @dataclass(frozen=True)

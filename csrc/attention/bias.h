@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace jax_bsk::attention {
 
 // The numbers that are added to logits, after the soft cap: the sum of the terms that are given. "stats" as in
@@ -30,7 +32,7 @@ struct Bias {
   const int32_t* col_tiles;
 };
 
-inline bool HasBias(const Bias& bias) {
+JAX_BSK_HOST_DEVICE bool HasBias(const Bias& bias) {
   return bias.dense != nullptr || bias.distances != nullptr || bias.tiles != nullptr;
 }
 

@@ -7,11 +7,7 @@
 
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define JAX_BSK_DROPOUT_FUNCTION __host__ __device__ __forceinline__
-#else
-#define JAX_BSK_DROPOUT_FUNCTION inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace jax_bsk::attention {
 
@@ -21,10 +17,10 @@ struct Dropout {
   int threshold;         // 1 .. 255, in 256ths
 };
 
-inline bool Drops(const Dropout& dropout) { return dropout.keys != nullptr; }
+JAX_BSK_HOST_DEVICE bool Drops(const Dropout& dropout) { return dropout.keys != nullptr; }
 
 // A bijective hash of 32 bits ("lowbias32" of C. Wellons' search for such functions, public domain).
-JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutHash(uint32_t x) {
+JAX_BSK_HOST_DEVICE uint32_t DropoutHash(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352dU;
   x ^= x >> 15;
@@ -34,26 +30,26 @@ JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutHash(uint32_t x) {
 }
 
 // The number of a position among those that share its words: 8 of every 16.
-JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutPlace(int position) {
+JAX_BSK_HOST_DEVICE uint32_t DropoutPlace(int position) {
   return static_cast<uint32_t>(position >> 4 << 3 | (position & 7));
 }
 // What a query contributes to its words, with its head's key, and what a key does.
-JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutQueryWord(uint32_t head_key, int query) {
+JAX_BSK_HOST_DEVICE uint32_t DropoutQueryWord(uint32_t head_key, int query) {
   return DropoutHash(head_key + 0x9e3779b9U * (DropoutPlace(query) + 1));
 }
-JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutKeyWord(int key) { return DropoutHash(DropoutPlace(key) + 0x85ebca6bU); }
+JAX_BSK_HOST_DEVICE uint32_t DropoutKeyWord(int key) { return DropoutHash(DropoutPlace(key) + 0x85ebca6bU); }
 
 // The word of four pairs, and the place of a pair's byte in it: bits 8 * byte .. 8 * byte + 7.
-JAX_BSK_DROPOUT_FUNCTION uint32_t DropoutWord(uint32_t query_word, uint32_t key_word) {
+JAX_BSK_HOST_DEVICE uint32_t DropoutWord(uint32_t query_word, uint32_t key_word) {
   return DropoutHash(query_word + key_word);
 }
-JAX_BSK_DROPOUT_FUNCTION int DropoutByte(int query, int key) { return (query >> 3 & 1) + 2 * (key >> 3 & 1); }
+JAX_BSK_HOST_DEVICE int DropoutByte(int query, int key) { return (query >> 3 & 1) + 2 * (key >> 3 & 1); }
 
-JAX_BSK_DROPOUT_FUNCTION bool IsDropped(uint32_t word, int byte, int threshold) {
+JAX_BSK_HOST_DEVICE bool IsDropped(uint32_t word, int byte, int threshold) {
   return static_cast<int>(word >> (8 * byte) & 0xFF) < threshold;
 }
 
 // The factor of the pairs that stay.
-JAX_BSK_DROPOUT_FUNCTION float DropoutScale(int threshold) { return 256.f / static_cast<float>(256 - threshold); }
+JAX_BSK_HOST_DEVICE float DropoutScale(int threshold) { return 256.f / static_cast<float>(256 - threshold); }
 
 }  // namespace jax_bsk::attention

@@ -60,6 +60,8 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& l
     return cudaErrorInvalidValue;
   }
   plan.logits = LogitMap(params.scale, params.soft_cap);
+  plan.bias_factor = device::kLog2E / plan.logits.multiplier;
+  plan.kept_scale = Drops(params.dropout) ? DropoutScale(params.dropout.threshold) : 1.f;
   plan.slices = static_cast<int>(layout.slices);
   plan.buffers = static_cast<int>(layout.buffers);
   plan.slice_heads = static_cast<int>(layout.slice_heads);

@@ -5,6 +5,8 @@
 // Gates are for plain logits only.
 #pragma once
 
+#include "attention/dropout.h"
+#include "attention/sm90/bias.cuh"
 #include "attention/sm90/bwd_shared.cuh"
 #include "attention/sm90/store_rows.cuh"
 #include "device/numbers.cuh"
@@ -85,7 +87,7 @@ class BackwardConsumer {
       float gradient[kGradient] = {};  // of values or keys
       const bool live = !SkipVoid();
       if (live && group_ == 0) ForSteps(gradient, [&] { SplitProbabilities(item, gradient); });
-      if (live && group_ == 1) ForSteps(gradient, [&] { SplitScores(gradient); });
+      if (live && group_ == 1) ForSteps(gradient, [&] { SplitScores(item, gradient); });
       EndSteps();
       if (group_ == 0) {
         StoreValueGradient(item, gradient);
@@ -186,6 +188,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void KeyStep(const BackwardItem& item, float (&dkey)[kGradient],
                                           float (&dvalue)[kGradient]) {
     float scores[kScores], dscores[kScores], rows[kPacked];
+    uint32_t kept = ~0u;
     const int stage = Stages().Stage();
     BeginStep(scores, shared_.key, shared_.first[stage]);
     device::sm90::FenceProducts();
@@ -193,14 +196,23 @@ class BackwardConsumer {
     device::sm90::CommitProducts();
     flags_ = ReadShared(shared_.flags[stage]);
 
-    LoadStatistics(rows, shared_.statistics[stage][0]);
-    device::sm90::Pin(rows);
+    const auto load_lse = [&] {
+      LoadStatistics(rows, shared_.statistics[stage][0]);
+      device::sm90::Pin(rows);
+    };
+    if constexpr (!Config::kBiased) load_lse();
     if constexpr (Config::kPlain) {
       device::sm90::WaitForProducts<1>();
       device::sm90::Pin(scores);
+      if constexpr (Config::kBiased) {
+        AddBias(item, scores, stage);
+        load_lse();  // not earlier: biases need the registers
+      }
       Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
-      if constexpr (!Config::kGated) LoadStatistics(rows, shared_.statistics[stage][1]);
+      // Not earlier where the sum of a gate, or dropout, needs the registers.
+      constexpr bool kDeltaLater = Config::kGated || Config::kBiased;
+      if constexpr (!kDeltaLater) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
       device::sm90::Pin(rows);
       // Never blocks: a branch that keeps ptxas from moving the next wait up above the exponentials.
@@ -211,8 +223,15 @@ class BackwardConsumer {
         StoreGateSum(stage, ProductSum(scores, dscores));
         Scale(dscores, Gate(stage));
         device::sm90::Pin(dscores);
-        LoadStatistics(rows, shared_.statistics[stage][1]);  // not earlier: the sum needs the registers
       }
+      if constexpr (Config::kBiased) {
+        if (Drops(params_.dropout)) {
+          kept = KeptPairs(item, stage);
+          DropScores(dscores, kept);
+          device::sm90::Pin(dscores);
+        }
+      }
+      if constexpr (kDeltaLater) LoadStatistics(rows, shared_.statistics[stage][1]);
       SubtractDelta(dscores, rows);
     } else {
       // Nothing overlaps here: there are no registers for the slopes as well.
@@ -235,6 +254,7 @@ class BackwardConsumer {
     } else {
       Pack(packed_probs, scores);
     }
+    if constexpr (Config::kBiased) DropPacked(packed_probs, kept);
 #pragma unroll
     for (int i = 0; i < kScores; ++i) dscores[i] *= scores[i];
     Pack(packed_scores, dscores);
@@ -268,6 +288,7 @@ class BackwardConsumer {
         words[i * kWarpgroup] = make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));
       });
     }
+    if constexpr (Config::kBiased) AddBias(item, scores, stage);
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][0]);
     Probabilities(scores, rows, stage);
@@ -277,6 +298,9 @@ class BackwardConsumer {
       PackScaled(packed, scores, Gate(stage));
     } else {
       Pack(packed, scores);
+    }
+    if constexpr (Config::kBiased) {
+      if (Drops(params_.dropout)) DropPacked(packed, KeptPairs(item, stage));
     }
     device::sm90::Pin(packed);
     device::sm90::Pin(dvalue);
@@ -294,7 +318,7 @@ class BackwardConsumer {
   }
 
   // Split, warpgroup 1: dP, dS and dK. A thread has the pairs of the thread of the same number in warpgroup 0.
-  __device__ __forceinline__ void SplitScores(float (&dkey)[kGradient]) {
+  __device__ __forceinline__ void SplitScores(const BackwardItem& item, float (&dkey)[kGradient]) {
     float dscores[kScores];
     const int stage = Stages().Stage();
     BeginStep(dscores, shared_.value, shared_.second[stage]);
@@ -313,6 +337,9 @@ class BackwardConsumer {
       });
       StoreGateSum(stage, sum);
       Scale(dscores, Gate(stage));
+    }
+    if constexpr (Config::kBiased) {
+      if (Drops(params_.dropout)) DropScores(dscores, KeptPairs(item, stage));
     }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][1]);
@@ -398,6 +425,88 @@ class BackwardConsumer {
   __device__ __forceinline__ void SubtractDelta(float (&dscores)[kScores], const float (&delta)[kPacked]) {
 #pragma unroll
     for (int i = 0; i < kScores; ++i) dscores[i] -= delta[i / 4 * 2 + i % 2];
+  }
+
+  // ---- Biases and dropout
+
+  // The first of this thread's keys; its other one is 8 further.
+  __device__ __forceinline__ int KeyOf(const BackwardItem& item) const {
+    return item.start + kOwnRows * group_ + RowOf(Thread());
+  }
+
+  // Adds the terms of the bias that are given.
+  __device__ __forceinline__ void AddBias(const BackwardItem& item, float (&x)[kScores], int stage) {
+#pragma unroll 1
+    for (int term = 0; term < kBiasTerms; ++term) {
+      if (!HasTerm(params_.bias, term)) continue;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) AddTerm(item, x, stage, term, half);
+    }
+  }
+
+  // Adds a term to this thread's logits of one key. What lies past the ends of the arrays is masked, and not read.
+  __device__ __forceinline__ void AddTerm(const BackwardItem& item, float (&x)[kScores], int stage, int which,
+                                          int half) {
+    const PairStep& step = shared_.pairs[stage];
+    const int start = ReadShared(step.query);
+    const auto term = BiasTermOfHead::Of(params_.bias, params_.shape, which, item.batch, ReadShared(step.head),
+                                         ReadShared(step.bias_tile), start, item.start);
+    if (term.data == nullptr) return;
+    const int query = start + Thread() % 4 * 2;
+    const int inside = static_cast<int>(params_.shape.q_len) - query;  // of this thread's columns
+    const int64_t index = term.Index(query, min(KeyOf(item) + 8 * half, static_cast<int>(params_.shape.kv_len) - 1));
+    const auto add_column = [&](const auto& read) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& logit = x[4 * n + 2 * half + e];
+          logit = fmaf(8 * n + e < inside ? read((8 * n + e) * term.step_q) : 0.f, plan_.bias_factor, logit);
+        }
+        if (n % 2 == 1) device::sm90::Pin(x);
+      }
+    };
+    if (term.wide) {
+      const auto* numbers = static_cast<const float*>(term.data) + index;
+      add_column([&](int64_t offset) { return __ldg(numbers + offset); });
+    } else {
+      const auto* numbers = static_cast<const uint16_t*>(term.data) + index;
+      add_column([&](int64_t offset) { return device::ToFloat(Element{__ldg(numbers + offset)}); });
+    }
+  }
+
+  // A bit for each of this thread's pairs, in the order of its registers: 1 where it is not dropped.
+  __device__ __forceinline__ uint32_t KeptPairs(const BackwardItem& item, int stage) const {
+    const PairStep& step = shared_.pairs[stage];
+    const int query = ReadShared(step.query) + Thread() % 4 * 2, threshold = params_.dropout.threshold;
+    const uint32_t head_key = __ldg(params_.dropout.keys + item.batch * params_.shape.heads + ReadShared(step.head));
+    const uint32_t key_word = DropoutKeyWord(KeyOf(item));
+    uint32_t kept = 0;
+#pragma unroll
+    for (int m = 0; m < 4; ++m)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const uint32_t word = DropoutWord(DropoutQueryWord(head_key, query + 16 * m + e), key_word);
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {  // queries and 8 further; keys and 8 further
+          const int pair = 4 * (2 * m + byte % 2) + 2 * (byte / 2) + e;
+          kept |= static_cast<uint32_t>(!IsDropped(word, byte, threshold)) << pair;
+        }
+      }
+    return kept;
+  }
+
+  // dP of the pairs that stay, scaled; 0 for the others.
+  __device__ __forceinline__ void DropScores(float (&x)[kScores], uint32_t kept) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] = kept >> i & 1 ? x[i] * plan_.kept_scale : 0.f;
+  }
+  // Of packed probabilities, which StoreValueGradient scales.
+  __device__ __forceinline__ void DropPacked(uint32_t (&packed)[kPacked], uint32_t kept) {
+#pragma unroll
+    for (int i = 0; i < kPacked; ++i) {
+      packed[i] &= (kept >> (2 * i) & 1 ? 0xFFFFu : 0u) | (kept >> (2 * i) & 2 ? 0xFFFF0000u : 0u);
+    }
   }
 
   // ---- Gates
@@ -487,7 +596,8 @@ class BackwardConsumer {
   // ---- Results
 
   __device__ __forceinline__ void StoreValueGradient(const BackwardItem& item, const float (&dvalue)[kGradient]) {
-    StoreKeyRows(item, dvalue, 1.f, params_.dvalue, static_cast<int>(params_.shape.value_dim));
+    const float scale = Config::kBiased ? plan_.kept_scale : 1.f;
+    StoreKeyRows(item, dvalue, scale, params_.dvalue, static_cast<int>(params_.shape.value_dim));
   }
   __device__ __forceinline__ void StoreKeyGradient(const BackwardItem& item, const float (&dkey)[kGradient]) {
     StoreKeyRows(item, dkey, params_.scale, params_.dkey, static_cast<int>(params_.shape.head_dim));

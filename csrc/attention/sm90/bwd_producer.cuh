@@ -278,6 +278,7 @@ class BackwardLoader {
         const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
         subtiles_ = subtile + (keys ? entry : other) * plan_.entry_subtiles + offset / 64 * stride;
         gate_sums_ = sums + 4 * (entry * plan_.entry_subtiles + offset / 64);
+        if constexpr (Config::kBiased) entry_ = row.begin + entry;
       }
     }
     return true;
@@ -332,6 +333,10 @@ class BackwardLoader {
     if (Config::kGated && keys) {
       shared_.gates[place] = {lists::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_subtiles)), gate_sums_};
     }
+    if (Config::kBiased && keys) {
+      const bool tiles = params_.bias.tiles != nullptr;
+      shared_.pairs[place] = {start_, head_, tiles ? __ldg(params_.bias.col_tiles + entry_) : -1};
+    }
     const int subtiles_bytes = block_q / 64 * kSubtileElements * 2;
     device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : subtiles_bytes));
     const int head = keys ? head_ : head_ / plan_.group;
@@ -372,7 +377,8 @@ class BackwardLoader {
   // The pending step.
   bool pending_ = false;
   int start_ = 0, tile_ = -1, subtiles_ = 0, gate_sums_ = 0;
-  int head_ = 0;  // query head
+  int head_ = 0;       // query head
+  int64_t entry_ = 0;  // of a list's arrays, with biases
 };
 
 // The storer of dS: one thread that hands the consumers' subtiles to the copy engine.

@@ -25,6 +25,8 @@ using device::sm90::Ring;
 struct BackwardPlan {
   CUtensorMap query, dout, key, value;  // boxes of 64 positions
   LogitMap logits;
+  float bias_factor;  // as in ForwardPlan
+  float kept_scale;
   int work_count;
   int slices, buffers;
   int slice_heads;       // key/value heads of a slice
@@ -75,6 +77,13 @@ struct GateStep {
   int sums;  // in gates.h's: those of the CTA's first 64 keys
 };
 
+// Where a step of keys is, for biases and dropout.
+struct PairStep {
+  int query;      // the first
+  int head;       // query head
+  int bias_tile;  // see Bias; -1: none
+};
+
 // The message to the storer about a step of keys.
 struct StoreOrder {
   int flags;
@@ -100,11 +109,12 @@ struct BackwardShared {
   alignas(1024) Element second[kStages][Config::kSecondBytes / 2];
   alignas(1024) Element scores[kScoreStages][Config::kKeyGroups][kSubtileElements];  // dS, [key][query]
   alignas(16) float probs[Config::kSplit ? Config::kProbStages : 1][Config::kSplit ? 8 * kWarpgroup * 4 : 4];
-  alignas(16) uint8_t bits[kStages][64 * 16];    // bit tile of a step: [query][keys of the block / 8]
-  alignas(16) float statistics[kStages][3][64];  // of the queries: lse, delta, rest, as RowStatistics has them
-  int flags[kPlaces];                            // of a step
-  GateStep gates[Config::kGated ? kStages : 1];  // of a step of keys
-  StoreOrder orders[kOrders];                    // of the CTA's steps of keys
+  alignas(16) uint8_t bits[kStages][64 * 16];     // bit tile of a step: [query][keys of the block / 8]
+  alignas(16) float statistics[kStages][3][64];   // of the queries: lse, delta, rest, as RowStatistics has them
+  int flags[kPlaces];                             // of a step
+  GateStep gates[Config::kGated ? kStages : 1];   // of a step of keys
+  PairStep pairs[Config::kBiased ? kStages : 1];  // likewise
+  StoreOrder orders[kOrders];                     // of the CTA's steps of keys
   BackwardItem items[kItems];
   Barrier full_item[kItems], empty_item[kItems];
   Barrier full_key[2], empty_key[2];  // of an item of keys: what each consumer warpgroup reads of keys and values

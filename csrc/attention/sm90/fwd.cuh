@@ -51,6 +51,8 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   ForwardPlan plan{};
   plan.inexact_tiles = workspace + 1;
   plan.logits = LogitMap(params.scale, params.soft_cap);
+  plan.bias_factor = device::kLog2E / plan.logits.multiplier;
+  plan.kept_scale = Drops(params.dropout) ? DropoutScale(params.dropout.threshold) : 1.f;
   const bool encoded =
       MakeTensorMap(params.dtype, params.query, shape.batch, shape.q_len, shape.heads, shape.head_dim, Config::kTileQ,
                     &plan.query) &&

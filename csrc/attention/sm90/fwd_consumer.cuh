@@ -1,6 +1,8 @@
 // A consumer warpgroup of the Hopper forward: 64 queries of the CTA's tile, from products to stored rows.
 #pragma once
 
+#include "attention/dropout.h"
+#include "attention/sm90/bias.cuh"
 #include "attention/sm90/fwd_exact_rows.cuh"
 #include "attention/sm90/fwd_shared.cuh"
 #include "attention/sm90/fwd_softmax.cuh"
@@ -75,8 +77,8 @@ class ForwardConsumer {
   // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
-  // True if references may lag (fwd_softmax.cuh).
-  static constexpr bool kLazy = Config::kPlain;
+  // True if references may lag (fwd_softmax.cuh). A bias may raise any step's logits.
+  static constexpr bool kLazy = Config::kPlain && !Config::kBiased;
 
   using Headers = Ring<Shared::kHeaders>;
 
@@ -307,6 +309,9 @@ class ForwardConsumer {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
     }
+    if constexpr (Config::kBiased) {
+      if (HasBias(params_.bias)) AddBias(x);
+    }
     bool raised = !kLazy || fresh;
     if (flags_ & StepInfo::kMasked) {
       ApplyMask(x);
@@ -340,6 +345,78 @@ class ForwardConsumer {
   __device__ __forceinline__ void Rescale(const float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < kOut; ++i) out_[i] *= factor[i % 4 / 2];
+  }
+
+  // Adds the terms of the bias that are given. One after the other, and 64 keys of a row at a time: more would spill.
+  __device__ __forceinline__ void AddBias(float (&x)[kLogits]) {
+#pragma unroll 1
+    for (int term = 0; term < kBiasTerms; ++term) {
+      if (!HasTerm(params_.bias, term)) continue;
+#pragma unroll
+      for (int piece = 0; piece < kTileKv / 64; ++piece)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) AddTerm(x, term, piece, half);
+    }
+  }
+
+  // Adds a term to this thread's logits of 64 keys in one row. What lies past the ends of the arrays is masked, and not
+  // read.
+  __device__ __forceinline__ void AddTerm(float (&x)[kLogits], int which, int piece, int half) {
+    const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
+    const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
+    const int start = ReadShared(shared_.Step(step_).start[piece]);
+    const auto term =
+        BiasTermOfHead::Of(params_.bias, params_.shape, which, tile.batch, tile.head, number, tile.q_start, start);
+    if (term.data == nullptr) return;
+    const int thread = Thread(), key = start + thread % 4 * 2;
+    const int inside = static_cast<int>(params_.shape.kv_len) - key;  // of this thread's columns
+    const int row = tile.q_start + group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
+    const int64_t index = term.Index(min(row, static_cast<int>(params_.shape.q_len) - 1), key);
+    const auto add = [&](int n, int e, float value) {
+      float& logit = x[32 * piece + 4 * n + 2 * half + e];
+      logit = fmaf(value, plan_.bias_factor, logit);
+    };
+    const auto add_row = [&](const auto& read) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) add(n, e, 8 * n + e < inside ? read(8 * n + e) : 0.f);
+        if (n % 2 == 1) device::sm90::Pin(x);
+      }
+    };
+    if (term.step_kv == 0) {
+      const float value = ReadBias<Element>(term, index);
+      add_row([&](int) { return value; });
+    } else if (term.wide) {
+      const auto* numbers = static_cast<const float*>(term.data) + index;
+      add_row([&](int column) { return __ldg(numbers + column); });
+    } else {
+      const auto* numbers = static_cast<const uint16_t*>(term.data) + index;
+      add_row([&](int column) { return device::ToFloat(Element{__ldg(numbers + column)}); });
+    }
+  }
+
+  // 0 for the probabilities that are dropped; StoreTile scales the others.
+  __device__ __forceinline__ void Drop(float (&x)[kLogits]) {
+    const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
+    const int thread = Thread(), threshold = params_.dropout.threshold;
+    const uint32_t head_key = __ldg(params_.dropout.keys + tile.batch * params_.shape.heads + tile.head);
+    const uint32_t query_word = DropoutQueryWord(head_key, tile.q_start + group_ * kWarpgroupRows + RowOf(thread));
+#pragma unroll
+    for (int piece = 0; piece < kTileKv / 64; ++piece) {
+      const int key = ReadShared(shared_.Step(step_).start[piece]) + thread % 4 * 2;
+#pragma unroll
+      for (int m = 0; m < 4; ++m)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const uint32_t word = DropoutWord(query_word, DropoutKeyWord(key + 16 * m + e));
+#pragma unroll
+          for (int byte = 0; byte < 4; ++byte) {
+            float& prob = x[32 * piece + 4 * (2 * m + byte / 2) + 2 * (byte % 2) + e];
+            if (IsDropped(word, byte, threshold)) prob = 0.f;
+          }
+        }
+    }
   }
 
   // -inf for pairs that do not attend.
@@ -426,6 +503,9 @@ class ForwardConsumer {
         for (int i = 0; i < 32; ++i) x[32 * piece + i] *= gate;
       }
     }
+    if constexpr (Config::kBiased) {
+      if (Drops(params_.dropout)) Drop(x);
+    }
 #pragma unroll
     for (int i = 0; i < kProbs; ++i) probs_[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
   }
@@ -449,6 +529,7 @@ class ForwardConsumer {
       const bool valid = row < tile.q_rows;
       finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum),
                       valid && poisoned ? device::QuietNan() : 0.f};
+      if constexpr (Config::kBiased) finish[half].scale *= plan_.kept_scale;
       if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
         const auto log_sum = LogSum::Of(max, sum);
         lse[row] = StoredLse(!valid           ? -device::Infinity()

@@ -4,7 +4,9 @@
 // already.
 #pragma once
 
+#include "attention/dropout.h"
 #include "attention/params.h"
+#include "attention/sm90/bias.cuh"
 #include "attention/sm90/fwd_shared.cuh"
 #include "attention/softmax.cuh"
 #include "device/ptx/convert.cuh"
@@ -32,7 +34,7 @@ __device__ __forceinline__ float DotRows(const Element* a, const Element* b, int
 // e^(logit - lse) * value.
 template <typename Config>
 __device__ __forceinline__ void ExactRow(const ForwardParams& params, const TileHeader& tile, int row,
-                                         const LogitMap& map, const RowStatistics& statistics,
+                                         const ForwardPlan& plan, const RowStatistics& statistics,
                                          float (&out)[Config::kChunks][2]) {
   using Element = typename Config::Element;
   const Shape& shape = params.shape;
@@ -48,6 +50,7 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
 #pragma unroll
   for (int c = 0; c < Config::kChunks; ++c) out[c][0] = out[c][1] = 0.f;
 
+  const LogitMap& map = plan.logits;
   const int limit = tile.key_limit;
   lists::BlockWalker<32> walker(params.rows, params.tiles, tile.batch, tile.head, position / block_q, block_kv, limit);
   lists::Step step;
@@ -65,10 +68,24 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
     if (attends) {
       float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
       if constexpr (!Config::kPlain) x = map(x);
+      if constexpr (Config::kBiased) {
+        if (HasBias(params.bias)) {
+          const int number = params.bias.tiles != nullptr ? __ldg(params.bias.row_tiles + walker.position()) : -1;
+          AddBiasOfPair<Element>(x, plan.bias_factor, params.bias, shape, tile.batch, tile.head, number, position, key);
+        }
+      }
       prob = Probability(fmaf(x, map.multiplier, -statistics.lse), statistics.rest);
       if constexpr (Config::kGated) {
         prob *= lists::ReadGate(params.gates,
                                 lists::GateIndex(params.rows, shape.heads, tile.batch, tile.head, walker.position()));
+      }
+      if constexpr (Config::kBiased) {
+        if (Drops(params.dropout)) {
+          const uint32_t head_key = __ldg(params.dropout.keys + tile.batch * shape.heads + tile.head);
+          const uint32_t word = DropoutWord(DropoutQueryWord(head_key, position), DropoutKeyWord(key));
+          const bool dropped = IsDropped(word, DropoutByte(position, key), params.dropout.threshold);
+          prob = dropped ? 0.f : prob * plan.kept_scale;
+        }
       }
     }
     // A pair of columns a lane.
@@ -118,7 +135,7 @@ __device__ __forceinline__ void FixRows(const ForwardParams& params, const Forwa
     if (__all_sync(0xFFFFFFFFu, finite) || lse - lse != 0.f) continue;
     float exact[Config::kChunks][2];
     const auto statistics = RowStatistics::Of(lse, static_cast<const float*>(params.lse_rest)[at], 0.f);
-    ExactRow<Config>(params, tile, row, plan.logits, statistics, exact);
+    ExactRow<Config>(params, tile, row, plan, statistics, exact);
 #pragma unroll
     for (int c = 0; c < Config::kChunks; ++c) {
       const int column = c * kChunk + 2 * lane;

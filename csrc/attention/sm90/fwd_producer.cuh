@@ -138,7 +138,8 @@ class ForwardLoader {
   struct Blocks {
     int start[kMaxPieces];
     int tile[kMaxPieces];
-    float gate[kMaxPieces];  // with gates
+    float gate[kMaxPieces];     // with gates
+    int bias_tile[kMaxPieces];  // with a bias
   };
 
   __device__ __forceinline__ void Load(const TileHeader& header) {
@@ -147,19 +148,23 @@ class ForwardLoader {
     // A list may still have nothing within the length, or nothing sound: then one step of keys past the end, where the
     // copy engine fills in zeros and no key is attended to.
     float gate = 1.f;
-    const auto read_gate = [&](bool there) {
+    int bias_tile = -1;
+    const auto read_entry = [&](bool there) {
       if constexpr (Config::kGated) {
         if (there) gate = ReadGate(walker.position(), header);
       }
+      if constexpr (Config::kBiased) {
+        if (there && params_.bias.tiles != nullptr) bias_tile = __ldg(params_.bias.row_tiles + walker.position());
+      }
       return there;
     };
-    if (!read_gate(walker.Next(next))) next = {plan_.past_end, 0, -1};
+    if (!read_entry(walker.Next(next))) next = {plan_.past_end, 0, -1};
 
     // K0 K1 V0 K2 V1 ..: the keys of a step are needed one product before the values of the one before.
     bool more = true;
     for (bool first = true; more; first = false) {
-      Blocks now{{next.start, next.start + 64}, {next.tile, next.tile}, {gate, gate}};
-      more = read_gate(walker.Next(next));
+      Blocks now{{next.start, next.start + 64}, {next.tile, next.tile}, {gate, gate}, {bias_tile, bias_tile}};
+      more = read_entry(walker.Next(next));
       if (TwoPieces()) {
         now.start[1] = plan_.past_end;
         now.tile[1] = -1;
@@ -167,7 +172,8 @@ class ForwardLoader {
           now.start[1] = next.start;
           now.tile[1] = next.tile;
           now.gate[1] = gate;
-          more = read_gate(walker.Next(next));
+          now.bias_tile[1] = bias_tile;
+          more = read_entry(walker.Next(next));
         }
       }
       int flags = headers_.count % headers_.kPeriod << StepInfo::kHeader;
@@ -222,6 +228,10 @@ class ForwardLoader {
       if constexpr (Config::kGated) {
         float (&gates)[kMaxPieces] = shared_.gates[step_ % (2 * Shared::kKeyStages)];
         gates[0] = blocks.gate[0], gates[1] = blocks.gate[1];
+      }
+      if constexpr (Config::kBiased) {
+        int (&bias_tiles)[kMaxPieces] = shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)];
+        bias_tiles[0] = blocks.bias_tile[0], bias_tiles[1] = blocks.bias_tile[1];
       }
       if (flags & StepInfo::kBits) LoadBits(stage, 0, blocks.tile[0], header, full);
       if (flags & StepInfo::kBits << 1 && TwoPieces()) LoadBits(stage, 1, blocks.tile[1], header, full);

@@ -62,7 +62,8 @@ struct ForwardShared {
   // Twice the stages: a consumer may read a step's entry until it has finished the step, though the keys' buffer has
   // gone back to the producer.
   StepInfo steps[2 * kKeyStages];
-  float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];  // of each 64 keys of a step, likewise
+  float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];      // of each 64 keys of a step, likewise
+  int bias_tiles[Config::kBiased ? 2 * kKeyStages : 1][kMaxPieces];  // likewise: see Bias
   TileHeader headers[kHeaders];
   int last_inexact;             // see ForwardConsumer::NoteInexact
   int inexact_noted[kHeaders];  // number of the tile that a header's place last noted
@@ -105,6 +106,8 @@ struct ForwardShared {
 struct ForwardPlan {
   CUtensorMap query, key, value;
   LogitMap logits;
+  float bias_factor;       // of a bias, in units of a plain logit's product
+  float kept_scale;        // of the probabilities that dropout leaves
   int tiles;               // of queries, over all heads and examples
   int past_end;            // first key position past every block
   int bit_bytes;           // of a bit tile's rows that belong to one CTA's tile
