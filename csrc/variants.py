@@ -24,8 +24,8 @@ from pathlib import Path
 
 DTYPES = {"BFloat16": "bf16", "Float16": "f16", "float": "f32"}  # types of device/element.h: in names of files
 HALVES = ("BFloat16", "Float16")
-GATES_APART = ("Ungated", "Gated")
-HOPPER = ("Plain", "SoftCap", "PlainGated", "PlainBiased")
+EXTRAS_APART = ("Ungated", "Extended")
+HOPPER = ("Plain", "SoftCap", "PlainGated", "PlainExtras")
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,15 @@ class Kernels:
 
 # A call takes the first variant that has its type, its tile and its features, and a head size that is large enough.
 ATTENTION = (
-    Kernels("sm80", "Forward", HALVES, (64, 128), (64, 128), GATES_APART),
-    Kernels("sm80", "Forward", HALVES, (256,), (64,), GATES_APART),
+    Kernels("sm80", "Forward", HALVES, (64, 128), (64, 128), ("Ungated",)),
+    Kernels("sm80", "Forward", HALVES, (64,), (64, 128), ("Extended",)),
+    Kernels("sm80", "Forward", HALVES, (128,), (64,), ("Extended",)),
+    Kernels("sm80", "Forward", HALVES, (256,), (64,), EXTRAS_APART),
     Kernels("sm80", "Forward", ("float",), (64, 128), (64,), ("Any",)),
-    Kernels("sm80", "Forward", ("float",), (256,), (64,), GATES_APART),
-    Kernels("sm80", "Backward", HALVES, (64, 128, 256), (64,), GATES_APART),
+    Kernels("sm80", "Forward", ("float",), (256,), (64,), EXTRAS_APART),
+    Kernels("sm80", "Backward", HALVES, (64, 128, 256), (64,), EXTRAS_APART),
     Kernels("sm80", "Backward", ("float",), (64,), (64,), ("Any",)),
-    Kernels("sm80", "Backward", ("float",), (128,), (64,), GATES_APART),
-    Kernels("sm80", "Backward", ("float",), (256,), (64,), ("Any",)),
+    Kernels("sm80", "Backward", ("float",), (128, 256), (64,), EXTRAS_APART),
     Kernels("sm90", "Forward", HALVES, (64, 96, 128, 256), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),

@@ -58,8 +58,8 @@ KernelParams ForKernels(const ForwardParams& params, char* workspace) {
 bool TakesFewQueries(const ForwardParams& params, const device::DeviceFacts& facts) {
   const Shape& shape = params.shape;
   if (!FewQueries(shape) || params.rows.heads != 1 || (params.tiles.heads != 1 && params.tiles.count != 0) ||
-      params.gates != nullptr || shape.batch > decode::cuda::Limits::kMaxSequences ||
-      Product({shape.batch, shape.kv_len}) >= device::kMaxInt) {
+      params.gates != nullptr || HasBias(params.bias) || Drops(params.dropout) ||
+      shape.batch > decode::cuda::Limits::kMaxSequences || Product({shape.batch, shape.kv_len}) >= device::kMaxInt) {
     return false;
   }
   const Variant* variant = Choose(params);

@@ -10,8 +10,8 @@
 
 namespace jax_bsk::attention::cuda {
 
-// Whether it takes the problem: its queries are few (FewQueries), heads share their lists, there are no gates, and the
-// device has the shared memory that the kernel needs.
+// Whether it takes the problem: its queries are few (FewQueries), heads share their lists, there are neither gates nor
+// biases nor dropout, and the device has the shared memory that the kernel needs.
 bool TakesFewQueries(const ForwardParams& params, const device::DeviceFacts& facts);
 
 // Launches it, for params that it takes. `workspace` is ForwardWorkspace's.

@@ -36,17 +36,32 @@ ffi::Error Backward(const WithWorkspace<BackwardBuffers>& call, cudaStream_t str
                       cuda::LaunchBackward(params, call.workspace.untyped_data(), bytes, device, stream));
 }
 
+ffi::Error BiasGradient(const BiasGradientBuffers& buffers, cudaStream_t stream, int32_t device,
+                        BiasGradientAttributes attributes) {
+  BiasGradientParams params{};
+  JAX_BSK_RETURN_IF_ERROR(ReadBiasGradient(buffers, attributes, &params));
+  if (std::string reason = cuda::BiasGradientRefusal(params, device); !reason.empty()) return Refusal(reason);
+  return LaunchResult("the gradient of the bias", cuda::LaunchBiasGradient(params, device, stream));
+}
+
 XLA_FFI_DEFINE_HANDLER(kForward, ByName(Forward), (BindCudaCall<ForwardBuffers, Attributes>()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kBackward, ByName(Backward), (BindCudaCall<BackwardBuffers, Attributes>()),
                        {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kBiasGradient, ByName(BiasGradient),
+                       (BindCall<BiasGradientBuffers, BiasGradientAttributes>(BindCudaContext())),
+                       {ffi::Traits::kCmdBufferCompatible});
 
 }  // namespace
 
-Handlers Registrations() { return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}}; }
+Handlers Registrations() {
+  return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}, {kAttentionBiasGradient, kBiasGradient}};
+}
 
 CallBuffers Buffers() {
-  return {{kAttentionForward, NamesOf<ForwardBuffers>(true)}, {kAttentionBackward, NamesOf<BackwardBuffers>(true)}};
+  return {{kAttentionForward, NamesOf<ForwardBuffers>(true)},
+          {kAttentionBackward, NamesOf<BackwardBuffers>(true)},
+          {kAttentionBiasGradient, NamesOf<BiasGradientBuffers>()}};
 }
 
 Facts BuildInfo() {

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "attention/bias_gradient.h"
 #include "attention/few_queries.h"
 #include "attention/gates.h"
 #include "attention/prepare.h"
@@ -86,6 +87,12 @@ cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_
   error = hopper ? LaunchHopper(params, *variant, *portable, resources) : portable->launch(params, resources);
   if (error != cudaSuccess) return error;
   return LaunchSumGates(params, gate_sums, stream);
+}
+
+cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream) {
+  const DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+  return LaunchBiasGradientKernel(params, stream);
 }
 
 }  // namespace jax_bsk::attention::cuda

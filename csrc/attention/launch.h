@@ -13,9 +13,9 @@
 namespace jax_bsk::attention::cuda {
 
 // Which forward kernel. The choice is a matter of speed alone: each takes every problem that is not refused, kRows128
-// only blocks of 128 queries, the Hopper kernels only 16-bit types on compute capability 9.0. Checks name them. With
-// gates and a soft cap (or a scale that is not positive) the portable one runs whichever is named. kFewQueries is what
-// few_queries.h says, and kPortable for other problems.
+// only blocks of 128 queries, the Hopper kernels only 16-bit types on compute capability 9.0. Checks name them. Where
+// the named kernel has no variant for a call's gates, soft cap, biases and dropout, the portable one runs. kFewQueries
+// is what few_queries.h says, and kPortable for other problems.
 enum class ForwardKernel { kAutomatic, kPortable, kRows64, kRows128, kFewQueries };
 
 // Which backward kernels, likewise: kKeys64 and kKeys128 are Hopper's with tiles of as many keys; kKeys128 takes
@@ -25,6 +25,7 @@ enum class BackwardKernel { kAutomatic, kPortable, kKeys64, kKeys128 };
 // Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
 std::string ForwardRefusal(const ForwardParams& params, int device);
 std::string BackwardRefusal(const BackwardParams& params, int device);
+std::string BiasGradientRefusal(const BiasGradientParams& params, int device);
 
 // Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
 // grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing; those
@@ -38,5 +39,8 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
 int64_t BackwardWorkspace(const BackwardParams& params);
 cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_t bytes, int device,
                            cudaStream_t stream, BackwardKernel kernel = BackwardKernel::kAutomatic);
+
+// The gradient of one term of the bias, which needs no workspace.
+cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream);
 
 }  // namespace jax_bsk::attention::cuda

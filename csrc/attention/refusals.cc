@@ -3,6 +3,7 @@
 #include <initializer_list>
 #include <string>
 
+#include "attention/bias_gradient.h"
 #include "attention/gates.h"
 #include "attention/launch.h"
 #include "attention/variants.h"
@@ -55,27 +56,37 @@ std::string ListRefusal(const BitTiles& tiles, std::initializer_list<const Block
                    : "";
 }
 
-// Whether the device can run the kernel of this build that the call would take.
-template <typename Params, typename Kernel>
-std::string DeviceRefusal(const Params& params, int device, Kernel automatic) {
+std::string BiasRefusal(const Bias& bias) {
+  return bias.tiles_count > kMaxInt ? "the CUDA kernels take fewer than 2^31 tiles of a bias" : "";
+}
+
+// Reads the device's facts and refuses it if none of the kernels of this build can run there.
+std::string FindDevice(int device, DeviceFacts* facts) {
   const DeviceScope scope(device);
-  DeviceFacts facts;
   cudaError_t error = scope.error();
-  if (error == cudaSuccess) error = device::ReadDevice(device, &facts);
+  if (error == cudaSuccess) error = device::ReadDevice(device, facts);
   if (error != cudaSuccess) {
     return "CUDA device " + std::to_string(device) + " is not usable: " + cudaGetErrorString(error);
   }
-  const std::string capability = std::to_string(facts.capability / 10) + "." + std::to_string(facts.capability % 10);
-  if (facts.capability < Limits::kMinComputeCapability) {
+  const std::string capability = std::to_string(facts->capability / 10) + "." + std::to_string(facts->capability % 10);
+  if (facts->capability < Limits::kMinComputeCapability) {
     return "the CUDA kernels need compute capability 8.0 or newer, and the device has " + capability;
   }
+  return HoldsCodeForDevice() ? "" : "this build holds no code for compute capability " + capability;
+}
+
+// Whether the device can run the kernel of this build that the call would take.
+template <typename Params, typename Kernel>
+std::string DeviceRefusal(const Params& params, int device, Kernel automatic) {
+  DeviceFacts facts;
+  if (std::string reason = FindDevice(device, &facts); !reason.empty()) return reason;
   const auto* variant = Choose(params, facts, automatic);
   if (variant == nullptr) return "there is no CUDA kernel for this combination of dtype and head size";
   if (variant->shared_bytes > facts.shared_bytes) {
     return "the CUDA kernel for this head size needs " + std::to_string(variant->shared_bytes) +
            " bytes of shared memory per block, and the device has " + std::to_string(facts.shared_bytes);
   }
-  return HoldsCodeForDevice() ? "" : "this build holds no code for compute capability " + capability;
+  return "";
 }
 
 int64_t GateCount(const Shape& shape, const BlockList& list) { return shape.batch * shape.heads * list.capacity; }
@@ -88,6 +99,7 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   std::string reason =
       ShapeRefusal(params.shape, params.dtype, {params.query, params.key, params.value, params.out, bits});
   if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows}, gates);
+  if (reason.empty()) reason = BiasRefusal(params.bias);
   return reason.empty() ? DeviceRefusal(params, device, ForwardKernel::kAutomatic) : reason;
 }
 
@@ -105,7 +117,22 @@ std::string BackwardRefusal(const BackwardParams& params, int device) {
   if (reason.empty() && Product({group, params.cols.capacity, entry_pieces}) > kMaxInt) {
     reason = "the CUDA backward takes lists of fewer than 2^31 tiles (entries * block sizes / 64) in a group of heads";
   }
+  if (reason.empty()) reason = BiasRefusal(params.bias);
   return reason.empty() ? DeviceRefusal(params, device, BackwardKernel::kAutomatic) : reason;
+}
+
+std::string BiasGradientRefusal(const BiasGradientParams& params, int device) {
+  const void* bits = params.tiles.count > 0 ? params.tiles.words : nullptr;
+  const int64_t gates = params.gates != nullptr ? GateCount(params.shape, params.rows) : 0;
+  std::string reason =
+      ShapeRefusal(params.shape, params.dtype, {params.dout, params.query, params.key, params.value, bits});
+  if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows}, gates);
+  if (reason.empty()) reason = BiasRefusal(params.bias);
+  if (reason.empty() && BiasGradientPlan(params).ctas() > kMaxInt) {
+    reason = "the CUDA kernels take fewer than 2^31 tiles of 64 x 64 of a bias";
+  }
+  DeviceFacts facts;
+  return reason.empty() ? FindDevice(device, &facts) : reason;
 }
 
 }  // namespace jax_bsk::attention::cuda

@@ -1,5 +1,5 @@
-// What tells the variants of an attention kernel apart, beside its element type and head size. csrc/variants.cmake
-// lists those that are compiled.
+// What tells the variants of an attention kernel apart, beside its element type and head size. csrc/variants.py lists
+// those that are compiled.
 #pragma once
 
 namespace jax_bsk::attention::cuda {
@@ -8,15 +8,15 @@ namespace jax_bsk::attention::cuda {
 enum class Tile { k64, k128 };
 
 // What a variant takes besides queries, keys and values: a soft cap (the word stands for a scale below
-// kLeastPlainScale, too), and gates. "Or not" is a branch at run time.
+// kLeastPlainScale, too), gates, and extras, which are biases and dropout. "Or not" is a branch at run time.
 enum class Features {
-  kAny,          // a soft cap or not, gates or not
-  kUngated,      // a soft cap or not, no gates
-  kGated,        // a soft cap or not, gates
-  kPlain,        // neither
-  kSoftCap,      // a soft cap, no gates
-  kPlainGated,   // no soft cap, gates
-  kPlainBiased,  // no soft cap, no gates, a bias or dropout or both
+  kAny,          // everything: a soft cap or not, gates or not, extras or not
+  kUngated,      // a soft cap or not, neither gates nor extras
+  kExtended,     // a soft cap or not, and gates or extras or both
+  kPlain,        // none of them
+  kSoftCap,      // a soft cap alone
+  kPlainGated,   // gates alone
+  kPlainExtras,  // extras alone
 };
 
 constexpr bool Takes(Features features, bool soft_cap, bool gates, bool extras) {
@@ -25,16 +25,16 @@ constexpr bool Takes(Features features, bool soft_cap, bool gates, bool extras) 
       return true;
     case Features::kUngated:
       return !gates && !extras;
-    case Features::kGated:
-      return gates;
+    case Features::kExtended:
+      return gates || extras;
     case Features::kPlain:
       return !soft_cap && !gates && !extras;
     case Features::kSoftCap:
       return soft_cap && !gates && !extras;
     case Features::kPlainGated:
       return !soft_cap && gates && !extras;
-    case Features::kPlainBiased:
-      return !soft_cap && !gates;
+    case Features::kPlainExtras:
+      return !soft_cap && !gates && extras;
   }
   return false;
 }

@@ -77,7 +77,7 @@ auto* Find(const Table& table, const Params& params, Target target, Tile tile) {
   const bool soft_cap = params.soft_cap != 0.f || !(params.scale > kLeastPlainScale);
   const auto* found = std::find_if(std::begin(table), std::end(table), [&](const auto& variant) {
     return variant.target == target && variant.dtype == params.dtype && variant.dim >= dim && variant.tile == tile &&
-           Takes(variant.features, soft_cap, HasGates(params));
+           Takes(variant.features, soft_cap, HasGates(params), HasExtras(params));
   });
   return found == std::end(table) ? nullptr : found;
 }

@@ -50,5 +50,9 @@ const BackwardVariant* Choose(const BackwardParams& params, const device::Device
 
 inline bool HasGates(const ForwardParams& params) { return params.gates != nullptr; }
 inline bool HasGates(const BackwardParams& params) { return params.dgates != nullptr; }
+template <typename Params>
+bool HasExtras(const Params& params) {  // as attention/variant.h has the word
+  return HasBias(params.bias) || Drops(params.dropout);
+}
 
 }  // namespace jax_bsk::attention::cuda

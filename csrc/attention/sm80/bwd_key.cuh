@@ -4,7 +4,7 @@
 
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/config.h"
-#include "attention/sm80/gated.cuh"
+#include "attention/sm80/extras.cuh"
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/copy_async.cuh"
@@ -20,14 +20,15 @@ struct KeyShared {
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> query;
   device::Tile<Element, Config::kKeyTileQ, Config::kDim> dout;
   RowStatistics rows[Config::kKeyTileQ];    // of the queries
-  uint32_t attended[Config::kKeyTileQ][2];  // [query][key / 32], with a bit tile or gates
+  uint32_t attended[Config::kKeyTileQ][2];  // [query][key / 32], with a bit tile or extras
   uint32_t bad_queries[2];                  // see device::CleanRows
   uint32_t bad_douts[2];
   // For want of registers: the place of the current step's gate; each thread's P o dP, of the 64 x 64 pairs that the
   // step is part of.
   int gate;
-  float gate_sums[Config::kMayBeGated ? Config::kKeyThreads : 1];
-  int next_tile;  // see ForSelected
+  float gate_sums[Config::kMayBeExtended ? Config::kKeyThreads : 1];
+  int next_tile;    // see ForSelected
+  BiasViews views;  // of the step's entry
 };
 
 // The steps of every query head of a group, one head after the other.
@@ -160,17 +161,16 @@ struct KeyTile {
   // The word that this thread has to fetch for KeyShared::attended.
   __device__ __forceinline__ uint32_t AttendedWord(const lists::Step& step, int head, int thread) const {
     const int block_q = static_cast<int>(params.shape.block_q), block_kv = static_cast<int>(params.shape.block_kv);
-    const bool gated = HasGates<Config>(params.dgates);
-    uint32_t word = gated ? ~0u : 0;
+    uint32_t word = Config::kMayBeExtended ? ~0u : 0;
     if (step.tile >= 0 && thread < 2 * Config::kKeyTileQ) {
       word =
           __ldg(lists::BitTileRow(params.tiles, batch, head, step.tile, step.offset + thread / 2, block_q, block_kv) +
                 kv_start % block_kv / 32 + thread % 2);
     }
-    // Queries past the length may have any logits; keys past it have rows of their own in the products, but not in the
-    // gate's sum.
+    // Queries past the length may have any logits, and with a bias any probabilities; keys past it have rows of their
+    // own in the products, but not in the gate's sum.
     if (step.start + thread / 2 >= limit.query) word = 0;
-    if (gated) word &= static_cast<uint32_t>(device::FirstBits(kv_rows - 32 * (thread % 2)));
+    if (Config::kMayBeExtended) word &= static_cast<uint32_t>(device::FirstBits(kv_rows - 32 * (thread % 2)));
     return word;
   }
 };
@@ -230,26 +230,33 @@ __device__ __forceinline__ void MakeGradients(const KeyShared<Config>& shared, c
     }
 }
 
-// The same with a gate, which the probabilities have in them afterwards. Returns the sum of P o dP over the thread's
-// pairs.
-template <typename Config>
-__device__ __forceinline__ float MakeGatedGradients(const KeyShared<Config>& shared, const KeyThread<Config>& own,
-                                                    const LogitMap& map, float gate, uint64_t bad,
-                                                    typename KeyThread<Config>::Scores& scores,
-                                                    typename KeyThread<Config>::Scores& dscores) {
+// The same with gates, biases and dropout. Afterwards the probabilities have the gate and the pair's weight in them.
+// Returns the sum of P o dP over the thread's pairs, which is the gate's gradient. extras_of(column): PairExtras of the
+// kExtrasN8 columns of eight that begin there.
+template <typename Config, typename Extras>
+__device__ __forceinline__ float MakeExtendedGradients(const KeyShared<Config>& shared, const KeyThread<Config>& own,
+                                                       const LogitMap& map, float gate, const Extras& extras_of,
+                                                       uint64_t bad, typename KeyThread<Config>::Scores& scores,
+                                                       typename KeyThread<Config>::Scores& dscores) {
   float sum = 0.f;
 #pragma unroll
-  for (int n = 0; n < Config::kKeyTileQ / 8; ++n)
+  for (int first = 0; first < Config::kKeyTileQ / 8; first += kExtrasN8) {
+    const auto extras = extras_of(8 * first);
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-      const int column = own.Column(n, e);
-      float &prob = scores[0][n][e], &dscore = dscores[0][n][e], dprob = dscore;
-      PairGradient(prob, dscore, shared.rows[column], RestOf(shared, column), gate, map);
-      if (bad >> column & 1) prob = dscore = dprob = device::QuietNan();
-      if (!own.Attends(shared, column, e)) prob = dscore = dprob = 0.f;
-      sum = fmaf(prob, dprob, sum);
-      if (prob != 0.f) prob *= gate;
-    }
+    for (int n = 0; n < kExtrasN8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const int column = own.Column(first + n, e);
+        const float weight = extras.Weight(n, e);
+        float &prob = scores[0][first + n][e], &dscore = dscores[0][first + n][e], dprob = weight * dscore;
+        PairGradient(prob, dscore, shared.rows[column], RestOf(shared, column), gate * weight, map,
+                     [&](float x) { return extras.Logit(x, n, e); });
+        if (bad >> column & 1) prob = dscore = dprob = device::QuietNan();
+        if (!own.Attends(shared, column, e)) prob = dscore = dprob = 0.f;
+        sum = fmaf(prob, dprob, sum);
+        if (prob != 0.f) prob *= gate * weight;
+      }
+  }
   return sum;
 }
 
@@ -286,6 +293,10 @@ __device__ __forceinline__ void KeyGradientStep(KeyShared<Config>& shared, const
   device::WaitForCopies();
   __syncthreads();
   tile.LoadQueries(shared, now, head, thread);
+  if (HasBias<Config>(tile.params.bias)) {
+    shared.views.WriteHead(tile.params.bias, tile.params.shape, tile.batch, head, thread);
+    shared.views.WriteBlock(tile.params.bias, tile.params.shape, now.start, tile.kv_start, thread);
+  }
   const RowStatistics row = tile.Statistics(now, head, thread);
   const uint32_t word = tile.AttendedWord(now, head, thread);
   uint64_t bad = 0;
@@ -303,10 +314,16 @@ __device__ __forceinline__ void KeyGradientStep(KeyShared<Config>& shared, const
   typename KeyThread<Config>::Scores scores;
   device::Clear(scores);
   device::MultiplyRows(scores, shared.key, own.warp_row, shared.query);
-  if (HasGates<Config>(tile.params.dgates)) {
-    const float gate = lists::ReadGate(tile.params.col_gates, shared.gate);  // not earlier, for want of registers
-    const float sum = MakeGatedGradients(shared, own, map, gate, bad, scores, dscores);
-    AddToGateSum(shared, tile, own, sum, gate_sums, now, more, next);
+  const bool gated = HasGates<Config>(tile.params.dgates);
+  if (Config::kAlwaysExtended || gated || HasBiasOrDropout<Config>(tile.params)) {
+    // Not earlier, for want of registers.
+    const float gate = gated ? lists::ReadGate(tile.params.col_gates, shared.gate) : 1.f;
+    const auto extras_of = [&](int column) {
+      return PairExtras<Config, true>(tile.params, shared.views, map, tile.batch, head,
+                                      tile.kv_start + own.warp_row + own.g, now.start + column + 2 * own.t);
+    };
+    const float sum = MakeExtendedGradients(shared, own, map, gate, extras_of, bad, scores, dscores);
+    if (gated) AddToGateSum(shared, tile, own, sum, gate_sums, now, more, next);
   } else {
     MakeGradients(shared, own, map, now.tile >= 0, bad, scores, dscores);
   }
@@ -336,7 +353,7 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
   lists::Step step;
   int head = 0;
   bool more = walker.Next(step, head) && tile.kv_rows > 0;
-  if constexpr (Config::kMayBeGated) shared.gate_sums[thread] = 0.f;
+  if constexpr (Config::kMayBeExtended) shared.gate_sums[thread] = 0.f;
   if (thread < 2) shared.bad_queries[thread] = shared.bad_douts[thread] = 0;
   if (more) {
     tile.LoadKeysAndValues(shared, thread);
@@ -356,6 +373,9 @@ __device__ __forceinline__ void KeyGradientTile(KeyShared<Config>& shared, const
     const int now_head = head;
     if (HasGates<Config>(params.dgates) && thread == 0) {
       shared.gate = lists::GateIndex(params.cols, params.shape.heads, tile.batch, head, walker.position());
+    }
+    if (HasBias<Config>(params.bias)) {
+      shared.views.ReadTile(params.bias, params.bias.col_tiles, walker.position(), thread);
     }
     more = walker.Next(step, head);
     KeyGradientStep(shared, tile, own, map, gate_sums, now, now_head, more, step, head, dvalue, dkey);

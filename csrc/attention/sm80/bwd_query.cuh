@@ -3,7 +3,7 @@
 
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/config.h"
-#include "attention/sm80/gated.cuh"
+#include "attention/sm80/extras.cuh"
 #include "attention/sm80/query_tile.cuh"
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
@@ -21,19 +21,26 @@ struct QueryShared {
   device::Tile<Element, Config::kQueryTileKv, Config::kDim> value;
   uint32_t bad_keys[2];  // see device::CleanRows
   int next_tile;         // see ForSelected
+  BiasViews views;       // of the step's entry
 };
 
 // dS of a thread's pairs from S and dP, in place of the latter. Pairs that do not attend get 0, the others of a `bad`
-// key NaN.
-template <int kN8>
+// key NaN. extras_of(column): PairExtras of the kExtrasN8 columns of eight that begin there.
+template <typename Extras, int kN8>
 __device__ __forceinline__ void MakeScoreGradients(float (&scores)[1][kN8][4], float (&dscores)[1][kN8][4],
-                                                   const RowStatistics (&rows)[2], float gate, const LogitMap& map,
-                                                   bool masked, const uint64_t (&attended)[2], uint64_t bad, int t) {
+                                                   const RowStatistics (&rows)[2], float gate, const Extras& extras_of,
+                                                   const LogitMap& map, bool masked, const uint64_t (&attended)[2],
+                                                   uint64_t bad, int t) {
 #pragma unroll
-  for (int n = 0; n < kN8; ++n)
+  for (int first = 0; first < kN8; first += kExtrasN8) {
+    const auto extras = extras_of(8 * first);
 #pragma unroll
-    for (int e = 0; e < 4; ++e)
-      PairGradient(scores[0][n][e], dscores[0][n][e], rows[e / 2], rows[e / 2].rest, gate, map);
+    for (int n = 0; n < kExtrasN8; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        PairGradient(scores[0][first + n][e], dscores[0][first + n][e], rows[e / 2], rows[e / 2].rest,
+                     gate * extras.Weight(n, e), map, [&](float x) { return extras.Logit(x, n, e); });
+  }
   if (!masked) return;
 #pragma unroll
   for (int n = 0; n < kN8; ++n)
@@ -79,6 +86,9 @@ __device__ __forceinline__ void QueryGradientStep(QueryShared<Config>& shared, c
   device::WaitForCopies();
   __syncthreads();
   load.Keys(shared.key, tile, now);
+  if (HasBias<Config>(params.bias)) {
+    shared.views.WriteBlock(params.bias, params.shape, tile.q_start, now.start, own.thread);
+  }
   const bool masked = now.tile >= 0 || now.start + kTileKv > tile.limit.key;
   uint64_t attended[2];
   if (masked) {
@@ -100,7 +110,17 @@ __device__ __forceinline__ void QueryGradientStep(QueryShared<Config>& shared, c
   float scores[1][kTileKv / 8][4];
   device::Clear(scores);
   device::MultiplyRows(scores, shared.query, own.warp_row, shared.key);
-  MakeScoreGradients(scores, dscores, own.statistics, gate, map, masked, attended, bad, own.t);
+  const auto make_gradients = [&](const auto& extras_of) {
+    MakeScoreGradients(scores, dscores, own.statistics, gate, extras_of, map, masked, attended, bad, own.t);
+  };
+  if (HasBiasOrDropout<Config>(params)) {
+    make_gradients([&](int column) {
+      return PairExtras<Config, false>(params, shared.views, map, tile.batch, tile.head, tile.q_start + own.row,
+                                       now.start + column + 2 * own.t);
+    });
+  } else {
+    make_gradients([](int) { return NoPairExtras(); });
+  }
   device::MultiplyColumns(dquery, dscores, shared.key);
 }
 
@@ -129,6 +149,9 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
                            lists::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
   };
   float next_gate = gated && more ? read_gate() : 1.f;
+  if (HasBias<Config>(params.bias)) {
+    shared.views.WriteHead(params.bias, params.shape, tile.batch, tile.head, thread);
+  }
   if (thread < 2) shared.bad_keys[thread] = 0;
   if (more) {
     const auto* dout =
@@ -146,6 +169,9 @@ __device__ __forceinline__ void QueryGradientTile(QueryShared<Config>& shared, c
   while (more) {
     const lists::Step now = step;
     const float gate = next_gate;
+    if (HasBias<Config>(params.bias)) {
+      shared.views.ReadTile(params.bias, params.bias.row_tiles, walker.position(), thread);
+    }
     more = walker.Next(step);
     if (gated && more) next_gate = read_gate();
     QueryGradientStep<Config>(shared, params, tile, load, own, map, gate, now, more, step, dquery);

@@ -16,21 +16,21 @@ namespace jax_bsk::attention::cuda::sm80 {
 // divides every supported block.
 constexpr int kTile = 64;
 
-// Gates are a branch at run time (kAny) where that costs nothing measurable: for float32, except in the forward of 256
-// dimensions (2.5 %) and the backward of 128. The 16-bit kernels have gates compiled in. There the branch took 2.3 to
-// 2.7 % of a backward without gates and 2 to 8 % of a forward with gates (H200), and the forward of 128 queries and 128
-// dimensions spilled 384 bytes on sm_80.
+// Gates, biases and dropout are branches at run time of the variants kAny and kExtended, and compiled out of kUngated.
+// One variant has all of them (kAny) where the branches cost nothing measurable without them: for float32, except in
+// the forward of 256 dimensions (the gates' branch took 2.5 % there) and the backward of 128. Of the 16-bit kernels
+// the gates' branch alone took 2.3 to 2.7 % of a backward without gates (H200).
 template <Features kFeatures>
-struct GatesConfig {
-  static_assert(kFeatures == Features::kAny || kFeatures == Features::kUngated || kFeatures == Features::kGated);
-  static constexpr bool kMayBeGated = kFeatures != Features::kUngated;
-  static constexpr bool kAlwaysGated = kFeatures == Features::kGated;
+struct ExtrasConfig {
+  static_assert(kFeatures == Features::kAny || kFeatures == Features::kUngated || kFeatures == Features::kExtended);
+  static constexpr bool kMayBeExtended = kFeatures != Features::kUngated;
+  static constexpr bool kAlwaysExtended = kFeatures == Features::kExtended;
 };
 
 // Four warps, each with 16 * kRowTiles query rows. Two row tiles a warp halve the shared memory traffic of keys and
 // values per product, where the accumulators leave room (up to 128 dimensions) and blocks are 128 queries.
 template <typename Element_, int kDim_, Tile kTile_, Features kFeatures>
-struct ForwardConfig : GatesConfig<kFeatures> {
+struct ForwardConfig : ExtrasConfig<kFeatures> {
   using Element = Element_;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
   static constexpr int kRowTiles = kTile_ == Tile::k128 ? 2 : 1;
@@ -43,14 +43,17 @@ struct ForwardConfig : GatesConfig<kFeatures> {
 // dQ: four warps over 64 queries. dK and dV: four warps over 64 keys, each with both accumulators (kDim registers). At
 // 128 dimensions this leaves registers for 32 queries at a time; at 256 it is all there is, so eight warps share the
 // work: four make dV and four dK, from the same tiles. Rows of 512 bytes leave no registers for 32 queries and gates
-// (60 bytes spill at 256 dimensions), so that kGated has 16 queries there, and kUngated 32.
+// (60 bytes spill at 256 dimensions), so that kExtended has 16 queries there, and kUngated 32.
 template <typename Element_, int kDim_, Tile kTile_, Features kFeatures>
-struct BackwardConfig : GatesConfig<kFeatures> {
+struct BackwardConfig : ExtrasConfig<kFeatures> {
   using Element = Element_;
   static_assert(kTile_ == Tile::k64);
   static constexpr int kDim = kDim_;
   static constexpr bool kSplit = kDim > 128;
-  static constexpr int kQueryTileKv = kDim > 128 ? 32 : 64;  // keys at a time for dQ
+  static constexpr int kQueryTileKv =  // keys at a time for dQ; 32 would spill beside extras
+      kDim <= 128                       ? 64
+      : kFeatures == Features::kUngated ? 32
+                                        : 16;
   static constexpr int kRowBytes = kDim * static_cast<int>(sizeof(Element));
   static constexpr int kKeyTileQ =  // queries at a time for dK and dV
       kDim <= 64                                                                 ? 64
@@ -65,7 +68,7 @@ template <typename Config>
 constexpr int ForwardSharedBytes() {
   return (Config::kTileQ + 2 * Config::kTileKv) *
              (Config::kDim * static_cast<int>(sizeof(typename Config::Element)) + 16) +
-         64;
+         128;
 }
 template <typename Config>
 constexpr int BackwardSharedBytes() {

@@ -3,7 +3,7 @@
 #pragma once
 
 #include "attention/sm80/config.h"
-#include "attention/sm80/gated.cuh"
+#include "attention/sm80/extras.cuh"
 #include "attention/sm80/query_tile.cuh"
 #include "attention/softmax.cuh"
 #include "device/mma.cuh"
@@ -22,6 +22,7 @@ struct ForwardShared {
   device::Tile<Element, Config::kTileKv, Config::kDim> key;
   device::Tile<Element, Config::kTileKv, Config::kDim> value;
   uint32_t bad_values[2];  // see device::CleanRows
+  BiasViews views;         // of the step's entry
 };
 
 // A thread's share of its warp's rows: it has, of each 16, rows g and g + 8, and of every eight columns 2t and 2t + 1
@@ -73,8 +74,7 @@ __device__ __forceinline__ void Replace(typename ForwardThread<Config>::Logits& 
 template <typename Config>
 __device__ __forceinline__ void Softmax(typename ForwardThread<Config>::Logits& probs,
                                         typename ForwardThread<Config>::Out& out,
-                                        OnlineSoftmax (&softmax)[Config::kRowTiles], float multiplier, bool gated,
-                                        float gate) {
+                                        OnlineSoftmax (&softmax)[Config::kRowTiles], float multiplier) {
 #pragma unroll
   for (int m = 0; m < Config::kRowTiles; ++m) {
     float rescale[2];
@@ -83,7 +83,41 @@ __device__ __forceinline__ void Softmax(typename ForwardThread<Config>::Logits& 
     for (int n = 0; n < Config::kDim / 8; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) out[m][n][e] *= rescale[e / 2];
-    if (gated) {
+  }
+}
+
+// Adds the biases of a step's pairs to their x.
+template <typename Config>
+__device__ __forceinline__ void AddBiases(typename ForwardThread<Config>::Logits& logits,
+                                          const ForwardShared<Config>& shared, const ForwardParams& params,
+                                          const QueryTile<typename Config::Element, Config::kTileQ>& tile,
+                                          const ForwardThread<Config>& own, const LogitMap& map,
+                                          const lists::Step& now) {
+  const float factor = BiasFactor(map);
+#pragma unroll
+  for (int m = 0; m < Config::kRowTiles; ++m)
+#pragma unroll
+    for (int first = 0; first < Config::kTileKv / 8; first += kExtrasN8) {
+      float bias[kExtrasN8][4];
+      SumBiases<typename Config::Element, false>(bias, shared.views, params.shape, tile.q_start + own.Row(m, 0),
+                                                 now.start + 8 * first + 2 * own.t);
+#pragma unroll
+      for (int n = 0; n < kExtrasN8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          logits[m][first + n][e] = BiasedLogit(logits[m][first + n][e], bias[n][e], factor);
+        }
+    }
+}
+
+// Probabilities become the factors of values: after the softmax, so that the log-sum-exp knows nothing of it.
+template <typename Config>
+__device__ __forceinline__ void Weigh(typename ForwardThread<Config>::Logits& probs, const ForwardParams& params,
+                                      const QueryTile<typename Config::Element, Config::kTileQ>& tile,
+                                      const ForwardThread<Config>& own, const lists::Step& now, float gate) {
+  if (HasGates<Config>(params.gates)) {
+#pragma unroll
+    for (int m = 0; m < Config::kRowTiles; ++m)
 #pragma unroll
       for (int n = 0; n < Config::kTileKv / 8; ++n)
 #pragma unroll
@@ -91,6 +125,19 @@ __device__ __forceinline__ void Softmax(typename ForwardThread<Config>::Logits& 
           // A pair that does not attend stays 0, whatever the gate is.
           if (probs[m][n][e] != 0.f) probs[m][n][e] *= gate;
         }
+  }
+  if (HasDropout<Config>(params.dropout)) {
+    const int threshold = params.dropout.threshold;
+    const float kept = DropoutScale(threshold);
+    const uint32_t head_key = __ldg(params.dropout.keys + tile.batch * params.shape.heads + tile.head);
+#pragma unroll
+    for (int m = 0; m < Config::kRowTiles; ++m) {
+      DropoutWords<false, Config::kTileKv / 8> words;
+      words.Make(head_key, tile.q_start + own.Row(m, 0), now.start + 2 * own.t);
+#pragma unroll
+      for (int n = 0; n < Config::kTileKv / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) probs[m][n][e] = words.IsDropped(n, e, threshold) ? 0.f : probs[m][n][e] * kept;
     }
   }
 }
@@ -161,6 +208,9 @@ __device__ __forceinline__ void ForwardStep(ForwardShared<Config>& shared, const
                                             typename ForwardThread<Config>::Out& out) {
   constexpr int kTileKv = Config::kTileKv;
 
+  if (HasBias<Config>(params.bias)) {  // nobody reads those of the previous step any more
+    shared.views.WriteBlock(params.bias, params.shape, tile.q_start, now.start, load.thread);
+  }
   // Keys are here, and nobody reads the previous values any more: fetch these values during Q K^T and the softmax.
   device::WaitForCopies();
   __syncthreads();
@@ -174,10 +224,12 @@ __device__ __forceinline__ void ForwardStep(ForwardShared<Config>& shared, const
   device::Clear(probs);
   device::MultiplyRows(probs, shared.query, own.warp_row, shared.key);
   MapLogits(map, probs);
+  if (HasBias<Config>(params.bias)) AddBiases<Config>(probs, shared, params, tile, own, map, now);
   if (now.tile >= 0 || now.start + kTileKv > tile.limit.key) {
     Replace<Config>(probs, own, -device::Infinity(), [&](int m, int half) { return ~attended(m, half); });
   }
-  Softmax<Config>(probs, out, softmax, map.multiplier, HasGates<Config>(params.gates), gate);
+  Softmax<Config>(probs, out, softmax, map.multiplier);
+  Weigh<Config>(probs, params, tile, own, now, gate);
 
   // Values are here, and nobody reads these keys any more: fetch the next keys during P V.
   device::WaitForCopies();
@@ -217,6 +269,9 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
                            lists::GateIndex(params.rows, params.shape.heads, tile.batch, tile.head, walker.position()));
   };
   float next_gate = gated && more ? read_gate() : 1.f;
+  if (HasBias<Config>(params.bias)) {
+    shared.views.WriteHead(params.bias, params.shape, tile.batch, tile.head, thread);
+  }
   if (thread < 2) shared.bad_values[thread] = 0;
   if (more) {
     load.Queries(shared.query, tile);
@@ -231,6 +286,9 @@ __global__ void __launch_bounds__(Config::kThreads, 2) ForwardKernel(const __gri
   while (more) {
     const lists::Step now = step;
     const float gate = next_gate;
+    if (HasBias<Config>(params.bias)) {
+      shared.views.ReadTile(params.bias, params.bias.row_tiles, walker.position(), thread);
+    }
     more = walker.Next(step);
     if (gated && more) next_gate = read_gate();
     ForwardStep<Config>(shared, params, tile, load, own, map, gate, now, more, step, softmax, out);

@@ -89,7 +89,11 @@ __device__ __forceinline__ uint64_t AttendedKeys(const BitTiles& tiles, const Sh
     const uint32_t* words =
         lists::BitTileRow(tiles, tile.batch, tile.head, step.tile, tile.q_start % block_q + row, block_q, block_kv) +
         step.offset / 32;
-    bits &= lists::RowBits<kColumns>(words);
+    if constexpr (kColumns < 32) {
+      bits &= __ldg(words) >> step.offset % 32;
+    } else {
+      bits &= lists::RowBits<kColumns>(words);
+    }
   }
   return bits;
 }

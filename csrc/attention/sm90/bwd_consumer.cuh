@@ -200,18 +200,18 @@ class BackwardConsumer {
       LoadStatistics(rows, shared_.statistics[stage][0]);
       device::sm90::Pin(rows);
     };
-    if constexpr (!Config::kBiased) load_lse();
+    if constexpr (!Config::kExtras) load_lse();
     if constexpr (Config::kPlain) {
       device::sm90::WaitForProducts<1>();
       device::sm90::Pin(scores);
-      if constexpr (Config::kBiased) {
+      if constexpr (Config::kExtras) {
         AddBias(item, scores, stage);
         load_lse();  // not earlier: biases need the registers
       }
       Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
       // Not earlier where the sum of a gate, or dropout, needs the registers.
-      constexpr bool kDeltaLater = Config::kGated || Config::kBiased;
+      constexpr bool kDeltaLater = Config::kGated || Config::kExtras;
       if constexpr (!kDeltaLater) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
       device::sm90::Pin(rows);
@@ -224,7 +224,7 @@ class BackwardConsumer {
         Scale(dscores, Gate(stage));
         device::sm90::Pin(dscores);
       }
-      if constexpr (Config::kBiased) {
+      if constexpr (Config::kExtras) {
         if (Drops(params_.dropout)) {
           kept = KeptPairs(item, stage);
           DropScores(dscores, kept);
@@ -254,7 +254,7 @@ class BackwardConsumer {
     } else {
       Pack(packed_probs, scores);
     }
-    if constexpr (Config::kBiased) DropPacked(packed_probs, kept);
+    if constexpr (Config::kExtras) DropPacked(packed_probs, kept);
 #pragma unroll
     for (int i = 0; i < kScores; ++i) dscores[i] *= scores[i];
     Pack(packed_scores, dscores);
@@ -288,7 +288,7 @@ class BackwardConsumer {
         words[i * kWarpgroup] = make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));
       });
     }
-    if constexpr (Config::kBiased) AddBias(item, scores, stage);
+    if constexpr (Config::kExtras) AddBias(item, scores, stage);
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][0]);
     Probabilities(scores, rows, stage);
@@ -299,7 +299,7 @@ class BackwardConsumer {
     } else {
       Pack(packed, scores);
     }
-    if constexpr (Config::kBiased) {
+    if constexpr (Config::kExtras) {
       if (Drops(params_.dropout)) DropPacked(packed, KeptPairs(item, stage));
     }
     device::sm90::Pin(packed);
@@ -338,7 +338,7 @@ class BackwardConsumer {
       StoreGateSum(stage, sum);
       Scale(dscores, Gate(stage));
     }
-    if constexpr (Config::kBiased) {
+    if constexpr (Config::kExtras) {
       if (Drops(params_.dropout)) DropScores(dscores, KeptPairs(item, stage));
     }
     float rows[kPacked];
@@ -449,29 +449,31 @@ class BackwardConsumer {
                                           int half) {
     const PairStep& step = shared_.pairs[stage];
     const int start = ReadShared(step.query);
-    const auto term = BiasTermOfHead::Of(params_.bias, params_.shape, which, item.batch, ReadShared(step.head),
-                                         ReadShared(step.bias_tile), start, item.start);
+    const BiasTermView term = TermView(params_.bias, params_.shape, which, item.batch, ReadShared(step.head),
+                                       ReadShared(step.bias_tile), start, item.start);
     if (term.data == nullptr) return;
     const int query = start + Thread() % 4 * 2;
     const int inside = static_cast<int>(params_.shape.q_len) - query;  // of this thread's columns
-    const int64_t index = term.Index(query, min(KeyOf(item) + 8 * half, static_cast<int>(params_.shape.kv_len) - 1));
+    const int key = min(KeyOf(item) + 8 * half, static_cast<int>(params_.shape.kv_len) - 1);
+    const int64_t index = BiasIndex(term, query, key);
     const auto add_column = [&](const auto& read) {
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& logit = x[4 * n + 2 * half + e];
-          logit = fmaf(8 * n + e < inside ? read((8 * n + e) * term.step_q) : 0.f, plan_.bias_factor, logit);
+          const float value = 8 * n + e < inside ? read(int64_t{8 * n + e} * term.step_q) : 0.f;
+          logit = BiasedLogit(logit, value, plan_.bias_factor);
         }
         if (n % 2 == 1) device::sm90::Pin(x);
       }
     };
     if (term.wide) {
       const auto* numbers = static_cast<const float*>(term.data) + index;
-      add_column([&](int64_t offset) { return __ldg(numbers + offset); });
+      add_column([&](int64_t offset) { return LoadBias(numbers + offset); });
     } else {
-      const auto* numbers = static_cast<const uint16_t*>(term.data) + index;
-      add_column([&](int64_t offset) { return device::ToFloat(Element{__ldg(numbers + offset)}); });
+      const auto* numbers = static_cast<const Element*>(term.data) + index;
+      add_column([&](int64_t offset) { return LoadBias(numbers + offset); });
     }
   }
 
@@ -596,7 +598,7 @@ class BackwardConsumer {
   // ---- Results
 
   __device__ __forceinline__ void StoreValueGradient(const BackwardItem& item, const float (&dvalue)[kGradient]) {
-    const float scale = Config::kBiased ? plan_.kept_scale : 1.f;
+    const float scale = Config::kExtras ? plan_.kept_scale : 1.f;
     StoreKeyRows(item, dvalue, scale, params_.dvalue, static_cast<int>(params_.shape.value_dim));
   }
   __device__ __forceinline__ void StoreKeyGradient(const BackwardItem& item, const float (&dkey)[kGradient]) {

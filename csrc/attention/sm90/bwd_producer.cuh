@@ -1,6 +1,7 @@
 // The producer warps of the Hopper backward: one schedules, one loads steps, one loads keys and values, one stores dS.
 #pragma once
 
+#include "attention/bias.cuh"
 #include "attention/sm90/bwd_shared.cuh"
 #include "device/ptx/barrier.cuh"
 #include "device/ptx/bulk_copy.cuh"
@@ -278,7 +279,7 @@ class BackwardLoader {
         const int stride = keys ? 1 : static_cast<int>(params_.shape.block_q / 64);
         subtiles_ = subtile + (keys ? entry : other) * plan_.entry_subtiles + offset / 64 * stride;
         gate_sums_ = sums + 4 * (entry * plan_.entry_subtiles + offset / 64);
-        if constexpr (Config::kBiased) entry_ = row.begin + entry;
+        if constexpr (Config::kExtras) entry_ = row.begin + entry;
       }
     }
     return true;
@@ -333,9 +334,8 @@ class BackwardLoader {
     if (Config::kGated && keys) {
       shared_.gates[place] = {lists::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_subtiles)), gate_sums_};
     }
-    if (Config::kBiased && keys) {
-      const bool tiles = params_.bias.tiles != nullptr;
-      shared_.pairs[place] = {start_, head_, tiles ? __ldg(params_.bias.col_tiles + entry_) : -1};
+    if (Config::kExtras && keys) {
+      shared_.pairs[place] = {start_, head_, ReadBiasTile(params_.bias, params_.bias.col_tiles, entry_)};
     }
     const int subtiles_bytes = block_q / 64 * kSubtileElements * 2;
     device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : subtiles_bytes));

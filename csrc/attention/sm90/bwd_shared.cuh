@@ -113,7 +113,7 @@ struct BackwardShared {
   alignas(16) float statistics[kStages][3][64];   // of the queries: lse, delta, rest, as RowStatistics has them
   int flags[kPlaces];                             // of a step
   GateStep gates[Config::kGated ? kStages : 1];   // of a step of keys
-  PairStep pairs[Config::kBiased ? kStages : 1];  // likewise
+  PairStep pairs[Config::kExtras ? kStages : 1];  // likewise
   StoreOrder orders[kOrders];                     // of the CTA's steps of keys
   BackwardItem items[kItems];
   Barrier full_item[kItems], empty_item[kItems];

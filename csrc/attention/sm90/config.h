@@ -17,15 +17,15 @@ constexpr int kChunk = 64;          // columns that share a 128-byte swizzled ro
 constexpr int kMaxPieces = 2;       // pieces of a key/value tile that come from different blocks
 
 // Features are compiled in. kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product. kGated:
-// with gates. A soft cap and gates together have no variant: there are no registers for both. kBiased: a bias or
+// with gates. A soft cap and gates together have no variant: there are no registers for both. kExtras: a bias or
 // dropout, each a branch at run time.
 template <Features kFeatures>
 struct FeaturesConfig {
   static_assert(kFeatures == Features::kPlain || kFeatures == Features::kSoftCap ||
-                kFeatures == Features::kPlainGated || kFeatures == Features::kPlainBiased);
+                kFeatures == Features::kPlainGated || kFeatures == Features::kPlainExtras);
   static constexpr bool kPlain = kFeatures != Features::kSoftCap;
   static constexpr bool kGated = kFeatures == Features::kPlainGated;
-  static constexpr bool kBiased = kFeatures == Features::kPlainBiased;
+  static constexpr bool kExtras = kFeatures == Features::kPlainExtras;
 };
 
 // kDim: columns of the products (64, 96, 128 or 256); head_dim and value_dim are padded to it with zeros by the copy

@@ -78,7 +78,7 @@ class ForwardConsumer {
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
   // True if references may lag (fwd_softmax.cuh). A bias may raise any step's logits.
-  static constexpr bool kLazy = Config::kPlain && !Config::kBiased;
+  static constexpr bool kLazy = Config::kPlain && !Config::kExtras;
 
   using Headers = Ring<Shared::kHeaders>;
 
@@ -309,7 +309,7 @@ class ForwardConsumer {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
     }
-    if constexpr (Config::kBiased) {
+    if constexpr (Config::kExtras) {
       if (HasBias(params_.bias)) AddBias(x);
     }
     bool raised = !kLazy || fresh;
@@ -365,16 +365,16 @@ class ForwardConsumer {
     const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
     const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
     const int start = ReadShared(shared_.Step(step_).start[piece]);
-    const auto term =
-        BiasTermOfHead::Of(params_.bias, params_.shape, which, tile.batch, tile.head, number, tile.q_start, start);
+    const BiasTermView term =
+        TermView(params_.bias, params_.shape, which, tile.batch, tile.head, number, tile.q_start, start);
     if (term.data == nullptr) return;
     const int thread = Thread(), key = start + thread % 4 * 2;
     const int inside = static_cast<int>(params_.shape.kv_len) - key;  // of this thread's columns
     const int row = tile.q_start + group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
-    const int64_t index = term.Index(min(row, static_cast<int>(params_.shape.q_len) - 1), key);
+    const int64_t index = BiasIndex(term, min(row, static_cast<int>(params_.shape.q_len) - 1), key);
     const auto add = [&](int n, int e, float value) {
       float& logit = x[32 * piece + 4 * n + 2 * half + e];
-      logit = fmaf(value, plan_.bias_factor, logit);
+      logit = BiasedLogit(logit, value, plan_.bias_factor);
     };
     const auto add_row = [&](const auto& read) {
 #pragma unroll
@@ -389,10 +389,10 @@ class ForwardConsumer {
       add_row([&](int) { return value; });
     } else if (term.wide) {
       const auto* numbers = static_cast<const float*>(term.data) + index;
-      add_row([&](int column) { return __ldg(numbers + column); });
+      add_row([&](int column) { return LoadBias(numbers + column); });
     } else {
-      const auto* numbers = static_cast<const uint16_t*>(term.data) + index;
-      add_row([&](int column) { return device::ToFloat(Element{__ldg(numbers + column)}); });
+      const auto* numbers = static_cast<const Element*>(term.data) + index;
+      add_row([&](int column) { return LoadBias(numbers + column); });
     }
   }
 
@@ -503,7 +503,7 @@ class ForwardConsumer {
         for (int i = 0; i < 32; ++i) x[32 * piece + i] *= gate;
       }
     }
-    if constexpr (Config::kBiased) {
+    if constexpr (Config::kExtras) {
       if (Drops(params_.dropout)) Drop(x);
     }
 #pragma unroll
@@ -529,7 +529,7 @@ class ForwardConsumer {
       const bool valid = row < tile.q_rows;
       finish[half] = {valid && !poisoned && sum != 0.f, __fdividef(rescale, sum),
                       valid && poisoned ? device::QuietNan() : 0.f};
-      if constexpr (Config::kBiased) finish[half].scale *= plan_.kept_scale;
+      if constexpr (Config::kExtras) finish[half].scale *= plan_.kept_scale;
       if (thread % 4 == 0 && tile.q_start + row < params_.shape.q_len) {
         const auto log_sum = LogSum::Of(max, sum);
         lse[row] = StoredLse(!valid           ? -device::Infinity()

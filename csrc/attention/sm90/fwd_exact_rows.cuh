@@ -68,9 +68,9 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
     if (attends) {
       float x = DotRows(query, keys + key * shape.kv_heads * shape.head_dim, static_cast<int>(shape.head_dim));
       if constexpr (!Config::kPlain) x = map(x);
-      if constexpr (Config::kBiased) {
+      if constexpr (Config::kExtras) {
         if (HasBias(params.bias)) {
-          const int number = params.bias.tiles != nullptr ? __ldg(params.bias.row_tiles + walker.position()) : -1;
+          const int number = ReadBiasTile(params.bias, params.bias.row_tiles, walker.position());
           AddBiasOfPair<Element>(x, plan.bias_factor, params.bias, shape, tile.batch, tile.head, number, position, key);
         }
       }
@@ -79,7 +79,7 @@ __device__ __forceinline__ void ExactRow(const ForwardParams& params, const Tile
         prob *= lists::ReadGate(params.gates,
                                 lists::GateIndex(params.rows, shape.heads, tile.batch, tile.head, walker.position()));
       }
-      if constexpr (Config::kBiased) {
+      if constexpr (Config::kExtras) {
         if (Drops(params.dropout)) {
           const uint32_t head_key = __ldg(params.dropout.keys + tile.batch * shape.heads + tile.head);
           const uint32_t word = DropoutWord(DropoutQueryWord(head_key, position), DropoutKeyWord(key));

@@ -1,6 +1,7 @@
 // The producer of the Hopper forward: a warp that schedules and a warp that loads.
 #pragma once
 
+#include "attention/bias.cuh"
 #include "attention/sm90/fwd_shared.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/barrier.cuh"
@@ -153,7 +154,7 @@ class ForwardLoader {
       if constexpr (Config::kGated) {
         if (there) gate = ReadGate(walker.position(), header);
       }
-      if constexpr (Config::kBiased) {
+      if constexpr (Config::kExtras) {
         if (there && params_.bias.tiles != nullptr) bias_tile = __ldg(params_.bias.row_tiles + walker.position());
       }
       return there;
@@ -229,7 +230,7 @@ class ForwardLoader {
         float (&gates)[kMaxPieces] = shared_.gates[step_ % (2 * Shared::kKeyStages)];
         gates[0] = blocks.gate[0], gates[1] = blocks.gate[1];
       }
-      if constexpr (Config::kBiased) {
+      if constexpr (Config::kExtras) {
         int (&bias_tiles)[kMaxPieces] = shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)];
         bias_tiles[0] = blocks.bias_tile[0], bias_tiles[1] = blocks.bias_tile[1];
       }

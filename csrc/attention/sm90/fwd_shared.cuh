@@ -63,7 +63,7 @@ struct ForwardShared {
   // gone back to the producer.
   StepInfo steps[2 * kKeyStages];
   float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];      // of each 64 keys of a step, likewise
-  int bias_tiles[Config::kBiased ? 2 * kKeyStages : 1][kMaxPieces];  // likewise: see Bias
+  int bias_tiles[Config::kExtras ? 2 * kKeyStages : 1][kMaxPieces];  // likewise: see Bias
   TileHeader headers[kHeaders];
   int last_inexact;             // see ForwardConsumer::NoteInexact
   int inexact_noted[kHeaders];  // number of the tile that a header's place last noted
