@@ -15,7 +15,8 @@ __device__ __forceinline__ bool HasTerm(const Bias& bias, int which) {
   return (which == 0 ? bias.dense : which == 1 ? bias.distances : bias.tiles) != nullptr;
 }
 
-// Term 0 .. kBiasTerms - 1 of a head. `tile` is ReadBiasTile's, of the block that query and key are in.
+// Term 0 .. kBiasTerms - 1 of a head. `tile` is the number of the entry of the block that query and key are in, as it
+// came: producers have no registers to look at it.
 __device__ __forceinline__ BiasTermView TermView(const Bias& bias, const Shape& shape, int which, int batch, int head,
                                                  int tile, int query, int key) {
   if (which == 0) return DenseBiasView(bias, batch, head);
@@ -23,8 +24,8 @@ __device__ __forceinline__ BiasTermView TermView(const Bias& bias, const Shape& 
   BiasTermView view = TileBiasView(bias, batch, head);
   const int block_query = query & -static_cast<int>(shape.block_q), block_key = key & -static_cast<int>(shape.block_kv);
   if (tile < 0) view.data = nullptr;
-  view.first +=
-      tile * bias.tiles_q * bias.tiles_kv - int64_t{block_query} * view.step_q - int64_t{block_key} * view.step_kv;
+  view.first += min(int64_t{tile}, bias.tiles_count - 1) * bias.tiles_q * bias.tiles_kv -
+                int64_t{block_query} * view.step_q - int64_t{block_key} * view.step_kv;
   return view;
 }
 

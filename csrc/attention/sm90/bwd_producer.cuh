@@ -1,7 +1,6 @@
 // The producer warps of the Hopper backward: one schedules, one loads steps, one loads keys and values, one stores dS.
 #pragma once
 
-#include "attention/bias.cuh"
 #include "attention/sm90/bwd_shared.cuh"
 #include "device/ptx/barrier.cuh"
 #include "device/ptx/bulk_copy.cuh"
@@ -335,7 +334,8 @@ class BackwardLoader {
       shared_.gates[place] = {lists::ReadGate(params_.col_gates, gate_sums_ / (4 * plan_.entry_subtiles)), gate_sums_};
     }
     if (Config::kExtras && keys) {
-      shared_.pairs[place] = {start_, head_, ReadBiasTile(params_.bias, params_.bias.col_tiles, entry_)};
+      const bool tiles = params_.bias.tiles != nullptr;
+      shared_.pairs[place] = {start_, head_, tiles ? __ldg(params_.bias.col_tiles + entry_) : -1};
     }
     const int subtiles_bytes = block_q / 64 * kSubtileElements * 2;
     device::sm90::Expect(full, Config::kFirstBytes + (keys ? Config::kFirstBytes + kStatisticsBytes : subtiles_bytes));

@@ -1,7 +1,6 @@
 // The producer of the Hopper forward: a warp that schedules and a warp that loads.
 #pragma once
 
-#include "attention/bias.cuh"
 #include "attention/sm90/fwd_shared.cuh"
 #include "device/numbers.cuh"
 #include "device/ptx/barrier.cuh"
