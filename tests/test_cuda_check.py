@@ -26,11 +26,22 @@ NAMES = re.findall(r'(?:add|gated|product|sampled)\("([a-z0-9-]+)",', TEXT)
 NAMES += re.findall(r'{"(choose[a-z-]*)", \d', (SOURCE / "cuda_check_choose.cu").read_text())
 NAMES += re.findall(r'{"(lists[a-z-]*)", \d', (SOURCE / "cuda_check_lists.cu").read_text())
 NAMES += re.findall(r'{"(gates-[a-z-]+)", F::', TEXT)
+NAMES += [f"bias-{name}" for name in re.findall(r'biased\("([a-z0-9-]+)",', TEXT)]
+NAMES += [f"bias-{name}" for name in re.findall(r'{"([a-z-]+)", F::', TEXT) if not name.startswith("gates-")]
 # Made in loops of the program, over dtypes and sizes.
 NAMES += [
     f"instance-{dtype}-d{dim}{cap}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256) for cap in ("", "-cap")
 ]
 NAMES += [f"gates-instance-{dtype}-d{dim}" for dtype in ("bf16", "f16") for dim in (64, 96, 128, 256)]
+NAMES += [
+    f"bias-{term}-{kept}" for term, count in (("dense", 16), ("tiles", 16), ("distances", 4)) for kept in range(count)
+]
+NAMES += [
+    f"bias-instance-{dtype}-d{dim}-b{block}"
+    for dtype in ("bf16", "f16", "f32")
+    for dim in (64, 128, 256)
+    for block in (64, 128)
+]
 NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000, 10_000_000) for size in ("", "-d128-b128")]
 FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)
 NAMES += [f"{fault}-d{dim}" for fault in FAULTS for dim in (64, 128, 256)]
@@ -67,7 +78,7 @@ NAMES += [f"regimes-{first}-{first + EACH - 1}" for first in range(0, REGIMES, E
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
 SANITIZED = re.compile(
-    r"(gates-)?instance-|decode-(faults-)?b?f\d\d-|gates-(nan-value|bad-first-col)|choose(-(groups|many-groups|one-row))?(-bad)?$|"
+    r"(gates-|bias-)?instance-|decode-(faults-)?b?f\d\d-|gates-(nan-value|bad-first-col)|choose(-(groups|many-groups|one-row))?(-bad)?$|"
     r"lists(-bad)?$|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
     r"matmul-sampled-(whole|wild)|matmul-narrow-(bf16-|f16-128-64|one|no-columns|large-id-64)"
 )

@@ -18,7 +18,7 @@ import pytest
 
 from csrc import variants
 from tests.csrc import mutations
-from tests.csrc.mutations import CPU_KERNELS, CSRC, DECODE_KERNELS, MUTATIONS, PORTABLE, Mutation
+from tests.csrc.mutations import BIASES, CPU_KERNELS, CSRC, DECODE_KERNELS, MUTATIONS, PORTABLE, Mutation
 from tests.test_cuda_check import NAMES
 
 SOURCE = Path(mutations.__file__).parent
@@ -176,7 +176,9 @@ def test_the_cpu_check_finds_every_mutant(tmp_path):
 def test_the_cuda_check_finds_every_mutant(tmp_path):
     # Without Hopper's kernels their mutants are what they were.
     hopper = jax.devices()[0].compute_capability == "9.0"
-    chosen = tuple(mutation for mutation in MUTATIONS if hopper or mutation in PORTABLE + DECODE_KERNELS + CPU_KERNELS)
+    chosen = tuple(
+        mutation for mutation in MUTATIONS if hopper or mutation in PORTABLE + BIASES + DECODE_KERNELS + CPU_KERNELS
+    )
     folder = Path(os.environ.get("JAX_BSK_MUTANTS") or tmp_path)
     if folder == tmp_path:
         build(tmp_path, ["cpu_check", "cuda_check", "mutants"], "-DJAX_BSK_CUDA=ON")

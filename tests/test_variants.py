@@ -13,13 +13,14 @@ from csrc import variants
 
 CSRC = Path(variants.__file__).parent
 MAX_HEAD_DIM = int(re.findall(r"kMaxHeadDim = (\d+);", (CSRC / "attention/cuda_limits.h").read_text())[0])
-TAKES = {  # features: the pairs of a soft cap and gates, as in attention/variant.h
-    "Any": {(False, False), (False, True), (True, False), (True, True)},
-    "Ungated": {(False, False), (True, False)},
-    "Gated": {(False, True), (True, True)},
-    "Plain": {(False, False)},
-    "SoftCap": {(True, False)},
-    "PlainGated": {(False, True)},
+CALLS = set(itertools.product((False, True), repeat=3))  # a soft cap, gates, extras (biases and dropout)
+TAKES = {  # features: which of these, as in attention/variant.h
+    "Any": CALLS,
+    "Ungated": {(False, False, False), (True, False, False)},
+    "Extended": {(cap, gates, extras) for cap, gates, extras in CALLS if gates or extras},
+    "Plain": {(False, False, False)},
+    "SoftCap": {(True, False, False)},
+    "PlainGated": {(False, True, False)},
 }
 
 
@@ -35,25 +36,25 @@ def rows(arch: str, kernel: str, element: str, tile: int) -> list[variants.Kerne
 @pytest.mark.parametrize("element", variants.DTYPES)
 def test_the_portable_kernels_take_every_call(kernel, element):
     taken = {
-        pair
+        call
         for row in rows("sm80", kernel, element, 64)
         if max(row.sizes) == MAX_HEAD_DIM
         for feature in row.features
-        for pair in TAKES[feature]
+        for call in TAKES[feature]
     }
-    assert taken == TAKES["Any"]
+    assert taken == CALLS
 
 
 @pytest.mark.parametrize("kernel", ["Forward", "Backward"])
 def test_head_sizes_rise_within_what_a_call_may_take(kernel):
     # A call takes the first that is large enough.
     for arch, element, tile in itertools.product(("sm80", "sm90"), variants.DTYPES, (64, 128)):
-        for pair in TAKES["Any"]:
+        for call in CALLS:
             sizes = [
                 size
                 for row in rows(arch, kernel, element, tile)
                 for size in row.sizes
-                if any(pair in TAKES[feature] for feature in row.features)
+                if any(call in TAKES[feature] for feature in row.features)
             ]
             assert sizes == sorted(set(sizes))
 

@@ -58,6 +58,14 @@ struct Case {
   float jump = 0.f;       // added to the logits of two keys in the middle and near the end, see RunCase
   uint32_t seed = 1234;
   int copies = 1;  // of every example: more tiles, the same reference
+  // Terms of the bias: -1 for none, else which of their dimensions are not 1, as sums of
+  static constexpr int kBatch = 1, kHeads = 2, kQueries = 4, kKeys = 8;
+  int dense = -1, distances = -1, bias_tiles = -1;
+  bool dense_wide = false, minus_infinity = false;  // the latter: in some of the dense bias, and in all of some rows
+  int bias_tile_count = 0;                          // 0: a tile for each entry
+  int dropout = 0;                                  // in 256ths
+
+  bool HasBias() const { return dense >= 0 || distances >= 0 || bias_tiles >= 0; }
 };
 
 double Epsilon(DType dtype) {
@@ -288,11 +296,114 @@ struct Gates {
   }
 };
 
+// The terms of the bias and the keys of dropout; what a case does not have is empty.
+struct Extras {
+  const Case* c = nullptr;
+  const Mask* mask = nullptr;
+  std::vector<float> dense, distances, tiles;
+  std::vector<uint8_t> dense_bytes;
+  std::vector<int32_t> row_tiles, col_tiles;  // as the lists' ids
+  std::vector<uint32_t> keys;                 // [batch, heads]
+  int64_t tiles_count = 0;
+
+  Extras() = default;
+  Extras(const Case& given, const Mask& m, std::mt19937& rng) : c(&given), mask(&m) {
+    const auto any = [&](size_t count) {
+      std::vector<float> values = Normal(count, rng);
+      if (values.size() > 1) values[1] = 0.f;
+      return values;
+    };
+    if (c->dense >= 0) {
+      dense = any(size_t(Extent(c->dense, Case::kBatch)) * Extent(c->dense, Case::kHeads) *
+                  Extent(c->dense, Case::kQueries) * Extent(c->dense, Case::kKeys));
+      if (c->minus_infinity) {
+        for (float& x : dense)
+          if (rng() % 16 == 0) x = -INFINITY;
+        const size_t row = Extent(c->dense, Case::kKeys);  // one row in eleven attends to nothing
+        for (size_t i = 0; row > 1 && i < dense.size(); ++i)
+          if (i / row % 11 == 4) dense[i] = -INFINITY;
+      }
+      dense_bytes = Encode(dense, c->dense_wide ? DType::kF32 : c->dtype);
+    }
+    if (c->distances >= 0) {
+      distances = any(size_t(Extent(c->distances, Case::kBatch)) * Extent(c->distances, Case::kHeads) *
+                      (c->q_len + c->kv_len - 1));
+    }
+    if (c->bias_tiles >= 0) {
+      tiles_count = c->bias_tile_count > 0 ? c->bias_tile_count : m.capacity;
+      tiles = any(size_t(Extent(c->bias_tiles, Case::kBatch)) * Extent(c->bias_tiles, Case::kHeads) * tiles_count *
+                  TileQueries() * TileKeys());
+      row_tiles.assign(size_t(m.batch) * m.heads * m.capacity, 0);
+      col_tiles = row_tiles;
+      const size_t blocks = size_t(m.q_blocks) * m.kv_blocks;
+      for (size_t i = 0; i < m.places.size(); ++i) {
+        if (m.places[i] < 0) continue;
+        const size_t table = i / blocks * m.capacity;
+        // -1 and -2: none; count and count + 1: the last.
+        const int number = c->bias_tile_count > 0 ? int(rng() % (tiles_count + 4)) - 2 : m.places[i];
+        row_tiles[table + m.places[i]] = col_tiles[table + m.col_places[i]] = number;
+      }
+    }
+    if (c->dropout > 0)
+      for (int i = 0; i < c->batch * c->heads; ++i) keys.push_back(rng());
+  }
+
+  int Extent(int kept, int which) const {
+    if ((kept & which) == 0) return 1;
+    return which == Case::kBatch     ? c->batch
+           : which == Case::kHeads   ? c->heads
+           : which == Case::kQueries ? c->q_len
+                                     : c->kv_len;
+  }
+  int TileQueries() const { return c->bias_tiles & Case::kQueries ? c->block_q : 1; }
+  int TileKeys() const { return c->bias_tiles & Case::kKeys ? c->block_kv : 1; }
+  size_t Table(int kept, int b, int n) const {
+    return size_t(kept & Case::kBatch ? b : 0) * Extent(kept, Case::kHeads) + (kept & Case::kHeads ? n : 0);
+  }
+  // The element of each term that a pair has; -1: none.
+  int64_t DenseAt(int b, int n, int t, int s) const {
+    const int64_t queries = Extent(c->dense, Case::kQueries), keys_count = Extent(c->dense, Case::kKeys);
+    return (int64_t(Table(c->dense, b, n)) * queries + (queries == 1 ? 0 : t)) * keys_count + (keys_count == 1 ? 0 : s);
+  }
+  int64_t DistanceAt(int b, int n, int t, int s) const {
+    return int64_t(Table(c->distances, b, n)) * (c->q_len + c->kv_len - 1) + s - t + c->q_len - 1;
+  }
+  int64_t TileAt(int b, int n, int t, int s) const {
+    const size_t table = size_t(mask->batch == 1 ? 0 : b) * mask->heads + (mask->heads == 1 ? 0 : n);
+    const size_t block = size_t(t / c->block_q) * mask->kv_blocks + s / c->block_kv;
+    const int place = mask->places[table * mask->q_blocks * mask->kv_blocks + block];
+    if (place < 0) return -1;
+    const int number = row_tiles[table * mask->capacity + place];
+    if (number < 0) return -1;
+    const int64_t tile = int64_t(Table(c->bias_tiles, b, n)) * tiles_count + std::min<int64_t>(number, tiles_count - 1);
+    return (tile * TileQueries() + (TileQueries() == 1 ? 0 : t % c->block_q)) * TileKeys() +
+           (TileKeys() == 1 ? 0 : s % c->block_kv);
+  }
+  int64_t At(BiasTerm term, int b, int n, int t, int s) const {
+    return term == BiasTerm::kDense       ? DenseAt(b, n, t, s)
+           : term == BiasTerm::kDistances ? DistanceAt(b, n, t, s)
+                                          : TileAt(b, n, t, s);
+  }
+  double BiasOf(int b, int n, int t, int s) const {
+    double sum = 0;
+    if (!dense.empty()) sum += dense[DenseAt(b, n, t, s)];
+    if (!distances.empty()) sum += distances[DistanceAt(b, n, t, s)];
+    if (!tiles.empty() && TileAt(b, n, t, s) >= 0) sum += tiles[TileAt(b, n, t, s)];
+    return sum;
+  }
+  // The factor of a pair after the softmax.
+  double Weight(int b, int n, int t, int s) const {
+    if (keys.empty()) return 1;
+    const uint32_t word = DropoutWord(DropoutQueryWord(keys[size_t(b) * c->heads + n], t), DropoutKeyWord(s));
+    return IsDropped(word, DropoutByte(t, s), c->dropout) ? 0. : 256. / (256 - c->dropout);
+  }
+};
+
 // Everything a case has on the device.
 struct Problem {
   Problem(const Case& c, const Mask& m, const std::vector<uint8_t>& q, const std::vector<uint8_t>& k,
           const std::vector<uint8_t>& v, const std::vector<uint8_t>& d, const std::vector<int32_t>& lengths,
-          const std::vector<float>& sinks, float scale, const Gates& g = {})
+          const std::vector<float>& sinks, float scale, const Gates& g = {}, const Extras& x = {})
       : query(q),
         key(k),
         value(v),
@@ -308,6 +419,12 @@ struct Problem {
         sink(sinks),
         gates(g.rows),
         col_gates(g.cols),
+        dense(x.dense_bytes),
+        distances(x.distances),
+        bias_tiles(x.tiles),
+        row_bias_tiles(x.row_tiles),
+        col_bias_tiles(x.col_tiles),
+        dropout_keys(x.keys),
         workspace(4 * cuda::ForwardWorkspace(ShapeOf(c)), 0x7F),  // garbage, as XLA hands it out
         out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
@@ -327,6 +444,25 @@ struct Problem {
                          m.heads,          m.kv_blocks,  m.q_blocks,     m.capacity};
     const BitTiles bits{static_cast<const uint32_t*>(words.data()), 1, 1, m.tiles_count};
     const Lengths limit{i32(pairs), int64_t(lengths.size() / 2)};
+    Bias bias{};
+    if (c.dense >= 0) {
+      bias.dense = dense.data(), bias.dense_wide = c.dense_wide || c.dtype == DType::kF32;
+      bias.dense_batch = x.Extent(c.dense, Case::kBatch), bias.dense_heads = x.Extent(c.dense, Case::kHeads);
+      bias.dense_q = x.Extent(c.dense, Case::kQueries), bias.dense_kv = x.Extent(c.dense, Case::kKeys);
+    }
+    if (c.distances >= 0) {
+      bias.distances = distances.data();
+      bias.distances_batch = x.Extent(c.distances, Case::kBatch);
+      bias.distances_heads = x.Extent(c.distances, Case::kHeads);
+    }
+    if (c.bias_tiles >= 0) {
+      bias.tiles = bias_tiles.data(), bias.tiles_count = x.tiles_count;
+      bias.tiles_batch = x.Extent(c.bias_tiles, Case::kBatch), bias.tiles_heads = x.Extent(c.bias_tiles, Case::kHeads);
+      bias.tiles_q = x.TileQueries(), bias.tiles_kv = x.TileKeys();
+      bias.row_tiles = static_cast<const int32_t*>(row_bias_tiles.data());
+      bias.col_tiles = static_cast<const int32_t*>(col_bias_tiles.data());
+    }
+    const Dropout dropout{c.dropout > 0 ? static_cast<const uint32_t*>(dropout_keys.data()) : nullptr, c.dropout};
     forward = {shape,
                c.dtype,
                query.data(),
@@ -339,6 +475,8 @@ struct Problem {
                1,
                int64_t(sinks.size()),
                numbers(gates),
+               bias,
+               dropout,
                scale,
                c.soft_cap,
                out.data(),
@@ -362,6 +500,8 @@ struct Problem {
                 numbers(gates),
                 numbers(col_gates),
                 numbers(dgates),
+                bias,
+                dropout,
                 scale,
                 c.soft_cap,
                 dquery.data(),
@@ -369,6 +509,11 @@ struct Problem {
                 dvalue.data(),
                 scale,
                 c.soft_cap};
+    bias.col_tiles = nullptr;
+    bias_gradient = {
+        shape,           c.dtype,          dout.data(), query.data(), key.data(), value.data(),   lse.data(),
+        lse_rest.data(), delta.data(),     rows,        bits,         limit,      numbers(gates), bias,
+        dropout,         BiasTerm::kDense, scale,       c.soft_cap,   nullptr,    scale,          c.soft_cap};
   }
   static int64_t BackwardBytes(const Case& c, const Mask& m, bool gated) {
     BackwardParams params{};
@@ -388,12 +533,15 @@ struct Problem {
   }
 
   Device query, key, value, dout, offsets, ids, tiles, col_offsets, col_ids, col_tiles, words, pairs, sink, gates,
-      col_gates, workspace;
+      col_gates;
+  Exact dense, distances, bias_tiles, row_bias_tiles, col_bias_tiles, dropout_keys;
+  Device workspace;
   Device out, lse, lse_rest, delta;
   int64_t gradient_bytes;
   Device gradient_workspace, dquery, dkey, dvalue, dgates;
   ForwardParams forward;
   BackwardParams backward;
+  BiasGradientParams bias_gradient;  // without its term and its result
 };
 
 // Launches after asking for refusals.
@@ -408,6 +556,14 @@ void Backward(const Problem& p, cudaStream_t stream, cuda::BackwardKernel kernel
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
   const int64_t bytes = least_workspace ? cuda::BackwardWorkspace(p.backward) : p.gradient_bytes;
   CUDA_OK(cuda::LaunchBackward(p.backward, p.gradient_workspace.data(), bytes, 0, stream, kernel));
+}
+
+void BiasGradient(const Problem& p, BiasTerm term, const Device& dbias, cudaStream_t stream) {
+  BiasGradientParams params = p.bias_gradient;
+  params.term = term, params.dbias = dbias.data();
+  const std::string refusal = cuda::BiasGradientRefusal(params, 0);
+  if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
+  CUDA_OK(cuda::LaunchBiasGradient(params, 0, stream));
 }
 
 // Every kernel that can run a case here.
@@ -467,6 +623,65 @@ void Multiply(Mask& mask, int copies) {
   mask.batch *= copies;
 }
 
+// What the gradient of a term of the bias has to be.
+struct BiasGradientCheck {
+  BiasTerm term;
+  std::vector<double> want, row, noise;  // noise: the sum of squares of what rounding is relative to, row by row
+  std::vector<uint8_t> bad;
+  std::vector<int64_t> touched;  // elements of this row of queries
+
+  BiasGradientCheck(BiasTerm term, size_t count) : term(term), want(count), row(count), noise(count), bad(count) {}
+  void Add(int64_t element, double gradient, double magnitude, uint8_t is_bad) {
+    want[element] += gradient;
+    if (row[element] == 0) touched.push_back(element);
+    row[element] += magnitude;
+    if (bad[element] != 1 && is_bad != 0) bad[element] = is_bad;
+  }
+  void EndRow() {
+    for (const int64_t element : touched) noise[element] += row[element] * row[element], row[element] = 0;
+    touched.clear();
+  }
+  void Multiply(int copies, bool apart) {
+    if (apart) {
+      ::Multiply(want, copies), ::Multiply(noise, copies), ::Multiply(bad, copies);
+    } else {
+      for (double& x : want) x *= copies;
+      for (double& x : noise) x *= double(copies) * copies;
+    }
+  }
+  double Floor() const {
+    double largest = 0;
+    for (const double x : noise) largest = std::max(largest, x);
+    return std::sqrt(largest) + 1e-6;
+  }
+};
+
+// Runs the third call and compares.
+void CheckBiasGradient(const Case& c, const Problem& problem, const BiasGradientCheck& check, double factor,
+                       cudaStream_t stream, Comparison& compare) {
+  const bool distances = check.term == BiasTerm::kDistances;
+  const DType type = check.term == BiasTerm::kDense && !c.dense_wide ? c.dtype : DType::kF32;
+  Device dbias(check.want.size() * (distances ? 2 : 1) * SizeOf(type), 0xFF);
+  const auto launch = [&] { BiasGradient(problem, check.term, dbias, stream); };
+  launch();
+  CUDA_OK(cudaStreamSynchronize(stream));
+  std::vector<float> got = Decode(dbias.Bytes(), type);
+  if (distances) {  // of every table two halves
+    const size_t length = c.q_len + c.kv_len - 1;
+    std::vector<float> sums(check.want.size());
+    for (size_t i = 0; i < sums.size(); ++i) {
+      const size_t at = i / length * 2 * length + i % length;
+      sums[i] = got[at] + got[at + length];
+    }
+    got = sums;
+  }
+  const char* const names[] = {"dbias, dense", "dbias, distances", "dbias, tiles"};
+  compare.Check(names[static_cast<int>(check.term)], got, check.want, check.bad, 1, Epsilon(c.dtype), factor,
+                check.Floor());
+  if (!dbias.GuardsIntact()) compare.passed = false, std::printf("  guard bytes overwritten   <-- FAILED\n");
+  compare.passed &= Repeats({&dbias}, stream, launch);
+}
+
 bool RunCase(Case c) {
   std::mt19937 rng(c.seed);
   Mask mask = MakeMask(c, rng);
@@ -506,12 +721,15 @@ bool RunCase(Case c) {
   const auto limit = [&](int b, int which) {
     return std::min(std::max(lengths[(lengths.size() > 2 ? 2 * b : 0) + which], 0), which ? S : T);
   };
+  Gates gates = c.gates ? Gates(c, mask, rng) : Gates();
+  const Case one = c;  // before it is copied
+  const Mask honest = mask;
+  Extras extras = c.HasBias() || c.dropout > 0 ? Extras(one, honest, rng) : Extras();
   const auto attends = [&](int b, int n, int t, int s) {
     const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
-    return t < limit(b, 0) && s < limit(b, 1) && mask.dense[(table * T + t) * S + s];
+    return t < limit(b, 0) && s < limit(b, 1) && mask.dense[(table * T + t) * S + s] &&
+           !(c.minus_infinity && extras.BiasOf(b, n, t, s) == -INFINITY);
   };
-
-  Gates gates = c.gates ? Gates(c, mask, rng) : Gates();
   // Of the block of a pair, in the order of either list.
   const auto gate_place = [&](const std::vector<int32_t>& places, int b, int n, int t, int s) {
     const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
@@ -574,6 +792,10 @@ bool RunCase(Case c) {
       bad_dquery(size_t(B) * T * N), bad_key(size_t(B) * S * K);
   auto dlse = Normal(lse.size(), rng);
   std::vector<double> probs(S), slopes(S), logits(S);
+  std::vector<BiasGradientCheck> dbiases;
+  if (!extras.dense.empty()) dbiases.emplace_back(BiasTerm::kDense, extras.dense.size());
+  if (!extras.distances.empty()) dbiases.emplace_back(BiasTerm::kDistances, extras.distances.size());
+  if (!extras.tiles.empty()) dbiases.emplace_back(BiasTerm::kTiles, extras.tiles.size());
   for (int b = 0; b < B; ++b)
     for (int n = 0; n < N; ++n)
       for (int t = 0; t < limit(b, 0); ++t) {
@@ -595,7 +817,7 @@ bool RunCase(Case c) {
           x *= scale;
           const double tanh = c.soft_cap != 0 ? std::tanh(x / c.soft_cap) : 0;
           slopes[s] = 1 - tanh * tanh;
-          logits[s] = c.soft_cap != 0 ? c.soft_cap * tanh : x;
+          logits[s] = (c.soft_cap != 0 ? c.soft_cap * tanh : x) + extras.BiasOf(b, n, t, s);
           max = std::max(max, logits[s]);
           if (b == bad_b && kv == K - 1 && s == bad_s) {
             bad |= c.fault == Fault::kKey || c.fault == Fault::kValue || c.fault == Fault::kInfValue;
@@ -619,21 +841,29 @@ bool RunCase(Case c) {
         for (int s = 0; s < S; ++s) {
           if (!attends(b, n, t, s)) continue;
           probs[s] /= total;
-          const double gate = c.gates ? gates.rows[gate_place(mask.places, b, n, t, s)] : 1;
+          const double gate =
+              (c.gates ? gates.rows[gate_place(mask.places, b, n, t, s)] : 1) * extras.Weight(b, n, t, s);
           for (int d = 0; d < V; ++d)
             out[row * V + d] += gate * probs[s] * value[((size_t(b) * S + s) * K + kv) * V + d];
         }
-        for (int d = 0; d < V; ++d) delta += out[row * V + d] * dout[row * V + d];
+        double delta_noise = 0;
+        for (int d = 0; d < V; ++d) {
+          delta += out[row * V + d] * dout[row * V + d];
+          delta_noise += std::pow(out[row * V + d] * dout[row * V + d], 2);
+        }
+        delta_noise = std::sqrt(delta_noise) + std::abs(delta);
         for (int s = 0; s < S; ++s) {
           if (!attends(b, n, t, s)) continue;
           const size_t at = (size_t(b) * S + s) * K + kv;
           bad_key[at] = bad_gradient || bad_key[at] == 1 ? 1 : longer ? Comparison::kAnything : bad_key[at];
           const double gate = c.gates ? gates.rows[gate_place(mask.places, b, n, t, s)] : 1;
+          const double weight = extras.Weight(b, n, t, s);
           double dprob = 0;
           for (int d = 0; d < V; ++d) {
             dprob += double(dout[row * V + d]) * value[at * V + d];
-            dvalue[at * V + d] += gate * probs[s] * dout[row * V + d];
+            dvalue[at * V + d] += gate * weight * probs[s] * dout[row * V + d];
           }
+          dprob *= weight;
           if (c.gates) {
             const size_t place = gate_place(mask.col_places, b, n, t, s);
             dgates[place] += probs[s] * dprob;
@@ -641,12 +871,20 @@ bool RunCase(Case c) {
             bad_gate = bad_gradient || bad_gate == 1 ? 1 : longer ? Comparison::kAnything : bad_gate;
             dprob *= gate;
           }
+          for (BiasGradientCheck& dbias : dbiases) {
+            const int64_t element = extras.At(dbias.term, b, n, t, s);
+            if (element >= 0) {
+              dbias.Add(element, probs[s] * (dprob - delta), probs[s] * (std::abs(dprob) + delta_noise),
+                        poisoned || longer ? Comparison::kAnything : bad_gradient);
+            }
+          }
           const double dscore = probs[s] * (dprob - delta) * (c.soft_cap != 0 ? slopes[s] : 1) * scale;
           for (int d = 0; d < D; ++d) {
             dquery[row * D + d] += dscore * key[at * D + d];
             dkey[at * D + d] += dscore * query[row * D + d];
           }
         }
+        for (BiasGradientCheck& dbias : dbiases) dbias.EndRow();
       }
   if (poisoned_col >= 0) {
     const bool first = c.fault == Fault::kBadFirstCol;
@@ -684,13 +922,25 @@ bool RunCase(Case c) {
     for (auto* want : {&out, &lse, &dquery, &dkey, &dvalue, &dgates}) Multiply(*want, c.copies);
     for (auto* bad : {&bad_gates, &bad_out, &bad_lse, &bad_dquery, &bad_key}) Multiply(*bad, c.copies);
     Multiply(gates.rows, c.copies), Multiply(gates.cols, c.copies), Multiply(dlse, c.copies);
+    Multiply(extras.keys, c.copies);
+    for (BiasGradientCheck& dbias : dbiases) {
+      const int kept = dbias.term == BiasTerm::kDense       ? c.dense
+                       : dbias.term == BiasTerm::kDistances ? c.distances
+                                                            : c.bias_tiles;
+      dbias.Multiply(c.copies, kept & Case::kBatch);
+    }
+    if (c.dense & Case::kBatch) Multiply(extras.dense_bytes, c.dense >= 0 ? c.copies : 1);
+    if (c.distances & Case::kBatch) Multiply(extras.distances, c.distances >= 0 ? c.copies : 1);
+    if (c.bias_tiles & Case::kBatch) Multiply(extras.tiles, c.bias_tiles >= 0 ? c.copies : 1);
+    if (mask.batch > 1) Multiply(extras.row_tiles, c.copies), Multiply(extras.col_tiles, c.copies);
     if (lengths.size() > 2) Multiply(lengths, c.copies);
     Multiply(mask, c.copies);
     B = c.batch *= c.copies;
+    extras.c = &c;
   }
 
   // On the device: every forward kernel.
-  Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale, gates);
+  Problem problem(c, mask, query_bytes, key_bytes, value_bytes, dout_bytes, lengths, sinks, scale, gates, extras);
   cudaStream_t stream;
   CUDA_OK(cudaStreamCreate(&stream));
   Comparison compare;
@@ -762,6 +1012,10 @@ bool RunCase(Case c) {
     }
     guards();
     compare.passed &= Repeats(problem.Results(true), stream, launch);
+  }
+  for (const BiasGradientCheck& dbias : dbiases) {
+    std::printf(" bias gradient\n");
+    CheckBiasGradient(c, problem, dbias, 2 * spread, stream, compare);
   }
   return compare.passed;
 }
@@ -859,7 +1113,19 @@ bool RunZero() {
     Problem p(c, mask, q, k, k, q, {q_len, kv_len}, {-INFINITY}, 0.1f);
     Forward(p, nullptr);
     Backward(p, nullptr);
+    // Of a bias by distance, and of one for all pairs of a head.
+    const Device dbias(2 * size_t(std::max(q_len + kv_len - 1, 1)) * 4, 0xFF), scalars(2 * 2, 0xFF);
+    BiasGradientParams& gradient = p.bias_gradient;
+    gradient.bias = {};
+    gradient.bias.dense = gradient.bias.distances = &gradient;  // not read
+    gradient.bias.dense_batch = gradient.bias.dense_q = gradient.bias.dense_kv = gradient.bias.distances_batch =
+        gradient.bias.distances_heads = 1;
+    gradient.bias.dense_heads = 2;
+    if (q_len + kv_len > 0) BiasGradient(p, BiasTerm::kDistances, dbias, nullptr);
+    BiasGradient(p, BiasTerm::kDense, scalars, nullptr);
     CUDA_OK(cudaDeviceSynchronize());
+    for (const uint8_t byte : scalars.Bytes()) passed &= byte == 0;
+    for (const uint8_t byte : dbias.Bytes()) passed &= byte == 0 || q_len + kv_len == 0;
     for (const Device* d : {&p.out, &p.dquery, &p.dkey, &p.dvalue})
       for (const uint8_t byte : d->Bytes()) passed &= byte == 0;
     for (const float x : Decode(p.lse.Bytes(), DType::kF32)) passed &= x == kNoLogSumExp<float>;
@@ -1046,6 +1312,81 @@ std::vector<Case> Cases() {
       }
     }
   }
+  // Biases and dropout: every term alone and with the others, every shape of it, and what else may be there.
+  constexpr int kB = Case::kBatch, kN = Case::kHeads, kT = Case::kQueries, kS = Case::kKeys;
+  static std::vector<std::string> bias_names;
+  bias_names.reserve(256);
+  const auto biased = [&](const std::string& name, const std::function<void(Case&)>& change) {
+    bias_names.push_back("bias-" + name);
+    add(bias_names.back().c_str(), change);
+  };
+  const auto large = [](Case& c) { c.block_q = c.block_kv = 128, c.q_len = 520, c.kv_len = 600; };
+  const auto all_terms = [](Case& c) {
+    c.dense = kB | kN | kT | kS, c.distances = kN, c.bias_tiles = kT | kS, c.bias_tile_count = 5;
+  };
+  for (int kept = 0; kept < 16; ++kept) {
+    biased("dense-" + std::to_string(kept), [&](Case& c) { c.dense = kept, c.dense_wide = kept % 3 == 0; });
+    biased("tiles-" + std::to_string(kept), [&](Case& c) {
+      c.bias_tiles = kept, c.bias_tile_count = kept % 3 == 2 ? 0 : 5, c.per_head = kept % 2 == 1;
+      if (kept & kT) c.block_q = 128;
+      if (kept % 5 != 0) c.block_kv = 128;
+    });
+  }
+  for (int kept = 0; kept < 4; ++kept) {
+    biased("distances-" + std::to_string(kept), [&](Case& c) {
+      c.distances = kept, c.lengths = kept == 1;
+      if (kept % 2 == 0) large(c);
+    });
+  }
+  biased("dense-minus-infinity", [](Case& c) { c.dense = kN | kT | kS, c.minus_infinity = true; });
+  biased("dense-minus-infinity-d128-b128", [&](Case& c) {
+    large(c), c.dense = kB | kT | kS, c.minus_infinity = c.dense_wide = true, c.head_dim = c.value_dim = 128;
+  });
+  biased("minus-infinity-sinks-f32",
+         [&](Case& c) { all_terms(c), c.minus_infinity = c.sinks = true, c.dtype = DType::kF32; });
+  biased("dropout", [](Case& c) { c.dropout = 26; });
+  biased("dropout-b128", [&](Case& c) { large(c), c.dropout = 128, c.lengths = true; });
+  biased("dropout-d128-b128", [&](Case& c) { large(c), c.dropout = 64, c.head_dim = c.value_dim = 128; });
+  biased("dropout-gates", [](Case& c) { c.dropout = 77, c.gates = c.per_head = true; });
+  biased("dropout-most", [](Case& c) { c.dropout = 255, c.pattern = P::kFull; });
+  biased("gates", [&](Case& c) { all_terms(c), c.gates = true, c.dropout = 26; });
+  biased("cap", [&](Case& c) { all_terms(c), c.soft_cap = 5.f; });
+  biased("cap-gates-b128", [&](Case& c) { all_terms(c), large(c), c.soft_cap = 5.f, c.gates = c.sinks = true; });
+  biased("negative-scale", [&](Case& c) { all_terms(c), c.scale = -0.2f; });
+  biased("lengths", [&](Case& c) { all_terms(c), c.lengths = true, c.pattern = P::kFull; });
+  biased("lengths-per-head",
+         [&](Case& c) { all_terms(c), large(c), c.lengths = c.per_head = c.per_batch = true, c.q_len = 513; });
+  biased("empty", [&](Case& c) { all_terms(c), c.pattern = P::kEmpty; });
+  biased("one-query", [&](Case& c) { all_terms(c), c.q_len = 1, c.pattern = P::kFull; });
+  biased("one-one", [&](Case& c) { all_terms(c), c.q_len = 1, c.kv_len = 1, c.pattern = P::kFull; });
+  biased("mqa", [&](Case& c) { all_terms(c), large(c), c.kv_heads = 1, c.heads = 6, c.per_head = true; });
+  biased("many-tiles", [](Case& c) {  // more than one tile of the bias a slot
+    c.bias_tiles = kN, c.bias_tile_count = 700, c.heads = 8, c.q_len = c.kv_len = 500;
+  });
+  for (const DType dtype : {DType::kBF16, DType::kF16, DType::kF32})
+    for (const int dim : {64, 128, 256})
+      for (const int block : {64, 128}) {
+        const char* const type = dtype == DType::kF32 ? "f32" : dtype == DType::kF16 ? "f16" : "bf16";
+        biased("instance-" + std::string(type) + "-d" + std::to_string(dim) + "-b" + std::to_string(block),
+               [&](Case& c) {
+                 all_terms(c), c.dtype = dtype, c.head_dim = c.value_dim = dim, c.block_q = c.block_kv = block;
+                 c.dropout = 40, c.q_len = c.kv_len = 400, c.batch = 1, c.heads = 2, c.kv_heads = 1, c.lengths = true;
+               });
+      }
+  biased("d72-v40", [&](Case& c) { all_terms(c), c.head_dim = 72, c.value_dim = 40, c.block_q = 128; });
+  for (const auto& [name, f] : {std::pair{"nan-key", F::kKey},
+                                {"nan-value", F::kValue},
+                                {"nan-query", F::kQuery},
+                                {"nan-dout", F::kDout},
+                                {"bad-id", F::kBadId},
+                                {"bad-tile", F::kBadTile},
+                                {"bad-offsets", F::kOffsets},
+                                {"bad-col", F::kBadCol},
+                                {"decreasing", F::kDecreasing}})
+    biased(name, [&, f = f](Case& c) {
+      all_terms(c), c.fault = f, c.per_head = f != F::kDecreasing;
+      if (f == F::kDecreasing) c.pattern = P::kFull, c.q_len = 700, c.kv_len = 650;
+    });
   // A list that cannot be followed, and the other heads of its group, whose lists can.
   add("bad-first-col", [](Case& c) { c.fault = F::kBadFirstCol, c.per_head = true; });
   add("bad-first-col-b128", [](Case& c) {
@@ -1070,6 +1411,13 @@ Case RegimeCase(uint32_t seed) {
   c.kv_len = c.block_kv * pick({1, 2, 3, 4}) - (chance(50) ? 0 : static_cast<int>(rng() % c.block_kv));
   c.lengths = chance(45), c.sinks = chance(30), c.per_head = chance(60), c.per_batch = chance(60);
   c.gates = chance(15), c.soft_cap = chance(15) ? 15.f : 0.f;
+  if (chance(30)) {
+    const auto kept = [&] { return static_cast<int>(rng() % 16); };
+    if (chance(50)) c.dense = kept(), c.dense_wide = chance(50), c.minus_infinity = chance(20);
+    if (chance(50)) c.distances = kept() % 4;
+    if (chance(50)) c.bias_tiles = kept(), c.bias_tile_count = pick({0, 1, 6});
+    if (chance(50)) c.dropout = pick({13, 26, 128, 250});
+  }
   if (seed % 16 == 15) {
     const int tiles = c.batch * c.heads * ((c.q_len + 127) / 128);
     c.copies = (4 * 132 + tiles - 1) / tiles;
@@ -1083,10 +1431,12 @@ bool RunRegimes(const std::string& name, bool& known) {
   known = std::sscanf(name.c_str(), "regimes-%u-%u", &first, &last) == 2;
   for (unsigned seed = first; known && seed <= last; ++seed) {
     const Case c = RegimeCase(seed);
-    std::printf(" seed %u: batch %d x %d, heads %d / %d, lengths %d x %d, sizes %d / %d, blocks %d x %d%s%s%s%s%s\n",
-                seed, c.batch, c.copies, c.heads, c.kv_heads, c.q_len, c.kv_len, c.head_dim, c.value_dim, c.block_q,
-                c.block_kv, c.lengths ? ", lengths" : "", c.sinks ? ", sinks" : "", c.gates ? ", gates" : "",
-                c.per_head ? ", per head" : "", c.per_batch ? ", per example" : "");
+    std::printf(
+        " seed %u: batch %d x %d, heads %d / %d, lengths %d x %d, sizes %d / %d, blocks %d x %d%s%s%s%s%s%s%s\n", seed,
+        c.batch, c.copies, c.heads, c.kv_heads, c.q_len, c.kv_len, c.head_dim, c.value_dim, c.block_q, c.block_kv,
+        c.lengths ? ", lengths" : "", c.sinks ? ", sinks" : "", c.gates ? ", gates" : "",
+        c.per_head ? ", per head" : "", c.per_batch ? ", per example" : "", c.HasBias() ? ", bias" : "",
+        c.dropout > 0 ? ", dropout" : "");
     StartClock(name + ", seed " + std::to_string(seed));
     if (!RunCase(c)) return false;
   }

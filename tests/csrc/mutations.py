@@ -51,7 +51,9 @@ DECODE_64 = ("decode/cuda/paged_bf16_64.cu",)
 DECODE_128 = ("decode/cuda/paged_bf16_128.cu",)
 PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
 PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
-GATED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_gated.cu",)
+EXTENDED_PORTABLE_FORWARD = ("attention/sm80/fwd_bf16_64_extended.cu",)
+EXTENDED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_extended.cu",)
+BIAS_GRADIENT = ("attention/bias_gradient.cu",)
 PREPARE = ("attention/prepare.cu",)
 CHOOSE = ("lists/choose.cu",)
 LISTS = ("lists/transpose.cu",)
@@ -717,6 +719,72 @@ PORTABLE = (
     ),
 )
 
+BIASES = (
+    Mutation(
+        name="bias-distance-sign",
+        what="the bias by distance is read by q - k, not by k - q",
+        file="attention/bias.cuh",
+        before="return {bias.distances, true, -1, 1,",
+        after="return {bias.distances, true, 1, -1,",
+        instances=EXTENDED_PORTABLE_FORWARD,
+        cases=("bias-distances-0", "bias-distances-3"),
+    ),
+    Mutation(
+        name="bias-tile-of-the-first-block",
+        what="tiles of a bias are read as if every block were the first",
+        file="attention/bias.cuh",
+        before="static_cast<int64_t>(block_key) * terms[2].step_kv;",
+        after="0 * block_key;",
+        instances=EXTENDED_PORTABLE_FORWARD,
+        cases=("bias-tiles-12", "bias-tiles-8", "bias-instance-bf16-d64-b64"),
+    ),
+    Mutation(
+        name="dropout-byte-transposed",
+        what="dK and dV drop the pair across the diagonal of its patch",
+        file="attention/dropout.cuh",
+        before="kKeyRows ? n % 2 + 2 * (e / 2) :",
+        after="kKeyRows ? e / 2 + 2 * (n % 2) :",
+        instances=EXTENDED_PORTABLE_BACKWARD,
+        cases=("bias-dropout-b128", "bias-dropout"),
+    ),
+    Mutation(
+        name="dropout-before-the-softmax",
+        what="dV has the probabilities that dropout left as they were",
+        file="attention/sm80/bwd_key.cuh",
+        before="if (prob != 0.f) prob *= gate * weight;",
+        after="if (prob != 0.f) prob *= gate;",
+        instances=EXTENDED_PORTABLE_BACKWARD,
+        cases=("bias-dropout-b128", "bias-dropout"),
+    ),
+    Mutation(
+        name="bias-gradient-first-match",
+        what="a bias's gradient has of every 32 entries no more than the first that adds to it",
+        file="attention/bias_gradient.cu",
+        before="for (; found != 0; found &= found - 1) {",
+        after="for (; found != 0; found = 0) {",
+        instances=BIAS_GRADIENT,
+        cases=("bias-dense-7", "bias-tiles-0", "bias-tiles-12"),
+    ),
+    Mutation(
+        name="bias-gradient-halves",
+        what="neighbouring diagonals of tiles are written to one half",
+        file="attention/bias_gradient.cu",
+        before="(slot.key_tile & 1)",
+        after="0 * (slot.key_tile & 1)",
+        instances=BIAS_GRADIENT,
+        cases=("bias-distances-0", "bias-distances-3"),
+    ),
+    Mutation(
+        name="bias-gradient-half-the-keys",
+        what="sums over the keys have those of the first 32",
+        file="attention/bias_gradient.cu",
+        before="sums[i] += parts[0][i] + parts[1][i];",
+        after="sums[i] += parts[0][i];",
+        instances=BIAS_GRADIENT,
+        cases=("bias-dense-7", "bias-tiles-4"),
+    ),
+)
+
 # The plainest instruction set stands for all: it is the same code, and every machine has it.
 CPU_KERNELS = (
     Mutation(
@@ -1001,7 +1069,7 @@ GATES = (
         file="attention/sm80/bwd_key.cuh",
         before="    sum = 0.f;\n",
         after="",
-        instances=GATED_PORTABLE_BACKWARD,
+        instances=EXTENDED_PORTABLE_BACKWARD,
         cases=("gates", "gates-b128"),
     ),
 )
@@ -1220,7 +1288,7 @@ DECODE_KERNELS = (
     ),
 )
 
-MUTATIONS = FORWARD + BACKWARD + GATES + LISTS_KERNELS + MATMUL + DECODE_KERNELS + PORTABLE + CPU_KERNELS
+MUTATIONS = FORWARD + BACKWARD + GATES + LISTS_KERNELS + MATMUL + DECODE_KERNELS + PORTABLE + BIASES + CPU_KERNELS
 
 
 # ---- Copies
