@@ -266,8 +266,8 @@ def _looked_up(table: jax.Array, numbers: np.ndarray) -> jax.Array:
 
     @look_up.defjvp
     def _jvp(primals: Any, tangents: Any) -> Any:
-        at = np.arange(numbers.size, dtype=np.int32)
-        inside = (jnp.asarray(at)[:, None] >= begins[None]) & (jnp.asarray(at)[:, None] < ends[None])
+        at = jnp.arange(numbers.size, dtype=np.int32)[:, None]
+        inside = (at >= begins.astype(np.int32)[None]) & (at < ends.astype(np.int32)[None])
         product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
         return look_up(*primals), product(inside.astype(table.dtype), product(of_runs, tangents[0]))
 
