@@ -19,9 +19,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bsk.attention.api import sparse_attention
+from jax_bsk.biases import Bias
 from jax_bsk.core import checks
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.biases import Bias
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, Mask, SegmentMask
 from jax_bsk.masks.algebra.shifted import at_positions, has_given_offset
 from jax_bsk.masks.convert import array_mask
