@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_bsk
 from jax_bsk import sparse_attention
 
 # More than one block of 128 each way, of which the last is not whole.

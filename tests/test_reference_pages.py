@@ -39,8 +39,8 @@ from jax_bsk import (
     sparse_matmul,
 )
 from jax_bsk.__main__ import COMMANDS
-from jax_bsk.cli import bench
 from jax_bsk.biases import AlibiBias, BlockBias, PositionBias, RelativeBias, TileBias
+from jax_bsk.cli import bench
 from jax_bsk.core import dispatch, library
 from jax_bsk.flax._attention_fn import attend as flax_attend
 from jax_bsk.masks import (
