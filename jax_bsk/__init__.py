@@ -1,5 +1,6 @@
 """Block-sparse attention for JAX: native CUDA and CPU kernels behind one differentiable function."""
 
+from jax_bsk import biases as biases
 from jax_bsk import context as context
 from jax_bsk import decode as decode
 from jax_bsk import flops as flops

@@ -11,13 +11,25 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "jax_bsk"
 
 # Rooms, and the rooms below each, which it may import from.
-OPERATIONS = {"core", "lists", "masks", "context", "attention", "decode", "selection", "matmul", "compositions"}
+OPERATIONS = {
+    "core",
+    "lists",
+    "masks",
+    "biases",
+    "context",
+    "attention",
+    "decode",
+    "selection",
+    "matmul",
+    "compositions",
+}
 ROOMS = {
     "core": set[str](),
     "lists": {"core"},
     "masks": {"core", "lists"},
+    "biases": {"core", "masks"},
     "context": {"core", "masks"},
-    "attention": {"core", "masks", "context"},
+    "attention": {"core", "masks", "biases", "context"},
     "decode": {"core"},
     "selection": {"core", "lists", "masks", "decode"},
     "matmul": {"core"},
@@ -52,6 +64,12 @@ LAYERS = {
         ["orders.column_lists", "algebra._node", "_tiles"],
         ["grid", "_runs", "_text", "_export"],
     ],
+    "biases": [
+        ["lowering"],
+        ["distances", "entries", "features"],
+        ["base"],
+        ["terms"],
+    ],
     "context": [
         ["description"],
         ["planning", "exchange"],
@@ -62,7 +80,7 @@ LAYERS = {
         ["api"],
         ["derivatives"],
         ["native", "xla"],
-        ["ffi", "refusals", "sharding", "schedule"],
+        ["ffi", "refusals", "sharding", "schedule", "dropout"],
         ["sequence"],
     ],
     "decode": [

@@ -156,13 +156,13 @@ def test_fallback_says_why_once(inputs, monkeypatch):
     from jax_bsk.core import dispatch
 
     monkeypatch.setattr(dispatch, "_already_said", set())
-    bias = jnp.zeros((1, 1, 96, 96))
-    with pytest.warns(jax_bsk.FallbackWarning, match="take no bias") as caught:
-        sparse_attention(*inputs, bias=bias)
+    double = lambda score, *_: 2 * score  # noqa: E731
+    with pytest.warns(jax_bsk.FallbackWarning, match="take no score_function") as caught:
+        sparse_attention(*inputs, score_function=double)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        sparse_attention(*inputs, bias=bias)
+        sparse_attention(*inputs, score_function=double)
 
 
 q, k, v = (np.zeros((2, 8, 4, 16), np.float32) for _ in range(3))
@@ -242,8 +242,8 @@ MISTAKES = {
         "jax_bsk.flax.attention_fn",
     ),
     "implementation": (lambda: sparse_attention(q, k, v, implementation="tpu"), ValueError, "'cpu', 'cuda', 'xla'"),  # pyright: ignore[reportArgumentType]
-    "native bias": (
-        lambda: sparse_attention(q, k, v, np.zeros((8, 8), np.float32), implementation="cpu"),
+    "native score function": (
+        lambda: sparse_attention(q, k, v, score_function=lambda s, *_: s, implementation="cpu"),
         jax_bsk.UnsupportedError,
         "implementation='xla'",
     ),

@@ -22,6 +22,7 @@ import pytest
 import jax_bsk
 import jax_bsk.flax
 from jax_bsk import BlockMask, masks, selection, sparse_attention
+from jax_bsk.attention import dropout
 from jax_bsk.masks import Mask, MultiHeadMask
 from tests.test_pages import BLOCK, ROOT
 
@@ -80,7 +81,17 @@ def evaluated(name: str, code: str) -> Any:
 
 
 def attention(
-    query, key, value, allowed: Any = True, *, bias: Any = 0.0, scale=None, cap=None, sinks=None, residual=False
+    query,
+    key,
+    value,
+    allowed: Any = True,
+    *,
+    bias: Any = 0.0,
+    scale=None,
+    cap=None,
+    sinks=None,
+    factors: Any = 1.0,
+    residual=False,
 ) -> Any:
     """Dense attention in float64 of BTNH (or TNH) arrays; a query that attends to nothing yields 0."""
     query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
@@ -94,7 +105,7 @@ def attention(
     sink = np.full(query.shape[2], -np.inf) if sinks is None else np.asarray(sinks, np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         lse = np.logaddexp(np.logaddexp.reduce(logits, -1), sink[:, None])
-        weights = np.where(np.isneginf(logits), 0.0, np.exp(logits - lse[..., None]))
+        weights = factors * np.where(np.isneginf(logits), 0.0, np.exp(logits - lse[..., None]))
     out, lse = np.einsum("bnts,bsnh->btnh", weights, value), lse.swapaxes(1, 2)
     if unbatched:
         out, lse = out[0], lse[0]
@@ -130,6 +141,12 @@ def of(name: str, **options: Callable[[dict[str, Any]], Any]) -> Callable[[], An
         return attention(q, k, v, **given)
 
     return compute
+
+
+def kept(queries: int, keys: int, examples: int) -> np.ndarray:
+    """The factors of a quarter that is dropped, for four heads and the key of the pages."""
+    of_heads = dropout.keys_of_heads(jax.random.key(0), examples, 4)
+    return np.asarray(dropout.dense_factors(of_heads, queries, keys, 64), np.float64)
 
 
 def first_heads(n: dict[str, Any], name: str) -> Any:
@@ -274,7 +291,7 @@ FLEX: dict[str, Any] = {
     "enable_gqa=True": flex(k=lambda n: first_heads(n, "k"), v=lambda n: first_heads(n, "v")),
     "return_lse=True, AuxRequest(lse=True)": flex(residual=lambda _: True),
     "AuxRequest(max_scores=True)": missing("max_scores", "max_logit"),
-    "score_mod": missing("score_mod"),
+    "score_mod=checkerboard": flex(scale=lambda _: np.where(DISTANCE % 2, 0.5, 2) / 4),
     "kernel_options": missing("kernel_options", "num_stages"),
     "torch.compile(flex_attention)": flex(),
     "paged attention, decoding": missing("paged", "page_table"),  # of `sparse_attention`: they are in `decode`
@@ -355,9 +372,11 @@ FLEX: dict[str, Any] = {
     # Score functions.
     "none, noop": flex(),
     "generate_tanh_softcap(30)": flex(cap=lambda _: 30.0),
-    "generate_alibi_bias(4)": flex(bias=lambda _: np.stack([(K - Q) * 2.0 ** -(8 * (h + 1) / 4) for h in range(4)])),
+    "generate_alibi_bias(4) with causal_mask": flex(
+        bias=lambda _: np.stack([(K - Q) * 2.0 ** -(8 * (h + 1) / 4) for h in range(4)]), allowed=lambda _: K <= Q
+    ),
     "relative position: score + bias[h, abs(q_idx - kv_idx)]": flex(
-        bias=lambda n: np.asarray(n["by_distance"])[:, DISTANCE]
+        bias=lambda n: np.moveaxis(np.asarray(n["by_distance"])[DISTANCE], -1, 0)
     ),
     "generate_graphormer_spatial_bias(of_hops, hops)": flex(
         bias=lambda n: np.stack([np.asarray(n["of_hops"])[h][n["hops"][0]] for h in range(4)])
@@ -367,7 +386,9 @@ FLEX: dict[str, Any] = {
     "score * scale[q_idx]": flex(scale=lambda n: np.asarray(n["per_query"], np.float64)[:, None] / 4),
     "generate_mla_rope_score_mod(q_rope, k_rope, 4, scale=0.2)": mla,
     "learnable sink of gpt-oss": flex(sinks=lambda _: [0, 1, 2, 3]),
-    "checkerboard: a factor of the score by (q_idx - kv_idx) % 2": missing("score_mod"),
+    "checkerboard_score_mod: a factor of the score by (q_idx - kv_idx) % 2": flex(
+        scale=lambda _: np.where(DISTANCE % 2, 0.5, 2) / 4
+    ),
     "generate_activation_score_mod(gelu)": missing("activation"),
 }
 
@@ -457,7 +478,7 @@ FLASH: dict[str, Any] = {
     "score_mod (FA4)": missing("score_mod"),
     "qv (FA3, FA4)": beside_values,
     "deterministic=True": flash(),
-    "dropout_p": missing("dropout"),
+    "dropout_p=0.25": flash(factors=lambda _: kept(T, S, 2)),
     "q_descale, FP8": missing("descale", "fp8"),
     "num_splits, sm_margin": missing("splits", "sm_margin"),
     "cu_seqlens_q, cu_seqlens_k": varlen(lambda q, k, nq, nk: True),
@@ -513,7 +534,7 @@ XFORMERS: dict[str, Any] = {
     "(q, k, v) of [B, M, G, H, K]": groups_of_heads,
     "attn_bias=bias, a tensor": xformers(bias=lambda n: n["bias"]),
     "scale=0.1": xformers(scale=lambda _: 0.1),
-    "p=0.1 (dropout)": missing("dropout"),
+    "p=0.25 (dropout)": xformers(factors=lambda _: kept(T, S, 2)),
     "op=...": xformers(),
     "output_dtype=torch.float32": xformers(),
     "memory_efficient_attention_forward_requires_grad": xformers(residual=lambda _: True),
@@ -599,7 +620,7 @@ CUDNN: dict[str, Any] = {
         bias=lambda _: np.stack([-(QT - KS) * 0.25**h for h in range(1, 5)]), allowed=lambda _: KS <= QT
     ),
     "score_mod with a soft cap": cudnn(cap=lambda _: 15.0),
-    "dropout": missing("dropout"),
+    "dropout": cudnn(factors=lambda _: kept(T, S, 2)),
     "paged_attention_k_table": missing("paged", "page_table"),
     "q2k_block_index, q2k_block_nums": cudnn(allowed=bsa),
     "block_sizes": lambda: bsa() & (np.repeat([64, 50, 64, 10], 64) > KS % 64),

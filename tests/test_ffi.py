@@ -57,6 +57,7 @@ def tables() -> dict[str, Dims]:
     return {
         attention_ffi.ATTENTION_FORWARD: attention_ffi.FORWARD,
         attention_ffi.ATTENTION_BACKWARD: attention_ffi.BACKWARD,
+        attention_ffi.ATTENTION_BIAS_GRADIENT: attention_ffi.BIAS_GRADIENT[attention_ffi.BiasTerm.DENSE],
         lists_ffi.LISTS_TRANSPOSE: lists_ffi.TRANSPOSE,
         decode_ffi.DECODE_FORWARD: decode_ffi.FORWARD,
         lists_ffi.LISTS_CHOOSE: lists_ffi.CHOOSE,
@@ -73,9 +74,14 @@ def test_buffers_are_named_alike_on_both_sides(platform):
         assert buffers[target]["operands"] == list(dims.operands)
         results = [*dims.results, *["workspace"] * (platform == "cuda" and target != lists_ffi.LISTS_TRANSPOSE)]
         assert buffers[target]["results"] == results
-    assert buffers[attention_ffi.ATTENTION_FORWARD]["optional"] == ["sinks", "gates"]
+    bias = ["dense_bias", "distance_bias", "bias_tiles", "row_bias_tiles"]
+    dropout = ["dropout_keys"]
+    assert buffers[attention_ffi.ATTENTION_FORWARD]["optional"] == ["sinks", "gates", *bias, *dropout]
     assert buffers[decode_ffi.DECODE_FORWARD]["optional"] == ["value", "selection", "tree", "sinks"]
-    assert buffers[attention_ffi.ATTENTION_BACKWARD]["optional"] == ["row_gates", "col_gates", "dgates"]
+    assert buffers[attention_ffi.ATTENTION_BACKWARD]["optional"] == (
+        ["row_gates", "col_gates", *bias, "col_bias_tiles", *dropout, "dgates"]
+    )
+    assert buffers[attention_ffi.ATTENTION_BIAS_GRADIENT]["optional"] == ["gates", *bias, *dropout]
 
 
 @pytest.mark.parametrize(

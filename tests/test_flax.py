@@ -136,8 +136,11 @@ def test_bias_and_dtype():
     attend = jax.jit(jax_bsk.flax.attention_fn(MASK, implementation="xla"), static_argnames="dtype")
     close(attend(query, key, value, bias), nnx.dot_product_attention(query, key, value, bias, DENSE))
     close(attend(query[0], key[0], value[0], bias[0]), attend(query, key, value, bias)[0])
-    with pytest.raises(jax_bsk.UnsupportedError, match="bias"):
-        jax_bsk.flax.attention_fn(MASK, implementation="cpu")(query, key, value, bias)
+    native = jax_bsk.flax.attention_fn(MASK, implementation="cpu")
+    close(native(query, key, value, bias), attend(query, key, value, bias))
+    slopes = jax_bsk.biases.AlibiBias(jax_bsk.biases.alibi_slopes(HEADS))
+    distances = np.abs(np.arange(LENGTH)[:, None] - np.arange(LENGTH)).astype(np.float32)
+    close(native(query, key, value, slopes), attend(query, key, value, -slopes.slopes[None, :, None, None] * distances))
     assert attend(query, key, value.astype(jnp.bfloat16)).dtype == jnp.float32  # promoted, as in Flax
     assert attend(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 
@@ -159,17 +162,32 @@ def test_signature_names_all_that_flax_passes():
 # ---- refusals -------------------------------------------------------------------------------------------------------
 
 
+def test_dropout():
+    """As `sparse_attention` with the module's key: other examples and steps drop other pairs."""
+    query, key, value = (inputs(seed=n).reshape(BATCH, LENGTH, HEADS, -1) for n in range(3))
+    fn = jax_bsk.flax.attention_fn(MASK, implementation="cpu")
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(3)}
+    expected = jax_bsk.sparse_attention(query, key, value, mask=MASK, implementation="cpu", **options)
+    np.testing.assert_array_equal(fn(query, key, value, **options, deterministic=False), expected)
+    plain = fn(query, key, value)
+    np.testing.assert_array_equal(fn(query, key, value, **options), plain)  # deterministic
+    with pytest.raises(ValueError, match="dropout_rng is a key"):
+        fn(query, key, value, dropout_rate=0.5, deterministic=False)
+    x = inputs()
+    params = linen_attention().init(jax.random.key(0), x)
+    layer = linen_attention(attention_fn=fn, dropout_rate=0.5)
+    of_key = [layer.apply(params, x, deterministic=False, rngs={"dropout": jax.random.key(n)}) for n in (1, 1, 2)]
+    np.testing.assert_array_equal(of_key[0], of_key[1])
+    assert (np.asarray(of_key[0]) != np.asarray(of_key[2])).mean() > 0.9
+    close(layer.apply(params, x, deterministic=True), linen_attention(attention_fn=fn).apply(params, x))
+    module = nnx_attention(attention_fn=fn, dropout_rate=0.5)
+    assert (np.asarray(module(x, deterministic=False)) != np.asarray(module(x, deterministic=True))).mean() > 0.9
+
+
 def test_refusals():
     x = inputs()
     fn = jax_bsk.flax.attention_fn(MASK)
     params = linen_attention().init(jax.random.key(0), x)
-    rngs = {"dropout": jax.random.key(1)}
-    dropping = linen_attention(attention_fn=fn, dropout_rate=0.1)
-    with pytest.raises(ValueError, match=r"dropout_rate=0.1.*deterministic=True"):
-        dropping.apply(params, x, deterministic=False, rngs=rngs)
-    dropping.apply(params, x, deterministic=True)
-    with pytest.raises(ValueError, match="dropout_rate"):
-        nnx_attention(attention_fn=fn, dropout_rate=0.1)(x, deterministic=False)
     with pytest.raises(ValueError, match="sow_weights"):
         linen_attention(attention_fn=fn).apply(params, x, sow_weights=True, mutable=["intermediates"])
     with pytest.raises(ValueError, match="sow_weights"):

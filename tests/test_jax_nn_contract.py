@@ -18,13 +18,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import jax_bsk
 from jax_bsk import sparse_attention
 
 # More than one block of 128 each way, of which the last is not whole.
 BATCH, QUERIES, KEYS, HEADS, SIZE = 2, 136, 136, 4, 16
 # Parameters that there are here alone; keywords, so that they are in nobody's way.
-MORE_PARAMETERS = {"logits_soft_cap", "sinks", "gates", "axis_name"}
+MORE_PARAMETERS = {
+    *("logits_soft_cap", "sinks", "gates", "axis_name"),
+    *("dropout_rate", "dropout_rng", "score_function"),
+}
 
 
 def jax_nn(*args, **kwargs):
@@ -63,7 +65,7 @@ def test_parameters_have_jax_names_order_kinds_and_defaults():
     for name, parameter in theirs.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in MORE_PARAMETERS)
-    assert all(ours[name].default is None for name in MORE_PARAMETERS)
+    assert all(not ours[name].default for name in MORE_PARAMETERS)
 
 
 # ---- outputs and gradients ------------------------------------------------------------------------------------------
@@ -280,13 +282,6 @@ def value_size():
         jax_nn(query, key, value[..., :8])
 
 
-def native_bias():
-    query, key, value, _ = inputs()
-    bias = jnp.zeros((1, 1, QUERIES, KEYS))
-    with pytest.raises(jax_bsk.UnsupportedError, match="bias"):
-        sparse_attention(query, key, value, bias, implementation="cpu")
-
-
 def implementation_names():
     query, key, value, _ = inputs()
     with pytest.raises(ValueError, match="'cpu', 'cuda', 'xla'"):
@@ -330,7 +325,6 @@ DIFFERENCES = {
     "type of the residual": Difference("a log-sum-exp in bfloat16 cannot join two parts of a softmax", residual_type),
     "gradient of the residual": Difference("so that such joins can be trained", residual_gradient),
     "head size of value": Difference("the kernels take any, as multi-head latent attention has", value_size),
-    "bias": Difference("the native kernels have none; the automatic choice falls back with a warning", native_bias),
     "names of implementations": Difference("cuDNN's attention has no block-sparse masks", implementation_names),
     "types of lengths": Difference("any integers are lengths", length_types),
     "windows of negative size": Difference("a window has the query in it; FunctionMask makes others", negative_windows),

@@ -12,8 +12,6 @@ from jax_bsk.qa.testing import battery, cases
 
 
 def run(case, implementation):
-    if case.bias and implementation != "xla":
-        pytest.skip("the native kernels take no bias")
     with jax.numpy_dtype_promotion("standard"):
         battery.run_case(
             case, battery.from_public(implementation), command=f"--implementation {implementation} --max-len 400"

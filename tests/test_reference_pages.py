@@ -27,6 +27,7 @@ import jax_bsk.flax
 from jax_bsk import (
     BSR,
     BlockMask,
+    biases,
     context,
     decode,
     flops,
@@ -38,6 +39,7 @@ from jax_bsk import (
     sparse_matmul,
 )
 from jax_bsk.__main__ import COMMANDS
+from jax_bsk.biases import AlibiBias, BlockBias, PositionBias, RelativeBias, TileBias
 from jax_bsk.cli import bench
 from jax_bsk.core import dispatch, library
 from jax_bsk.flax._attention_fn import attend as flax_attend
@@ -68,6 +70,7 @@ def public_names() -> set[str]:
     modules = {f"jax_bsk.{name}" for name in ("flops", "pruning")}
     exported -= {name for name in exported - modules if isinstance(getattr(jax_bsk, name[8:]), types.ModuleType)}
     exported |= {f"jax_bsk.masks.{name}" for name in masks.__all__}
+    exported |= {f"jax_bsk.biases.{name}" for name in biases.__all__}
     exported |= {f"jax_bsk.context.{name}" for name in context.__all__}
     exported |= {f"jax_bsk.decode.{name}" for name in decode.__all__}
     exported |= {f"jax_bsk.selection.{name}" for name in selection.__all__}
@@ -320,11 +323,21 @@ def block_masks_together() -> None:
 
 RAISED: dict[str, Callable[[], Any]] = {
     # Which implementation.
-    "implementation=... cannot take this call: ...": lambda: attend(bias=np.zeros((64, 64)), implementation="cpu"),
+    "implementation=... cannot take this call: ...": lambda: attend(
+        score_function=lambda s, *_: s, implementation="cpu"
+    ),
     "jax_bsk.sparse_attention uses its slower pure-JAX implementation: ...": fallback,
     "implementation is one of (None, 'cpu', 'cuda', 'xla'), got ...": lambda: attend(implementation="cudnn"),
-    "The native kernels take no bias; use implementation='xla', or express it as a mask.": lambda: attend(
-        bias=np.zeros((64, 64)), implementation="cpu"
+    "The native kernels are compiled beforehand and take no score_function; use implementation='xla', or a bias of "
+    "jax_bsk.biases and a mask.": lambda: attend(score_function=lambda s, *_: s, implementation="cpu"),
+    "The native kernels append a PositionBias to query and key, where a soft cap would bound it; use "
+    "implementation='xla'.": lambda: attend(
+        bias=PositionBias(np.zeros((1, 64, 1, 2), np.float32), np.zeros((1, 64, 1, 2), np.float32)),
+        logits_soft_cap=2.0,
+        implementation="cpu",
+    ),
+    "axis_name takes neither a bias nor dropout: a device has only its own part of the sequence.": lambda: attend(
+        bias=np.zeros((64, 64)), axis_name="sequence"
     ),
     "Its kernels take ..., got ...; cast the inputs.": on_a_gpu(
         lambda: attend(*[X.astype(jnp.float8_e4m3fn)] * 3, implementation="cuda"), "9.0"
@@ -375,6 +388,30 @@ RAISED: dict[str, Callable[[], Any]] = {
     "FunctionMask(...)": lambda: attend(mask=lambda q, k: q >= k),
     "bias holds numbers, got an array of bool; pass it as mask (True attends)": lambda: attend(
         bias=np.ones((64, 64), bool)
+    ),
+    "... is [B/1, N/1] = [...], got shape ...; give it dimensions of these sizes": lambda: attend(
+        bias=AlibiBias(np.ones(3, np.float32))
+    ),
+    "BlockBias belongs to the entries of a BlockMask's lists, but the call has another mask; ...": lambda: attend(
+        bias=BlockBias(np.ones((1, 1, 3), np.float32))
+    ),
+    "numbers of TileBias are tiles, 0 to ..., or negative for none, got ...; give it more tiles": lambda: attend(
+        bias=TileBias(np.ones((1, 1, 1, 1, 1), np.float32), np.full(BOUND.capacity, 7)), mask=BOUND
+    ),
+    "table of RelativeBias is [buckets, N/1] with N = ... heads, got shape ...; give each head a column": lambda: (
+        attend(bias=RelativeBias.clipped(np.ones((3, 7), np.float32)))
+    ),
+    "buckets are rows of the table, 0 to ..., got ...; give the table more rows": lambda: attend(
+        bias=RelativeBias(np.ones((3, 1), np.float32), np.abs)
+    ),
+    "dropout_rate is in [0, 1), got ...; it is the share of probabilities that are dropped": lambda: attend(
+        dropout_rate=1.0
+    ),
+    "dropout_rate is a Python number, got ...; make it a static argument of the jitted function ...": with_traced(
+        lambda rate: attend(dropout_rate=rate), 0.5
+    ),
+    "dropout_rng is a key of jax.random where dropout_rate > 0, got None; pass jax.random.key(seed)": lambda: attend(
+        dropout_rate=0.5
     ),
     "mask is a BlockMask for q_len=..., kv_len=..., but the call has q_len=..., kv_len=...": lambda: attend(
         mask=CausalMask().bind(96)
@@ -566,9 +603,6 @@ RAISED: dict[str, Callable[[], Any]] = {
         jax.random.key(0), (64, 64), density=2
     ),
     # Flax.
-    "dropout_rate must be 0, as attention weights are never formed here, got ...": lambda: flax_layer(
-        attention_fn=jax_bsk.flax.attention_fn(), dropout_rate=0.5
-    )(jnp.zeros((1, 8, 32)), deterministic=False),
     "sow_weights must be False, as the attention weights are never formed here, got True; ...": lambda: flax_layer(
         attention_fn=jax_bsk.flax.attention_fn()
     )(jnp.zeros((1, 8, 32)), sow_weights=True),

@@ -41,6 +41,14 @@ int64_t ForwardTasks(const ForwardParams& params) { return QueryTasks(params.sha
 
 int64_t BackwardTasks(const BackwardParams& params) { return KeyTasks(params) + QueryTasks(params.shape); }
 
+int64_t BiasGradientTasks(const BiasGradientParams& params) {
+  const Bias& bias = params.bias;
+  const int64_t tables = params.term == BiasTerm::kDense       ? bias.dense_batch * bias.dense_heads
+                         : params.term == BiasTerm::kDistances ? bias.distances_batch * bias.distances_heads
+                                                               : bias.tiles_batch * bias.tiles_heads;
+  return tables * BiasGradientParts(params);
+}
+
 bool RunForwardTasks(const ForwardParams& params, std::atomic<int64_t>& next) noexcept {
   const Kernels& kernels = Chosen();
   return jax_bsk::cpu::TakeTasks(kernels.forward_scratch(params), ForwardTasks(params), next,
@@ -59,6 +67,13 @@ bool RunBackwardTasks(const BackwardParams& params, std::atomic<int64_t>& next) 
                                      kernels.backward_query_task(params, task - key_tasks, scratch);
                                    }
                                  });
+}
+
+bool RunBiasGradientTasks(const BiasGradientParams& params, std::atomic<int64_t>& next) noexcept {
+  const Kernels& kernels = Chosen();
+  return jax_bsk::cpu::TakeTasks(
+      kernels.bias_gradient_scratch(params), BiasGradientTasks(params), next,
+      [&](int64_t task, void* scratch) { kernels.bias_gradient_task(params, task, scratch); });
 }
 
 }  // namespace jax_bsk::attention::cpu

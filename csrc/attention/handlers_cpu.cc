@@ -23,17 +23,31 @@ ffi::Future Backward(const BackwardBuffers& buffers, ffi::ThreadPool pool, Attri
   return RunOnPool(pool, params, cpu::BackwardTasks(params), &cpu::RunBackwardTasks);
 }
 
+ffi::Future BiasGradient(const BiasGradientBuffers& buffers, ffi::ThreadPool pool, BiasGradientAttributes attributes) {
+  BiasGradientParams params{};
+  ffi::Error error = ReadBiasGradient(buffers, attributes, &params);
+  if (error.success()) error = Refusal(cpu::Refusal(params.shape));
+  if (error.failure()) return Completed(error);
+  return RunOnPool(pool, params, cpu::BiasGradientTasks(params), &cpu::RunBiasGradientTasks);
+}
+
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 XLA_FFI_DEFINE_HANDLER(kForward, ByName(Forward), (BindCall<ForwardBuffers, Attributes>(Bind())));
 XLA_FFI_DEFINE_HANDLER(kBackward, ByName(Backward), (BindCall<BackwardBuffers, Attributes>(Bind())));
+XLA_FFI_DEFINE_HANDLER(kBiasGradient, ByName(BiasGradient),
+                       (BindCall<BiasGradientBuffers, BiasGradientAttributes>(Bind())));
 
 }  // namespace
 
-Handlers Registrations() { return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}}; }
+Handlers Registrations() {
+  return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}, {kAttentionBiasGradient, kBiasGradient}};
+}
 
 CallBuffers Buffers() {
-  return {{kAttentionForward, NamesOf<ForwardBuffers>()}, {kAttentionBackward, NamesOf<BackwardBuffers>()}};
+  return {{kAttentionForward, NamesOf<ForwardBuffers>()},
+          {kAttentionBackward, NamesOf<BackwardBuffers>()},
+          {kAttentionBiasGradient, NamesOf<BiasGradientBuffers>()}};
 }
 
 Facts BuildInfo() {

@@ -84,6 +84,34 @@ JAX_BSK_INLINE UintVec<C> BroadcastWord(Lane<C> x) {
   return UintVec<C>{} + x;
 }
 
+// a * b + c, rounded once wherever the instruction set can: of a plain expression the compiler decides, and not
+// everywhere alike.
+template <class C>
+JAX_BSK_INLINE Vec<C> MultiplyAdd(Vec<C> a, Vec<C> b, Vec<C> c) {
+#if JAX_BSK_CPU_VECTOR_BYTES == 64
+  if constexpr (sizeof(C) == 4) {
+    return _mm512_fmadd_ps(a, b, c);
+  } else {
+    return _mm512_fmadd_pd(a, b, c);
+  }
+#elif JAX_BSK_CPU_VECTOR_BYTES == 32
+  if constexpr (sizeof(C) == 4) {
+    return _mm256_fmadd_ps(a, b, c);
+  } else {
+    return _mm256_fmadd_pd(a, b, c);
+  }
+#elif defined(__aarch64__)
+  Vec<C> result;
+#pragma GCC unroll 4
+  for (int k = 0; k < kLanes<C>; ++k) {
+    result[k] = sizeof(C) == 4 ? __builtin_fmaf(a[k], b[k], c[k]) : __builtin_fma(a[k], b[k], c[k]);
+  }
+  return result;
+#else
+  return a * b + c;  // SSE2 has no such instruction
+#endif
+}
+
 // Lanes of `yes` where the mask is all ones, of `no` where it is 0.
 template <class C>
 JAX_BSK_INLINE Vec<C> Select(IntVec<C> mask, Vec<C> yes, Vec<C> no) {
@@ -114,6 +142,21 @@ JAX_BSK_INLINE void Interleave(Vec<C> a, Vec<C> b, Vec<C>& low, Vec<C>& high) {
     static_assert(n == 16, "one vector of floats holds 4, 8 or 16");
     low = __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
     high = __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+}
+
+template <class C>
+JAX_BSK_INLINE Vec<C> Reverse(Vec<C> a) {
+  constexpr int n = kLanes<C>;
+  if constexpr (n == 2) {
+    return __builtin_shufflevector(a, a, 1, 0);
+  } else if constexpr (n == 4) {
+    return __builtin_shufflevector(a, a, 3, 2, 1, 0);
+  } else if constexpr (n == 8) {
+    return __builtin_shufflevector(a, a, 7, 6, 5, 4, 3, 2, 1, 0);
+  } else {
+    static_assert(n == 16, "one vector of floats holds 4, 8 or 16");
+    return __builtin_shufflevector(a, a, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   }
 }
 

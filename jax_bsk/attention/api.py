@@ -16,15 +16,20 @@ import numpy as np
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from jax_bsk.attention import derivatives, refusals
+from jax_bsk.attention import derivatives, dropout, refusals
 from jax_bsk.attention.ffi import AttentionAttributes
 from jax_bsk.attention.native import AttentionCall
-from jax_bsk.attention.xla import sparse_attention_xla
+from jax_bsk.attention.xla import ScoreFunction, sparse_attention_xla
+from jax_bsk.biases import Bias
+from jax_bsk.biases.features import appended_size, features_of_heads
+from jax_bsk.biases.lowering import lower
+from jax_bsk.biases.terms import Call, Terms
 from jax_bsk.context.visits import visits_of_shards
 from jax_bsk.core import arrays, checks, dispatch, inputs, scalars
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
+from jax_bsk.core.errors import UnsupportedError
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
 from jax_bsk.masks.convert import array_mask, check_kind
 
@@ -35,7 +40,7 @@ def sparse_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     mask: Mask | BlockMask | ArrayLike | None = None,
     *,
     scale: float | ArrayLike | None = None,
@@ -46,6 +51,9 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    score_function: ScoreFunction | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[False] = False,
@@ -57,7 +65,7 @@ def sparse_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     mask: Mask | BlockMask | ArrayLike | None = None,
     *,
     scale: float | ArrayLike | None = None,
@@ -68,6 +76,9 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    score_function: ScoreFunction | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
     return_residual: Literal[True],
@@ -81,7 +92,7 @@ def sparse_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    bias: ArrayLike | None = None,
+    bias: ArrayLike | Bias | None = None,
     mask: Mask | BlockMask | ArrayLike | None = None,
     *,
     scale: float | ArrayLike | None = None,
@@ -92,6 +103,9 @@ def sparse_attention(
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
     gates: ArrayLike | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
+    score_function: ScoreFunction | None = None,
     axis_name: str | tuple[str, ...] | None = None,
     implementation: Implementation | None = None,
     return_residual: bool = False,
@@ -102,8 +116,9 @@ def sparse_attention(
     same, with three differences: `mask` may be lazy or block-sparse, a query that may attend to nothing yields 0 (not
     the mean of the values), and the residual has a gradient. For each head it computes
 
-        O = softmax(c(scale Q K^T) + bias, where the mask attends) V
+        O = (D o softmax(c(scale Q K^T) + bias, where the mask attends)) V
         c(x) = cap tanh(x / cap), or x without a cap
+        D = 0 for a share `dropout_rate` of the pairs, 1 / (1 - dropout_rate) for the others; 1 without dropout
 
     blockwise with a running maximum (FlashAttention, arXiv 2205.14135; FlashAttention-2, arXiv 2307.08691). The sum
     goes over the visited blocks only. `gates` are one factor g_e for each entry e of a `BlockMask`'s lists:
@@ -111,7 +126,8 @@ def sparse_attention(
         O_i = sum of g_e P_i,j(e) V_j(e) over the entries e of row i
 
     Here j(e) is the key block of entry e, and P is the softmax over all visited blocks (and the sink), as without
-    gates. A gate multiplies the contribution of its block after the softmax, so the log-sum-exp does not depend on it.
+    gates. A gate multiplies the contribution of its block after the softmax, so the log-sum-exp does not depend on it,
+    nor does it on dropout.
 
     The function works under `jit`, `grad`, `vmap`, `scan`, `remat`, `shard_map` and on sharded meshes. Batch and heads
     shard without a collective. The native kernels have reverse-mode gradients; "xla" computes `jvp` and second
@@ -124,8 +140,9 @@ def sparse_attention(
       query: BTNH or TNH array of float32, bfloat16, float16 or float64.
       key: BSKH or SKH array of query's type.
       value: BSKH or SKH array of query's type; its head size may differ from key's.
-      bias: Array of numbers (floating or integer) that are added to the logits. It broadcasts to BNTS, and its first
-        dimensions may be missing. Only "xla" takes one.
+      bias: Numbers that are added to the logits: a `jax_bsk.biases` object (ALiBi, T5's table, low rank, a number or a
+        tile per visited block), which needs no array of all pairs, or an array (floating or integer) that broadcasts to
+        BNTS and whose first dimensions may be missing. Biases are differentiable. A bias of -inf masks its pair.
       mask: Mask that says which query attends to which key (True attends): a `jax_bsk.masks.Mask`, a `BlockMask`, or a
         boolean array that broadcasts to BNTS and whose first dimensions may be missing. A boolean array [B, S] of valid
         keys is given as mask[:, None, None, :]. None lets every query attend to every key. The mask may be traced.
@@ -149,10 +166,21 @@ def sparse_attention(
         `mask` is a `BlockMask` and capacity its `kv_blocks.shape[-1]`. Gate number e of a head belongs to entry e of
         that head's `kv_blocks`, in row order; numbers past the last entry are not read. Gates have any sign, are used
         in float32 (float64 for float64 inputs) and are differentiable (with gradient 0 where no row lists the entry).
+      dropout_rate: Share of the probabilities that are dropped, a Python number in [0, 1). It is rounded to a multiple
+        of 1/256 (at least 1/256 where it is not 0, at most 255/256). The other probabilities are divided by 1 minus the
+        rounded rate.
+      dropout_rng: Key of `jax.random`, needed where dropout_rate > 0. The dropped pairs are a function of this key, the
+        rate, the example, the head, and the positions of query and key. They are the same in every implementation, in
+        the backward, and on every mesh.
+      score_function: Function of (logits, example, head, query, key) whose result takes the logits' place, after the
+        soft cap and the bias and before the mask. Its arguments are six-dimensional arrays of some blocks, which
+        broadcast against each other; the last four are int32 (example and head count from 0; query and key may be past
+        the lengths). The function is traced, and may close over traced arrays, which then have gradients. Only "xla"
+        takes one. What can be said by `jax_bsk.biases` or a mask is much faster so.
       axis_name: Mesh axes of the `shard_map` around the call along which the sequence is sharded. query, key and value
         are then the device's own tokens, as all devices have them in the order of the axes, and `mask` and the lengths
         are those of the whole sequence. Keys and values travel as the mask wants (`jax_bsk.context`). Each device has
-        whole blocks of the mask. Only native kernels take it.
+        whole blocks of the mask. Only native kernels take it, and not with a bias or dropout.
       implementation: Name of an implementation: "cuda" or "cpu" (native kernels) or "xla" (pure JAX, for every platform
         and type). None takes the platform's native kernel. Where that cannot take the call, None takes "xla" and warns
         once with a `FallbackWarning` that says why.
@@ -197,6 +225,15 @@ def sparse_attention(
     )
     batch, q_len, heads, head_dim = query.shape
     kv_len = key.shape[1]
+    threshold = dropout.threshold_of(dropout_rate)
+    if axis_name is not None and (bias is not None or threshold):
+        raise UnsupportedError(
+            implementation,
+            [
+                "axis_name takes neither a bias nor dropout: a device has only its own part of the sequence.",
+                "Use jit without a shard_map, which gathers the sequence for such a call, or shard batch and heads.",
+            ],
+        )
     if axis_name is not None:  # the lengths of the whole sequence
         shards = _axis_size(axis_name)
         q_len, kv_len = q_len * shards, kv_len * shards
@@ -210,18 +247,22 @@ def sparse_attention(
         )
     traced_scale, scale = _scale(scale, head_dim)
     soft_cap = scalars.soft_cap(logits_soft_cap, scale)
-    bias = _bias(bias, (batch, heads, q_len, kv_len), unbatched)
+    own_mask = mask if isinstance(mask, BlockMask) else None
+    shapes = Call(batch, heads, key.shape[2], q_len, kv_len, query.dtype, unbatched, own_mask)
+    terms, block_mask = lower(bias, shapes, block_mask)
+    dropout_keys = dropout.keys_of_heads(dropout_rng, batch, heads) if threshold else None
     lengths = _lengths(query_seq_lengths, key_value_seq_lengths, (batch, q_len, kv_len))
     sinks = _sinks(sinks, heads)
     gates = _gates(gates, mask, (batch, heads), unbatched)
 
     facts = refusals.AttentionFacts(
         dtype=query.dtype.name,
-        head_dim=head_dim,
+        head_dim=head_dim + _appended(terms, (heads, key.shape[2]), head_dim),
         value_dim=value.shape[-1],
         block_q=block_mask.block_q,
         block_kv=block_mask.block_kv,
-        bias=bias is not None,
+        score_function=score_function is not None,
+        capped_features=soft_cap is not None and terms.query_features is not None,
     )
     if axis_name is None:
         chosen, named = dispatch.choose(implementation, facts)
@@ -233,26 +274,37 @@ def sparse_attention(
             key,
             value,
             block_mask,
-            bias=bias,
+            bias=terms,
             lengths=lengths,
             sinks=sinks,
             scale=scale if traced_scale is None else traced_scale,
             soft_cap=soft_cap,
             gates=gates,
+            dropout_keys=dropout_keys,
+            dropout_threshold=threshold,
+            score_function=score_function,
             with_lse=return_residual,
         )
     else:
-        attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0)
-        visits = None if key_value_seq_lengths is not None else visits_of_shards(block_mask, query, axis_name)
-        call = AttentionCall(attributes, chosen if named else None, visits, axis_name)
         stats = statistics_dtype(query.dtype)
+        has_features = terms.query_features is not None
+        if has_features and abs(scale) < refusals.LEAST_SCALE_OF_FEATURES:
+            traced_scale, scale = jnp.asarray(scale, stats), 1.0
         if traced_scale is not None:
             query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)
+        if has_features:
+            query, key = _with_features(query, key, terms, scale)
+        whole_sequence = dropout_keys is not None or any(x is not None for x in terms[:3])
+        attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0, threshold)
+        visits = None
+        if key_value_seq_lengths is None and not whole_sequence:
+            visits = visits_of_shards(block_mask, query, axis_name)
+        call = AttentionCall(attributes, chosen if named else None, visits, axis_name, whole_sequence)
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
         sinks = None if sinks is None else sinks.astype(stats)[None, :]
         gates = None if gates is None else gates.astype(stats)
-        out, lse = derivatives.attend(call, query, key, value, sinks, gates, block_mask, lengths)
+        out, lse = derivatives.attend(call, query, key, value, sinks, gates, block_mask, lengths, terms, dropout_keys)
         if return_residual:
             lse = derivatives.log_sum_exp(lse)
     if unbatched:
@@ -273,6 +325,25 @@ def _axis_size(axis_name: str | tuple[str, ...]) -> int:
             f"axis_name names mesh axes of a shard_map around the call, got {axis_name!r}; outside of one, leave it "
             "out: under jit a call follows the sharding of its arguments"
         ) from None
+
+
+def _appended(terms: Terms, heads: tuple[int, int], head_dim: int) -> int:
+    """How many numbers a bias of low rank appends to each query and key; head sizes of whole eights stay such."""
+    size = appended_size(terms, *heads)
+    return size + (-size % 8 if head_dim % 8 == 0 else 0)
+
+
+def _with_features(query: jax.Array, key: jax.Array, terms: Terms, scale: float) -> tuple[jax.Array, jax.Array]:
+    """Queries and keys with the features of a bias of low rank appended, which the scale then leaves as they were."""
+    heads, kv_heads = query.shape[2], key.shape[2]
+    size = _appended(terms, (heads, kv_heads), query.shape[3])
+    of_queries, of_keys = features_of_heads(terms, query.shape[0], heads, kv_heads)
+
+    def append(x: jax.Array, features: jax.Array) -> jax.Array:
+        features = jnp.pad(features, [(0, 0)] * 3 + [(0, size - features.shape[-1])])
+        return jnp.concatenate([x, features.astype(x.dtype)], axis=-1)
+
+    return append(query, of_queries / scale), append(key, of_keys)
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
@@ -331,39 +402,8 @@ def _mask_array(mask: ArrayLike, sizes: tuple[int, int, int, int], unbatched: bo
             f"mask is a Mask, a BlockMask or a boolean array (True attends), got an array of {array.dtype}; compare "
             "it, e.g. mask > 0, or pass numbers to be added to the logits as bias"
         )
-    _check_broadcasts(array.shape, sizes, unbatched, "mask")
+    inputs.check_broadcasts(array.shape, sizes, unbatched, "mask")
     return of_rank(array, max(array.ndim, 2))
-
-
-def _check_broadcasts(shape: tuple[int, ...], full: tuple[int, int, int, int], unbatched: bool, name: str) -> None:
-    """Refuses an array with a dimension that is neither 1 nor that of `full`; the first dimensions may be missing."""
-    if len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False)):
-        return
-    batch, _, q_len, kv_len = full
-    letters, wanted = ("NTS", full[1:]) if unbatched else ("BNTS", full)
-    if shape == (batch, kv_len):
-        remedy = f"numbers of each example's keys are {name}[:, None, None, :]"
-    elif len(shape) == 3 and shape[0] == batch and shape[1] in (1, q_len) and shape[2] in (1, kv_len):
-        remedy = f"numbers of each example are {name}[:, None]"
-    elif shape == (batch, q_len):
-        remedy = f"numbers of each example's queries are {name}[:, None, :, None]"
-    else:
-        remedy = f"give it dimensions of these sizes or 1, e.g. {name}[None]"
-    raise ValueError(f"{name} broadcasts to {letters} = {wanted}, got shape {shape}; {remedy}")
-
-
-def _bias(bias: ArrayLike | None, sizes: tuple[int, int, int, int], unbatched: bool) -> jax.Array | None:
-    if bias is None:
-        return None
-    array = jnp.asarray(bias)
-    if array.dtype == np.bool_:
-        raise TypeError("bias holds numbers, got an array of bool; pass it as mask (True attends)")
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        array = array.astype(jnp.float32)
-    array = inputs.floating(array, "bias")
-    _check_broadcasts(array.shape, sizes, unbatched, "bias")
-    array = of_rank(array, 4)
-    return jnp.broadcast_to(array, (*array.shape[:2], *sizes[2:]))
 
 
 def _lengths(queries: ArrayLike | None, keys: ArrayLike | None, sizes: tuple[int, int, int]) -> jax.Array | None:

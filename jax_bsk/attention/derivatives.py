@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,21 +23,24 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from jax_bsk.attention import ffi
-from jax_bsk.attention.native import BACKWARD, FORWARD, AttentionCall
+from jax_bsk.attention.native import BACKWARD, BIAS_GRADIENT, FORWARD, AttentionCall
 from jax_bsk.attention.sequence import in_shard_map
 from jax_bsk.attention.xla import sparse_attention_xla
+from jax_bsk.biases.terms import Terms
 from jax_bsk.core import compat, forward_mode
 from jax_bsk.core.dims import Dims
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import NativeCall, like
 from jax_bsk.masks import BlockMask
-from jax_bsk.masks.orders.entry_order import to_columns, to_rows, with_entry_order
+from jax_bsk.masks.orders.entry_order import EntryOrder, to_columns, to_rows, with_entry_order
 
 # For jax.checkpoint_policies.save_only_these_names(*RESIDUAL_NAMES), which spares the forward's recomputation.
 RESIDUAL_NAMES = ("jax_bsk_out", "jax_bsk_lse", "jax_bsk_lse_rest")
 
 Results = tuple[jax.Array, jax.Array, jax.Array]  # out, log-sum-exp, what rounding took from it
-Gradients = tuple[jax.Array, jax.Array, jax.Array, jax.Array | None, jax.Array | None]  # of q, k, v, sinks, gates
+Gradients = tuple[jax.Array | None, ...]  # of the inputs, None for what is not given or not asked for
+# Number of the differentiable arguments: query, key, value, sinks, gates, and the bias's dense, distances and tiles.
+INPUTS = 8
 
 
 def _no_log_sum_exp(dtype: Any) -> float:
@@ -62,6 +65,8 @@ def attend(
     gates: jax.Array | None,
     mask: BlockMask,
     lengths: jax.Array | np.ndarray,
+    bias: Terms = Terms(),  # noqa: B008 (immutable)
+    dropout_keys: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Native block-sparse attention.
 
@@ -74,6 +79,8 @@ def attend(
       gates: [B|1, N|1, capacity] factors of the visited blocks in the statistics type, or None.
       mask: Block lists. The key-major ones are made on the host, once per mask; of a traced mask in the backward.
       lengths: int32 [B|1, 2], valid query and key/value lengths.
+      bias: Terms of the bias without features, `numbers` of the shape of the mask's lists.
+      dropout_keys: uint32 [B, N], a word per head, or None.
 
     Returns:
       out [B, T, N, Hv] and the log-sum-exp [B, N, T] in the statistics type; `log_sum_exp` makes of it what users know.
@@ -82,14 +89,15 @@ def attend(
     if gates is not None:
         gates = _for_every_head(gates, query)
     if not mask.is_traced:
-        if gates is None:
+        if gates is None and bias.tiles is None:
             mask = mask.transpose()
         elif not mask.holds_runs:
             mask, order = with_entry_order(mask)
-    leaves, tree = jax.tree.flatten((query, key, value, sinks, gates))
-    query, key, value, sinks, gates = tree.unflatten(compat.match_varying(*map(jnp.asarray, leaves)))
-    lists, tree = jax.tree.flatten((mask, lengths, order))
-    return _attend(_Static(call, tree), query, key, value, sinks, gates, *lists)[:2]
+    inputs = query, key, value, sinks, gates, bias.dense, bias.distances, bias.tiles
+    leaves, tree = jax.tree.flatten(inputs)
+    inputs = tree.unflatten(compat.match_varying(*map(jnp.asarray, leaves)))
+    lists, tree = jax.tree.flatten(_Lists(mask, lengths, order, bias.numbers, dropout_keys))
+    return _attend(_Static(call, tree), *inputs, *lists)[:2]
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices
@@ -102,30 +110,49 @@ def _for_every_head(gates: jax.Array, query: jax.Array) -> jax.Array:
     return gates if gates.shape == shape else jnp.broadcast_to(gates, shape, out_sharding=sharding)
 
 
+class _Lists(NamedTuple):
+    """The arguments of `_attend` behind the differentiable ones.
+
+    Attributes:
+      mask: Block lists.
+      lengths: int32 [B|1, 2].
+      order: Order of the mask's entries where it is known beforehand and asked for.
+      numbers: int32 of the lists' shape, the bias tile of each entry; None without tiles.
+      dropout_keys: uint32 [B, N], or None.
+    """
+
+    mask: BlockMask
+    lengths: Any
+    order: EntryOrder | None
+    numbers: Any
+    dropout_keys: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class _Static:
     """A native call and the structure of its lists; hashable.
 
     Attributes:
       call: The call.
-      lists: Structure of (mask, lengths, order), whose arrays are arguments.
+      lists: Structure of `_Lists`, whose arrays are arguments.
+      asked: Of each input, whether its gradient is wanted. A gradient of the bias costs a call of its own.
     """
 
     call: AttentionCall
     lists: Any
+    asked: tuple[bool, ...] = (True,) * INPUTS
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _attend(static: _Static, query: Any, key: Any, value: Any, sinks: Any, gates: Any, *lists: Any) -> Results:
-    mask, lengths, _ = static.lists.unflatten(lists)
-    return _call_forward(static.call, query, key, value, sinks, gates, mask, lengths)
+def _attend(static: _Static, *args: Any) -> Results:
+    return _call_forward(static.call, args[:INPUTS], static.lists.unflatten(args[INPUTS:]))
 
 
 def _attend_jvp(static: _Static, primals: Sequence[Any], tangents: Sequence[Any]) -> tuple[Results, Results]:
     results = _attend(static, *primals)
     out, lse, lse_rest = (checkpoint_name(x, name) for x, name in zip(results, RESIDUAL_NAMES, strict=True))
     leaves, tree = jax.tree.flatten((primals, lse_rest, out, lse))
-    moving = [None if x is None or isinstance(x, SymbolicZero) else x for x in tangents[:5]]
+    moving = [None if x is None or isinstance(x, SymbolicZero) else x for x in tangents[:INPUTS]]
     if all(x is None for x in moving):
         dout, dlse = jnp.zeros_like(out), jnp.zeros_like(lse)
     else:
@@ -137,12 +164,12 @@ _attend.defjvp(_attend_jvp, symbolic_zeros=True)
 
 
 def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """The same function of (query, key, value, sinks, gates), with every derivative."""
-    mask, lengths, _ = static.lists.unflatten(lists)
+    """The same function of the inputs, with every derivative."""
+    mask, lengths, _, tile_numbers, dropout_keys = static.lists.unflatten(lists)
     numbers = static.call.attributes
 
     def attention(
-        query: jax.Array, key: jax.Array, value: jax.Array, sinks: jax.Array | None, gates: jax.Array | None
+        query: Any, key: Any, value: Any, sinks: Any, gates: Any, dense: Any, distances: Any, tiles: Any
     ) -> tuple[jax.Array, jax.Array]:
         sinks = None if sinks is None else jnp.broadcast_to(sinks[0], (query.shape[2],))
         axis, tokens = static.call.axis, query.shape[1]
@@ -153,12 +180,14 @@ def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[
             key,
             value,
             mask,
-            bias=None,
+            bias=Terms(dense, distances, tiles, tile_numbers),
             lengths=lengths,
             sinks=sinks,
             gates=gates,
             scale=numbers.scale,
             soft_cap=numbers.soft_cap or None,
+            dropout_keys=dropout_keys,
+            dropout_threshold=numbers.dropout,
         )
         if axis is None:
             return out, lse
@@ -172,27 +201,29 @@ def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[
 def _pushforward(static_and_tree: tuple[_Static, Any], residuals: Sequence[Any], tangents: Sequence[Any]) -> Any:
     static, tree = static_and_tree
     primals = tree.unflatten(residuals)[0]
-    inputs = primals[:5]
+    inputs = primals[:INPUTS]
     tangents = [
         None if x is None else jnp.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)
     ]
-    return jax.jvp(_in_plain_jax(static, primals[5:]), inputs, tuple(tangents))[1]
+    return jax.jvp(_in_plain_jax(static, primals[INPUTS:]), inputs, tuple(tangents))[1]
 
 
 def _pullback(
     static_and_tree: tuple[_Static, Any], residuals: Sequence[Any], present: Sequence[bool], cotangents: Sequence[Any]
 ) -> list[Any]:
-    gradients = _gradients(static_and_tree, *residuals, *cotangents)
+    static, tree = static_and_tree
+    static = dataclasses.replace(static, asked=tuple(present))
+    gradients = _gradients((static, tree), *residuals, *cotangents)
     return [x for x, there in zip(gradients, present, strict=True) if there]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _gradients(static_and_tree: tuple[_Static, Any], *args: Any) -> Gradients:
-    """Cotangents of query, key, value, sinks and gates, or None, from the residuals and the results' cotangents."""
+    """Cotangents of the inputs that are asked for, from the residuals and the results' cotangents."""
     static, tree = static_and_tree
     primals, lse_rest, out, lse = tree.unflatten(args[:-2])
-    mask, lengths, order = static.lists.unflatten(primals[5:])
-    return _native_gradients(static.call, (*primals[:5], mask, lengths, order, out, lse, lse_rest), args[-2:])
+    lists = static.lists.unflatten(primals[INPUTS:])
+    return _native_gradients(static, primals[:INPUTS], lists, (out, lse, lse_rest), args[-2:])
 
 
 @_gradients.defjvp
@@ -203,77 +234,107 @@ def _gradients_jvp(
     primals = tree.unflatten(args[:-2])[0]
 
     def exact(inputs: Any, cotangents: Any) -> Any:
-        return jax.vjp(_in_plain_jax(static, primals[5:]), *inputs)[1](cotangents)
+        gradients = jax.vjp(_in_plain_jax(static, primals[INPUTS:]), *inputs)[1](cotangents)
+        return tuple(x if asked else None for x, asked in zip(gradients, static.asked, strict=True))
 
-    moving = tree.unflatten(tangents[:-2])[0][:5]
-    _, changes = jax.jvp(exact, (primals[:5], tuple(args[-2:])), (moving, tuple(tangents[-2:])))
+    moving = tree.unflatten(tangents[:-2])[0][:INPUTS]
+    _, changes = jax.jvp(exact, (primals[:INPUTS], tuple(args[-2:])), (moving, tuple(tangents[-2:])))
     return _gradients(static_and_tree, *args), changes
 
 
 _tangents = forward_mode.define("jax_bsk_attention_tangents", _pushforward, _pullback)
 
 
-def _call_forward(
-    call: AttentionCall, query: Any, key: Any, value: Any, sinks: Any, gates: Any, mask: BlockMask, lengths: Any
-) -> Results:
+def _call_forward(call: AttentionCall, inputs: Sequence[Any], lists: _Lists) -> Results:
+    query, key, value, sinks, gates = inputs[:5]
     stats = statistics_dtype(query.dtype)
-    sinks = np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks
-    gates = np.zeros(ffi.NO_GATES, stats) if gates is None else gates
-    query = _marked(call, query)
-    lists = (*mask.kernel_rows(), mask.bit_tiles, lengths)
     operands = (
-        query,
+        _marked(call, query),
         key,
         value,
-        *lists,
-        sinks,
-        gates,
-        *ffi.no_bias(query.dtype),
-        ffi.no_bias_tile_numbers(),
-        ffi.no_dropout(),
+        *lists.mask.kernel_rows(),
+        lists.mask.bit_tiles,
+        lists.lengths,
+        np.zeros(ffi.NO_SINKS, stats) if sinks is None else sinks,
+        np.zeros(ffi.NO_GATES, stats) if gates is None else gates,
+        *_bias_operands(query, inputs[5:]),
+        _or(lists.numbers, ffi.no_bias_tile_numbers),
+        _or(lists.dropout_keys, ffi.no_dropout),
     )
     out, lse, lse_rest = _native(FORWARD, ffi.FORWARD, call, operands)
     return out, lse, lse_rest
+
+
+def _bias_operands(query: Any, terms: Sequence[Any]) -> list[Any]:
+    """The terms of the bias, with what stands for those that are not given."""
+    return [absent if x is None else x for x, absent in zip(terms, ffi.no_bias(query.dtype), strict=True)]
+
+
+def _or(x: Any, absent: Callable[[], Any]) -> Any:
+    return absent() if x is None else x
 
 
 def _native(native: NativeCall, dims: Dims, call: AttentionCall, operands: Sequence[Any]) -> tuple[jax.Array, ...]:
     return native(call, *operands) if call.axis is None else in_shard_map(native, dims, call, operands)
 
 
-def _native_gradients(call: AttentionCall, residuals: Sequence[Any], cotangents: Sequence[Any]) -> Gradients:
-    query, key, value, sinks, gates, mask, lengths, order, out, lse, lse_rest = residuals
+def _native_gradients(
+    static: _Static, inputs: Sequence[Any], lists: _Lists, results: Results, cotangents: Sequence[Any]
+) -> Gradients:
+    call, asked = static.call, static.asked
+    query, key, value, sinks, gates, *terms = inputs
+    mask, lengths, order, numbers, dropout_keys = lists
+    out, lse, lse_rest = results
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
-    # dS = P o (dP - delta). With gates, of which O knows, the same: dS = P o (g dP - delta).
+    # dS = P o (dP - delta). With gates and dropout, of which O knows, the same: dS = P o (m g dP - delta).
     delta = _row_products(dout, out, lse.dtype) - dlse
-    if gates is None:
-        mask = mask.transpose()
-        row_gates = col_gates = np.zeros(ffi.NO_GATES, lse.dtype)
-    else:
-        if order is None:
-            mask, order = with_entry_order(mask)
-        row_gates, col_gates = gates, to_columns(gates, order)
-    lists = (*mask.kernel_rows(), *mask.kernel_columns(), mask.bit_tiles, lengths)
-    operands = (
-        _marked(call, dout),
-        query,
-        key,
-        value,
-        lse,
-        lse_rest,
-        delta,
-        *lists,
-        row_gates,
-        col_gates,
-        *ffi.no_bias(query.dtype),
-        ffi.no_bias_tile_numbers(),
-        ffi.no_bias_tile_numbers(),
-        ffi.no_dropout(),
-    )
-    dquery, dkey, dvalue, dgates = _native(BACKWARD, ffi.BACKWARD, call, operands)
-    dgates = None if order is None else to_rows(dgates, order)
-    dsinks = None if sinks is None else _sinks_gradient(sinks, lse, lse_rest, delta)
-    return dquery, dkey, dvalue, dsinks, dgates
+    dout = _marked(call, dout)
+    common = dout, query, key, value, lse, lse_rest, delta
+    bias = _bias_operands(query, terms)
+    keys = _or(dropout_keys, ffi.no_dropout)
+    no_gates = np.zeros(ffi.NO_GATES, lse.dtype)
+    found: list[jax.Array | None] = [None] * INPUTS
+    if any(asked[:3]) or (asked[4] and gates is not None):
+        columns = mask
+        if gates is None and numbers is None:
+            columns = mask.transpose()
+        elif order is None:
+            columns, order = with_entry_order(mask)
+        operands = (
+            *common,
+            *columns.kernel_rows(),
+            *columns.kernel_columns(),
+            columns.bit_tiles,
+            lengths,
+            no_gates if gates is None else gates,
+            no_gates if gates is None or order is None else to_columns(gates, order),
+            *bias,
+            _or(numbers, ffi.no_bias_tile_numbers),
+            ffi.no_bias_tile_numbers() if numbers is None or order is None else to_columns(jnp.asarray(numbers), order),
+            keys,
+        )
+        *found[:3], dgates = _native(BACKWARD, ffi.BACKWARD, call, operands)
+        found[4] = None if gates is None or order is None else to_rows(dgates, order)
+    if asked[3] and sinks is not None:
+        found[3] = _sinks_gradient(sinks, lse, lse_rest, delta)
+    for term in ffi.BiasTerm:
+        if not asked[5 + term] or terms[term] is None:
+            continue
+        operands = (
+            *common,
+            *mask.kernel_rows(),
+            mask.bit_tiles,
+            lengths,
+            no_gates if gates is None else gates,
+            *bias,
+            _or(numbers, ffi.no_bias_tile_numbers),
+            keys,
+        )
+        of_term = dataclasses.replace(call, term=term)
+        (dterm,) = BIAS_GRADIENT(of_term, *operands)
+        found[5 + term] = dterm.sum(-2) if term is ffi.BiasTerm.DISTANCES else dterm
+    return tuple(x if wanted else None for x, wanted in zip(found, asked, strict=True))
 
 
 def _marked(call: AttentionCall, x: Any) -> Any:

@@ -7,6 +7,7 @@ the same order.
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -83,6 +84,54 @@ BACKWARD = Dims(
     shared=((*_ROWS, *_COLUMNS, *_ROW_BIAS, *_COLUMN_BIAS), ("bit_tiles",), ("lengths",), *_BIAS_SHARED),
     follow=("query",),
 )
+
+
+class BiasTerm(enum.IntEnum):
+    """The term of a bias whose gradient is asked for; numbered as in C++."""
+
+    DENSE = 0
+    DISTANCES = 1
+    TILES = 2
+
+
+def _bias_gradient(operand: str, letters: str) -> Dims:
+    """The call of one term, whose result has the term's dimensions: where the term is shared, the sum over who shares.
+
+    Under `vmap` the term is given to each mapped example (it is in no group of operands that stay as they are).
+    """
+    return Dims(
+        operands={
+            "dout": "BTN.",
+            "query": "BTN.",
+            "key": "BSK.",
+            "value": "BSK.",
+            "lse": "BNT",
+            "lse_rest": "BNT",
+            "delta": "BNT",
+            **_ROWS,
+            **_REST,
+            "gates": "bn.",
+            **_BIAS,
+            **_ROW_BIAS,
+            **_DROPOUT,
+        },
+        results={"dbias": letters},
+        shared=(
+            (*_ROWS, *_ROW_BIAS),
+            ("bit_tiles",),
+            ("lengths",),
+            *((name,) for name in _BIAS if name != operand),
+        ),
+        follow=("query",),
+        like={"dbias": operand},
+    )
+
+
+BIAS_GRADIENT = {
+    BiasTerm.DENSE: _bias_gradient("dense_bias", "bnts"),
+    BiasTerm.DISTANCES: _bias_gradient("distance_bias", "bn.."),
+    BiasTerm.TILES: _bias_gradient("bias_tiles", "bn..."),
+}
 
 
 @dataclasses.dataclass(frozen=True)

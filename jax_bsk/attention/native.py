@@ -1,4 +1,4 @@
-"""The two native calls of attention: shape rules, refusals, workspaces.
+"""The native calls of attention: shape rules, refusals, workspaces.
 
 Below `derivatives`, which makes one differentiable function of them; `ffi` names their operands and `sharding` splits
 them over a mesh.
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from jax_bsk.attention import ffi, refusals
-from jax_bsk.attention.sharding import AttentionSplitting
+from jax_bsk.attention.sharding import AttentionSplitting, BiasGradientSplitting
 from jax_bsk.context.visits import Visits
 from jax_bsk.core import library
-from jax_bsk.core.dims import Axes
+from jax_bsk.core.dims import Axes, Dims
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import Avals, NativeCall, like
 
@@ -29,12 +29,16 @@ class AttentionCall:
       platform: The only platform the call may be lowered for, or None for whichever has a native kernel.
       visits: Which key blocks the lists visit, or None where that is not known, or no shard may rely on it.
       axis: Mesh axes of the `shard_map` around the call along which its arrays are shards of a sequence, or None.
+      whole_sequence: Whether the call has what is not split along a sequence: a bias, or dropout.
+      term: The term of the bias whose gradient a call computes, or None for other calls.
     """
 
     attributes: ffi.AttentionAttributes
     platform: str | None = None
     visits: Visits | None = None
     axis: Axes = None
+    whole_sequence: bool = False
+    term: ffi.BiasTerm | None = None
 
 
 _COL_GATES = list(ffi.BACKWARD.operands).index("col_gates")
@@ -54,6 +58,20 @@ def _backward_shapes(*operands: Any, call: AttentionCall) -> tuple[Any, ...]:
     return tuple(like(x, x.shape, x.dtype, range(x.ndim)) for x in (*operands[1:4], operands[_COL_GATES]))
 
 
+def _bias_gradient_dims(call: AttentionCall) -> Dims:
+    assert call.term is not None
+    return ffi.BIAS_GRADIENT[call.term]
+
+
+def _bias_gradient_shapes(*operands: Any, call: AttentionCall) -> tuple[Any, ...]:
+    dims = _bias_gradient_dims(call)
+    term = operands[list(dims.operands).index(dims.like["dbias"])]
+    if call.term is not ffi.BiasTerm.DISTANCES:
+        return (like(term, term.shape, term.dtype, range(term.ndim)),)
+    *lead, length = term.shape
+    return (like(term, (*lead, 2, length), term.dtype, [*range(term.ndim - 1), -1, term.ndim - 1]),)
+
+
 def _refusals(platform: str, query: Any, value: Any, call: AttentionCall) -> list[str]:
     facts = refusals.AttentionFacts(
         dtype=query.dtype.name,
@@ -61,7 +79,6 @@ def _refusals(platform: str, query: Any, value: Any, call: AttentionCall) -> lis
         value_dim=value.shape[-1],
         block_q=call.attributes.block_q,
         block_kv=call.attributes.block_kv,
-        bias=False,
     )
     return facts.problems(platform, library.limits(platform))
 
@@ -95,4 +112,12 @@ BACKWARD = NativeCall(
     workspace_dtype=np.uint8,
     refusals=lambda platform, avals, call: _refusals(platform, avals[1], avals[3], call),
     splitting=AttentionSplitting(),
+)
+BIAS_GRADIENT = NativeCall(
+    ffi.ATTENTION_BIAS_GRADIENT,
+    dims=_bias_gradient_dims,
+    shapes=_bias_gradient_shapes,
+    attributes=lambda call: {**call.attributes.encode(), "term": np.int64(call.term)},
+    refusals=lambda platform, avals, call: _refusals(platform, avals[1], avals[3], call),
+    splitting=BiasGradientSplitting(),
 )

@@ -6,6 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+# Below it, features of a PositionBias divided by the scale might overflow: the query is then multiplied beforehand.
+LEAST_SCALE_OF_FEATURES = 1e-6
+
 
 @dataclasses.dataclass(frozen=True)
 class AttentionFacts:
@@ -17,7 +20,8 @@ class AttentionFacts:
       value_dim: Head size of value.
       block_q: Queries a block.
       block_kv: Keys a block.
-      bias: Whether a bias is added to the logits.
+      score_function: Whether a Python function changes the logits.
+      capped_features: Whether there is a bias of low rank beside a soft cap.
     """
 
     dtype: str
@@ -25,15 +29,24 @@ class AttentionFacts:
     value_dim: int
     block_q: int
     block_kv: int
-    bias: bool
+    score_function: bool = False
+    capped_features: bool = False
 
     function = "sparse_attention"
 
     def problems(self, implementation: str, info: Mapping[str, Any]) -> list[str]:
         del implementation
         reasons = []
-        if self.bias:
-            reasons.append("The native kernels take no bias; use implementation='xla', or express it as a mask.")
+        if self.score_function:
+            reasons.append(
+                "The native kernels are compiled beforehand and take no score_function; use implementation='xla', or a "
+                "bias of jax_bsk.biases and a mask."
+            )
+        if self.capped_features:
+            reasons.append(
+                "The native kernels append a PositionBias to query and key, where a soft cap would bound it; use "
+                "implementation='xla'."
+            )
         if not info:
             return reasons
         if self.dtype not in info["dtypes"]:

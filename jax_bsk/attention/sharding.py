@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jax_bsk.attention.sequence import SequenceShards
 from jax_bsk.core import compat
-from jax_bsk.core.dims import Axes, Bind, Dims, Factors, Run, Splitting, axis_size
+from jax_bsk.core.dims import Axes, Bind, Dims, Factors, Run, Splitting, axis_names, axis_size
 
 
 class AttentionSplitting(Splitting):
@@ -37,10 +37,13 @@ class AttentionSplitting(Splitting):
         - MQA, or a mesh axis that does not divide the key/value heads: two factors, of which only the query heads
           split (a compound would make Shardy answer with sub-axes, which a NamedSharding cannot spell).
         """
-        del call
         heads, kv_heads = sizes["N"], sizes["K"]
-        together = sizes["T"] == sizes["S"]
-        keys, whole = ({"S": "t"}, frozenset[str]()) if together else ({}, frozenset("S"))
+        if call.whole_sequence:
+            keys, whole = {}, frozenset("TS")
+        elif sizes["T"] == sizes["S"]:
+            keys, whole = {"S": "t"}, frozenset[str]()
+        else:
+            keys, whole = {}, frozenset("S")
         if heads == kv_heads:
             return Factors(names={"K": "n", **keys}, whole=whole)
         if kv_heads > 1 and all(size == 1 or kv_heads % size == 0 for size in mesh.shape.values()):
@@ -48,8 +51,10 @@ class AttentionSplitting(Splitting):
         return Factors(names=keys, replicated=frozenset("k"), whole=whole)
 
     def splits(self, call: Any, letter: str, sizes: Mapping[str, int], shards: int) -> bool:
-        """Queries split into whole blocks; batch and heads always."""
-        return letter != "T" or sizes["T"] % (shards * call.attributes.block_q) == 0
+        """Queries split into whole blocks, and not with a bias or dropout; batch and heads always."""
+        if letter != "T":
+            return True
+        return not call.whole_sequence and sizes["T"] % (shards * call.attributes.block_q) == 0
 
     def shard(
         self, call: Any, dims: Dims, sizes: Mapping[str, int], axes: dict[str, Axes], mesh: Mesh
@@ -73,6 +78,42 @@ class AttentionSplitting(Splitting):
         if shards % kv_heads:  # a shard's query heads would straddle key/value heads: gather the heads
             return super().shard(call, dims, sizes, {**axes, "N": None}, mesh)
         return axes, SharedHeads(call, dims, axes["N"], shards).run
+
+
+class BiasGradientSplitting(AttentionSplitting):
+    """The same of the gradient of a bias: shards that share a term sum its gradients."""
+
+    # Where the compiler splits the batch or the heads of a partly manual `shard_map`, nobody could sum.
+    own_programs = frozenset("BNTS")
+
+    def shard(
+        self, call: Any, dims: Dims, sizes: Mapping[str, int], axes: dict[str, Axes], mesh: Mesh
+    ) -> tuple[dict[str, Axes], Run]:
+        """As its parent, with a sum over the shards of the examples and the heads that share the term."""
+        axes, run = super().shard(call, dims, sizes, axes, mesh)
+        shared = [axis_names(axes.get(letter.upper())) for letter in "bn" if sizes[letter] == 1]
+        names = tuple(name for names in shared for name in names)
+        return axes, SharedTerm(names, run).run if names else run
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedTerm:
+    """The gradient of a term of the bias that several shards have, on one of them.
+
+    Attributes:
+      axes: Mesh axes whose shards have the same term.
+      inner: What the shard computes of its own examples and heads.
+    """
+
+    axes: tuple[str, ...]
+    inner: Run
+
+    def run(self, bind: Bind, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Computes a shard's results from its operands."""
+        return compat.call_without_mesh(self._summed, *self.inner(bind, operands))
+
+    def _summed(self, *results: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.psum(x, self.axes) for x in results)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -247,7 +247,6 @@ def _implementation(named: str | None, options: dict[str, Any]) -> str:
         value_dim=options["head_dim"],
         block_q=options["block_size"],
         block_kv=options["block_size"],
-        bias=False,
     )
     return dispatch.choose(named, facts)[0]
 

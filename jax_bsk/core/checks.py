@@ -15,9 +15,7 @@ from jax.core import Tracer
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 # Arguments of Flax's own attention functions, which of this package's functions only those of `attention_fn` have.
-_FLAX_NAMES = frozenset(
-    ("dropout_rng", "dropout_rate", "broadcast_dropout", "deterministic", "precision", "module", "promote_dtype")
-)
+_FLAX_NAMES = frozenset(("broadcast_dropout", "deterministic", "precision", "module", "promote_dtype"))
 
 
 def refuses_flax(mistake: str, positional: int | None = None) -> Callable[[Function], Function]:

@@ -37,6 +37,8 @@ class Dims:
         operand in no group.
       unmapped: Operands that never have leading dimensions.
       follow: Names of operands and results, whose shardings the call follows in this order.
+      like: Operand of a result that has as many examples as this one, 1 where all share it. The operand is in no group:
+        a `vmap` gives each mapped example its own, and the results are summed over a batch that shared it.
     """
 
     operands: Mapping[str, str]
@@ -44,6 +46,7 @@ class Dims:
     shared: tuple[tuple[str, ...], ...] = ()
     unmapped: tuple[str, ...] = ()
     follow: tuple[str, ...] = ()
+    like: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def lead(self, shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
         """Sizes of the leading dimensions, from the shapes of the operands."""
@@ -55,11 +58,14 @@ class Dims:
         return np.broadcast_shapes(*leads)
 
     def sizes(self, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-        """Length of each capital letter's dimension, from the shapes of the operands."""
+        """Length of each capital letter's dimension, from the shapes of the operands.
+
+        Of the operands in `like` also those of the lower-case ones: 1 where they are shared.
+        """
         found: dict[str, int] = {}
-        for shape, letters in zip(shapes, self.operands.values(), strict=True):
+        for shape, (name, letters) in zip(shapes, self.operands.items(), strict=True):
             for size, letter in zip(shape[len(shape) - len(letters) :], letters, strict=True):
-                if letter.isupper():
+                if letter.isupper() or (name in self.like.values() and letter.islower()):
                     found.setdefault(letter, size)
         return found
 
@@ -99,6 +105,24 @@ class Dims:
             return jax.numpy.broadcast_to(x, (*lead, *batch, *x.shape[len(lead) + len(batch) :]))
 
         return [whole(name) for name in names]
+
+    def unmapped_results(self, operands: Sequence[Any], results: Sequence[jax.Array]) -> list[jax.Array]:
+        """The results of a call of `mapped` operands, as a call of each example would give them.
+
+        Args:
+          operands: The operands before `mapped`.
+          results: Results of the call.
+        """
+        given = dict(zip(self.operands, operands, strict=True))
+
+        def total(name: str, x: jax.Array) -> jax.Array:
+            if name not in self.like or self.results[name][:1] != "b":
+                return x
+            operand = self.like[name]
+            shared = given[operand].shape[given[operand].ndim - len(self.operands[operand])] == 1
+            return x.sum(x.ndim - len(self.results[name]), keepdims=True) if shared else x
+
+        return [total(name, x) for name, x in zip(self.results, results, strict=True)]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,3 +55,20 @@ def check_query_key(query: jax.Array, key: jax.Array, value: jax.Array | None = 
             f"query's heads are a multiple of key's (grouped-query attention), got {heads} and {kv_heads} ({shapes}); "
             f"repeat {repeated}"
         )
+
+
+def check_broadcasts(shape: tuple[int, ...], full: tuple[int, int, int, int], unbatched: bool, name: str) -> None:
+    """Refuses an array with a dimension that is neither 1 nor that of `full`; the first dimensions may be missing."""
+    if len(shape) <= len(full) and all(n in (1, m) for n, m in zip(shape[::-1], full[::-1], strict=False)):
+        return
+    batch, _, q_len, kv_len = full
+    letters, wanted = ("NTS", full[1:]) if unbatched else ("BNTS", full)
+    if shape == (batch, kv_len):
+        remedy = f"numbers of each example's keys are {name}[:, None, None, :]"
+    elif len(shape) == 3 and shape[0] == batch and shape[1] in (1, q_len) and shape[2] in (1, kv_len):
+        remedy = f"numbers of each example are {name}[:, None]"
+    elif shape == (batch, q_len):
+        remedy = f"numbers of each example's queries are {name}[:, None, :, None]"
+    else:
+        remedy = f"give it dimensions of these sizes or 1, e.g. {name}[None]"
+    raise ValueError(f"{name} broadcasts to {letters} = {wanted}, got shape {shape}; {remedy}")

@@ -203,8 +203,9 @@ class NativeCall:
         @mapped.def_vmap
         def rule(axis_size: int, in_batched: Any, operands: Any):
             (batched,) = in_batched
-            results = mapped(tuple(self._dims(call).mapped(operands, batched, axis_size)))
-            return results, tuple(True for _ in results)
+            dims = self._dims(call)
+            results = mapped(tuple(dims.mapped(operands, batched, axis_size)))
+            return tuple(dims.unmapped_results(operands, results)), tuple(True for _ in results)
 
         return mapped
 

@@ -19,6 +19,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jax_bsk.attention.api import sparse_attention
+from jax_bsk.biases import Bias
 from jax_bsk.core import checks
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.masks import ArrayMask, BlockMask, CausalMask, FullMask, Mask, SegmentMask
@@ -58,13 +59,17 @@ def attention_fn(
     Returns:
       A function of query `[*batch, T, N, H]`, key `[*batch, S, K, H]` and value `[*batch, S, K, Hv]` with the keyword
       arguments of Flax's `dot_product_attention`. It returns `[*batch, T, N, Hv]`; K divides N. "xla" follows a
-      `precision`; the native kernels compute float32 in full and sum 16-bit types in float32 at every precision. Only
-      "xla" takes a `bias`.
+      `precision`; the native kernels compute float32 in full and sum 16-bit types in float32 at every precision. A
+      `bias` is an array that broadcasts to [*batch, N, T, S], or an object of `jax_bsk.biases`. Dropout follows
+      `dropout_rate`, `dropout_rng` and `deterministic`, with the rate of `sparse_attention` (a multiple of 1/256) and
+      other bits than Flax's. Each example and head has a mask of its own, whatever `broadcast_dropout` says: no mask
+      is stored that broadcasting could make smaller.
 
     Raises:
-      ValueError: The returned function raises it for what it cannot honour: active dropout, `sow_weights`, a preset of
-        dot algorithms as `precision`, replaced einsums, a `BlockMask` beside a mask of the module, and a lazy mask for
-        one query among several keys without a mask of the module, where the position of the query is unknown.
+      ValueError: The returned function raises it for what it cannot honour: `sow_weights`, a preset of dot algorithms
+        as `precision`, replaced einsums, active dropout without a `dropout_rng`, a `BlockMask` beside a mask of the
+        module, and a lazy mask for one query among several keys without a mask of the module, where the position of the
+        query is unknown.
       TypeError: The function itself was given to a module as its attention function, without a call.
 
     Examples:
@@ -85,7 +90,7 @@ def attention_fn(
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
-        bias: jax.Array | None = None,
+        bias: jax.Array | Bias | None = None,
         mask: Mask | BlockMask | jax.Array | None = None,
         *,
         broadcast_dropout: bool = True,
@@ -101,9 +106,9 @@ def attention_fn(
         qk_attn_weights_einsum: Any = None,
         attn_weights_value_einsum: Any = None,
     ) -> jax.Array:
-        # The softmax is always in float32 or wider. Without dropout there is nothing to broadcast and no use for a key.
-        del broadcast_dropout, dropout_rng, force_fp32_for_softmax
-        _refuse_dropout(dropout_rate, deterministic)
+        # The softmax is always in float32 or wider, and each example and head has a dropout mask of its own.
+        del broadcast_dropout, force_fp32_for_softmax
+        dropped = dropout_rate > 0 and not deterministic
         if module is not None:
             raise ValueError(
                 "sow_weights must be False, as the attention weights are never formed here, got True; to look at them, "
@@ -128,6 +133,8 @@ def attention_fn(
                 is_causal=is_causal,
                 scale=scale,
                 logits_soft_cap=logits_soft_cap,
+                dropout_rate=dropout_rate if dropped else 0.0,
+                dropout_rng=dropout_rng if dropped else None,
                 implementation=implementation,
             )
 
@@ -149,14 +156,6 @@ def _at_precision(precision: Any) -> contextlib.AbstractContextManager[Any]:
     return jax.default_matmul_precision(wanted.name.lower())
 
 
-def _refuse_dropout(dropout_rate: float, deterministic: bool) -> None:
-    if dropout_rate > 0 and not deterministic:
-        raise ValueError(
-            f"dropout_rate must be 0, as attention weights are never formed here, got dropout_rate={dropout_rate}; "
-            "drop out the module's output instead, or set deterministic=True"
-        )
-
-
 def promote(
     query: jax.Array, key: jax.Array, value: jax.Array, dtype: DTypeLike | None = None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -172,7 +171,7 @@ def attend(
     mask: Mask | BlockMask | None,
     *,
     call_mask: Mask | BlockMask | jax.Array | None = None,
-    bias: jax.Array | None = None,
+    bias: jax.Array | Bias | None = None,
     lengths: jax.Array | None = None,
     is_causal: bool = False,
     **options: Any,
@@ -186,7 +185,7 @@ def attend(
       mask: Mask of the module.
       call_mask: Mask of this call, or an array that broadcasts to [*batch, N, T, S] and in which numbers other than 0
         attend.
-      bias: Array that broadcasts to [*batch, N, T, S].
+      bias: Array that broadcasts to [*batch, N, T, S], or a bias of the flattened batch.
       lengths: Integers [*batch], the number of valid queries and keys of each example.
       is_causal: Whether the call is causal.
       **options: Further arguments of `sparse_attention`.
@@ -208,7 +207,7 @@ def attend(
         lengths = lengths.reshape(-1)
     out = sparse_attention(
         *(x if len(batch) == 1 else x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value)),
-        bias=None if bias is None else _flatten_logits_like(bias, batch, "bias"),
+        bias=bias if bias is None or isinstance(bias, Bias) else _flatten_logits_like(bias, batch, "bias"),
         mask=both_masks(mask, call_mask),
         is_causal=is_causal,
         query_seq_lengths=lengths,

@@ -295,8 +295,6 @@ def test_random_cases(random_seed):
         pytest.skip("every fourth seed")
     shards = (2, 4, 8)[random_seed // 4 % 3]
     case = cases.for_shards(cases.random_case(random_seed, max_len=400), shards)
-    if case.bias:
-        pytest.skip("the native kernels take no bias")
     command = f"--implementation cpu --max-len 400 --sequence-shards {shards}"
     with jax.numpy_dtype_promotion("standard"):
         sharded = battery.with_sharded_sequence(battery.from_public("cpu"), shards)

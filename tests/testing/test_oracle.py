@@ -18,7 +18,17 @@ from jax_bsk.qa.testing.cases import CORNER_CASES, PATTERNS, Case, list_blocks, 
 from jax_bsk.qa.testing.oracle import attention_oracle
 from jax_bsk.qa.testing.tolerance import compare, dense_attention
 
-NAMES = ("dq", "dk", "dv", "dsinks", "dgates")
+# Of the gradients, by the names of the operands.
+NAMES = {
+    "query": "dq",
+    "key": "dk",
+    "value": "dv",
+    "sinks": "dsinks",
+    "gates": "dgates",
+    "bias": "dbias",
+    "distances": "ddistances",
+    "tiles": "dtiles",
+}
 CASE = Case("case", 2, 40, 50, 4, 2, 8, 6, "float64", 32, 32, density=0.7, lengths=True)
 
 
@@ -47,13 +57,18 @@ def test_oracle_agrees_with_jax_nn(bias):
         {"soft_cap": 1.5, "sinks": True, "pattern": "empty_row", "bias": True},
         {"gates": True, "sinks": True, "mask_per_head": True},
         {"gates": True, "soft_cap": 1.5, "pattern": "empty_tile"},
+        {"bias": True, "distances": True, "tiles": True, "dropout": 64, "gates": True},
     ],
 )
 def test_oracle_gradients_are_finite_differences(fields):
     x = make_inputs(dataclasses.replace(CASE, **fields))
     operands = {"query": x.query, "key": x.key, "value": x.value, "sinks": x.sinks, "gates": x.gates}
+    operands |= {"bias": x.bias, "distances": x.distances, "tiles": x.tiles}
     operands = {name: array for name, array in operands.items() if array is not None}
-    rest = {"bias": x.bias, "lengths": x.lengths, "scale": x.scale, "soft_cap": x.soft_cap, "entries": x.entries}
+    rest = {"lengths": x.lengths, "scale": x.scale, "soft_cap": x.soft_cap, "entries": x.entries}
+    rest["tile_numbers"] = x.pairs.tiles
+    if x.dropout:
+        rest["factors"] = np.random.default_rng(2).choice([0, 4 / 3], (CASE.batch, CASE.heads, CASE.q_len, CASE.kv_len))
 
     def run(operands, **cotangents):
         return attention_oracle(mask=x.dense, **operands, **rest, **cotangents).values
@@ -65,7 +80,7 @@ def test_oracle_gradients_are_finite_differences(fields):
 
     gradients = run(operands, dout=x.dout, dlse=x.dlse)
     rng, step = np.random.default_rng(1), 1e-5
-    for name, short in zip(("query", "key", "value", "sinks", "gates"), NAMES, strict=True):
+    for name, short in NAMES.items():
         if name not in operands:
             continue
         along = rng.standard_normal(operands[name].shape)

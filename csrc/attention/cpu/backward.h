@@ -11,6 +11,9 @@
 // each needs S and dP with its own side along the lanes (products of rows), then sums dS or P times the other side's
 // rows (products of columns). dK and dV, which have the
 // weights g * P of the values, also sum the gates' own gradients P * dP.
+//
+// A bias is added to S beforehand, with the soft cap (add_bias.h), and dropout multiplies dP and the weights (drop.h):
+// so the kernels between know of neither.
 #pragma once
 
 #include "forward.h"
@@ -35,9 +38,13 @@ struct BackwardScratch {
   Lane<C>* tile;   // [block_kv / 32, w]
   uint8_t* bad;    // [o]
   C* d_gate;       // [w] sums of P * dP along the other side, key-major only
+  BiasScratch<C> bias;
+  DropoutScratch<C> dropout;
   size_t bytes;
 
-  BackwardScratch(const Shape& s, void* memory) {
+  template <class Params>
+  BackwardScratch(const Params& p, void* memory) {
+    const Shape& s = p.shape;
     Carver carver(memory);
     const int64_t head_dim = RoundUpToLanes<C>(s.head_dim);
     const int64_t value_dim = RoundUpToLanes<C>(s.value_dim);
@@ -57,6 +64,8 @@ struct BackwardScratch {
     tile = carver.Take<Lane<C>>(s.block_kv / 32 * s.block_q);
     bad = carver.Take<uint8_t>(block);
     d_gate = carver.Take<C>(block);
+    bias.Take(p, true, carver);
+    dropout.Take(p, carver);
     bytes = carver.Bytes();
   }
 };
@@ -75,8 +84,8 @@ struct GradientUnits : LogitUnits<C> {
 
 // The statistics of `count` queries, padded with P = 0 up to `lanes`. An lse of kNoLogSumExp (or -inf) means that
 // nothing was attended to, so P is to be 0; a delta that is not finite counts as lse = NaN.
-template <class C>
-void PackStatistics(const BackwardParams& p, int64_t first, int64_t count, int64_t lanes, const BackwardScratch<C>& x) {
+template <class C, class Params>
+void PackStatistics(const Params& p, int64_t first, int64_t count, int64_t lanes, const BackwardScratch<C>& x) {
   const C *lse = static_cast<const C*>(p.lse) + first, *lse_rest = static_cast<const C*>(p.lse_rest) + first,
           *delta = static_cast<const C*>(p.delta) + first;
   for (int64_t r = 0; r < lanes; ++r) {
@@ -193,7 +202,7 @@ auto ChooseKeyGradient(bool partial, bool soft_cap, bool gated) {
 template <class C, class E>
 void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
-  const BackwardScratch<C> x(s, memory);
+  const BackwardScratch<C> x(p, memory);
   const GradientUnits<C> units(p);
 
   // --- Where: as in the forward.
@@ -233,20 +242,20 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
   Fill<C>(x.d_head, head_ld * ld, C(0));
   Fill<C>(x.factor, ld, units.dquery);
   const C* const gates = RowGates<const C>(p.row_gates, p.rows, s, b, h, row);
+  const bool biased = HasBias(p.bias), drops = Drops(p.dropout);
+  if (drops) PackQueryWords(p.dropout.keys[b * s.heads + h], first, queries, x.dropout.query);
 
   for (int64_t entry = 0; entry < row.count; ++entry) {
     const int64_t first_key = row.ids[entry] * s.block_kv;
     const int64_t n_keys = Minimum(s.block_kv, kv_length - first_key);
     if (n_keys <= 0) continue;
-    const bool partial = row.tiles[entry] >= 0;
+    bool partial = row.tiles[entry] >= 0;
 
     // --- Load: rows of K and V in the compute type; the tile of a partial block.
     PackRows<C>(keys + first_key * key_stride, key_stride, n_keys, s.head_dim, x.other_head, head_ld);
     PackRows<C>(values + first_key * value_stride, value_stride, n_keys, s.value_dim, x.other_value, value_ld);
     if (partial) {
       PackTile<C>(TileWords(p.tiles, s, b, h, row.tiles[entry]), s.block_kv / 32, queries, ld, x.tile);
-      Fill<uint8_t>(x.bad, n_keys, 0);
-      CleanRows<C>(x.other_head, head_ld, n_keys, s.head_dim, x.bad);
     }
 
     // --- Meanwhile the next block of keys and values comes nearer.
@@ -264,9 +273,29 @@ void BackwardQueryTask(const BackwardParams& p, int64_t task, void* memory) {
     Multiply<C, Operand::kRows, Into::kStore>(x.other_value, value_ld, x.own_value, ld, n_keys, vectors, s.value_dim,
                                               x.gradient, ld, next_values);
 
+    // --- S^T with the bias, m dP^T
+    if (biased) {
+      const Terms terms =
+          TermsOfBlock<C, E>(p.bias, s, p.rows, p.bias.row_tiles, b, h, row, entry, first, first_key, true);
+      if (AddBias<C, E>(terms, x.bias, units.capped ? units.cap : C(0), queries, n_keys, x.scores, ld)) {
+        MaskQueries<C>(x.bias, !partial, s.block_kv / 32, queries, n_keys, x.tile, ld);
+        partial = true;
+      }
+    }
+    if (partial) {
+      Fill<uint8_t>(x.bad, n_keys, 0);
+      CleanRows<C>(x.other_head, head_ld, n_keys, s.head_dim, x.bad);
+    }
+    if (drops) {
+      PackKeyWords(first_key, n_keys, x.dropout.key);
+      DrawFactors<C>(x.dropout, p.dropout.threshold, true, queries, n_keys, ld);
+      MultiplyByFactors<C>(x.dropout, x.gradient, ld, n_keys, vectors);
+    }
+
     // --- dS^T = P^T * (g * dP^T - delta)
-    const auto gradient = ChooseQueryGradient<C>(partial, units.capped, gates != nullptr);
+    const auto gradient = ChooseQueryGradient<C>(partial, units.capped && !biased, gates != nullptr);
     gradient(x, ld, n_keys, vectors, units.cap, gates != nullptr ? gates[entry] : C(1));
+    if (units.capped && biased) MultiplyBySlope<C>(x.gradient, ld, n_keys, vectors, x.bias.slope);
 
     // --- dQ^T += K^T dS^T
     Multiply<C, Operand::kColumns, Into::kAdd>(x.other_head, head_ld, x.gradient, ld, s.head_dim, vectors, n_keys,
@@ -304,7 +333,7 @@ void FinishGates(const BackwardParams& p, int64_t b, int64_t h) {
 template <class C, class E>
 void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
-  const BackwardScratch<C> x(s, memory);
+  const BackwardScratch<C> x(p, memory);
   const GradientUnits<C> units(p);
 
   // --- Where: batch b, kv head, block j of keys. Early blocks first: under a causal mask they are the longest.
@@ -332,6 +361,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
   FillRows<C>(dkey + keys * key_stride, key_stride, rows - keys, s.head_dim, C(0));
   FillRows<C>(dvalue + keys * value_stride, value_stride, rows - keys, s.value_dim, C(0));
   const bool gated = p.dgates != nullptr;  // whose entries are written here, if only with 0
+  const bool biased = HasBias(p.bias), drops = Drops(p.dropout);
   if (keys == 0 && !gated) return;
   for (int64_t i = 0; gated && j == 0 && i < group; ++i) FinishGates<C>(p, b, kv_head * group + i);
 
@@ -342,6 +372,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
                     x.own_value, ld);
   Fill<C>(x.d_head, head_ld * ld, C(0));
   Fill<C>(x.d_value, value_ld * ld, C(0));
+  if (drops) PackKeyWords(first, keys, x.dropout.key);
 
   bool poisoned = false;
   for (int64_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
@@ -373,7 +404,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       const bool own = is_own(entry);
       if (own) dgates[entry] = 0;
       if (queries <= 0 || keys == 0) continue;
-      const bool partial = row.tiles[entry] >= 0;
+      bool partial = row.tiles[entry] >= 0;
 
       // --- Load: rows of Q and dO in the compute type, and their statistics.
       PackRows<C>(query + first_query * query_stride, query_stride, queries, s.head_dim, x.other_head, head_ld,
@@ -381,12 +412,7 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       PackRows<C>(dout + first_query * dout_stride, dout_stride, queries, s.value_dim, x.other_value, value_ld);
       PackStatistics<C>(p, statistics + first_query, queries, queries, x);
       const uint32_t* tile = nullptr;
-      if (partial) {
-        tile = TileWords(p.tiles, s, b, h, row.tiles[entry]);
-        Fill<uint8_t>(x.bad, queries, 0);
-        CleanRows<C>(x.other_head, head_ld, queries, s.head_dim, x.bad);
-        CleanRows<C>(x.other_value, value_ld, queries, s.value_dim, x.bad);
-      }
+      if (partial) tile = TileWords(p.tiles, s, b, h, row.tiles[entry]);
 
       // --- Meanwhile the next block of queries comes nearer.
       Ahead next_queries, next_douts;
@@ -403,9 +429,31 @@ void BackwardKeyTask(const BackwardParams& p, int64_t task, void* memory) {
       Multiply<C, Operand::kRows, Into::kStore>(x.other_value, value_ld, x.own_value, ld, queries, vectors, s.value_dim,
                                                 x.gradient, ld, next_douts);
 
+      // --- S with the bias, m dP
+      if (biased) {
+        const Terms terms =
+            TermsOfBlock<C, E>(p.bias, s, p.cols, p.bias.col_tiles, b, h, row, entry, first_query, first, false);
+        if (AddBias<C, E>(terms, x.bias, units.capped ? units.cap : C(0), keys, queries, x.scores, ld)) {
+          tile = MaskKeys<C>(x.bias, tile, queries, keys, ld);
+          partial = true;
+        }
+      }
+      if (partial) {
+        Fill<uint8_t>(x.bad, queries, 0);
+        CleanRows<C>(x.other_head, head_ld, queries, s.head_dim, x.bad);
+        CleanRows<C>(x.other_value, value_ld, queries, s.value_dim, x.bad);
+      }
+      if (drops) {
+        PackQueryWords(p.dropout.keys[b * s.heads + h], first_query, queries, x.dropout.query);
+        DrawFactors<C>(x.dropout, p.dropout.threshold, false, keys, queries, ld);
+        MultiplyByFactors<C>(x.dropout, x.gradient, ld, queries, vectors);
+      }
+
       // --- P = 2^(S - lse), dS = P * (g * dP - delta); of the lanes beyond the keys nothing joins the gate's gradient
-      const auto gradient = ChooseKeyGradient<C>(partial, units.capped, gated);
+      const auto gradient = ChooseKeyGradient<C>(partial, units.capped && !biased, gated);
       gradient(x, ld, queries, vectors, units.cap, tile, gated ? gates[entry] : C(1));
+      if (units.capped && biased) MultiplyBySlope<C>(x.gradient, ld, queries, vectors, x.bias.slope);
+      if (drops) MultiplyByFactors<C>(x.dropout, x.scores, ld, queries, vectors);
       if (gated) {
         double sum = 0;
         for (int64_t k = 0; k < keys; ++k) sum += x.d_gate[k];

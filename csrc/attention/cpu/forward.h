@@ -6,11 +6,13 @@
 // values, the softmax runs down the lanes without any reduction across them, and P^T is used as it was computed.
 #pragma once
 
+#include "add_bias.h"
 #include "block_list.h"
 #include "cpu/exponential.h"
 #include "cpu/multiply.h"
 #include "cpu/pack.h"
 #include "cpu/scratch.h"
+#include "drop.h"
 #include "kernels.h"
 
 namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
@@ -28,9 +30,12 @@ struct ForwardScratch {
   C* rescale;     // [q]
   Lane<C>* tile;  // [block_kv / 32, q]
   uint8_t* bad;   // [block_kv]
+  BiasScratch<C> bias;
+  DropoutScratch<C> dropout;
   size_t bytes;
 
-  ForwardScratch(const Shape& s, void* memory) {
+  ForwardScratch(const ForwardParams& p, void* memory) {
+    const Shape& s = p.shape;
     Carver carver(memory);
     const int64_t head_dim = RoundUpToLanes<C>(s.head_dim);
     const int64_t value_dim = RoundUpToLanes<C>(s.value_dim);
@@ -44,6 +49,8 @@ struct ForwardScratch {
     rescale = carver.Take<C>(s.block_q);
     tile = carver.Take<Lane<C>>(s.block_kv / 32 * s.block_q);
     bad = carver.Take<uint8_t>(s.block_kv);
+    bias.Take(p, false, carver);
+    dropout.Take(p, carver);
     bytes = carver.Bytes();
   }
 };
@@ -153,7 +160,7 @@ void SpoilKeys(C* weights, int64_t ld, int64_t vectors, const Lane<C>* tile, con
 template <class C, class E>
 void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   const Shape& s = p.shape;
-  const ForwardScratch<C> x(s, memory);
+  const ForwardScratch<C> x(p, memory);
 
   // --- Where: batch b, head h and those after it, query block i. Late query blocks first: under a causal mask they are
   // the longest. A row is query * heads + head.
@@ -202,12 +209,14 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
   Fill<C>(x.maximum, ld, -kInfinity<C>);
   Fill<C>(x.sum, ld, C(0));
   const C* const gates = RowGates<const C>(p.gates, p.rows, s, b, h, row);
+  const bool biased = HasBias(p.bias), drops = Drops(p.dropout);
+  if (drops) PackQueryWords(p.dropout.keys[b * s.heads + h], first, queries, x.dropout.query);
 
   for (int64_t entry = 0; entry < row.count; ++entry) {
     const int64_t first_key = row.ids[entry] * s.block_kv;
     const int64_t n_keys = Minimum(s.block_kv, kv_length - first_key);
     if (n_keys <= 0) continue;
-    const bool partial = row.tiles[entry] >= 0;
+    bool partial = row.tiles[entry] >= 0;
 
     // --- Load: rows of K and V in the compute type; the tile of a partial block.
     const E* const key_block = keys + first_key * key_stride;
@@ -215,11 +224,8 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     const int64_t value_ld = RoundUpToLanes<C>(s.value_dim);
     PackRows<C>(key_block, key_stride, n_keys, s.head_dim, x.key, key_ld);
     PackRows<C>(values + first_key * value_stride, value_stride, n_keys, s.value_dim, x.value, value_ld);
-    bool spoiled = false;
     if (partial) {
       PackTile<C>(TileWords(p.tiles, s, b, h, row.tiles[entry]), s.block_kv / 32, queries, ld, x.tile, heads);
-      Fill<uint8_t>(x.bad, n_keys, 0);
-      spoiled = CleanRows<C>(x.value, value_ld, n_keys, s.value_dim, x.bad);
     }
 
     // --- Meanwhile the next block of keys and values comes nearer.
@@ -235,11 +241,32 @@ void ForwardTask(const ForwardParams& p, int64_t task, void* memory) {
     Multiply<C, Operand::kRows, Into::kStore>(x.key, key_ld, x.query, ld, n_keys, vectors, s.head_dim, x.scores, ld,
                                               next_keys);
 
-    // --- P^T = 2^(S^T - maximum), whose sum knows nothing of the gates
-    const auto softmax = partial ? (units.capped ? SoftmaxBlock<C, true, true> : SoftmaxBlock<C, true, false>)
-                                 : (units.capped ? SoftmaxBlock<C, false, true> : SoftmaxBlock<C, false, false>);
+    // --- The bias joins S^T, after the soft cap. Pairs for which it is -inf do not attend.
+    if (biased) {
+      const Terms terms =
+          TermsOfBlock<C, E>(p.bias, s, p.rows, p.bias.row_tiles, b, h, row, entry, first, first_key, true);
+      if (AddBias<C, E>(terms, x.bias, units.capped ? units.cap : C(0), queries, n_keys, x.scores, ld)) {
+        MaskQueries<C>(x.bias, !partial, s.block_kv / 32, queries, n_keys, x.tile, ld);
+        partial = true;
+      }
+    }
+    bool spoiled = false;
+    if (partial) {
+      Fill<uint8_t>(x.bad, n_keys, 0);
+      spoiled = CleanRows<C>(x.value, value_ld, n_keys, s.value_dim, x.bad);
+    }
+
+    // --- P^T = 2^(S^T - maximum), whose sum knows nothing of the gates and of dropout
+    const bool to_cap = units.capped && !biased;
+    const auto softmax = partial ? (to_cap ? SoftmaxBlock<C, true, true> : SoftmaxBlock<C, true, false>)
+                                 : (to_cap ? SoftmaxBlock<C, false, true> : SoftmaxBlock<C, false, false>);
     softmax(x, ld, n_keys, vectors, units.cap);
     if (gates != nullptr) GateBlock<C>(x, ld, n_keys, vectors, gates[entry], partial);
+    if (drops) {
+      PackKeyWords(first_key, n_keys, x.dropout.key);
+      DrawFactors<C>(x.dropout, p.dropout.threshold, true, queries, n_keys, ld);
+      MultiplyByFactors<C>(x.dropout, x.scores, ld, n_keys, vectors);
+    }
     if (spoiled) SpoilKeys<C>(x.scores, ld, vectors, x.tile, x.bad, n_keys);
 
     // --- O^T = O^T * rescale + V^T P^T

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "backward.h"
+#include "bias_gradient.h"
 #include "forward.h"
 #include "kernels.h"
 
@@ -10,12 +11,17 @@ namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA {
 
 template <class C>
 size_t ScratchBytes(const ForwardParams& p) {
-  return ForwardScratch<C>(p.shape, nullptr).bytes;
+  return ForwardScratch<C>(p, nullptr).bytes;
 }
 
 template <class C>
 size_t ScratchBytes(const BackwardParams& p) {
-  return BackwardScratch<C>(p.shape, nullptr).bytes;
+  return BackwardScratch<C>(p, nullptr).bytes;
+}
+
+template <class C>
+size_t ScratchBytes(const BiasGradientParams& p) {
+  return BiasGradientScratch<C>(p, nullptr).bytes;
 }
 
 template <class Params>
@@ -62,7 +68,22 @@ inline void RunBackwardKey(const BackwardParams& p, int64_t task, void* scratch)
   }
 }
 
-constexpr Kernels kKernels = {JAX_BSK_CPU_ISA_NAME, Scratch<ForwardParams>, Scratch<BackwardParams>,
-                              RunForward,           RunBackwardQuery,       RunBackwardKey};
+inline void RunBiasGradient(const BiasGradientParams& p, int64_t task, void* scratch) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return BiasGradientTask<float, F16>(p, task, scratch);
+    case DType::kBF16:
+      return BiasGradientTask<float, BF16>(p, task, scratch);
+    case DType::kF32:
+      return BiasGradientTask<float, float>(p, task, scratch);
+    case DType::kF64:
+      return BiasGradientTask<double, double>(p, task, scratch);
+  }
+}
+
+constexpr Kernels kKernels = {
+    JAX_BSK_CPU_ISA_NAME, Scratch<ForwardParams>, Scratch<BackwardParams>,     RunForward,
+    RunBackwardQuery,     RunBackwardKey,         Scratch<BiasGradientParams>, RunBiasGradient,
+};
 
 }  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

@@ -16,6 +16,8 @@ struct Kernels {
   void (*forward_task)(const ForwardParams&, int64_t task, void* scratch);          // [0, ForwardTasks)
   void (*backward_query_task)(const BackwardParams&, int64_t task, void* scratch);  // [0, B * N * q_blocks)
   void (*backward_key_task)(const BackwardParams&, int64_t task, void* scratch);    // [0, B * K * kv_blocks)
+  size_t (*bias_gradient_scratch)(const BiasGradientParams&);
+  void (*bias_gradient_task)(const BiasGradientParams&, int64_t task, void* scratch);  // [0, BiasGradientTasks)
 };
 
 // Null when this build has no code for the instruction set; whether the machine has it is the caller's question.
@@ -30,8 +32,22 @@ const Kernels* Avx512Kernels();
 __attribute__((always_inline)) inline int64_t HeadsOfTask(const ForwardParams& p) {
   const Shape& s = p.shape;
   const int64_t group = s.kv_heads > 0 ? s.heads / s.kv_heads : 1;
-  const bool shared = p.rows.heads == 1 && (p.tiles.heads == 1 || p.tiles.count == 0) && p.gates == nullptr;
+  const bool shared = p.rows.heads == 1 && (p.tiles.heads == 1 || p.tiles.count == 0) && p.gates == nullptr &&
+                      !HasBias(p.bias) && !Drops(p.dropout);
   return shared && s.q_blocks == 1 && s.q_len * group <= s.block_q ? group : 1;
+}
+
+// Tasks of the bias gradient for each example and head of the term (bias_gradient.h says what each owns). As many as
+// keep a machine busy when all examples and heads share the term, since each reads the lists through.
+__attribute__((always_inline)) inline int64_t BiasGradientParts(const BiasGradientParams& p) {
+  constexpr int64_t kMost = 16;
+  const Shape& s = p.shape;
+  const Bias& bias = p.bias;
+  if (p.term == BiasTerm::kDense) {
+    return (bias.dense_q == 1 ? 1 : s.q_blocks) * (bias.dense_kv == 1 ? 1 : s.kv_blocks);
+  }
+  if (p.term == BiasTerm::kDistances) return s.block_q == s.block_kv ? kMost : 1;
+  return bias.tiles_count < kMost ? bias.tiles_count : kMost;
 }
 
 }  // namespace jax_bsk::attention::cpu

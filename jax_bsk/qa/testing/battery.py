@@ -13,6 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from jax_bsk.attention import dropout
+from jax_bsk.biases import DenseBias, RelativeBias, TileBias
+from jax_bsk.biases.terms import Terms
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.qa.testing import grid, tolerance
 from jax_bsk.qa.testing.cases import Case, Inputs, make_inputs
@@ -22,7 +25,8 @@ from jax_bsk.qa.testing.oracle import attention_oracle
 
 # (query, key, value, block_mask, *, bias, lengths, sinks, gates, scale, soft_cap) -> out [B, T, N, Hv], lse [B, N, T]
 AttentionFn = Callable[..., tuple[Any, Any]]
-_NAMES = ("dq", "dk", "dv", "dbias", "dsinks", "dgates")
+# Of the operands and their gradients. Those of a bias know the output, which was rounded to the operands' type.
+_NAMES = ("dq", "dk", "dv", "dbias", "dsinks", "dgates", "ddistances", "dtiles")
 
 
 def judge_case(
@@ -53,6 +57,8 @@ def _judge(
     case: Case, attention_fn: AttentionFn, gradients: bool, traced_mask: bool, multiprocessors: int | None
 ) -> Judgement:
     inputs = make_inputs(case)
+    pairs = inputs.pairs
+    factors = None if inputs.rng is None else _dropout_factors(inputs)
     if traced_mask:
         inputs = with_room(inputs)
     extra: dict[str, Any] = {"lengths": inputs.lengths, "scale": inputs.scale, "soft_cap": inputs.soft_cap}
@@ -64,12 +70,16 @@ def _judge(
         bias=inputs.bias,
         sinks=inputs.sinks,
         gates=inputs.gates,
-        entries=inputs.entries,
+        entries=pairs.gates,
+        distances=inputs.distances,
+        tiles=inputs.tiles,
+        tile_numbers=pairs.tiles,
+        factors=factors,
         **extra,
         **_cotangents(inputs) if gradients else {},
     )
-    reference = _runner(_dense, inputs, (inputs.dense, inputs.entries), extra, gradients, traced_mask=True)()
-    run = _runner(attention_fn, inputs, inputs.mask, extra, gradients, traced_mask=traced_mask)
+    reference = _runner(_dense, inputs, (inputs.dense, pairs, factors), extra, gradients, traced_mask=True)()
+    run = _runner(attention_fn, inputs, (inputs.mask, inputs.numbers), extra, gradients, traced_mask=traced_mask)
     expected_dtypes = {"out": case.dtype, "lse": "float64" if case.dtype == "float64" else "float32"}
 
     def compare(candidate: dict[str, np.ndarray]) -> tuple[list[tolerance.Comparison], list[str]]:
@@ -115,14 +125,14 @@ def from_public(implementation: str | None) -> AttentionFn:
     """The public ``sparse_attention`` with the arguments and results that ``run_case`` calls for."""
     from jax_bsk import sparse_attention  # not at the top: the kit can judge an implementation without the rest
 
-    def attention(query, key, value, mask, *, bias, lengths, sinks, gates, scale, soft_cap):
+    def attention(query, key, value, mask, *, bias, lengths, sinks, gates, scale, soft_cap, **dropout):
         batch = query.shape[0]
         q_lengths, kv_lengths = (None, None) if lengths is None else jnp.broadcast_to(lengths, (batch, 2)).T
         out, lse = sparse_attention(
             query,
             key,
             value,
-            bias,
+            _public_bias(bias, query.shape[1]),
             mask,
             scale=scale,
             query_seq_lengths=q_lengths,
@@ -132,6 +142,7 @@ def from_public(implementation: str | None) -> AttentionFn:
             gates=gates,
             implementation=cast(Implementation | None, implementation),
             return_residual=True,
+            **dropout,
         )
         return out, jnp.swapaxes(lse, 1, 2)
 
@@ -153,10 +164,49 @@ def with_sharded_sequence(attention_fn: AttentionFn, shards: int) -> AttentionFn
     return attention
 
 
-def _dense(query, key, value, mask, **options):
-    """`tolerance.dense_attention` with what the battery calls a mask: the dense one, and the entry of each pair."""
-    dense, entries = mask
-    return tolerance.dense_attention(query, key, value, dense, entries=entries, **options)
+def _dense(query, key, value, mask, *, bias, dropout_rate=0, dropout_rng=None, **options):
+    """`tolerance.dense_attention` with what the battery calls a mask: the dense one, and what each pair belongs to."""
+    del dropout_rate, dropout_rng
+    dense, pairs, factors = mask
+    if isinstance(bias, Terms):
+        bias = tolerance.bias_of_pairs(bias.dense, bias.distances, bias.tiles, pairs.tiles, dense.shape[2:])
+    return tolerance.dense_attention(
+        query, key, value, dense, bias=bias, entries=pairs.gates, factors=factors, **options
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FromFirst:
+    """Buckets of distances counted from the least one: a number per distance."""
+
+    queries: int
+
+    def __call__(self, distances: np.ndarray) -> np.ndarray:
+        return distances + self.queries - 1
+
+
+def _public_bias(bias: Any, queries: int) -> Any:
+    """What a user gives for terms."""
+    if not isinstance(bias, Terms):
+        return bias
+    parts: list[Any] = [] if bias.dense is None else [DenseBias(bias.dense)]
+    if bias.distances is not None:
+        parts.append(RelativeBias(bias.distances[0].T, _FromFirst(queries)))
+    if bias.tiles is not None:
+        parts.append(TileBias(bias.tiles, bias.numbers))
+    return functools.reduce(lambda a, b: a + b, parts)
+
+
+def _dropout_factors(inputs: Inputs) -> np.ndarray:
+    """The factor of each pair's probability, float64 [B, N, T, S]."""
+    batch, q_len, heads = inputs.query.shape[:3]
+    keys = dropout.keys_of_heads(_rng(inputs.rng), batch, heads)
+    kept = dropout.dense_factors(keys, q_len, inputs.key.shape[1], inputs.dropout) != 0
+    return np.where(kept, dropout.DROPPED_OF / (dropout.DROPPED_OF - inputs.dropout), 0)
+
+
+def _rng(numbers: Any) -> Any:
+    return jax.random.wrap_key_data(jnp.asarray(numbers))
 
 
 def _cotangents(inputs: Inputs) -> dict[str, Any]:
@@ -168,8 +218,8 @@ def _runner(
 ) -> Callable[[], dict[str, np.ndarray]]:
     """A jitted call that gives named results: out, lse and gradients."""
     present = {name: x for name, x in zip(_NAMES, inputs.operands, strict=True) if x is not None}
-    options = attention_fn, extra["scale"], extra["soft_cap"], gradients
-    arguments = inputs.lengths, inputs.dout, inputs.dlse
+    options = attention_fn, extra["scale"], extra["soft_cap"], gradients, inputs.dropout
+    arguments = inputs.lengths, inputs.dout, inputs.dlse, inputs.rng
     if traced_mask:
         jitted, operands = _jitted_call(*options), (present, jax.tree.map(jnp.asarray, mask), *arguments)
     else:
@@ -185,11 +235,19 @@ def _jitted_call(*options: Any) -> Callable[..., Any]:
     return jax.jit(_call(*options))
 
 
-def _call(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradients: bool) -> Callable[..., Any]:
-    """(operands, mask, lengths, dout, dlse) -> named results."""
+def _call(
+    attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradients: bool, threshold: int
+) -> Callable[..., Any]:
+    """(operands, mask, lengths, dout, dlse, rng) -> named results."""
 
-    def forward(present, mask, lengths):
-        query, key, value, bias, sinks, gates = (present.get(name) for name in _NAMES)
+    def forward(present, mask, lengths, rng):
+        query, key, value, bias, sinks, gates, distances, tiles = (present.get(name) for name in _NAMES)
+        numbers = None
+        if attention_fn is not _dense:
+            mask, numbers = mask
+        if distances is not None or tiles is not None:
+            bias = Terms(bias, distances, tiles, numbers)
+        options = {} if not threshold else {"dropout_rate": threshold / dropout.DROPPED_OF, "dropout_rng": _rng(rng)}
         return attention_fn(
             query,
             key,
@@ -201,13 +259,14 @@ def _call(attention_fn: AttentionFn, scale: float, soft_cap: float | None, gradi
             gates=gates,
             scale=scale,
             soft_cap=soft_cap,
+            **options,
         )
 
-    def call(present, mask, lengths, dout, dlse):
+    def call(present, mask, lengths, dout, dlse, rng):
         if not gradients:
-            out, lse = forward(present, mask, lengths)
+            out, lse = forward(present, mask, lengths, rng)
             return {"out": out, "lse": lse}
-        (out, lse), pullback = jax.vjp(lambda present: forward(present, mask, lengths), present)
+        (out, lse), pullback = jax.vjp(lambda present: forward(present, mask, lengths, rng), present)
         # lse is the constant -inf for a row without keys: no cotangent belongs to it.
         (grads,) = pullback((dout, jnp.where(jnp.isneginf(lse), 0, dlse)))
         return {"out": out, "lse": lse} | grads
@@ -233,4 +292,6 @@ def with_room(inputs: Inputs) -> Inputs:
     longer = {name: padded(getattr(mask, name), -1, blocks, -1) for name in lists}
     tiles = padded(mask.bit_tiles, 2, math.prod(lead) * blocks, 0)
     gates = None if inputs.gates is None else padded(inputs.gates, -1, blocks, np.nan)
-    return inputs._replace(mask=dataclasses.replace(mask, bit_tiles=tiles, **longer), gates=gates)
+    numbers = None if inputs.numbers is None else padded(inputs.numbers, -1, blocks, -1)
+    longer_mask = dataclasses.replace(mask, bit_tiles=tiles, **longer)
+    return inputs._replace(mask=longer_mask, gates=gates, numbers=numbers)

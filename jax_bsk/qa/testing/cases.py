@@ -38,11 +38,29 @@ class Case(NamedCase):
     soft_cap: float | None = None
     sinks: bool = False
     gates: bool = False
-    bias: bool = False
+    bias: bool = False  # of all pairs
+    distances: bool = False  # a bias per distance
+    tiles: bool = False  # a bias by tiles of the visited blocks
+    dropout: int = 0  # share of probabilities that are dropped, in 256ths
     scale: float | None = None
     amplitude: float = 1.0  # of queries: large ones make peaked softmaxes and lse far from 0
     seed: int = 0
     tag: Tag = "regular"
+
+
+BIAS_TILES = 3  # of a case with tiles
+
+
+class PairNumbers(NamedTuple):
+    """What each pair of a case belongs to, int32 [B|1, N|1, T, S]; negative where to nothing, None where nobody asks.
+
+    Attributes:
+      gates: Entry, whose gate the pair has.
+      tiles: Bias tile.
+    """
+
+    gates: np.ndarray | None
+    tiles: np.ndarray | None
 
 
 class Inputs(NamedTuple):
@@ -62,11 +80,29 @@ class Inputs(NamedTuple):
     dlse: np.ndarray
     gates: np.ndarray | None
     entries: np.ndarray | None  # which gate each pair has, see `pair_entries`
+    distances: np.ndarray | None  # [1, N|1, T + S - 1]
+    tiles: np.ndarray | None  # [B|1, N|1, BIAS_TILES, block_q, block_kv]
+    numbers: np.ndarray | None  # of the shape of the lists, the bias tile of each entry, or negative
+    dropout: int
+    rng: np.ndarray | None  # key of jax.random, as numbers
 
     @property
     def operands(self) -> tuple[Any, ...]:
-        """What has a gradient: query, key, value, bias, sinks, gates."""
-        return self.query, self.key, self.value, self.bias, self.sinks, self.gates
+        """What has a gradient: query, key, value, bias, sinks, gates, and the other two terms of the bias."""
+        return self.query, self.key, self.value, self.bias, self.sinks, self.gates, self.distances, self.tiles
+
+    @property
+    def pairs(self) -> PairNumbers:
+        """Which gate and which bias tile each pair has."""
+        entries = pair_entries(self.mask) if self.tiles is not None else self.entries
+        if self.numbers is None or entries is None:
+            return PairNumbers(self.entries, None)
+        lead = np.ogrid[tuple(slice(n) for n in entries.shape[:2])]
+        capacity = max(self.numbers.shape[2], 1)
+        padded = np.full((*self.numbers.shape[:2], capacity), -1, np.int32)
+        padded[..., : self.numbers.shape[2]] = self.numbers
+        found = padded[lead[0][..., None, None], lead[1][..., None, None], np.maximum(entries, 0)]
+        return PairNumbers(self.entries, np.where(entries < 0, -1, found))
 
 
 def make_inputs(case: Case) -> Inputs:
@@ -105,9 +141,38 @@ def make_inputs(case: Case) -> Inputs:
         gates = rng.standard_normal((case.batch, case.heads, mask.kv_blocks.shape[-1])).astype(stats_dtype)
         gates[rng.random(gates.shape) < 0.1] = 0
         entries = pair_entries(mask)
+    distances = tiles = numbers = rng_key = None
+    more = np.random.default_rng([case.seed, 23])  # of their own, for the same reason
+    if case.distances:
+        shape = (1, more.choice([1, case.heads]), case.q_len + case.kv_len - 1)
+        distances = more.standard_normal(shape).astype(stats_dtype)
+    if case.tiles:
+        shape = (more.choice([1, case.batch]), more.choice([1, case.heads]), BIAS_TILES, case.block_q, case.block_kv)
+        tiles = more.standard_normal(shape).astype(stats_dtype)
+        numbers = more.integers(-1, BIAS_TILES, mask.kv_blocks.shape).astype(np.int32)
+    if case.dropout:
+        rng_key = more.integers(0, 2**32, 2, np.uint32)
     scale = 1 / math.sqrt(case.head_size) if case.scale is None else case.scale
     return Inputs(
-        query, key, value, dense, mask, bias, lengths, sinks, scale, case.soft_cap, dout, dlse, gates, entries
+        query,
+        key,
+        value,
+        dense,
+        mask,
+        bias,
+        lengths,
+        sinks,
+        scale,
+        case.soft_cap,
+        dout,
+        dlse,
+        gates,
+        entries,
+        distances,
+        tiles,
+        numbers,
+        case.dropout,
+        rng_key,
     )
 
 
@@ -268,7 +333,6 @@ def random_case(
     max_len: int = 1024,
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16"),
     blocks: tuple[int, ...] = (64, 128),
-    bias: bool = False,
 ) -> Case:
     """The case of a seed. Note that it depends on the options too: the command line uses the defaults.
 
@@ -277,7 +341,6 @@ def random_case(
         max_len: longest queries and keys; where queries are few, keys are up to three times as long.
         dtypes: of the operands.
         blocks: block sizes of either side.
-        bias: whether some cases have a bias (what only some implementations take).
     """
     rng = np.random.default_rng([seed, 20])
 
@@ -299,6 +362,7 @@ def random_case(
     few = np.random.default_rng([seed, 21])  # of its own, so that the other cases stay what they were
     if max_len >= 1024 and few.random() < 0.08:  # few queries on many keys, which CUDA has a kernel for
         q_len, kv_len = int(few.integers(1, 1 + 64 * kv_heads // heads)), int(few.integers(1024, 3 * max_len))
+    more = np.random.default_rng([seed, 22])  # likewise
     return Case(
         name=f"seed-{seed}",
         batch=pick(1, 1, 2, 3),
@@ -318,7 +382,10 @@ def random_case(
         lengths=rng.random() < 0.3,
         soft_cap=pick(None, None, None, 5.0, 30.0),
         sinks=rng.random() < 0.3,
-        bias=bias and rng.random() < 0.3,
+        bias=more.random() < 0.15,
+        distances=more.random() < 0.15,
+        tiles=more.random() < 0.15,
+        dropout=int(more.choice([0, 0, 0, 0, 0, 0, 1, 26, 128, 230])),
         scale=pick(None, None, None, 0.5, 0.05),
         amplitude=pick(1.0, 1.0, 1.0, 4.0),
         gates=rng.random() < 0.25,
@@ -427,6 +494,34 @@ CORNER_CASES: dict[str, Case] = {
             block_q=64,
             block_kv=64,
             gates=True,
+        ),
+        _corner("bias", batch=2, heads=4, kv_heads=2, q_len=200, kv_len=300, pattern="causal", bias=True),
+        _corner("distances", batch=2, heads=4, kv_heads=2, q_len=300, kv_len=200, distances=True, block_q=64),
+        _corner("tiles", batch=2, heads=4, kv_heads=1, q_len=257, kv_len=200, tiles=True, block_kv=64, lengths=True),
+        _corner("dropout", batch=2, heads=4, kv_heads=2, q_len=200, kv_len=300, pattern="window", dropout=64),
+        _corner(
+            "biases-dropout-bfloat16",
+            q_len=300,
+            kv_len=300,
+            heads=4,
+            dtype="bfloat16",
+            pattern="causal",
+            bias=True,
+            distances=True,
+            tiles=True,
+            dropout=26,
+        ),
+        _corner(
+            "biases-dropout-gates",
+            q_len=200,
+            kv_len=257,
+            soft_cap=5.0,
+            sinks=True,
+            gates=True,
+            bias=True,
+            tiles=True,
+            distances=True,
+            dropout=128,
         ),
         _corner("gates-head-128", q_len=300, kv_len=300, head_size=128, value_size=128, dtype="bfloat16", gates=True),
         _corner("gates-head-256", q_len=200, kv_len=200, head_size=256, value_size=256, dtype="bfloat16", gates=True),

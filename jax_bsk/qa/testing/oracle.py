@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class OracleResult:
-    """Named results in float64: out, lse and, if asked for, dq, dk, dv, dsinks and dgates.
+    """Named results in float64: out, lse and, if asked for, the gradient of each operand, as dq.
 
     Attributes:
         values: the results.
@@ -44,6 +44,10 @@ def attention_oracle(
     dlse: Any = None,
     gates: Any = None,
     entries: np.ndarray | None = None,
+    distances: Any = None,
+    tiles: Any = None,
+    tile_numbers: np.ndarray | None = None,
+    factors: np.ndarray | None = None,
 ) -> OracleResult:
     """Attention under a dense mask.
 
@@ -61,10 +65,14 @@ def attention_oracle(
         dlse: ``[B, N, T]``, cotangent of lse, None for zero. What is given for rows whose lse is -inf counts as zero.
         gates: ``[B|1, N|1, capacity]``, factors of the normalised probabilities.
         entries: int ``[B|1, N|1, T, S]``, which of them each pair has; -1 only where no pair attends.
+        distances: ``[B|1, N|1, T + S - 1]``, more of the bias: element k - q + T - 1.
+        tiles: ``[B|1, N|1, count, block_q, block_kv]``, more of it.
+        tile_numbers: int ``[B|1, N|1, T, S]``, which of the tiles each pair has; -1 for none.
+        factors: ``[B, N, T, S]`` of the normalised probabilities: dropout's.
 
     Returns:
-        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv, dgates (of their operand's shape),
-        dsinks ``[N]``.
+        out ``[B, T, N, Hv]``, lse ``[B, N, T]`` and with ``dout`` dq, dk, dv, dgates, dbias, ddistances and dtiles (of
+        their operand's shape), dsinks ``[N]``.
         A NaN or infinity in an operand makes NaN of the rows that attend to it.
     """
     query, key, value = (np.asarray(x).astype(np.float64) for x in (query, key, value))
@@ -79,6 +87,8 @@ def attention_oracle(
             values["dsinks"] = np.zeros(heads)
         if gates is not None:
             values["dgates"] = np.zeros(np.shape(gates))
+        terms = {"dbias": bias, "ddistances": distances, "dtiles": tiles}
+        values |= {name: np.zeros(np.shape(x)) for name, x in terms.items() if x is not None}
     gates = None if gates is None else np.asarray(gates).astype(np.float64)
     magnitudes = {name: np.zeros_like(x) for name, x in values.items()}
     reach = {name: np.zeros_like(x) for name, x in values.items()}
@@ -88,7 +98,7 @@ def attention_oracle(
         valid = np.arange(q_len) < q_end
         for n in range(heads):
             attends = mask[b % mask.shape[0], n % mask.shape[1]] & valid[:, None] & (np.arange(kv_len) < kv_end)
-            one_bias = None if bias is None else np.asarray(bias)[b % len(bias), n % bias.shape[1]].astype(np.float64)
+            one_bias = _bias_of_head(b, n, bias, distances, tiles, tile_numbers, (q_len, kv_len))
             of_pairs = None if entries is None else entries[b % len(entries), n % entries.shape[1]]
             own_gates = None if gates is None else gates[b % len(gates), n % gates.shape[1]]
             head = _Head(
@@ -102,6 +112,7 @@ def attention_oracle(
                 soft_cap,
                 own_gates,
                 of_pairs,
+                None if factors is None else factors[b, n],
             )
             results = head.forward(None if sinks is None else float(np.asarray(sinks)[n]))
             values["out"][b, :, n], values["lse"][b, n] = results["out"][0], results["lse"][0]
@@ -118,13 +129,49 @@ def attention_oracle(
                     store["dsinks"][n] += gradients["dsinks"][i]
                 if gates is not None:
                     store["dgates"][b % len(gates), n % gates.shape[1]] += gradients["dgates"][i]
+                _add_to_terms(store, b, n, gradients["dlogits"][i], tile_numbers)
     return OracleResult(values, magnitudes, reach)
+
+
+def _bias_of_head(b, n, bias, distances, tiles, numbers, lengths) -> np.ndarray | None:
+    """The sum of one head's terms, [T, S]."""
+    if bias is None and distances is None and tiles is None:
+        return None
+
+    def of_head(x):
+        return np.asarray(x)[b % len(x), n % np.shape(x)[1]].astype(np.float64)
+
+    total = np.zeros(lengths) if bias is None else of_head(bias) + np.zeros(lengths)
+    rows, columns = np.arange(lengths[0])[:, None], np.arange(lengths[1])
+    if distances is not None:
+        total = total + of_head(distances)[columns - rows + lengths[0] - 1]
+    if tiles is not None:
+        tiles, number = of_head(tiles), numbers[b % len(numbers), n % numbers.shape[1]]
+        found = tiles[np.maximum(number, 0), rows % tiles.shape[1], columns % tiles.shape[2]]
+        total = total + np.where(number < 0, 0, found)
+    return total
+
+
+def _add_to_terms(store, b, n, dlogits, numbers) -> None:
+    """Adds one head's gradient of what is added to its logits, [T, S], to those of the terms."""
+    rows, columns = np.arange(dlogits.shape[0])[:, None], np.arange(dlogits.shape[1])
+    if "dbias" in store:
+        store["dbias"][b % len(store["dbias"]), n % store["dbias"].shape[1]] += dlogits
+    if "ddistances" in store:
+        into = store["ddistances"][b % len(store["ddistances"]), n % store["ddistances"].shape[1]]
+        into += np.bincount((columns - rows + len(rows) - 1).reshape(-1), dlogits.reshape(-1), into.size)
+    if "dtiles" in store:
+        into = store["dtiles"][b % len(store["dtiles"]), n % store["dtiles"].shape[1]]
+        number = numbers[b % len(numbers), n % numbers.shape[1]]
+        at = np.broadcast_arrays(number, rows % into.shape[1], columns % into.shape[2])
+        has = number >= 0
+        np.add.at(into, tuple(x[has] for x in at), dlogits[has])
 
 
 class _Head:
     """One head of one example: ``[T, H]``, ``[S, H]``, ``[S, Hv]`` and the pairs that attend, ``[T, S]``."""
 
-    def __init__(self, query, key, value, attends, valid, bias, scale, soft_cap, gates, entries):
+    def __init__(self, query, key, value, attends, valid, bias, scale, soft_cap, gates, entries, factors=None):
         # A vector that is not finite takes part as zero, and puts a NaN on every pair that attends to or from it.
         (self.query, q_flaw), (self.key, k_flaw), (self.value, v_flaw) = map(_isolate, (query, key, value))
         self.attends, self.valid, self.scale = attends, valid, scale
@@ -140,7 +187,8 @@ class _Head:
         self.logits = np.where(attends, logits + q_flaw[:, None] + k_flaw, -np.inf)
         self.value_flaw = np.where(attends, v_flaw, 0)
         self.gates, self.entries = gates, entries
-        self.gate = 1.0 if gates is None or not gates.size else np.where(attends, gates[entries], 0)
+        self.factor = 1.0 if factors is None else np.asarray(factors, np.float64)
+        self.gate = self.factor * (1.0 if gates is None or not gates.size else np.where(attends, gates[entries], 0))
 
     def forward(self, sink):
         ceiling = self.logits.max(-1, initial=-np.inf)
@@ -176,12 +224,14 @@ class _Head:
         delta = (dout * self.out).sum(-1) - dlse
         dprobs = dout @ self.value.T
         slope = self.scale * self.cap_slope
-        dlogits = self.probs * (self.gate * dprobs - delta[:, None]) * slope + dout_flaw[:, None]
-        dlogits = np.where(self.attends, dlogits, 0)
+        of_bias = self.probs * (self.gate * dprobs - delta[:, None])
+        dlogits = of_bias * slope + dout_flaw[:, None]
+        dlogits, of_bias = (np.where(self.attends, x, 0) for x in (dlogits, of_bias + dout_flaw[:, None]))
         # Magnitudes: of both terms of the difference, which cancels where a row attends to one key.
         dprobs_size = np.abs(dout) @ np.abs(self.value).T
         steepness = np.abs(self.gate) * dprobs_size + (np.abs(dout) * np.abs(self.out)).sum(-1)[:, None]
-        spread = self.probs * (steepness + np.abs(dlse)[:, None]) * np.abs(slope)
+        of_bias_size = self.probs * (steepness + np.abs(dlse)[:, None])
+        spread = of_bias_size * np.abs(slope)
         flawed_probs = self.probs + np.where(self.attends, dout_flaw[:, None], 0)
         sink_spread = self.sink_prob * ((np.abs(dout) * np.abs(self.out)).sum(-1) + np.abs(dlse))
         lse_size = np.where(np.isfinite(self.lse), np.abs(self.lse), 0)
@@ -190,7 +240,10 @@ class _Head:
         abs_query, abs_key, abs_dout = np.abs(self.query), np.abs(self.key), np.abs(dout)
         weights = np.abs(self.gate) * self.probs
         dgates = (flawed_probs + self.value_flaw) * dprobs, self.probs * dprobs_size, self.probs * size * np.abs(dprobs)
+        dgates = tuple(self.factor * x for x in dgates)
+        bias_moved = np.where(np.isfinite(of_bias), np.abs(of_bias), 0) * size
         return {
+            "dlogits": (of_bias, of_bias_size, bias_moved),
             "dq": (dlogits @ self.key, spread @ abs_key, moved @ abs_key),
             "dk": (dlogits.T @ self.query, spread.T @ abs_query, moved.T @ abs_query),
             "dv": ((self.gate * flawed_probs).T @ dout, weights.T @ abs_dout, (weights * size).T @ abs_dout),

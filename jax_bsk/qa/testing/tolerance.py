@@ -203,6 +203,7 @@ def dense_attention(
     soft_cap: float | None = None,
     gates: Array | None = None,
     entries: Array | None = None,
+    factors: Array | None = None,
 ) -> tuple[Array, Array]:
     """Dense masked attention as XLA does it: the reference of the rule, differentiable, quadratic in memory.
 
@@ -240,11 +241,40 @@ def dense_attention(
     if gates is not None and entries is not None and gates.size:
         entries = jnp.broadcast_to(entries, probs.shape).reshape(batch, heads, -1)
         gates = jnp.broadcast_to(gates.astype(dtype), (batch, heads, gates.shape[-1]))
-        factors = jnp.take_along_axis(gates, jnp.maximum(entries, 0), axis=-1)
-        probs = probs * jnp.where(entries < 0, 0, factors).reshape(probs.shape)
+        of_pairs = jnp.take_along_axis(gates, jnp.maximum(entries, 0), axis=-1)
+        probs = probs * jnp.where(entries < 0, 0, of_pairs).reshape(probs.shape)
+    if factors is not None:
+        probs = probs * factors.astype(dtype)
     probs = probs.astype(key.dtype).reshape(batch, kv_heads, -1, q_len, kv_len)
     out = jnp.einsum("bkgts,bskh->btkgh", probs, value).reshape(batch, q_len, heads, value.shape[-1])
     return out, jnp.where(empty, -jnp.inf, ceiling + jnp.log(total))
+
+
+def bias_of_pairs(
+    dense: Array | None, distances: Array | None, tiles: Array | None, numbers: Array | None, lengths: tuple[int, int]
+) -> Array:
+    """The terms of a bias as one array of all pairs, [B|1, N|1, T, S].
+
+    Args:
+        dense: ``[B|1, N|1, T, S]``.
+        distances: ``[B|1, N|1, T + S - 1]``.
+        tiles: ``[B|1, N|1, count, block_q, block_kv]``.
+        numbers: int ``[B|1, N|1, T, S]``, the tile of each pair; negative for none.
+        lengths: T and S.
+    """
+    rows, columns = np.arange(lengths[0])[:, None], np.arange(lengths[1])[None]
+    total: Any = jnp.zeros((1, 1, 1, 1), np.float32) if dense is None else dense
+    if distances is not None:
+        total = total.astype(distances.dtype) + distances[:, :, columns - rows + lengths[0] - 1]
+    if tiles is not None and numbers is not None:
+        lead = np.broadcast_shapes(tiles.shape[:2], numbers.shape[:2])
+        tiles = jnp.broadcast_to(tiles, (*lead, *tiles.shape[2:]))
+        numbers = jnp.broadcast_to(numbers, (*lead, *lengths))
+        example, head = (x[..., None, None] for x in np.ogrid[: lead[0], : lead[1]])
+        inside = (x[None, None] for x in (rows % tiles.shape[3], columns % tiles.shape[4]))
+        found = tiles[(example, head, jnp.maximum(numbers, 0), *inside)]
+        total = total.astype(tiles.dtype) + jnp.where(numbers < 0, 0, found)
+    return total
 
 
 def assert_close(comparisons: list[Comparison], repro: str) -> str:

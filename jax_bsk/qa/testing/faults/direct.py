@@ -143,6 +143,17 @@ def backward_call(implementation: str) -> DirectCall:
     return DirectCall(ffi.ATTENTION_BACKWARD, operands, results, _attributes())
 
 
+def bias_gradient_call(implementation: str) -> DirectCall:
+    """The gradient of a bias by distance that is 0, of the backward's call."""
+    backward = backward_call(implementation)
+    given = {**backward.operands, "gates": backward.operands["row_gates"]}
+    given["distance_bias"] = jnp.zeros((1, 1, T + S - 1), jnp.float32)
+    operands = {name: given[name] for name in ffi.BIAS_GRADIENT[ffi.BiasTerm.DISTANCES].operands}
+    results = {"dbias": shape("float32", 1, 1, 2, T + S - 1)}
+    attributes = {**_attributes(), "term": np.int64(ffi.BiasTerm.DISTANCES)}
+    return DirectCall(ffi.ATTENTION_BIAS_GRADIENT, operands, results, attributes)
+
+
 def gated_columns(implementation: str, capacity: int) -> Callable[[Sequence[int], Sequence[int]], dict[str, jax.Array]]:
     """The backward with gates of 1 and key-major lists of full blocks, whose offsets and ids it takes."""
     gates = (B, N, capacity)

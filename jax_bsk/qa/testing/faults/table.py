@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jax_bsk.qa.support.progress import Note, unheard
 from jax_bsk.qa.testing.faults import (
     arguments,
+    biases,
     boundary,
     columns,
     decoding,
@@ -21,7 +22,7 @@ from jax_bsk.qa.testing.faults import (
 from jax_bsk.qa.testing.faults.scenario import Scenario
 from jax_bsk.qa.testing.isolate import Worker
 
-_GROUPS = (lists, columns, gates, sizes, arguments, boundary, decoding, values, memory, installation)
+_GROUPS = (lists, columns, gates, biases, sizes, arguments, boundary, decoding, values, memory, installation)
 
 SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for group in _GROUPS for scenario in group.SCENARIOS}
 assert len(SCENARIOS) == sum(len(group.SCENARIOS) for group in _GROUPS), "two scenarios have one name"

@@ -1,0 +1,274 @@
+"""Biases of the distance between query and key: a number per head and distance, T + S - 1 of them and no more."""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from jax_bsk.biases.base import Bias, floating
+from jax_bsk.biases.terms import Call, Terms, check_dims
+
+# Elements of the matrix that sums a table's gradient in a fixed order; a larger one is a scatter.
+_SUMMED = 1 << 26
+
+
+def alibi_slopes(heads: int) -> np.ndarray:
+    """The slopes of ALiBi (arXiv 2108.12409, section 3) for a number of heads.
+
+    For a power of two they are 2^(-8 / heads), its square, its cube, and so on. For others, those of the next smaller
+    power of two come first, then every second one of the next larger power (as in the authors' code).
+
+    Args:
+      heads: Number of heads, at least 1.
+
+    Returns:
+      float32 [heads].
+
+    Examples:
+      >>> from jax_bsk.biases import alibi_slopes
+      >>> alibi_slopes(4).tolist()
+      [0.25, 0.0625, 0.015625, 0.00390625]
+    """
+    if heads < 1:
+        raise ValueError(f"heads is at least 1, got {heads}; give the number of query heads")
+
+    def of_power(n: int) -> list[float]:
+        return [2.0 ** (-8 * (i + 1) / n) for i in range(n)]
+
+    power = 1 << (heads.bit_length() - 1)
+    return np.array([*of_power(power), *of_power(2 * power)[::2][: heads - power]], np.float32)
+
+
+class AlibiBias(Bias):
+    """Attention with linear biases (ALiBi, arXiv 2108.12409): -slope * |key - query| is added to the logits.
+
+    Under a causal mask that is slope * (key - query), as in the paper; otherwise it is symmetric. Positions count from
+    the beginning of the call's queries and keys.
+
+    Args:
+      slopes: Floating [N] or [B|1, N|1], a slope per query head; traced ones are differentiable. `alibi_slopes` gives
+        the paper's.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk import sparse_attention
+      >>> from jax_bsk.biases import AlibiBias, alibi_slopes
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+      >>> sparse_attention(q, k, v, AlibiBias(alibi_slopes(2)), is_causal=True, implementation="xla").shape
+      (1, 64, 2, 16)
+    """
+
+    _leaves = ("slopes",)
+    slopes: Any
+
+    def __init__(self, slopes: ArrayLike) -> None:
+        self._set(slopes=floating(slopes, "slopes"))
+
+    def _terms(self, call: Call) -> Terms:
+        slopes = check_dims(
+            jnp.asarray(self.slopes),
+            (("B|1", (1, call.batch)), ("N|1", (1, call.heads))),
+            "slopes of AlibiBias",
+            not call.unbatched,
+        )
+        steps = np.abs(_distances(call)).astype(call.stats)
+        return Terms(distances=-slopes.astype(call.stats)[:, :, None] * steps[None, None])
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Buckets:
+    """The buckets of T5's relative positions (arXiv 1910.10683, section 2.1): `RelativeBias.t5` uses them.
+
+    Half of the buckets (of each side) hold one distance each. The others grow logarithmically up to `max_distance`,
+    from which on all distances share the last one. Their bounds are computed in whole numbers: no rounded logarithm
+    decides.
+
+    Attributes:
+      buckets: Number of buckets; even where bidirectional.
+      bidirectional: Whether keys after the query have buckets of their own (the second half of them). Otherwise such a
+        key counts as distance 0.
+      max_distance: Distance from which on the last bucket is used.
+    """
+
+    buckets: int
+    bidirectional: bool
+    max_distance: int
+
+    def __post_init__(self) -> None:
+        side = self.buckets // 2 if self.bidirectional else self.buckets
+        if side < 2 or (self.bidirectional and self.buckets % 2) or self.max_distance <= side // 2:
+            raise ValueError(
+                "T5's buckets are at least 2 (bidirectional: an even number of at least 4) and max_distance is more "
+                f"than the exact ones, got {self}; the usual numbers are 32 and 128"
+            )
+
+    def __call__(self, distances: np.ndarray) -> np.ndarray:
+        """Bucket numbers of distances key - query."""
+        side = self.buckets // 2 if self.bidirectional else self.buckets
+        first = np.where(distances > 0, side, 0) if self.bidirectional else np.zeros_like(distances)
+        back = np.abs(distances) if self.bidirectional else np.maximum(-distances, 0)
+        return first + np.searchsorted(self._bounds(side), back, side="right")
+
+    def _bounds(self, side: int) -> np.ndarray:
+        """The least distance of each bucket but the first.
+
+        Bucket exact + j begins at the least n with log(n / exact) / log(max_distance / exact) * rest >= j, that is
+        (n / exact)^rest >= (max_distance / exact)^j.
+        """
+        exact, rest = side // 2, side - side // 2
+
+        def begin(j: int) -> int:
+            power = self.max_distance**j * exact ** (rest - j)
+            return bisect.bisect_left(range(exact, self.max_distance), power, key=lambda n: n**rest) + exact
+
+        return np.array([*range(1, exact), *(begin(j) for j in range(rest))])
+
+
+@dataclasses.dataclass(frozen=True)
+class ClippedBuckets:
+    """A bucket per distance from -max_distance to max_distance, to which others are clipped (arXiv 1803.02155).
+
+    Attributes:
+      max_distance: The largest distance with a bucket of its own.
+    """
+
+    max_distance: int
+
+    def __call__(self, distances: np.ndarray) -> np.ndarray:
+        """Bucket numbers of distances key - query."""
+        return np.clip(distances, -self.max_distance, self.max_distance) + self.max_distance
+
+
+class RelativeBias(Bias):
+    """A learned number per head and bucket of distances: table[buckets(key - query), head] is added to the logits.
+
+    Args:
+      table: Floating [buckets, N|1]; traced ones are differentiable.
+      buckets: Function of an integer numpy array of distances key - query that gives the number of each one's bucket
+        (a row of the table). It is called once per shape, and must be hashable (any Python function is). `t5` and
+        `clipped` give the usual ones.
+
+    Raises:
+      ValueError: In the call: a bucket is no row of the table.
+
+    Examples:
+      >>> import jax, jax.numpy as jnp
+      >>> from jax_bsk import sparse_attention
+      >>> from jax_bsk.biases import RelativeBias
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 64, 2, 16))
+      >>> def loss(table):
+      ...     bias = RelativeBias.t5(table, bidirectional=False)
+      ...     return sparse_attention(q, k, v, bias, is_causal=True, implementation="xla").sum()
+      >>> jax.grad(loss)(jnp.zeros((32, 2))).shape
+      (32, 2)
+    """
+
+    _leaves = ("table",)
+    table: Any
+    buckets: Callable[[np.ndarray], np.ndarray]
+
+    def __init__(self, table: ArrayLike, buckets: Callable[[np.ndarray], np.ndarray]) -> None:
+        if not callable(buckets):
+            raise TypeError(
+                f"buckets is a function of distances key - query, got {type(buckets).__name__}; for a bucket per "
+                "distance use RelativeBias.clipped(table)"
+            )
+        self._set(table=floating(table, "table"), buckets=buckets)
+
+    @classmethod
+    def t5(cls, table: ArrayLike, *, bidirectional: bool = True, max_distance: int = 128) -> Self:
+        """T5's relative positions (arXiv 1910.10683): the number of buckets is the table's first dimension.
+
+        Args:
+          table: Floating [buckets, N|1], as T5's `rel_embedding` transposed.
+          bidirectional: Whether keys after the query have buckets of their own (an encoder); False for causal masks.
+          max_distance: Distance from which on the last bucket is used.
+        """
+        return cls(table, T5Buckets(_rows(table), bool(bidirectional), int(max_distance)))
+
+    @classmethod
+    def clipped(cls, table: ArrayLike) -> Self:
+        """A number per distance, clipped at both ends (Shaw et al., arXiv 1803.02155; Swin's windows in one dimension).
+
+        Args:
+          table: Floating [2 * max_distance + 1, N|1]; row max_distance is distance 0, later rows are later keys.
+        """
+        rows = _rows(table)
+        if rows % 2 == 0:
+            raise ValueError(
+                f"the table of RelativeBias.clipped has 2 * max_distance + 1 rows, an odd number, got {rows}; add the "
+                "row of distance 0"
+            )
+        return cls(table, ClippedBuckets(rows // 2))
+
+    def _terms(self, call: Call) -> Terms:
+        table = jnp.asarray(self.table)
+        if table.ndim != 2 or table.shape[1] not in (1, call.heads):
+            raise ValueError(
+                f"table of RelativeBias is [buckets, N|1] with N = {call.heads} heads, got shape {table.shape}; give "
+                "each head a column"
+            )
+        table, distances = table.astype(call.stats), _distances(call)
+        if isinstance(self.buckets, ClippedBuckets) and table.shape[0] == 2 * self.buckets.max_distance + 1:
+            found = _clipped(table, distances)
+        else:
+            found = _looked_up(table, np.asarray(self.buckets(distances)))
+        return Terms(distances=found.T[None])
+
+
+def _rows(table: Any) -> int:
+    return np.shape(table)[-2] if np.ndim(table) >= 2 else 0
+
+
+def _distances(call: Call) -> np.ndarray:
+    """key - query of each element of the distances."""
+    return np.arange(1 - call.q_len, call.kv_len)
+
+
+def _clipped(table: jax.Array, distances: np.ndarray) -> jax.Array:
+    """The table's rows of distances clipped to it: a slice with its ends repeated, whose transpose sums them."""
+    largest = table.shape[0] // 2
+    before, after = (int((distances < -largest).sum()), int((distances > largest).sum()))
+    begin = max(int(distances[0]), -largest) + largest if distances.size else 0
+    inside = table[begin : begin + distances.size - before - after]
+
+    def ends(row: int, count: int) -> jax.Array:
+        return jnp.broadcast_to(table[row], (count, table.shape[1]))
+
+    return jnp.concatenate([ends(0, before), inside, ends(-1, after)])
+
+
+def _looked_up(table: jax.Array, numbers: np.ndarray) -> jax.Array:
+    """table[numbers], whose gradient is summed in a fixed order and not by a scatter's."""
+    rows = table.shape[0]
+    if numbers.size and not 0 <= numbers.min() <= numbers.max() < rows:
+        raise ValueError(
+            f"buckets are rows of the table, 0 to {rows - 1}, got {numbers.min()} to {numbers.max()}; give the table "
+            "more rows"
+        )
+    begins = np.flatnonzero(np.diff(numbers, prepend=-1))  # runs of distances with one bucket
+    ends = np.append(begins[1:], numbers.size)
+    if begins.size * numbers.size > _SUMMED:
+        return jnp.take(table, numbers, axis=0)
+    of_runs = np.eye(rows, dtype=table.dtype)[numbers[begins]]
+
+    @jax.custom_jvp
+    def look_up(table: jax.Array) -> jax.Array:
+        return jnp.take(table, numbers, axis=0)
+
+    @look_up.defjvp
+    def _jvp(primals: Any, tangents: Any) -> Any:
+        at = jnp.arange(numbers.size, dtype=np.int32)[:, None]
+        inside = (at >= begins.astype(np.int32)[None]) & (at < ends.astype(np.int32)[None])
+        product = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+        return look_up(*primals), product(inside.astype(table.dtype), product(of_runs, tangents[0]))
+
+    return look_up(table)
