@@ -43,7 +43,7 @@ LAYERS = {
     "masks": [
         ["convert", "token_order"],
         ["block_mask"],
-        ["builders._combine", "algebra.shifted", "algebra.ordered"],
+        ["builders._combine", "builders.elements", "algebra.shifted", "algebra.ordered"],
         ["builders._host", "builders._traced", "builders._topk", "algebra.patterns", "algebra.function_mask"],
         ["builders._descent", "algebra._offsets", "algebra.data_masks", "views._checks"],
         ["orders.permutation"],

@@ -7,7 +7,7 @@ from jax_bsk.masks.algebra.mask import AndMask as _AndMask
 from jax_bsk.masks.algebra.mask import Mask, MultiHeadMask
 from jax_bsk.masks.algebra.mask import NotMask as _NotMask
 from jax_bsk.masks.algebra.mask import OrMask as _OrMask
-from jax_bsk.masks.algebra.ordered import OrderedMask as _OrderedMask
+from jax_bsk.masks.algebra.ordered import TakenMask as _TakenMask
 from jax_bsk.masks.algebra.patterns import (
     BigBirdMask,
     CausalMask,
@@ -47,4 +47,4 @@ __all__ = [
 Mask._from_mask = BlockMask.from_mask
 
 _public = (value for name, value in globals().copy().items() if name in __all__ and isinstance(value, type))
-_export.register(*_public, _RunBlockMask, _AndMask, _OrMask, _NotMask, _OrderedMask)
+_export.register(*_public, _RunBlockMask, _AndMask, _OrMask, _NotMask, _TakenMask)

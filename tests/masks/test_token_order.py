@@ -121,7 +121,7 @@ def test_what_is_refused():
         order.permute(np.zeros((2, 15)))
     with pytest.raises(TypeError, match="must be a lazy mask, got"):
         order.mask(m.CausalMask().bind(16, block_size=32))  # pyright: ignore[reportArgumentType]
-    with pytest.raises(ValueError, match="in an order of 16 tokens"):
+    with pytest.raises(ValueError, match="in an order of 16, got q_len=17"):
         order.mask(m.CausalMask()).bind(17, block_size=32)
     with pytest.raises(ValueError, match="must hold an order"):
         TokenOrder.best(m.CausalMask(), [])

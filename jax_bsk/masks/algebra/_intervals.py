@@ -30,9 +30,12 @@ class Intervals(NamedTuple):
     high: tuple[Any, ...]
     place: tuple[Any, ...]
 
-    def reordered(self, order: Array) -> Intervals:
-        """The intervals of tokens of which `order[n]` comes to place n."""
-        low, high, place = (tuple(x[order] for x in rows) for rows in self)
+    def taken(self, queries: Array | None, keys: Array | None) -> Intervals:
+        """The intervals of the queries and keys of these numbers; None for all."""
+        low, high, place = (
+            rows if numbers is None else tuple(x[numbers] for x in rows)
+            for rows, numbers in zip(self, (queries, queries, keys), strict=True)
+        )
         return Intervals(low, high, place)
 
 
