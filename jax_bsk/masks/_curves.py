@@ -17,20 +17,24 @@ def coordinates(grid: Sequence[int]) -> np.ndarray:
 
 
 def tiled(grid: Sequence[int], tile: Sequence[int]) -> np.ndarray:
-    """Token at each place of an order by tiles, each tile column by column, the tiles to and fro.
-
-    A row of tiles is passed along the last axis, and the next one backwards. Neighbours in the order stay neighbours in
-    the grid, so a block that holds the end of one tile and the beginning of another is about as compact as the others.
-    """
+    """Token at each place of an order tile after tile, row by row in each tile."""
     places = coordinates(grid)
     numbers = [x // size for x, size in zip(places, tile, strict=True)]
+    return np.lexsort((*places[::-1], *numbers[::-1]))
+
+
+def banded(grid: Sequence[int], band: Sequence[int]) -> np.ndarray:
+    """Token at each place of an order by bands along the last axis, each passed column by column, one to and one fro.
+
+    A column is the tokens of a band at one place of the last axis. Neighbours in the order stay neighbours in the grid,
+    also where one band ends and the next begins, so a block of any number of tokens is compact.
+    """
+    places = coordinates(grid)
     keys: list[np.ndarray] = []
     passed = np.zeros(places.shape[1], np.int64)
-    for axis, number in enumerate(numbers):
-        backwards = passed % 2 == 1
-        last = axis == len(grid) - 1
-        along = places[axis] if last else number  # the tokens of a column, or whole tiles
-        keys.append(np.where(backwards, -along, along))
+    for axis, size in enumerate((*band, 1)):
+        number = places[axis] // size
+        keys.append(np.where(passed % 2 == 1, -number, number))
         passed = passed + number
     return np.lexsort((*places[-2::-1], *keys[::-1]))
 

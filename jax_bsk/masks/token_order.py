@@ -46,7 +46,7 @@ class TokenOrder:
       >>> from jax_bsk.masks import TokenOrder
       >>> order = TokenOrder.tiles((4, 4), (2, 2))
       >>> order.order.reshape(4, 4).tolist()
-      [[0, 4, 1, 5], [2, 6, 3, 7], [11, 15, 10, 14], [9, 13, 8, 12]]
+      [[0, 1, 4, 5], [2, 3, 6, 7], [8, 9, 12, 13], [10, 11, 14, 15]]
       >>> x = jnp.arange(16.0)[None]
       >>> bool((order.unpermute(order.permute(x)) == x).all())
       True
@@ -74,17 +74,15 @@ class TokenOrder:
 
     @classmethod
     def tiles(cls, grid: int | Sequence[int], tile: int | Sequence[int]) -> TokenOrder:
-        """Tile by tile: tokens of a tile lie together.
+        """Tile after tile, row by row in each tile: tokens of a tile lie together.
 
-        Within a tile tokens come column by column (the last axis is the slowest). Tiles follow each other along the
-        last axis, one row of tiles forwards and the next backwards. So a block is compact also where tiles and blocks
-        are not in step: where tiles do not divide the grid, tiles at the far ends are smaller.
+        Where tiles do not divide the grid, those at the far ends are smaller. Blocks and tiles are then not in step,
+        and `bands` visits fewer blocks.
 
         Args:
           grid: Sizes of the grid.
           tile: Sizes of a tile, one per axis. Best is the size of a block as their product, 8 x 16 or 4 x 4 x 8 for
-            128. As a row of tiles is passed column by column, the last size changes nothing about the order: it is as
-            much of the row as a block holds.
+            128.
 
         Raises:
           TypeError, ValueError: The sizes are no positive ints, or not one per axis.
@@ -93,6 +91,30 @@ class TokenOrder:
         if len(tile) != len(grid):
             raise ValueError(f"TokenOrder: tile has one size per axis of the grid {grid}, got {tile}")
         return cls._of(_curves.tiled(grid, tile), grid, f"tiles of {_times(tile)}")
+
+    @classmethod
+    def bands(cls, grid: Sequence[int], band: int | Sequence[int]) -> TokenOrder:
+        """By bands along the last axis, each passed column by column, one forwards and the next backwards.
+
+        In a grid of 2 axes a band of 8 is 8 rows, and 128 tokens of it are 16 columns of 8: a tile of 8 x 16, whatever
+        the length of the rows and wherever it begins. So blocks are compact also in grids that tiles do not divide.
+
+        Args:
+          grid: Sizes of the grid, of 2 axes or more.
+          band: Sizes of a band along each axis but the last: 8 for 2 axes, (4, 4) for 3.
+
+        Raises:
+          TypeError, ValueError: The sizes are no positive ints, or not one per axis but the last.
+
+        Examples:
+          >>> from jax_bsk.masks import TokenOrder
+          >>> TokenOrder.bands((4, 3), 2).order.tolist()
+          [0, 3, 1, 4, 2, 5, 8, 11, 7, 10, 6, 9]
+        """
+        grid, band = _sizes(grid, "grid"), _sizes(band, "band")
+        if len(band) != len(grid) - 1:
+            raise ValueError(f"TokenOrder: band has one size per axis but the last of the grid {grid}, got {band}")
+        return cls._of(_curves.banded(grid, band), grid, f"bands of {_times(band)}")
 
     @classmethod
     def morton(cls, grid: int | Sequence[int]) -> TokenOrder:

@@ -42,7 +42,7 @@ class Near(m.Mask):
         first, at = self._first(grid.clip_q(q)), np.unravel_index(grid.clip_kv(k), self.grid)
         return np.logical_and.reduce([(low <= x) & (x < low + n) for low, x, n in zip(first, at, self.window)])  # noqa: B905
 
-    def _intervals(self, grid):
+    def _as_intervals(self, grid):
         first = self._first(np.arange(grid.q_len))
         last = [low + size - 1 for low, size in zip(first, self.window, strict=True)]
         return intervals(grid, first, last, list(np.unravel_index(np.arange(grid.kv_len), self.grid)))
@@ -51,6 +51,7 @@ class Near(m.Mask):
 def orders_of(grid: tuple[int, ...]) -> list[TokenOrder]:
     tiles = [(1,) * len(grid), (4, 5, 3)[: len(grid)], (8,) * len(grid)]
     made = [TokenOrder.tiles(grid, tile) for tile in tiles]
+    made += [TokenOrder.bands(grid, (3, 2)[: len(grid) - 1])] if len(grid) > 1 else []
     return [TokenOrder.raster(grid), *made, TokenOrder.morton(grid), TokenOrder.hilbert(grid)]
 
 
@@ -76,12 +77,21 @@ def test_an_order_is_a_permutation_with_its_inverse_and_positions(grid):
 
 @pytest.mark.parametrize(("grid", "tile"), [((24, 40), (8, 16)), ((13, 50), (4, 7)), ((6, 9, 20), (4, 4, 8))])
 def test_tokens_of_a_tile_lie_together(grid, tile):
-    order = TokenOrder.tiles(grid, tile)
-    numbers = [tuple(x // n for x, n in zip(at, tile, strict=True)) for at in order.positions.tolist()]
-    passed = [number for number, _ in itertools.groupby(numbers)]
-    assert len(passed) == len(set(numbers)), "a tile is left and entered again"
+    def key(at):
+        return *(x // n for x, n in zip(at, tile, strict=True)), *at
+
+    places = TokenOrder.tiles(grid, tile).positions.tolist()
+    assert places == sorted(places, key=key), "tile after tile, row by row in each"
+
+
+@pytest.mark.parametrize(("grid", "band"), [((24, 40), (8,)), ((13, 50), (4,)), ((6, 9, 20), (4, 4))])
+def test_bands_are_passed_column_by_column(grid, band):
+    order = TokenOrder.bands(grid, band)
+    columns = [(*(x // n for x, n in zip(at, band, strict=False)), at[-1]) for at in order.positions.tolist()]
+    passed = [column for column, _ in itertools.groupby(columns)]
+    assert len(passed) == len(set(columns)), "a column is left and entered again"
     for one, other in itertools.pairwise(passed):
-        assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) == 1, "tiles follow their neighbours"
+        assert sum(abs(a - b) for a, b in zip(one, other, strict=True)) == 1, "columns follow their neighbours"
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (16, 16), (8, 8, 8), (4, 4, 4, 4)])
@@ -112,6 +122,8 @@ def test_an_order_of_ones_own():
 def test_what_is_refused():
     with pytest.raises(ValueError, match="one size per axis of the grid"):
         TokenOrder.tiles((8, 8), (4,))
+    with pytest.raises(ValueError, match="one size per axis but the last"):
+        TokenOrder.bands((8, 8), (4, 4))
     with pytest.raises(ValueError, match="at least 1"):
         TokenOrder.tiles((8, 8), (4, 0))
     with pytest.raises(ValueError, match="fewer than"):
@@ -195,11 +207,11 @@ def test_blocks_of_a_large_neighbourhood():
 
 
 def test_uneven_grids_and_more_axes():
-    for grid, window, tile in (((50, 60), (7, 9), (8, 16)), ((10, 12, 20), (3, 5, 5), (4, 4, 8))):
+    for grid, window in (((40, 50), (7, 9)), ((7, 10, 12), (3, 5, 5))):
         mask, tokens = Near(grid, window), math.prod(grid)
         dense = np.array(TokenOrder.raster(grid).mask(mask).bind(tokens).to_dense()[0, 0])
         assert (dense.sum(1) == math.prod(window)).all()
-        for order in (TokenOrder.tiles(grid, tile), TokenOrder.morton(grid), TokenOrder.hilbert(grid)):
+        for order in orders_of(grid):
             bound = order.mask(mask).bind(tokens)
             np.testing.assert_array_equal(bound.to_dense()[0, 0], dense[order.order][:, order.order])
 

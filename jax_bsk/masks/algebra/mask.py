@@ -72,7 +72,7 @@ class Mask(Node):
             return (i.astype(np.int64) * grid.block_q - j.astype(np.int64) * grid.block_kv,)
         return None
 
-    def _intervals(self, grid: Grid) -> Intervals | None:
+    def _as_intervals(self, grid: Grid) -> Intervals | None:
         """The mask as intervals of places, exactly and on one axis at least; None where it is not one of those."""
         del grid
         return None

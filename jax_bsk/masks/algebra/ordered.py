@@ -111,7 +111,7 @@ class TakenMask(Mask):
 
     def _places(self, grid: Grid) -> Intervals | None:
         """The intervals of the tokens taken; None where the mask is not one of intervals."""
-        found = self.mask._intervals(self._inner(grid))
+        found = self.mask._as_intervals(self._inner(grid))
         if found is None:
             return None
         queries, keys = (None if x is None else grid.xp.asarray(x) for x in (self.queries, self.keys))

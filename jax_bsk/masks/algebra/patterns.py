@@ -130,7 +130,7 @@ class CausalMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return positions(grid, self.offset, q) >= k
 
-    def _intervals(self, grid: Grid) -> Intervals:
+    def _as_intervals(self, grid: Grid) -> Intervals:
         queries, keys = self._both_positions(grid)
         return intervals(grid, [LEAST], [queries], [keys])
 
@@ -186,7 +186,7 @@ class LocalMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return _in_window(self.window, positions(grid, self.offset, q), k)
 
-    def _intervals(self, grid: Grid) -> Intervals:
+    def _as_intervals(self, grid: Grid) -> Intervals:
         queries, keys = self._both_positions(grid)
         low, high = _intervals.window(grid, queries, self.window)
         return intervals(grid, [low], [high], [keys])
@@ -275,7 +275,7 @@ class ChunkedMask(_OffsetMask):
         chunk = _clamp(self.chunk)
         return positions(grid, self.offset, q) // chunk == k // chunk
 
-    def _intervals(self, grid: Grid) -> Intervals:
+    def _as_intervals(self, grid: Grid) -> Intervals:
         queries, keys = (x // _clamp(self.chunk) for x in self._both_positions(grid))
         return intervals(grid, [queries], [queries], [keys])
 
@@ -344,7 +344,7 @@ class PrefixLMMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
 
-    def _intervals(self, grid: Grid) -> Intervals:
+    def _as_intervals(self, grid: Grid) -> Intervals:
         queries, keys = self._both_positions(grid)
         return intervals(grid, [LEAST], [grid.xp.maximum(queries, int32(self.prefix, grid.xp) - 1)], [keys])
 
@@ -503,7 +503,7 @@ class DilatedMask(Mask):
         hit = (q - k) % _clamp(self.dilation) == 0
         return hit if self.window == (None, None) else hit & _in_window(self.window, q, k)
 
-    def _intervals(self, grid: Grid) -> Intervals:
+    def _as_intervals(self, grid: Grid) -> Intervals:
         queries, keys = (grid.xp.arange(length, dtype=np.int32) for length in (grid.q_len, grid.kv_len))
         low, high = _intervals.window(grid, queries, self.window)
         rest, of_keys = (x % _clamp(self.dilation) for x in (queries, keys))
