@@ -45,7 +45,7 @@ def always_dense(length=T) -> np.ndarray:
     return ((q - k <= WINDOW) & (q >= k)) | (q < SINKS) | (k < SINKS)
 
 
-def blocks(elements: np.ndarray, unit=BLOCK) -> np.ndarray:
+def blocks(elements: np.ndarray, unit=BLOCK) -> Any:
     """Whether any element of [.., T, S] is in a block."""
     pad = [(0, 0)] * (elements.ndim - 2) + [(0, -elements.shape[-2] % BLOCK), (0, -elements.shape[-1] % unit)]
     padded = np.pad(elements, pad)
@@ -53,7 +53,7 @@ def blocks(elements: np.ndarray, unit=BLOCK) -> np.ndarray:
     return padded.reshape(shape).any((-3, -1))
 
 
-def in_groups(found: np.ndarray, group: int) -> np.ndarray:
+def in_groups(found: np.ndarray, group: int) -> Any:
     padded = np.pad(found, [(0, 0)] * (found.ndim - 1) + [(0, -found.shape[-1] % group)])
     return padded.reshape(*padded.shape[:-1], -1, group).any(-1)
 
@@ -335,6 +335,25 @@ def test_layers_of_linen_pass_the_mask_on(name):
 
 
 # ---- shapes, heads, meshes ------------------------------------------------------------------------------------------
+
+
+def test_known_masks_choose_as_traced_ones_do():
+    """The native call for masks that are known and shared, and the sorts for traced ones: the same lists."""
+    (query, key), near = inputs(20), LocalMask((90, 0))
+
+    @jax.jit
+    def choose(ids):
+        found = []
+        for mask in (near, near & SegmentMask(ids)):
+            sizes: Any = {"block_size": BLOCK, "mask": mask, "always": GlobalMask(1)}
+            found.append(selection.moba(query, key, top_k=2, moba_block=64, **sizes))
+            found.append(selection.xattention(query, key, threshold=0.8, **sizes))
+        return found
+
+    found = choose(jnp.zeros(T, jnp.int32))
+    for known, traced in zip(found[:2], found[2:], strict=True):
+        np.testing.assert_array_equal(known.to_dense(), traced.to_dense())
+        assert known.bit_tiles.shape[:2] == (1, 1)
 
 
 def test_masks_of_heads_and_traced_windows():

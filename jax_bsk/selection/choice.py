@@ -105,8 +105,11 @@ def choose_listed(
         min(limit[0], scores.shape[-1]), width, candidates.group, candidates.capacity(widths), n_tiles, choose_in_jax
     )
 
+    def one(scores: jax.Array, states: jax.Array, tiles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _choose_rows(scores, states, tiles, call, besides=limit[1])
+
     def choose(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return per_table(lambda *table: _choose_rows(*table, call, besides=limit[1]), *arrays)
+        return per_table(one, *arrays)
 
     tiles = of_rank(jnp.asarray(candidates.tiles), 4)
     return block_mask(explicit_mesh.call(choose, [scores, states, tiles], ["bh"] * 3), candidates)
@@ -148,7 +151,9 @@ def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: Array, ca
     """
     n_tiles = _bit_tiles(candidates)
 
-    def choose(weights: jax.Array, tiles: Array, required: Array, threshold: jax.Array) -> tuple[jax.Array, ...]:
+    def choose(
+        weights: jax.Array, tiles: Array, required: Array, threshold: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
         is_open, is_required, threshold = (
             of_rank(x, 4) for x in (any_in_groups(tiles != EMPTY, candidates.group), required, threshold)
         )
@@ -235,7 +240,7 @@ def _decoded(encoded: jax.Array, n_tiles: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(listed, encoded // (n_tiles + 1), -1), jnp.where(listed, encoded % (n_tiles + 1) - 1, -1)
 
 
-def block_mask(lists: tuple[jax.Array, ...], candidates: Candidates) -> BlockMask:
+def block_mask(lists: tuple[jax.Array, jax.Array, jax.Array], candidates: Candidates) -> BlockMask:
     """Row offsets, key blocks and tiles [B, H, ..] with the candidates' bit tiles.
 
     No row is longer than the mask and the width allow: what lies past the candidates' capacity is never listed.
