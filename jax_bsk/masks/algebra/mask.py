@@ -42,8 +42,8 @@ class Mask(Node):
     _shift_invariant: ClassVar[bool] = False
     # Whether `_classify` also answers for blocks that are larger than those of the lists, from bounds of theirs.
     _coarse_bounds: ClassVar[bool] = False
-    # Whether a mask that holds another one answers for its blocks itself: they are not blocks of the one it holds.
-    _answers_alone: ClassVar[bool] = False
+    # Whether its children are asked about the same queries and keys as the mask itself.
+    _joins: ClassVar[bool] = True
     # `BlockMask.from_mask`, which stands above this module: the package sets it.
     _from_mask: ClassVar[Callable[..., Any]]
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
@@ -279,7 +279,7 @@ def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
 
 def parts(mask: Mask) -> Iterator[Mask]:
     """The masks that operators combine."""
-    children = () if mask._answers_alone else mask._children()
+    children = mask._children() if mask._joins else ()
     if not children:
         yield mask
     for child in children:

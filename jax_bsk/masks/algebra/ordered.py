@@ -83,7 +83,7 @@ class TakenMask(Mask):
     """
 
     _data_fields = ("mask", "queries", "keys")
-    _answers_alone = True
+    _joins = False
     mask: Mask
     queries: Array | None
     keys: Array | None
