@@ -62,7 +62,9 @@ def test_every_mask_but_the_one_of_a_function_can_be_written():
     written = {ArrayMask, BigBirdMask, BlockArrayMask, CausalMask, ChunkedMask, DilatedMask, FullMask, GlobalMask}
     written |= {LocalMask, MultiHeadMask, PrefixLMMask, SegmentMask}
     assert set(mask_expression.ALLOWED.values()) == written
-    assert {"Mask", "FunctionMask", "BlockMask", "as_block_mask"} == set(masks.__all__) - set(mask_expression.ALLOWED)
+    assert {"Mask", "FunctionMask", "BlockMask", "TokenOrder", "as_block_mask"} == set(masks.__all__) - set(
+        mask_expression.ALLOWED
+    )
 
 
 REFUSED = [

@@ -484,8 +484,8 @@ RAISED: dict[str, Callable[[], Any]] = {
     # Selection and compositions.
     "top_k is at least 1, got ...": lambda: selection.moba(X, X, top_k=0),
     "top_k is an int (it decides shapes), got ...": with_traced(lambda n: selection.moba(X, X, top_k=n), jnp.int32(3)),
-    "mask is known beforehand, got ... with traced arrays; put those into the scores, as -inf": with_traced(
-        lambda ids: selection.from_topk(jnp.zeros((1, 1)), 1, q_len=64, mask=SegmentMask(ids)), np.zeros(64, np.int32)
+    "mask has ... heads, the lists of the selection have ...; it must be that or 1 (...)": lambda: selection.from_topk(
+        jnp.zeros((2, 1, 1)), 1, q_len=64, mask=MultiHeadMask([CausalMask()] * 3)
     ),
     "quest reads bounds, and these summaries have none; make them with bounds=True": lambda: choose_pages(
         summaries=selection.summarize_pages(X.reshape(4, 16, 2, 16), bounds=False)

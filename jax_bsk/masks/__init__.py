@@ -7,6 +7,7 @@ from jax_bsk.masks.algebra.mask import AndMask as _AndMask
 from jax_bsk.masks.algebra.mask import Mask, MultiHeadMask
 from jax_bsk.masks.algebra.mask import NotMask as _NotMask
 from jax_bsk.masks.algebra.mask import OrMask as _OrMask
+from jax_bsk.masks.algebra.ordered import TakenMask as _TakenMask
 from jax_bsk.masks.algebra.patterns import (
     BigBirdMask,
     CausalMask,
@@ -20,6 +21,7 @@ from jax_bsk.masks.algebra.patterns import (
 from jax_bsk.masks.block_mask import BlockMask
 from jax_bsk.masks.block_mask import RunBlockMask as _RunBlockMask
 from jax_bsk.masks.convert import as_block_mask
+from jax_bsk.masks.token_order import TokenOrder
 
 __all__ = [
     "ArrayMask",
@@ -37,6 +39,7 @@ __all__ = [
     "MultiHeadMask",
     "PrefixLMMask",
     "SegmentMask",
+    "TokenOrder",
     "as_block_mask",
 ]
 
@@ -44,4 +47,4 @@ __all__ = [
 Mask._from_mask = BlockMask.from_mask
 
 _public = (value for name, value in globals().copy().items() if name in __all__ and isinstance(value, type))
-_export.register(*_public, _RunBlockMask, _AndMask, _OrMask, _NotMask)
+_export.register(*_public, _RunBlockMask, _AndMask, _OrMask, _NotMask, _TakenMask)

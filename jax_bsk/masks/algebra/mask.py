@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
+from jax_bsk.masks.algebra._intervals import Intervals
 from jax_bsk.masks.algebra._node import Node
 from jax_bsk.masks.block_lists import BlockLists
 from jax_bsk.masks.grid import OWN, SHIFT, Grid, code_and, code_not, code_or, row_chunks
@@ -41,6 +42,8 @@ class Mask(Node):
     _shift_invariant: ClassVar[bool] = False
     # Whether `_classify` also answers for blocks that are larger than those of the lists, from bounds of theirs.
     _coarse_bounds: ClassVar[bool] = False
+    # Whether its children are asked about the same queries and keys as the mask itself.
+    _joins: ClassVar[bool] = True
     # `BlockMask.from_mask`, which stands above this module: the package sets it.
     _from_mask: ClassVar[Callable[..., Any]]
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
@@ -67,6 +70,11 @@ class Mask(Node):
         """
         if self._shift_invariant:
             return (i.astype(np.int64) * grid.block_q - j.astype(np.int64) * grid.block_kv,)
+        return None
+
+    def _as_intervals(self, grid: Grid) -> Intervals | None:
+        """The mask as intervals of places, exactly and on one axis at least; None where it is not one of those."""
+        del grid
         return None
 
     def _validate(self, q_len: int, kv_len: int) -> None:
@@ -271,7 +279,7 @@ def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
 
 def parts(mask: Mask) -> Iterator[Mask]:
     """The masks that operators combine."""
-    children = mask._children()
+    children = mask._children() if mask._joins else ()
     if not children:
         yield mask
     for child in children:

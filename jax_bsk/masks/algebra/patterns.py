@@ -14,6 +14,8 @@ import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
+from jax_bsk.masks.algebra import _intervals
+from jax_bsk.masks.algebra._intervals import LEAST, Intervals, intervals
 from jax_bsk.masks.algebra._offsets import (
     check_offset_length,
     checked_offset,
@@ -86,6 +88,12 @@ class _OffsetMask(Mask):
     def _validate(self, q_len: int, kv_len: int) -> None:
         check_offset_length(self.offset, type(self).__name__, q_len)
 
+    def _both_positions(self, grid: Grid) -> tuple[Any, Any]:
+        """Positions of all queries and of all keys."""
+        xp = grid.xp
+        queries = positions(grid, self.offset, xp.arange(grid.q_len, dtype=np.int32))
+        return queries, xp.arange(grid.kv_len, dtype=np.int32)
+
     def _offset_argument(self) -> list[str]:
         zero = isinstance(self.offset, int) and self.offset == 0
         return [] if zero else [f"offset={short(self.offset)}"]
@@ -121,6 +129,10 @@ class CausalMask(_OffsetMask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return positions(grid, self.offset, q) >= k
+
+    def _as_intervals(self, grid: Grid) -> Intervals:
+        queries, keys = self._both_positions(grid)
+        return intervals(grid, [LEAST], [queries], [keys])
 
     def _partial_bound(self, grid: Grid) -> int:
         return crossed_blocks(grid, self.offset)
@@ -173,6 +185,11 @@ class LocalMask(_OffsetMask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return _in_window(self.window, positions(grid, self.offset, q), k)
+
+    def _as_intervals(self, grid: Grid) -> Intervals:
+        queries, keys = self._both_positions(grid)
+        low, high = _intervals.window(grid, queries, self.window)
+        return intervals(grid, [low], [high], [keys])
 
     def _partial_bound(self, grid: Grid) -> int:
         sides = sum(side is not None for side in self.window)
@@ -258,6 +275,10 @@ class ChunkedMask(_OffsetMask):
         chunk = _clamp(self.chunk)
         return positions(grid, self.offset, q) // chunk == k // chunk
 
+    def _as_intervals(self, grid: Grid) -> Intervals:
+        queries, keys = (x // _clamp(self.chunk) for x in self._both_positions(grid))
+        return intervals(grid, [queries], [queries], [keys])
+
     def _partial_bound(self, grid: Grid) -> int:
         # Chunks are segments whose ids never decrease: see `SegmentMask._partial_bound`.
         visited = self._visited_bound(grid)
@@ -322,6 +343,10 @@ class PrefixLMMask(_OffsetMask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
+
+    def _as_intervals(self, grid: Grid) -> Intervals:
+        queries, keys = self._both_positions(grid)
+        return intervals(grid, [LEAST], [grid.xp.maximum(queries, int32(self.prefix, grid.xp) - 1)], [keys])
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         if np.ndim(self.offset):
@@ -477,6 +502,12 @@ class DilatedMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         hit = (q - k) % _clamp(self.dilation) == 0
         return hit if self.window == (None, None) else hit & _in_window(self.window, q, k)
+
+    def _as_intervals(self, grid: Grid) -> Intervals:
+        queries, keys = (grid.xp.arange(length, dtype=np.int32) for length in (grid.q_len, grid.kv_len))
+        low, high = _intervals.window(grid, queries, self.window)
+        rest, of_keys = (x % _clamp(self.dilation) for x in (queries, keys))
+        return intervals(grid, [low, rest], [high, rest], [keys, of_keys])
 
     def _repr_arguments(self) -> list[str]:
         return [repr(self.dilation)] + ([] if self.window == (None, None) else [f"window={self.window!r}"])
