@@ -9,31 +9,8 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
-from jax_bsk.masks.grid import EMPTY, FULL, Grid
 from tests.masks import definitions
-
-
-def check(mask: m.Mask, dense: np.ndarray, block_size: int) -> m.BlockMask:
-    """The mask is `dense`, and its lists have no block without a pair."""
-    bound = mask.bind(*dense.shape, block_size=block_size)
-    np.testing.assert_array_equal(bound.to_dense()[0, 0], dense, err_msg=repr(mask))
-    padded = np.zeros((bound.nq * block_size, bound.nk * block_size), bool)
-    padded[: dense.shape[0], : dense.shape[1]] = dense
-    blocks = padded.reshape(bound.nq, block_size, bound.nk, block_size).any((1, 3))
-    np.testing.assert_array_equal(np.diff(bound.row_offsets[0, 0]), blocks.sum(1), err_msg=repr(mask))
-    # Bounds of blocks are safe, for coarser blocks too.
-    for factor in (1, 2):
-        grid = Grid(*dense.shape, block_size * factor, block_size * factor)
-        i, j = np.arange(grid.nq)[:, None], np.arange(grid.nk)[None]
-        codes = np.broadcast_to(mask._classify(grid, i, j), (grid.nq, grid.nk))
-        for (row, column), code in np.ndenumerate(codes):
-            part = dense[
-                row * grid.block_q : (row + 1) * grid.block_q, column * grid.block_kv : (column + 1) * grid.block_kv
-            ]
-            assert code != EMPTY or not part.any(), (mask, row, column)
-            assert code != FULL or part.all(), (mask, row, column)
-    return bound
-
+from tests.masks.definitions import check
 
 NEIGHBORHOODS = {
     "one axis": m.NeighborhoodMask(100, 7),

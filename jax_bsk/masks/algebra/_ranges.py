@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from jax_bsk.core.arrays import Array, as_array
 from jax_bsk.masks.algebra.mask import Mask
-from jax_bsk.masks.grid import EMPTY, FULL, MAX_LENGTH, OWN, Grid, min_max
+from jax_bsk.masks.grid import EMPTY, FULL, MAX_LENGTH, OWN, Grid, in_blocks, min_max
 
 __all__: list[str] = []
 
@@ -48,10 +48,39 @@ class RangesMask(Mask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         found = [(k >= first) & (k < last) for first, last in self._intervals(grid, grid.clip_q(q))]
-        return functools.reduce(lambda a, b: a | b, found)
+        return functools.reduce(lambda a, b: a | b, found, grid.xp.zeros((1, 1), bool))
+
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+        ends = [x for interval in self._intervals(grid, np.arange(grid.q_len, dtype=np.int32)) for x in interval]
+        ends = np.concatenate([in_blocks(x, grid.nq, grid.block_q) for x in ends], 1)
+        return (pieces(ends, i, j, grid.block_kv),)
+
+
+def pieces(ends: np.ndarray, of: np.ndarray, at: np.ndarray, size: int) -> np.ndarray:
+    """Numbers [n] of blocks, equal where their tokens on one side are the same and no interval ends on the other side.
+
+    Args:
+      ends: [blocks, m], ends of the intervals of each block of tokens.
+      of: [n], numbers of blocks of those tokens.
+      at: [n], numbers of blocks, of `size` tokens, in which the intervals lie.
+    """
+    stride = np.int64(MAX_LENGTH) * 4
+    sorted_ends = np.unique(ends + np.arange(len(ends))[:, None] * stride)
+    first = at.astype(np.int64) * size
+    before, behind = (np.searchsorted(sorted_ends, of * stride + x, side="right") for x in (first, first + size - 1))
+    alone = sorted_ends.size + 1 + np.arange(at.size)
+    return np.where(before == behind, before, alone)
 
 
 # ---- integer arrays of a token, for all, per example, or per example and head -----------------------------------
+
+
+def of_lists(value: Any) -> Array:
+    """An array as it is; lists of ints as int32, which stays what it is inside of `jit`."""
+    array = as_array(value)
+    if array is value or array.dtype != np.int64 or (array.size and abs(array).max() >= 2**31):
+        return array
+    return array.astype(np.int32)
 
 
 def checked_integers(value: Any, who: str, name: str, last: str, *, scalar: bool = False) -> Array:
@@ -61,7 +90,7 @@ def checked_integers(value: Any, who: str, name: str, last: str, *, scalar: bool
       TypeError: they are no integers.
       ValueError: they have another number of dimensions.
     """
-    array = as_array(value)
+    array = of_lists(value)
     shapes = f"[{last}], [B|1, {last}] or [B|1, H|1, {last}]"
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(

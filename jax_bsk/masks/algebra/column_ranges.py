@@ -11,9 +11,9 @@ from jax.typing import ArrayLike
 from jax_bsk.core.arrays import Array
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra._offsets import int32
-from jax_bsk.masks.algebra._ranges import checked_integers, checked_length, leading_dims
+from jax_bsk.masks.algebra._ranges import checked_integers, checked_length, leading_dims, pieces
 from jax_bsk.masks.algebra.mask import Mask
-from jax_bsk.masks.grid import MAX_LENGTH, OWN, Grid, min_max
+from jax_bsk.masks.grid import MAX_LENGTH, OWN, Grid, in_blocks, min_max
 
 __all__ = ["ColumnRangeMask"]
 
@@ -93,9 +93,17 @@ class ColumnRangeMask(Mask):
         return grid.code(hidden, ~touched, OWN)
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
-        hits = [(q < first) | (q >= last) for first, last in self._hidden(grid, grid.clip_kv(k))]
-        return hits[0] if len(hits) == 1 else hits[0] & hits[1]
+        (first, last), *upper = self._hidden(grid, grid.clip_kv(k))
+        hit = q < first if self.lower_end is None else (q < first) | (q >= last)
+        for first, last in upper:
+            hit = hit & (q >= last if self.upper_start is None else (q < first) | (q >= last))
+        return hit
+
+    def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+        ends = [x for hidden in self._hidden(grid, np.arange(grid.kv_len)) for x in hidden]
+        ends = np.concatenate([in_blocks(x, grid.nk, grid.block_kv) for x in ends], 1)
+        return (pieces(ends, j, i, grid.block_q),)
 
     def _repr_arguments(self) -> list[str]:
-        given = [(n, x) for n, x in self._named().items() if x is not None]
-        return [short(given[0][1]), *(f"{name}={short(x)}" for name, x in given[1:])]
+        named = ((n, short(x)) for n, x in self._named().items() if x is not None)
+        return [text if name == "lower_start" else f"{name}={text}" for name, text in named]

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.core.arrays import Array, as_array, known
+from jax_bsk.core.arrays import Array, known
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra._offsets import int32
-from jax_bsk.masks.algebra._ranges import Interval, RangesMask
+from jax_bsk.masks.algebra._ranges import Interval, RangesMask, of_lists
 from jax_bsk.masks.grid import Grid
 
 __all__ = ["SliceMask"]
@@ -132,7 +132,7 @@ def _lanes(q_ranges: bytes, kv_ranges: bytes, kinds: bytes, q_len: int) -> Seque
 
 
 def _ranges(given: ArrayLike | Sequence[Any], name: str) -> Array:
-    ranges = as_array(given)
+    ranges = of_lists(given)
     if ranges.size == 0 and not np.issubdtype(ranges.dtype, np.integer):
         ranges = np.zeros((0, 2), np.int32)  # an empty list
     if not np.issubdtype(ranges.dtype, np.integer):
@@ -151,7 +151,7 @@ def _kinds(given: Any, n: int) -> Array:
         if unknown:
             raise ValueError(f"SliceMask: kinds must be of {', '.join(KINDS)} or 0 to 3, given {unknown[0]!r}")
         given = np.array([numbers.get(kind, kind) for kind in given], np.int32)
-    kinds = as_array(given)
+    kinds = of_lists(given)
     if not np.issubdtype(kinds.dtype, np.integer):
         raise TypeError(f"SliceMask: kinds must be names or integers, given {kinds.dtype}{kinds.shape}")
     if kinds.ndim not in (1, 2) or kinds.shape[-1] != n:

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.core.arrays import Array, as_array, known
+from jax_bsk.core.arrays import Array, known
 from jax_bsk.masks._text import short
+from jax_bsk.masks.algebra._ranges import of_lists
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.grid import MAX_LENGTH, OWN, Grid, min_max
 
@@ -47,7 +48,7 @@ class TreeMask(Mask):
     parents: Array
 
     def __init__(self, parents: ArrayLike | Sequence[Any]) -> None:
-        array = as_array(parents)
+        array = of_lists(parents)
         if not np.issubdtype(array.dtype, np.integer):
             raise TypeError(f"TreeMask: parents must hold integers, given {array.dtype}{array.shape}; cast them")
         if array.ndim not in (1, 2):
