@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
+from jax_bsk.qa.testing import mask_draws
 
 
 def _leaf(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: int):
     """One random mask and its booleans [B|1, H|1, T, S]."""
     q, k = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
     span = max(q_len, kv_len)
-    kind = rng.integers(18)
+    kind = rng.integers(13 + len(mask_draws.DRAWS))
     if kind == 0:
         return m.FullMask(), np.ones((1, 1, q_len, kv_len), bool)
     if kind == 1:
@@ -52,51 +53,14 @@ def _leaf(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: 
         return m.ArrayMask(dense), dense
     if kind == 11:
         a, b = (int(x) for x in rng.integers(1, 20, 2))
-        dense, within = (q * a + k * b) % 17 < 5, None
-        if rng.random() < 0.5:
-            within, dense = m.LocalMask(span // 3), dense & (abs(q - k) <= span // 3)
-        return m.FunctionMask(lambda q, k: (q * a + k * b) % 17 < 5, within=within), dense[None, None]
-    return _from_elsewhere(kind, rng, q, k, batch, heads)
-
-
-def _from_elsewhere(kind: int, rng: np.random.Generator, q: np.ndarray, k: np.ndarray, batch: int, heads: int):
-    """Masks that test_space, test_ranges and test_lines compare with their definitions, for whole expressions."""
-    q_len, kv_len = q.size, k.size
-    if kind == 12:  # rows of 3 tokens, a window of 3 x 2 that is moved inward
-        rows = min(q_len, kv_len) // 3
-        if rows < 3:
-            return m.FullMask(), np.ones((1, 1, q_len, kv_len), bool)
-        inside = (q < 3 * rows) & (k < 3 * rows)
-        near = abs(np.clip(q // 3, 1, rows - 2) - k // 3) <= 1
-        column = np.clip(q % 3 - 1, 0, 1)
-        dense = inside & near & (k % 3 >= column) & (k % 3 <= column + 1)
-        return m.NeighborhoodMask((rows, 3), (3, 2), start=0), dense[None, None]
-    if kind == 13:
-        begin, length = rng.integers(-5, kv_len, (batch, q_len)), rng.integers(0, kv_len, (batch, q_len))
-        dense = (begin[..., None] <= k) & (k < (begin + length)[..., None])
-        return m.RowRangeMask(begin.astype(np.int32), (begin + length).astype(np.int32)), dense[:, None]
-    if kind == 14:
-        a, b, c, d = rng.integers(0, q_len + 1, (4, batch, heads, 1, kv_len)).astype(np.int32)
-        dense = ~(((a <= q) & (q < b)) | ((c <= q) & (q < d)))
-        return m.ColumnRangeMask(*(x[:, :, 0] for x in (a, b, c, d))), dense
-    if kind == 15:
-        lengths = np.diff(np.sort(np.concatenate([[0], rng.integers(0, min(q_len, kv_len) + 1, 4)])))
-        ids = np.append(np.repeat(np.arange(4), lengths), np.full(max(q_len, kv_len), -1))
-        dense = (ids[q] >= 0) & (ids[q] == ids[k]) & (k <= q) & (q - k <= 40)
-        return m.BlockDiagonalMask(lengths.astype(np.int32), window=(40, 0)), dense[None, None]
-    if kind == 16:
-        columns, distances = rng.integers(-1, kv_len, (heads, 3)), rng.integers(-1, q_len, (heads, 5))
-        hit = [np.isin(k, columns[h]) | np.isin(q - k, distances[h]) for h in range(heads)]
-        return m.VerticalSlashMask(columns[None], distances[None]), ((k <= q) & np.stack(hit))[None]
-    n = int(rng.integers(0, 4))
-    q_ranges, kv_ranges = (np.sort(rng.integers(0, size + 1, (n, 2))) for size in (q_len, kv_len))
-    kinds = rng.integers(0, 4, n)
-    dense = np.zeros((q_len, kv_len), bool)
-    for (a, b), (c, d), form in zip(q_ranges, kv_ranges, kinds, strict=True):
-        causal, inverse = k - d <= q - b, k - c >= q - a
-        form = (True, causal, inverse, causal & inverse)[form]
-        dense |= (a <= q) & (q < b) & (c <= k) & (k < d) & form
-    return m.SliceMask(q_ranges.astype(np.int32), kv_ranges.astype(np.int32), kinds), dense[None, None]
+        return m.FunctionMask(lambda q, k: (q * a + k * b) % 17 < 5), ((q * a + k * b) % 17 < 5)[None, None]
+    names = list(mask_draws.DRAWS)
+    if kind < 12 + len(names):
+        mask, dense = mask_draws.DRAWS[names[kind - 12]](rng, q_len, kv_len)
+        return mask, dense[None, None]
+    # Arrays per example and head.
+    ends = rng.integers(0, q_len + 1, (batch, heads, kv_len)).astype(np.int32)
+    return m.ColumnRangeMask(ends), q < ends[:, :, None]
 
 
 def _mask(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: int, depth: int):

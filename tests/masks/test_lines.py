@@ -9,6 +9,7 @@ import pytest
 
 import jax_bsk.masks as m
 from jax_bsk.masks.algebra.shifted import at_positions
+from jax_bsk.qa.testing import mask_draws
 from tests.masks import definitions
 from tests.masks.definitions import check
 
@@ -119,6 +120,14 @@ def test_bounds_combine_with_everything_else():
     positions = 50 + np.arange(4)[:, None]
     expected = ((positions + k) % 2 == 1) & (positions - k <= 9) & (k <= positions)
     np.testing.assert_array_equal(later.bind(4, 64, block_size=32).to_dense()[0, 0], expected)
+
+
+@pytest.mark.parametrize("name", mask_draws.DRAWS)
+def test_decoding(name):
+    """Queries that stand further on: the rows of the whole sequence's mask."""
+    mask, dense = mask_draws.DRAWS[name](np.random.default_rng(5), 96, 96)
+    later = at_positions(mask, 50, 4, 96).bind(4, 96, block_size=32)
+    np.testing.assert_array_equal(later.to_dense()[0, 0], dense[50:54])
 
 
 def test_equality_and_text():

@@ -41,6 +41,8 @@ class Mask(Node):
     _shift_invariant: ClassVar[bool] = False
     # Whether `_classify` also answers for blocks that are larger than those of the lists, from bounds of theirs.
     _coarse_bounds: ClassVar[bool] = False
+    # Whether its children are asked about the same queries and keys as the mask itself.
+    _joins: ClassVar[bool] = True
     # `BlockMask.from_mask`, which stands above this module: the package sets it.
     _from_mask: ClassVar[Callable[..., Any]]
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
@@ -271,7 +273,7 @@ def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
 
 def parts(mask: Mask) -> Iterator[Mask]:
     """The masks that operators combine."""
-    children = mask._children()
+    children = mask._children() if mask._joins else ()
     if not children:
         yield mask
     for child in children:

@@ -157,6 +157,7 @@ class _GlobalAhead(GlobalMask):
 class _Shifted(Mask):
     """Any mask of whole sequences, of as many queries as keys, asked about queries at `q_idx + offset`."""
 
+    _joins = False
     _data_fields = ("mask", "offset")
     mask: Mask
     offset: int | Array
