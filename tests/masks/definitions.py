@@ -25,7 +25,7 @@ def check(mask: m.Mask, dense: np.ndarray, block_size: int) -> m.BlockMask:
     np.testing.assert_array_equal(np.diff(bound.row_offsets[0, 0]), blocks.sum(1), err_msg=repr(mask))
     # Bounds of blocks are safe, for coarser blocks too.
     for factor in (1, 2):
-        grid = Grid(*dense.shape, block_size * factor, block_size * factor)
+        grid = Grid(dense.shape[0], dense.shape[1], block_size * factor, block_size * factor)
         i, j = np.arange(grid.nq)[:, None], np.arange(grid.nk)[None]
         codes = np.broadcast_to(mask._classify(grid, i, j), (grid.nq, grid.nk))
         for (row, column), code in np.ndenumerate(codes):

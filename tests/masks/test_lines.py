@@ -142,7 +142,7 @@ def test_equality_and_text():
 
 
 BAD = [
-    (lambda: m.VerticalSlashMask([0.5], [0]), TypeError, "vertical must hold integers"),
+    (lambda: m.VerticalSlashMask([0.5], [0]), TypeError, "vertical must hold integers"),  # pyright: ignore
     (lambda: m.VerticalSlashMask([0], 3), ValueError, r"slash must have a shape of \[n\]"),
     (lambda: m.TreeMask([0.0]), TypeError, "parents must hold integers"),
     (lambda: m.TreeMask([-1, 2, 0]), ValueError, r"parents\[1\] = 2 must come before its child; order the tokens"),

@@ -23,7 +23,7 @@ def test_rows(seed):
     begin = rng.integers(-20, kv_len + 20, q_len)
     end = begin + rng.integers(-5, 60, q_len)
     if seed % 2:
-        begin.sort(), end.sort()
+        begin, end = np.sort(begin), np.sort(end)
     dense = definitions.pairs(q_len, kv_len, lambda q, k: begin[q] <= k < end[q])
     check(m.RowRangeMask(begin, end), dense, 32)
     # Endpoints of cuDNN's Flex Attention: [0, F0), [F1, F2).
@@ -97,7 +97,7 @@ def test_sequences(seed):
         None if kv_lengths is q_lengths else kv_lengths,
         kv_starts=given,
         window=(left, right),
-        align=align,
+        align=align,  # pyright: ignore[reportArgumentType]
         prefix=prefix if prefix.any() else 0,
     )
     dense = definitions.block_diagonal(q_len, kv_len, q_lengths, kv_lengths, starts, left, right, align, prefix)
@@ -167,7 +167,7 @@ def test_equality_and_text():
 
 
 BAD = [
-    (lambda: m.RowRangeMask([0.5], 3), TypeError, r"RowRangeMask: begin must hold integers \[T\]"),
+    (lambda: m.RowRangeMask([0.5], 3), TypeError, r"RowRangeMask: begin must hold integers \[T\]"),  # pyright: ignore
     (lambda: m.RowRangeMask(0, 1.5), TypeError, "RowRangeMask: end must be an int, .* or integers, one per query"),
     (lambda: m.RowRangeMask(np.zeros((1, 1, 1, 4), int), 3), ValueError, r"given \(1, 1, 1, 4\)"),
     (lambda: m.RowRangeMask(0, [1, 2]).bind(3), ValueError, r"end has shape \(2,\); expected .* q_len=3; give one"),

@@ -71,7 +71,7 @@ class VerticalSlashMask(Mask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         column = self._columns(grid)[grid.clip_kv(k)]
-        if grid.xp is np and _are_runs(q, k):
+        if isinstance(q, np.ndarray) and isinstance(k, np.ndarray) and _are_runs(q, k):
             slash = _along_diagonals(self._distances(grid), q, k)
         else:
             slash = self._distances(grid)[grid.xp.clip(q - k, 0, grid.q_len - 1)]

@@ -49,13 +49,13 @@ def column_ranges(rng: np.random.Generator, q_len: int, kv_len: int) -> Draw:
 
 def slices(rng: np.random.Generator, q_len: int, kv_len: int) -> Draw:
     (q, k), n = _positions(q_len, kv_len), int(rng.integers(0, 4))
-    ranges = [np.sort(rng.integers(0, size + 1, (n, 2))).astype(np.int32) for size in (q_len, kv_len)]
+    q_ranges, kv_ranges = (np.sort(rng.integers(0, size + 1, (n, 2))).astype(np.int32) for size in (q_len, kv_len))
     kinds = rng.integers(0, 4, n).astype(np.int32)
     dense = np.zeros((q_len, kv_len), bool)
-    for (a, b), (c, d), kind in zip(*ranges, kinds, strict=True):
+    for (a, b), (c, d), kind in zip(q_ranges, kv_ranges, kinds, strict=True):
         causal, inverse = k - d <= q - b, k - c >= q - a
         dense |= (a <= q) & (q < b) & (c <= k) & (k < d) & (True, causal, inverse, causal & inverse)[kind]
-    return m.SliceMask(*ranges, kinds), dense
+    return m.SliceMask(q_ranges, kv_ranges, kinds), dense
 
 
 def sequences(rng: np.random.Generator, q_len: int, kv_len: int) -> Draw:
