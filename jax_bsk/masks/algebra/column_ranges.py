@@ -23,7 +23,8 @@ class ColumnRangeMask(Mask):
 
     Query q attends to key k unless `lower_start[k] <= q < lower_end[k]` or `upper_start[k] <= q < upper_end[k]`. These
     are FlashMask's LTS, LTE, UTS and UTE. The mask is not causal by itself: write `CausalMask() &
-    ColumnRangeMask(lower_start)`, where a causal FlashMask has one or two arrays.
+    ColumnRangeMask(lower_start)`, where a causal FlashMask has one or two arrays. Its arrays are per key/value head;
+    here they are per query head, so repeat them for the heads that share one.
 
     Args:
       lower_start: integers [S], [B|1, S] or [B|1, H|1, S] with H query heads, host or traced.
