@@ -17,6 +17,7 @@ from jax_bsk.core.arrays import Array, is_traced
 from jax_bsk.masks.algebra import _intervals
 from jax_bsk.masks.algebra._intervals import Intervals
 from jax_bsk.masks.algebra.data_masks import ArrayMask, SegmentMask
+from jax_bsk.masks.algebra.function_mask import FunctionMask
 from jax_bsk.masks.algebra.mask import AndMask, Mask, MultiHeadMask, NotMask, OrMask
 from jax_bsk.masks.algebra.patterns import FullMask, GlobalMask
 from jax_bsk.masks.grid import OWN, Grid
@@ -63,6 +64,8 @@ def _by_part(mask: Mask, of_part: Callable[[Mask], Mask]) -> Mask:
     """`of_part` of the parts that operators combine, combined again."""
     if isinstance(mask, FullMask):
         return mask
+    if isinstance(mask, FunctionMask) and mask.within is not None:
+        mask = AndMask(*mask.parts())
     if isinstance(mask, AndMask | OrMask | NotMask | MultiHeadMask):
         return mask._map_fields(lambda child: _by_part(child, of_part), lambda _, array: array)
     return of_part(mask)
