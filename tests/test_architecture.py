@@ -54,7 +54,7 @@ LAYERS = {
         ["orders.permutation"],
         ["run_lists", "algebra.mask", "builders.indices", "orders.entry_order", "views._reading", "views._plot"],
         ["block_lists"],
-        ["orders.column_lists", "algebra._node", "algebra._intervals", "_tiles"],
+        ["orders.column_lists", "algebra._node", "algebra._places", "_tiles"],
         ["grid", "_runs", "_text", "_export", "_curves"],
     ],
     "context": [

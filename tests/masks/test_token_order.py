@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec as P
 import jax_bsk.masks as m
 from jax_bsk import sparse_attention
 from jax_bsk.masks import TokenOrder
-from jax_bsk.masks.algebra._intervals import intervals
+from jax_bsk.masks.algebra._places import place_intervals
 from jax_bsk.masks.grid import OWN
 from tests.util import assert_close, collectives, loss_of
 
@@ -42,10 +42,10 @@ class Near(m.Mask):
         first, at = self._first(grid.clip_q(q)), np.unravel_index(grid.clip_kv(k), self.grid)
         return np.logical_and.reduce([(low <= x) & (x < low + n) for low, x, n in zip(first, at, self.window)])  # noqa: B905
 
-    def _as_intervals(self, grid):
+    def _as_places(self, grid):
         first = self._first(np.arange(grid.q_len))
         last = [low + size - 1 for low, size in zip(first, self.window, strict=True)]
-        return intervals(grid, first, last, list(np.unravel_index(np.arange(grid.kv_len), self.grid)))
+        return place_intervals(grid, first, last, list(np.unravel_index(np.arange(grid.kv_len), self.grid)))
 
 
 def orders_of(grid: tuple[int, ...]) -> list[TokenOrder]:

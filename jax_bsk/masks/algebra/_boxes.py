@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_bsk.core.arrays import Array
-from jax_bsk.masks.algebra._intervals import Intervals, intervals
 from jax_bsk.masks.algebra._offsets import static_int
+from jax_bsk.masks.algebra._places import PlaceIntervals, place_intervals
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.grid import OWN, Grid, alike, in_blocks
 
@@ -61,7 +61,7 @@ class _Bounds(NamedTuple):
 
 
 class BoxMask(Mask):
-    """A mask of boxes. Subclasses give `shape`, `tile`, `start` and `_intervals`; all of their fields are static."""
+    """A mask of boxes. Subclasses give `shape`, `tile`, `start` and `_axis_intervals`; their fields are all static."""
 
     _coarse_bounds = True
 
@@ -69,7 +69,7 @@ class BoxMask(Mask):
     tile: tuple[int, ...] | None
     start: int | None
 
-    def _intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    def _axis_intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
         """For each axis: first and last coordinate [length] that a query at each coordinate attends to, and the step.
 
         Coordinates may be those of tiles; then `_unit` says how many tokens a tile has along each axis.
@@ -141,7 +141,7 @@ class BoxMask(Mask):
             key, count = key * size + np.where(inside, 0, number), count * size
         return (*keys, key)
 
-    def _as_intervals(self, grid: Grid) -> Intervals:
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
         low, high, place = [], [], []
         for axis in _axes(self, grid.q_len, grid.kv_len):
             ends = (axis.low, axis.high, axis.place)
@@ -151,7 +151,7 @@ class BoxMask(Mask):
             if axis.step > 1:
                 for rows, x in zip((low, high, place), (rest, rest, of_keys), strict=True):
                     rows.append(x)
-        return intervals(grid, low, high, place)
+        return place_intervals(grid, low, high, place)
 
     def _repr_arguments(self) -> list[str]:
         fields = self._named().items()
@@ -175,7 +175,7 @@ def _axes(mask: BoxMask, q_len: int, kv_len: int) -> list[Axis]:
 
     units = mask._unit()
     for places, unit, (low, high, step) in zip(
-        coordinates(mask.shape, mask.tile), units, mask._intervals(), strict=True
+        coordinates(mask.shape, mask.tile), units, mask._axis_intervals(), strict=True
     ):
         at = places // unit
         axes.append(Axis(spread(low[at], q_len, far), spread(high[at], q_len, -1), spread(at, kv_len, -1), step))

@@ -27,14 +27,14 @@ class RangesMask(Mask):
 
     _coarse_bounds = True
 
-    def _intervals(self, grid: Grid, q: Array) -> Sequence[Interval]:
+    def _key_ranges(self, grid: Grid, q: Array) -> Sequence[Interval]:
         """Intervals of the queries `q` (indices of any shape, inside the length), int32 of the same shape."""
         raise NotImplementedError
 
     def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         xp, (k_low, k_high) = grid.xp, grid.kv_bounds(j)
         code = xp.zeros((1, 1), np.int8) + np.int8(EMPTY)
-        for first, last in self._intervals(grid, xp.arange(grid.q_len, dtype=np.int32)):
+        for first, last in self._key_ranges(grid, xp.arange(grid.q_len, dtype=np.int32)):
             some = first < last
             bounds = (xp.where(some, first, MAX_LENGTH), first, last, xp.where(some, last, -1))
             (least, _), (_, latest), (earliest, _), (_, greatest) = (
@@ -47,11 +47,11 @@ class RangesMask(Mask):
         return code
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
-        found = [(k >= first) & (k < last) for first, last in self._intervals(grid, grid.clip_q(q))]
+        found = [(k >= first) & (k < last) for first, last in self._key_ranges(grid, grid.clip_q(q))]
         return functools.reduce(lambda a, b: a | b, found, grid.xp.zeros((1, 1), bool))
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
-        ends = [x for interval in self._intervals(grid, np.arange(grid.q_len, dtype=np.int32)) for x in interval]
+        ends = [x for interval in self._key_ranges(grid, np.arange(grid.q_len, dtype=np.int32)) for x in interval]
         ends = np.concatenate([in_blocks(x, grid.nq, grid.block_q) for x in ends], 1)
         return (pieces(ends, i, j, grid.block_kv),)
 

@@ -108,7 +108,7 @@ class BlockDiagonalMask(RangesMask):
                 remedy = "; give kv_starts where the keys lie elsewhere" if name == "kv_lengths" else ""
                 raise ValueError(f"BlockDiagonalMask: {name} are {most} tokens, got {what}={length}{remedy}")
 
-    def _intervals(self, grid: Grid, q: Array) -> Sequence[Interval]:
+    def _key_ranges(self, grid: Grid, q: Array) -> Sequence[Interval]:
         xp = grid.xp
 
         def numbers(value: Any) -> Any:

@@ -51,7 +51,7 @@ class BlockDiffusionMask(RangesMask):
                     f"got {given}; give length={given // 2}"
                 )
 
-    def _intervals(self, grid: Grid, q: Array) -> Sequence[Interval]:
+    def _key_ranges(self, grid: Grid, q: Array) -> Sequence[Interval]:
         length, block = self.length, min(self.block, self.length)
         noised = q < length
         begin = q % length // block * block

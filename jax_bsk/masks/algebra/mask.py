@@ -18,8 +18,8 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
-from jax_bsk.masks.algebra._intervals import Intervals
 from jax_bsk.masks.algebra._node import Node
+from jax_bsk.masks.algebra._places import PlaceIntervals
 from jax_bsk.masks.block_lists import BlockLists
 from jax_bsk.masks.grid import OWN, SHIFT, Grid, code_and, code_not, code_or, row_chunks
 
@@ -72,7 +72,7 @@ class Mask(Node):
             return (i.astype(np.int64) * grid.block_q - j.astype(np.int64) * grid.block_kv,)
         return None
 
-    def _as_intervals(self, grid: Grid) -> Intervals | None:
+    def _as_places(self, grid: Grid) -> PlaceIntervals | None:
         """The mask as intervals of places, exactly and on one axis at least; None where it is not one of those."""
         del grid
         return None

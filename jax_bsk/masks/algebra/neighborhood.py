@@ -86,7 +86,7 @@ class NeighborhoodMask(BoxMask):
             start=checked_start(start, who),
         )
 
-    def _intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    def _axis_intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
         of_axes = zip(self.shape, self.kernel, self.dilation, self.stride, self.causal, strict=True)
         return [intervals(*axis) for axis in of_axes]
 

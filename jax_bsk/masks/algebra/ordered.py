@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.core.arrays import Array, is_traced
-from jax_bsk.masks.algebra import _intervals
-from jax_bsk.masks.algebra._intervals import Intervals
+from jax_bsk.masks.algebra import _places
+from jax_bsk.masks.algebra._places import PlaceIntervals
 from jax_bsk.masks.algebra.data_masks import ArrayMask, SegmentMask
 from jax_bsk.masks.algebra.function_mask import FunctionMask
 from jax_bsk.masks.algebra.mask import AndMask, Mask, MultiHeadMask, NotMask, OrMask
@@ -112,9 +112,9 @@ class TakenMask(Mask):
         q_len, kv_len = (n if x is None else x for n, x in zip((grid.q_len, grid.kv_len), self.lengths, strict=True))
         return dataclasses.replace(grid, q_len=q_len, kv_len=kv_len)
 
-    def _places(self, grid: Grid) -> Intervals | None:
+    def _places(self, grid: Grid) -> PlaceIntervals | None:
         """The intervals of the tokens taken; None where the mask is not one of intervals."""
-        found = self.mask._as_intervals(self._inner(grid))
+        found = self.mask._as_places(self._inner(grid))
         if found is None:
             return None
         queries, keys = (None if x is None else grid.xp.asarray(x) for x in (self.queries, self.keys))
@@ -122,7 +122,7 @@ class TakenMask(Mask):
 
     def _classify(self, grid: Grid, i: Array, j: Array) -> Array:
         found = self._places(grid)
-        return grid.xp.full((1, 1), OWN, np.int8) if found is None else _intervals.classify(found, grid, i, j)
+        return grid.xp.full((1, 1), OWN, np.int8) if found is None else _places.classify(found, grid, i, j)
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q = q if self.queries is None else grid.xp.asarray(self.queries)[grid.clip_q(q)]
@@ -131,7 +131,7 @@ class TakenMask(Mask):
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         found = self._places(grid)
-        return None if found is None else _intervals.tile_key(found, grid, i, j)
+        return None if found is None else _places.tile_key(found, grid, i, j)
 
     def _partial_bound(self, grid: Grid) -> int:
         return grid.nq * grid.nk  # the mask's own bound is for tokens in their own order

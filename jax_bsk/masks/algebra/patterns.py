@@ -14,8 +14,7 @@ import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
-from jax_bsk.masks.algebra import _intervals
-from jax_bsk.masks.algebra._intervals import LEAST, Intervals, intervals
+from jax_bsk.masks.algebra import _places
 from jax_bsk.masks.algebra._offsets import (
     check_offset_length,
     checked_offset,
@@ -29,6 +28,7 @@ from jax_bsk.masks.algebra._offsets import (
     static_int,
     window_blocks,
 )
+from jax_bsk.masks.algebra._places import LEAST, PlaceIntervals, place_intervals
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.grid import FULL, MAX_LENGTH, OWN, SHIFT, Grid, alike, code_or, in_blocks
 
@@ -130,9 +130,9 @@ class CausalMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return positions(grid, self.offset, q) >= k
 
-    def _as_intervals(self, grid: Grid) -> Intervals:
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = self._both_positions(grid)
-        return intervals(grid, [LEAST], [queries], [keys])
+        return place_intervals(grid, [LEAST], [queries], [keys])
 
     def _partial_bound(self, grid: Grid) -> int:
         return crossed_blocks(grid, self.offset)
@@ -186,10 +186,10 @@ class LocalMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return _in_window(self.window, positions(grid, self.offset, q), k)
 
-    def _as_intervals(self, grid: Grid) -> Intervals:
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = self._both_positions(grid)
-        low, high = _intervals.window(grid, queries, self.window)
-        return intervals(grid, [low], [high], [keys])
+        low, high = _places.window(grid, queries, self.window)
+        return place_intervals(grid, [low], [high], [keys])
 
     def _partial_bound(self, grid: Grid) -> int:
         sides = sum(side is not None for side in self.window)
@@ -275,9 +275,9 @@ class ChunkedMask(_OffsetMask):
         chunk = _clamp(self.chunk)
         return positions(grid, self.offset, q) // chunk == k // chunk
 
-    def _as_intervals(self, grid: Grid) -> Intervals:
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = (x // _clamp(self.chunk) for x in self._both_positions(grid))
-        return intervals(grid, [queries], [queries], [keys])
+        return place_intervals(grid, [queries], [queries], [keys])
 
     def _partial_bound(self, grid: Grid) -> int:
         # Chunks are segments whose ids never decrease: see `SegmentMask._partial_bound`.
@@ -344,9 +344,9 @@ class PrefixLMMask(_OffsetMask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
 
-    def _as_intervals(self, grid: Grid) -> Intervals:
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = self._both_positions(grid)
-        return intervals(grid, [LEAST], [grid.xp.maximum(queries, int32(self.prefix, grid.xp) - 1)], [keys])
+        return place_intervals(grid, [LEAST], [grid.xp.maximum(queries, int32(self.prefix, grid.xp) - 1)], [keys])
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         if np.ndim(self.offset):
@@ -503,11 +503,11 @@ class DilatedMask(Mask):
         hit = (q - k) % _clamp(self.dilation) == 0
         return hit if self.window == (None, None) else hit & _in_window(self.window, q, k)
 
-    def _as_intervals(self, grid: Grid) -> Intervals:
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = (grid.xp.arange(length, dtype=np.int32) for length in (grid.q_len, grid.kv_len))
-        low, high = _intervals.window(grid, queries, self.window)
+        low, high = _places.window(grid, queries, self.window)
         rest, of_keys = (x % _clamp(self.dilation) for x in (queries, keys))
-        return intervals(grid, [low, rest], [high, rest], [keys, of_keys])
+        return place_intervals(grid, [low, rest], [high, rest], [keys, of_keys])
 
     def _repr_arguments(self) -> list[str]:
         return [repr(self.dilation)] + ([] if self.window == (None, None) else [f"window={self.window!r}"])

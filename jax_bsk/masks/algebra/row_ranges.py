@@ -52,7 +52,7 @@ class RowRangeMask(RangesMask):
         for name in self._data_fields:
             checked_length(getattr(self, name), "RowRangeMask", name, q_len, "q_len")
 
-    def _intervals(self, grid: Grid, q: Any) -> Sequence[Interval]:
+    def _key_ranges(self, grid: Grid, q: Any) -> Sequence[Interval]:
         def at(end: Any) -> Any:
             ends = int32(end[q], grid.xp) if np.ndim(end) else grid.xp.zeros(q.shape, np.int32) + int32(end, grid.xp)
             return grid.xp.clip(ends, 0, grid.kv_len)

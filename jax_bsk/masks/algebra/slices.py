@@ -86,7 +86,7 @@ class SliceMask(RangesMask):
                     "it, which moves the diagonal of a causal slice"
                 )
 
-    def _intervals(self, grid: Grid, q: Array) -> Sequence[Interval]:
+    def _key_ranges(self, grid: Grid, q: Array) -> Sequence[Interval]:
         if grid.xp is not np:
             return _of_slices(grid.xp, q, *(int32(x, grid.xp) for x in (self.q_ranges, self.kv_ranges, self.kinds)))
         texts = (np.asarray(x, np.int64).tobytes() for x in (self.q_ranges, self.kv_ranges, self.kinds))

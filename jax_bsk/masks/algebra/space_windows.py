@@ -58,7 +58,7 @@ class SlidingTileMask(BoxMask):
         assert self.tile is not None
         return self.tile
 
-    def _intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    def _axis_intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
         of_axes = zip(self.shape, self.window, self._unit(), strict=True)
         return [intervals(size // tile, width // tile) for size, width, tile in of_axes]
 
@@ -120,7 +120,7 @@ class ShiftedWindowMask(BoxMask):
             start=checked_start(start, who),
         )
 
-    def _intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
+    def _axis_intervals(self) -> list[tuple[np.ndarray, np.ndarray, int]]:
         found = []
         for size, window, shift in zip(self.shape, self.window, self.shift, strict=True):
             first = (np.arange(size) - shift) // window * window + shift

@@ -18,7 +18,7 @@ from jax_bsk.masks.grid import OWN, Grid, alike, in_blocks, min_max
 LEAST, GREATEST = -(2**31), 2**31 - 1
 
 
-class Intervals(NamedTuple):
+class PlaceIntervals(NamedTuple):
     """Query q attends to key k where `low[n][q] <= place[n][k] <= high[n][q]` on every axis n.
 
     Attributes:
@@ -30,20 +30,20 @@ class Intervals(NamedTuple):
     high: tuple[Any, ...]
     place: tuple[Any, ...]
 
-    def taken(self, queries: Array | None, keys: Array | None) -> Intervals:
+    def taken(self, queries: Array | None, keys: Array | None) -> PlaceIntervals:
         """The intervals of the queries and keys of these numbers; None for all."""
         low, high, place = (
             rows if numbers is None else tuple(x[numbers] for x in rows)
             for rows, numbers in zip(self, (queries, queries, keys), strict=True)
         )
-        return Intervals(low, high, place)
+        return PlaceIntervals(low, high, place)
 
 
-def intervals(grid: Grid, low: list[Any], high: list[Any], place: list[Any]) -> Intervals:
+def place_intervals(grid: Grid, low: list[Any], high: list[Any], place: list[Any]) -> PlaceIntervals:
     """Of arrays or numbers, one per axis."""
     xp = grid.xp
     first, last = (tuple(xp.broadcast_to(xp.asarray(x, np.int32), (grid.q_len,)) for x in rows) for rows in (low, high))
-    return Intervals(first, last, tuple(xp.asarray(x, np.int32) for x in place))
+    return PlaceIntervals(first, last, tuple(xp.asarray(x, np.int32) for x in place))
 
 
 def window(grid: Grid, positions: Any, sides: tuple[int | None, int | None]) -> tuple[Any, Any]:
@@ -57,7 +57,7 @@ def window(grid: Grid, positions: Any, sides: tuple[int | None, int | None]) -> 
     return LEAST if low is None else low, GREATEST if high is None else high
 
 
-def classify(x: Intervals, grid: Grid, i: Array, j: Array) -> Any:
+def classify(x: PlaceIntervals, grid: Grid, i: Array, j: Array) -> Any:
     """Class codes of the blocks (i, j), from the boxes of their queries and keys."""
     xp = grid.xp
     empty, full = xp.zeros((1, 1), bool), xp.ones((1, 1), bool)
@@ -70,7 +70,7 @@ def classify(x: Intervals, grid: Grid, i: Array, j: Array) -> Any:
     return grid.code(empty, full, OWN)
 
 
-def tile_key(x: Intervals, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
+def tile_key(x: PlaceIntervals, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
     """Keys of bit tiles (`Mask._tile_key`): what a block is apart from where it lies, and distances of two blocks."""
     sides = [_relative(side, grid.nq, grid.block_q) for side in (x.low, x.high)]
     first, inside = _relative(x.place, grid.nk, grid.block_kv)
