@@ -7,6 +7,7 @@ from jax_bsk.masks.algebra.mask import AndMask as _AndMask
 from jax_bsk.masks.algebra.mask import Mask, MultiHeadMask
 from jax_bsk.masks.algebra.mask import NotMask as _NotMask
 from jax_bsk.masks.algebra.mask import OrMask as _OrMask
+from jax_bsk.masks.algebra.packed import PackedMask
 from jax_bsk.masks.algebra.patterns import (
     BigBirdMask,
     CausalMask,
@@ -35,6 +36,7 @@ __all__ = [
     "LocalMask",
     "Mask",
     "MultiHeadMask",
+    "PackedMask",
     "PrefixLMMask",
     "SegmentMask",
     "as_block_mask",
