@@ -21,12 +21,13 @@ ROOMS = {
     "decode": {"core"},
     "selection": {"core", "lists", "masks", "decode"},
     "matmul": {"core"},
+    "packing": {"core"},
     "compositions": {"core", "masks", "attention", "selection"},
     "flops": {"core", "masks", "attention", "matmul"},
     "flax": OPERATIONS,
-    "qa": {*OPERATIONS, "flops", "flax", ""},
+    "qa": {*OPERATIONS, "flops", "packing", "flax", ""},
     "cli": {*OPERATIONS, "qa", ""},
-    "": {*OPERATIONS, "flops"},  # jax_bsk/__init__.py
+    "": {*OPERATIONS, "flops", "packing"},  # jax_bsk/__init__.py
     "__main__": {"core", "cli"},
 }
 
@@ -60,6 +61,7 @@ LAYERS = {
         ["visits"],
     ],
     "attention": [
+        ["packed"],
         ["api"],
         ["derivatives"],
         ["native", "xla"],

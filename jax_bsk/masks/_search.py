@@ -10,26 +10,26 @@ import numpy as np
 
 from jax_bsk.core.arrays import of_rank
 
-# Elements that are summed against each other at a time by `sums_before`.
+# Elements that are compared with each other at a time.
 _CHUNK = 128
 
 
 def last_at_most(starts: Any, values: Any, xp: ModuleType) -> Any:
     """int32 of the shape of `values`: the last index of `starts` [n], ascending, whose number is at most the value.
 
-    -1 where there is none. Traced, it is a bisection whose steps are written out: a chain of gathers that XLA fuses
-    with what uses it, where `jnp.searchsorted` is a loop or a sort.
+    -1 where there is none. Traced, each value is compared with every start, or of many starts with every 128th and then
+    with 128 of them: a fused reduction or two, where `jnp.searchsorted` is a loop or a sort, and a bisection that is
+    written out is as many kernels as it has steps.
     """
     if xp is np:
         return (np.searchsorted(starts, values, side="right") - 1).astype(np.int32)
     size = starts.shape[0]
-    levels = size.bit_length()
-    padded = jnp.pad(starts, (0, 2**levels - size), constant_values=np.iinfo(np.int32).max)
-    found = jnp.zeros_like(values)
-    for level in reversed(range(levels)):
-        more = found + np.int32(2**level)
-        found = jnp.where(padded.at[more - 1].get(mode="promise_in_bounds") <= values, more, found)
-    return found - 1
+    if size <= 2 * _CHUNK:
+        return (of_rank(starts, values.ndim + 1) <= values[..., None]).sum(-1, dtype=np.int32) - 1
+    padded = jnp.pad(starts, (0, -size % _CHUNK), constant_values=np.iinfo(starts.dtype).max).reshape(-1, _CHUNK)
+    chunk = jnp.maximum(last_at_most(padded[:, 0], values, xp), 0)
+    near = padded.at[chunk].get(mode="promise_in_bounds")
+    return chunk * np.int32(_CHUNK) + (near <= values[..., None]).sum(-1, dtype=np.int32) - 1
 
 
 def sums_before(counts: Any) -> Any:
@@ -50,7 +50,7 @@ def sums_before(counts: Any) -> Any:
 
 
 def greatest_before(values: Any) -> Any:
-    """int32 [..., n]: the greatest of the elements before each, of int32 [..., n] that are not negative; 0 before all."""
+    """int32 [..., n]: the greatest element before each, of int32 [..., n] that are not negative; 0 for the first."""
     return (values[..., None, :] * _before(values.shape[-1], values.ndim)).max(-1)
 
 

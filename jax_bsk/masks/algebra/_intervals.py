@@ -1,8 +1,8 @@
 """Masks in which each query attends to one interval of keys, and what whole blocks can be told from the intervals.
 
 Causal masks, windows, chunks, prefixes, documents, and what `&` makes of them are such masks. Both ends of the
-intervals never decrease from one query to the next, so the visited blocks of a row follow from its queries by themselves:
-no block is asked about.
+intervals never decrease from one query to the next, so the visited blocks of a row follow from its queries by
+themselves: no block is asked about.
 """
 
 from __future__ import annotations

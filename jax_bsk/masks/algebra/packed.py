@@ -173,8 +173,8 @@ class PackedMask(Mask):
             given.append(("cu_seqlens_kv", self.cu_seqlens_kv, kv_len, self.max_seqlen_kv))
         elif q_len != kv_len:
             raise ValueError(
-                f"PackedMask: cu_seqlens_kv must be given where q_len={q_len} and kv_len={kv_len} differ, got None; say "
-                "where each sequence's keys begin"
+                f"PackedMask: cu_seqlens_kv must be given where q_len={q_len} and kv_len={kv_len} differ, got None; "
+                "say where each sequence's keys begin"
             )
         for name, array, length, longest in given:
             _check_values(name, known(array), length, longest)
@@ -203,7 +203,7 @@ class PackedMask(Mask):
         return (q - tokens.q_end) + (tokens.kv_end - tokens.kv_start)
 
     def _intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
-        if example is not None or 0 in (grid.q_len, grid.kv_len):
+        if example is not None:
             return None
         xp = grid.xp
         tokens = self._tokens(grid, positions, keys=False)
@@ -298,9 +298,9 @@ class PackedMask(Mask):
             return visited
         left, right = int(shape.left_moves), int(shape.right_moves)
         if self.cu_seqlens_kv is None and shape.own and grid.block_q == grid.block_kv:
-            # Of a row, its own block. To the left of it the block where its first sequence (or chunk) begins, or the two
-            # that the left ends of a window meet; and blocks inside a sequence that ends in the row, each of which is
-            # beside one such row. The same to the right, if a query sees there.
+            # Of a row, its own block. To the left of it the block where its first sequence (or chunk) begins, or the
+            # two that the left ends of a window meet; and blocks inside a sequence that ends in the row, each of which
+            # is beside one such row. The same to the right, if a query sees there.
             return min(visited, grid.nq * (3 + left) + (0 if shape.causal else grid.nq * (2 + right)))
         # Sequences (or chunks) are segments: see `SegmentMask`. An end that moves makes a staircase of blocks.
         return min(visited, (2 + left + right) * (grid.nq + grid.nk))

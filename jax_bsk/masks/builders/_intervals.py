@@ -11,7 +11,7 @@ Room is fixed beforehand, as in `_traced`, and what finds no room gives NaN.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -60,45 +60,44 @@ def build(intervals: Intervals, grid: Grid, capacity: int, n_tiles: int) -> tupl
     before = sums_before(jnp.stack([entries, partial]))
     row_starts, tile_starts = before[0], before[1]
     total, total_tiles = row_starts[-1] + entries[-1], tile_starts[-1] + partial[-1]
-    run_starts = row_starts[:, None] + (sums_before(run_counts) if run_counts.shape[1] > 1 else 0)
-    runs_per_row = run_counts.shape[1]
+    run_first = bounds.first // np.int32(block_kv)
+    lead = jnp.maximum(full_first - run_first, 0)
+    table = jnp.stack([row_starts, tile_starts, partial, full, lead, run_first], 1)
 
     # ---- entries: in each row the partial blocks first, then the full ones ----
-    run_starts, run_blocks = run_starts.reshape(-1), run_blocks.reshape(-1)
-
-    def at(array: jax.Array, index: jax.Array) -> jax.Array:
-        return array.at[index].get(mode="promise_in_bounds")
-
-    def block_of(row: jax.Array, place: jax.Array) -> jax.Array:
+    def block_of(rows: _Rows, place: jax.Array) -> jax.Array:
         """The block of a row's entry number `place`."""
-        entry = at(row_starts, row) + place
         # A row with full blocks is one run: partial blocks, full ones, and partial ones again.
-        whole, lead = at(full, row), jnp.maximum(at(full_first, row) - at(run_first, row), 0)
-        some = at(partial, row)
-        rank = jnp.where(place < lead, place, jnp.where(place < some, place + whole, place - some + lead))
-        of_full_row = at(run_first, row) + rank
-        if runs_per_row == 1:
-            return jnp.where(whole > 0, of_full_row, at(run_first, row) + place)
-        run = jnp.clip(last_at_most(run_starts, entry, jnp), 0, run_starts.shape[0] - 1)
-        return jnp.where(whole > 0, of_full_row, at(run_blocks, run) + entry - at(run_starts, run))
+        later = jnp.where(place < rows.partial, place + rows.full, place - rows.partial + rows.lead)
+        rank = jnp.where((place < rows.lead) | (rows.full == 0), place, later)
+        if intervals.own:
+            return rows.run_first + rank
+        starts = (row_starts[:, None] + sums_before(run_counts)).reshape(-1)
+        runs = jnp.stack([starts, run_blocks.reshape(-1)], 1)
+        entry = rows.row_start + place
+        run = _at(runs, jnp.clip(last_at_most(starts, entry, jnp), 0, runs.shape[0] - 1))
+        return jnp.where(rows.full > 0, rows.run_first + rank, run[:, 1] + entry - run[:, 0])
 
-    run_first = bounds.first // np.int32(block_kv)
+    def rows_of(starts: jax.Array, index: jax.Array) -> _Rows:
+        """What the table has of the last row that starts at or before `index`."""
+        found = _at(table, jnp.clip(last_at_most(starts, index, jnp), 0, nq - 1))
+        return _Rows(*(found[:, n] for n in range(table.shape[1])))
+
     entry = jnp.arange(capacity, dtype=np.int32)
-    row = jnp.clip(last_at_most(row_starts, entry, jnp), 0, nq - 1)
-    place = entry - at(row_starts, row)
-    listed = entry < total
-    kv_blocks = jnp.where(listed, block_of(row, place), -1)
-    tiles = jnp.where(listed & (place < at(partial, row)), at(tile_starts, row) + place, -1)
+    rows = rows_of(row_starts, entry)
+    place, listed = entry - rows.row_start, entry < total
+    kv_blocks = jnp.where(listed, block_of(rows, place), -1)
+    tiles = jnp.where(listed & (place < rows.partial), rows.tile_start + place, -1)
 
     # ---- bits of the tiles ----
     tile = jnp.arange(n_tiles, dtype=np.int32)
     row = jnp.clip(last_at_most(tile_starts, tile, jnp), 0, nq - 1)
-    block = block_of(row, tile - at(tile_starts, row))
-    used = (tile < total_tiles)[:, None, None]
+    rows = rows_of(tile_starts, tile)
     words = np.arange(block_kv // 32, dtype=np.int32) * np.int32(32)
+    block = block_of(rows, tile - rows.tile_start)
     start = (block * np.int32(block_kv))[:, None, None] + of_rank(jnp.asarray(words), 3)
-    bit_tiles = _ones(at(end, row)[:, :, None] - start) & ~_ones(at(first, row)[:, :, None] - start)
-    bit_tiles = jnp.where(used, bit_tiles, np.uint32(0))
+    bit_tiles = _ones(_at(end, row)[:, :, None] - start) & ~_ones(_at(first, row)[:, :, None] - start)
+    bit_tiles = jnp.where((tile < total_tiles)[:, None, None], bit_tiles, np.uint32(0))
 
     row_offsets = jnp.append(row_starts, total)
     if intervals.valid is not None:
@@ -107,6 +106,22 @@ def build(intervals: Intervals, grid: Grid, capacity: int, n_tiles: int) -> tupl
         past[0] = 0
         row_offsets = jnp.where(intervals.valid, row_offsets, past)
     return row_offsets, kv_blocks, tiles, bit_tiles
+
+
+class _Rows(NamedTuple):
+    """Of rows of blocks: their first entry and tile, numbers of partial and of full blocks, of partial blocks before
+    the full ones, and the first block; int32 of one shape."""
+
+    row_start: jax.Array
+    tile_start: jax.Array
+    partial: jax.Array
+    full: jax.Array
+    lead: jax.Array
+    run_first: jax.Array
+
+
+def _at(array: jax.Array, index: jax.Array) -> jax.Array:
+    return array.at[index].get(mode="promise_in_bounds")
 
 
 def _blocks_up_to(tokens: jax.Array, block: int) -> jax.Array:
