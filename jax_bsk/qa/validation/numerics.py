@@ -1,8 +1,8 @@
 """Stage validate: every corner case and seeded random ones against float64, by the tolerance rules.
 
-Of attention, of block-sparse products, of decoding and of packed sequences; tasks of the others than attention have
-`worker.PRODUCT`, `worker.DECODE` and `worker.PACKED` before their names. Cases run in worker processes beside each other. One that kills its worker or hangs
-fails, with the command that repeats it, and a new worker goes on.
+Of attention, of block-sparse products, of decoding and of packed sequences; tasks of the last three have
+`worker.PRODUCT`, `worker.DECODE` and `worker.PACKED` before their names. Cases run in worker processes beside each
+other. One that kills its worker or hangs fails, with the command that repeats it, and a new worker goes on.
 """
 
 from __future__ import annotations
