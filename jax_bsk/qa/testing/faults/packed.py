@@ -55,8 +55,10 @@ def _program(implementation: Any, longest: int | None = None) -> Any:
     return run
 
 
-def _run(implementation: str, dtype: str, numbers: Any, longest: int | None = None) -> dict[str, np.ndarray]:
-    operands = calls.Operands.random(dtype, TOKENS, KEYS)
+def _run(
+    implementation: str, dtype: str, numbers: Any, longest: int | None = None, times: int = 1
+) -> dict[str, np.ndarray]:
+    operands = calls.Operands.random(dtype, times * TOKENS, times * KEYS)
     arrays = [x[0] for x in (operands.query, operands.key, operands.value, operands.dout)]
     results = _program(implementation, longest)(*arrays, *(np.array(x, np.int32) for x in numbers))
     return {name: np.asarray(x) for name, x in results.items()}
@@ -79,9 +81,9 @@ def senseless(implementation: str) -> None:
 
 @scenario("packed-longer-than-promised", FAULT, "rows that find no room are NaN, the others right", may_crash=True)
 def longer_than_promised(implementation: str) -> None:
-    numbers = [0, TOKENS, TOKENS, TOKENS], [0, KEYS, KEYS, KEYS]  # and no sequence has a key, was the promise
+    numbers = [0, *[2 * TOKENS] * 3], [0, *[2 * KEYS] * 3]  # and no sequence has a key, was the promise
     for dtype in calls.dtypes(implementation):
-        right, found = (_run(implementation, dtype, numbers, longest) for longest in (None, 0))
+        right, found = (_run(implementation, dtype, numbers, longest, times=2) for longest in (None, 0))
         poisoned = np.isnan(found["out"]).all((1, 2))
         assert poisoned.any(), "every row found room: the case shows nothing"
         for name in ("out", "lse", "dq"):
