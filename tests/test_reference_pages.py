@@ -334,7 +334,11 @@ RAISED: dict[str, Callable[[], Any]] = {
     "mask is a lazy mask of the positions within a sequence, got a BlockMask; bind PackedMask(...) and pass that to "
     "sparse_attention": lambda: packed_attention(X[0], X[0], X[0], [0, 64], mask=BOUND),
     "packed_attention takes no arguments of Flax's modules; give a layer the mask ...": lambda: packed_attention(
-        X[0], X[0], X[0], [0, 64], **{"deterministic": True}
+        X[0],
+        X[0],
+        X[0],
+        [0, 64],
+        deterministic=True,  # type: ignore
     ),
     # Which implementation.
     "implementation=... cannot take this call: ...": lambda: attend(bias=np.zeros((64, 64)), implementation="cpu"),
