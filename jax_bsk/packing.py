@@ -20,6 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jax_bsk.core.arrays import is_traced
+
 __all__ = ["Rows", "best_fit", "cu_seqlens", "first_fit", "pack", "positions", "segment_ids", "unpack"]
 
 
@@ -234,7 +236,7 @@ def pack(arrays: Sequence[Any], length: int | None = None, *, sequences: int | N
     return xp.pad(packed, [(0, more)] + [(0, 0)] * (packed.ndim - 1)), starts
 
 
-def unpack(packed: Any, cu_seqlens: ArrayLike, count: int | None = None) -> list[Any]:
+def unpack(packed: Any, cu_seqlens: ArrayLike | Sequence[int], count: int | None = None) -> list[Any]:
     """Takes the sequences out of a packed array.
 
     Args:
@@ -254,13 +256,13 @@ def unpack(packed: Any, cu_seqlens: ArrayLike, count: int | None = None) -> list
       >>> [x.tolist() for x in packing.unpack(np.arange(6), [0, 2, 5])]
       [[0, 1], [2, 3, 4]]
     """
-    if isinstance(cu_seqlens, jax.core.Tracer):
+    if is_traced(cu_seqlens):
         raise TypeError("cu_seqlens has known values, as they decide the shapes of the results, got a traced array")
     starts = np.asarray(cu_seqlens).tolist()
     return [packed[begin:end] for begin, end in itertools.pairwise(starts)][:count]
 
 
-def positions(cu_seqlens: ArrayLike, tokens: int) -> jax.Array:
+def positions(cu_seqlens: ArrayLike | Sequence[int], tokens: int) -> jax.Array:
     """The position of each token in its sequence, as rotary embeddings need it.
 
     Args:
@@ -278,7 +280,7 @@ def positions(cu_seqlens: ArrayLike, tokens: int) -> jax.Array:
     return _of_tokens(cu_seqlens, tokens)[1]
 
 
-def segment_ids(cu_seqlens: ArrayLike, tokens: int) -> jax.Array:
+def segment_ids(cu_seqlens: ArrayLike | Sequence[int], tokens: int) -> jax.Array:
     """The number of each token's sequence.
 
     Args:
@@ -297,9 +299,11 @@ def segment_ids(cu_seqlens: ArrayLike, tokens: int) -> jax.Array:
     return _of_tokens(cu_seqlens, tokens)[0]
 
 
-def _of_tokens(cu_seqlens: ArrayLike, tokens: int) -> tuple[jax.Array, jax.Array]:
+def _of_tokens(cu_seqlens: ArrayLike | Sequence[int], tokens: int) -> tuple[jax.Array, jax.Array]:
     """The number of each token's sequence, and its position in it."""
-    starts = jnp.asarray(cu_seqlens).astype(np.int32)
+    starts: jax.Array = jnp.asarray(
+        np.asarray(cu_seqlens) if isinstance(cu_seqlens, Sequence) else cu_seqlens, np.int32
+    )
     if starts.ndim > 1:
         flat = jax.vmap(lambda one: _of_tokens(one, tokens))(starts.reshape(-1, starts.shape[-1]))
         ids, places = (x.reshape(*starts.shape[:-1], tokens) for x in flat)

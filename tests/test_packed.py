@@ -114,8 +114,9 @@ def test_values_and_gradients(name, implementation):
     @jax.jit
     def run(operands, q_numbers, kv_numbers, dout, dlse):
         def attend(operands):
-            parts = [operands[name] for name in ("dq", "dk", "dv")]
-            return packed_attention(*parts, q_numbers, kv_numbers, sinks=operands.get("dsinks"), **options)
+            parts: Any = [operands[name] for name in ("dq", "dk", "dv")]
+            call: Any = packed_attention
+            return call(*parts, q_numbers, kv_numbers, sinks=operands.get("dsinks"), **options)
 
         (out, lse), pullback = jax.vjp(attend, operands)
         return {"out": out, "lse": lse, **pullback((dout, jnp.where(jnp.isneginf(lse), 0, dlse)))[0]}

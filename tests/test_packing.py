@@ -99,7 +99,7 @@ def test_positions_and_numbers_are_traced():
     [
         (lambda: packing.first_fit([3, 9], 8), ValueError, r"lengths is in \[0, 8\]"),
         (lambda: packing.best_fit([-1], 8), ValueError, r"lengths is in \[0, 8\]"),
-        (lambda: packing.best_fit([1.5], 8), TypeError, "sequence of integers"),
+        (lambda: packing.best_fit(np.array([1.5]), 8), TypeError, "sequence of integers"),
         (lambda: packing.cu_seqlens([1, 2], 1), ValueError, "make room for more"),
         (lambda: packing.pack([]), ValueError, "at least one array"),
         (lambda: packing.pack([np.zeros((2, 3)), np.zeros((2, 4))]), ValueError, "one type and one shape"),

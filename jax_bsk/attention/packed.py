@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -31,8 +32,8 @@ def packed_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_kv: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | Sequence[int],
+    cu_seqlens_kv: ArrayLike | Sequence[int] | None = None,
     *,
     mask: Mask | None = None,
     is_causal: bool = False,
@@ -54,8 +55,8 @@ def packed_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_kv: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | Sequence[int],
+    cu_seqlens_kv: ArrayLike | Sequence[int] | None = None,
     *,
     mask: Mask | None = None,
     is_causal: bool = False,
@@ -80,8 +81,8 @@ def packed_attention(
     query: ArrayLike,
     key: ArrayLike,
     value: ArrayLike,
-    cu_seqlens_q: ArrayLike,
-    cu_seqlens_kv: ArrayLike | None = None,
+    cu_seqlens_q: ArrayLike | Sequence[int],
+    cu_seqlens_kv: ArrayLike | Sequence[int] | None = None,
     *,
     mask: Mask | None = None,
     is_causal: bool = False,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -120,7 +120,7 @@ def test_room_is_always_enough(name, alike):
         longest = int(np.diff(q).max()), int(np.diff(kv).max())
         for block, promised in itertools.product((32, (32, 64)), (False, True)):
             sizes = dict(zip(("max_seqlen_q", "max_seqlen_kv"), longest, strict=True)) if promised else {}
-            alignment = rng.choice(["top_left", "bottom_right"])
+            alignment: Any = rng.choice(["top_left", "bottom_right"])
             one = m.PackedMask(q, None if alike else kv, WITHIN[name], alignment=alignment, **sizes)
             host = one.bind(q_len, kv_len, block_size=block)
             grid = Grid(q_len, kv_len, *host.block_size)
@@ -149,7 +149,8 @@ OTHERS = {
 @pytest.mark.parametrize("name", OTHERS)
 def test_masks_without_intervals(name):
     within, allowed = OTHERS[name]
-    for seed, alignment in enumerate(["top_left", "bottom_right"]):
+    kinds: list[Any] = ["top_left", "bottom_right"]
+    for seed, alignment in enumerate(kinds):
         rng = np.random.default_rng(seed)
         q_len, kv_len = (int(n) for n in rng.integers(100, 300, 2))
         q, kv = random_numbers(rng, 4, q_len), random_numbers(rng, 4, kv_len)
@@ -212,11 +213,11 @@ def test_a_sequence_that_is_longer_than_promised():
         (lambda: m.PackedMask([3]), ValueError, "at least one sequence"),
         (lambda: m.PackedMask([0, 3], [0, 1, 3]), ValueError, "the same number of sequences"),
         (lambda: m.PackedMask(np.zeros((2, 2), int), np.zeros((3, 2), int)), ValueError, "different batch sizes"),
-        (lambda: m.PackedMask([0, 3], alignment="middle"), ValueError, "'top_left' or 'bottom_right'"),
+        (lambda: m.PackedMask([0, 3], alignment=cast(Any, "middle")), ValueError, "'top_left' or 'bottom_right'"),
         (lambda: m.PackedMask([0, 3], within=m.SegmentMask([0, 1, 1])), ValueError, "mask of positions"),
         (lambda: m.PackedMask([0, 3], within=m.MultiHeadMask([m.CausalMask()])), ValueError, "for all heads"),
-        (lambda: m.PackedMask([0, 3], within=np.ones(3)), TypeError, "within must be a Mask"),
-        (lambda: m.PackedMask([0, 3], within=~m.PrefixLMMask([2])), ValueError, "numbers per sequence"),
+        (lambda: m.PackedMask([0, 3], within=cast(Any, np.ones(3))), TypeError, "within must be a Mask"),
+        (lambda: m.PackedMask([0, 3], within=~m.PrefixLMMask(np.array([2]))), ValueError, "numbers per sequence"),
         (lambda: m.PackedMask([0, 3], max_seqlen_q=-1), ValueError, "max_seqlen_q must be at least 0"),
         (lambda: m.PackedMask([0, 3]).bind(3, 4), ValueError, "cu_seqlens_kv must be given"),
     ],

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -102,8 +102,8 @@ class PackedMask(Mask):
 
     def __init__(
         self,
-        cu_seqlens_q: ArrayLike,
-        cu_seqlens_kv: ArrayLike | None = None,
+        cu_seqlens_q: ArrayLike | Sequence[Any],
+        cu_seqlens_kv: ArrayLike | Sequence[Any] | None = None,
         within: Mask | None = None,
         *,
         alignment: Alignment = "top_left",
@@ -239,18 +239,16 @@ class PackedMask(Mask):
         rows, which = (np.unique(i, return_inverse=True)) if xp is np else (i, None)
         q = xp.reshape(rows, (-1, 1)) * np.int32(grid.block_q) + xp.arange(grid.block_q, dtype=np.int32)[None]
         intervals = self._intervals(grid, q)
-        of_rows = self._tokens_bounds if intervals is None else self._interval_bounds
-        bounds = [
-            xp.reshape(x[which.ravel()] if which is not None else x, i.shape) for x in of_rows(grid, q, intervals)
-        ]
+        if intervals is None:
+            found = self._tokens_bounds(grid, q)
+        else:
+            found = row_bounds(grid, *inside(intervals, grid, q.shape), q < grid.q_len)
+        bounds = [xp.reshape(x if which is None else x[which.ravel()], i.shape) for x in found]
         if intervals is not None:
             return classify(grid, RowBounds(*bounds), j, OWN)
         return self._classify_positions(grid, bounds, j)
 
-    def _interval_bounds(self, grid: Grid, q: Array, intervals: Intervals) -> RowBounds:
-        return row_bounds(grid, *inside(intervals, grid, q.shape), q < grid.q_len)
-
-    def _tokens_bounds(self, grid: Grid, q: Array, _: None) -> tuple[Any, ...]:
+    def _tokens_bounds(self, grid: Grid, q: Array) -> tuple[Any, ...]:
         """Of blocks of queries [rows, block_q]: first and last sequence, and first and last position."""
         q = grid.xp.minimum(q, grid.q_len - 1)
         tokens = self._tokens(grid, q, keys=False)
@@ -404,7 +402,7 @@ def _inner(grid: Grid) -> Grid:
 # ---- checks of arguments --------------------------------------------------------------------------------------------
 
 
-def _numbers(given: ArrayLike, name: str) -> Array:
+def _numbers(given: ArrayLike | Sequence[Any], name: str) -> Array:
     array = as_array(given)
     if not np.issubdtype(array.dtype, np.integer):
         raise TypeError(f"PackedMask: {name} must hold integers, given {array.dtype}{array.shape}; cast it to int32")

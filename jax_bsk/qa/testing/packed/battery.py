@@ -45,9 +45,9 @@ def _judge(case: Case, implementation: Any, gradients: bool, multiprocessors: in
     inputs = make_inputs(case)
     scale = 1 / math.sqrt(case.head_size) if case.scale is None else case.scale
     options = {"scale": scale, "soft_cap": case.soft_cap}
-    operands = [x[None] for x in (inputs.query, inputs.key, inputs.value)]
+    query, key, value = (x[None] for x in (inputs.query, inputs.key, inputs.value))
     cotangents = {"dout": inputs.dout[None], "dlse": inputs.dlse.T[None]} if gradients else {}
-    oracle = attention_oracle(*operands, inputs.dense, sinks=inputs.sinks, **options, **cotangents)
+    oracle = attention_oracle(query, key, value, inputs.dense, sinks=inputs.sinks, **options, **cotangents)
     shared = jax.jit(_call(_dense(scale, case.soft_cap), gradients))
     reference = _run(shared, inputs, inputs.dense)
     program = _program(_static(case), implementation, gradients)
@@ -116,9 +116,9 @@ def _program(case: Case, implementation: Any, gradients: bool) -> Callable[..., 
 
 def _dense(scale: float, soft_cap: float | None) -> Callable[..., Any]:
     def attention(query, key, value, sinks, dense):
-        operands = [x[None] for x in (query, key, value)]
+        query, key, value = (x[None] for x in (query, key, value))
         extra = {"bias": None, "lengths": None, "sinks": sinks, "scale": scale, "soft_cap": soft_cap}
-        out, lse = tolerance.dense_attention(*operands, dense, **extra)
+        out, lse = tolerance.dense_attention(query, key, value, dense, **extra)
         return out[0], lse[0].T
 
     return attention
