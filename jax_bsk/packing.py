@@ -33,6 +33,12 @@ class Rows:
       rows: Numbers of the documents of each row, in the order in which they stand there.
       lengths: Tokens of each document.
       length: Tokens of a row.
+
+    Examples:
+      >>> from jax_bsk import packing
+      >>> rows = packing.best_fit([6, 5, 2], 8)
+      >>> rows.rows, rows.cu_seqlens().tolist()
+      (((0, 2), (1,)), [[0, 6, 8], [0, 5, 5]])
     """
 
     rows: tuple[tuple[int, ...], ...]

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jax_bsk import packed_attention, sparse_attention
+from jax_bsk import packed_attention, packing, sparse_attention
+from jax_bsk.flax.nnx import SparseSelfAttention
 from jax_bsk.masks import (
     CausalMask,
     ChunkedMask,
@@ -21,6 +23,7 @@ from jax_bsk.masks import (
     MultiHeadMask,
     PackedMask,
     PrefixLMMask,
+    SegmentMask,
 )
 from jax_bsk.qa.testing.oracle import attention_oracle
 from tests.util import collectives
@@ -194,6 +197,15 @@ def test_vmap_over_rows_of_documents():
     mapped = jax.jit(jax.vmap(lambda *x: packed_attention(*x, is_causal=True)))(query, key, value, numbers)
     together = sparse_attention(query, key, value, mask=PackedMask(numbers, within=CausalMask()))
     np.testing.assert_allclose(mapped, together, atol=1e-5)
+
+
+def test_flax_layers_take_the_mask():
+    layer = SparseSelfAttention(2, 32, decode=False, rngs=nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (2, 96, 32))
+    numbers = jnp.array([[0, 30, 80, 96], [0, 50, 96, 96]])
+    call = nnx.jit(lambda layer, x, numbers: layer(x, PackedMask(numbers)))
+    ids = packing.segment_ids(numbers, 96)
+    np.testing.assert_allclose(call(layer, x, numbers), layer(x, SegmentMask(np.asarray(ids))), atol=1e-5)
 
 
 def test_block_sizes_follow_the_promise():

@@ -44,7 +44,7 @@ def run_case(case: Case, implementation: Any, **options: Any) -> str:
 def _judge(case: Case, implementation: Any, gradients: bool, multiprocessors: int | None) -> Judgement:
     inputs = make_inputs(case)
     scale = 1 / math.sqrt(case.head_size) if case.scale is None else case.scale
-    options = {"scale": scale, "soft_cap": case.soft_cap}
+    options: dict[str, Any] = {"scale": scale, "soft_cap": case.soft_cap}
     query, key, value = (x[None] for x in (inputs.query, inputs.key, inputs.value))
     cotangents = {"dout": inputs.dout[None], "dlse": inputs.dlse.T[None]} if gradients else {}
     oracle = attention_oracle(query, key, value, inputs.dense, sinks=inputs.sinks, **options, **cotangents)
