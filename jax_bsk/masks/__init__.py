@@ -12,6 +12,7 @@ from jax_bsk.masks.algebra.mask import NotMask as _NotMask
 from jax_bsk.masks.algebra.mask import OrMask as _OrMask
 from jax_bsk.masks.algebra.neighborhood import NeighborhoodMask
 from jax_bsk.masks.algebra.ordered import TakenMask as _TakenMask
+from jax_bsk.masks.algebra.packed import PackedMask
 from jax_bsk.masks.algebra.patterns import (
     BigBirdMask,
     CausalMask,
@@ -50,6 +51,7 @@ __all__ = [
     "Mask",
     "MultiHeadMask",
     "NeighborhoodMask",
+    "PackedMask",
     "PrefixLMMask",
     "RowRangeMask",
     "SegmentMask",

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
+from jax_bsk.masks.algebra._intervals import Intervals
 from jax_bsk.masks.algebra._node import Node
 from jax_bsk.masks.algebra._places import PlaceIntervals
 from jax_bsk.masks.block_lists import BlockLists
@@ -75,6 +76,18 @@ class Mask(Node):
     def _as_places(self, grid: Grid) -> PlaceIntervals | None:
         """The mask as intervals of places, exactly and on one axis at least; None where it is not one of those."""
         del grid
+        return None
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        """The keys of queries at ascending `positions` (int32), where each has one interval of them; else None.
+
+        Args:
+          grid: Grid of the mask.
+          positions: Positions of queries, or their indices where the mask is the whole one. They may be negative.
+          example: Which example each position belongs to, where masks of several are asked about at once; then arrays
+            of the mask have one number per example.
+        """
+        del grid, positions, example
         return None
 
     def _validate(self, q_len: int, kv_len: int) -> None:
@@ -327,6 +340,15 @@ class AndMask(_Combined):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return functools.reduce(lambda a, b: a & b, (mask._evaluate(grid, q, k) for mask in self.masks))
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        both: Intervals | None = None
+        for mask in self.masks:
+            one = mask._key_intervals(grid, positions, example)
+            if one is None:
+                return None
+            both = one if both is None else both.intersect(one, grid)
+        return both
 
     def _visited_bound(self, grid: Grid) -> int:
         # Where the mask is open, the parts that are known are counted together (`_known_on_host`).

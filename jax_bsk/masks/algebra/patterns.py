@@ -15,6 +15,7 @@ import numpy as np
 from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra import _places
+from jax_bsk.masks.algebra._intervals import Intervals, number, reaching
 from jax_bsk.masks.algebra._offsets import (
     check_offset_length,
     checked_offset,
@@ -73,6 +74,9 @@ class FullMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return grid.xp.ones((1,) * np.ndim(q), bool)
 
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        return Intervals(*reaching(grid, positions, None, None), own=True)
+
 
 class _OffsetMask(Mask):
     """A mask of the positions of queries, which are their indices plus an offset."""
@@ -94,9 +98,16 @@ class _OffsetMask(Mask):
         queries = positions(grid, self.offset, xp.arange(grid.q_len, dtype=np.int32))
         return queries, xp.arange(grid.kv_len, dtype=np.int32)
 
+    def _ahead(self, grid: Grid, positions: Array, example: Array | None) -> Any:
+        """Positions with the offset added; None where each query has an offset of its own."""
+        ahead = number(self.offset, example, grid)
+        return None if ahead is None else positions + ahead
+
+    def _is_zero(self) -> bool:
+        return isinstance(self.offset, int) and self.offset == 0
+
     def _offset_argument(self) -> list[str]:
-        zero = isinstance(self.offset, int) and self.offset == 0
-        return [] if zero else [f"offset={short(self.offset)}"]
+        return [] if self._is_zero() else [f"offset={short(self.offset)}"]
 
 
 class CausalMask(_OffsetMask):
@@ -133,6 +144,10 @@ class CausalMask(_OffsetMask):
     def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = self._both_positions(grid)
         return place_intervals(grid, [LEAST], [queries], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead = self._ahead(grid, positions, example)
+        return None if ahead is None else Intervals(*reaching(grid, ahead, None, 0), own=self._is_zero())
 
     def _partial_bound(self, grid: Grid) -> int:
         return crossed_blocks(grid, self.offset)
@@ -190,6 +205,10 @@ class LocalMask(_OffsetMask):
         queries, keys = self._both_positions(grid)
         low, high = _places.window(grid, queries, self.window)
         return place_intervals(grid, [low], [high], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead = self._ahead(grid, positions, example)
+        return None if ahead is None else Intervals(*reaching(grid, ahead, *self.window), own=self._is_zero())
 
     def _partial_bound(self, grid: Grid) -> int:
         sides = sum(side is not None for side in self.window)
@@ -279,6 +298,14 @@ class ChunkedMask(_OffsetMask):
         queries, keys = (x // _clamp(self.chunk) for x in self._both_positions(grid))
         return place_intervals(grid, [queries], [queries], [keys])
 
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead = self._ahead(grid, positions, example)
+        if ahead is None:
+            return None
+        first = ahead // np.int32(_clamp(self.chunk)) * np.int32(_clamp(self.chunk))
+        end = grid.xp.minimum(first, MAX_LENGTH - 1) + np.int32(_clamp(self.chunk))  # does not wrap
+        return Intervals(first, end, own=self._is_zero())
+
     def _partial_bound(self, grid: Grid) -> int:
         # Chunks are segments whose ids never decrease: see `SegmentMask._partial_bound`.
         visited = self._visited_bound(grid)
@@ -347,6 +374,13 @@ class PrefixLMMask(_OffsetMask):
     def _as_places(self, grid: Grid) -> PlaceIntervals:
         queries, keys = self._both_positions(grid)
         return place_intervals(grid, [LEAST], [grid.xp.maximum(queries, int32(self.prefix, grid.xp) - 1)], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead, prefix = self._ahead(grid, positions, example), number(self.prefix, example, grid)
+        if ahead is None or prefix is None:
+            return None
+        first, end = reaching(grid, ahead, None, 0)
+        return Intervals(first, grid.xp.maximum(end, prefix), own=self._is_zero())
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         if np.ndim(self.offset):
@@ -424,7 +458,8 @@ class GlobalMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q_flags = grid.xp.asarray(self._flags(grid.q_len))
         k_flags = grid.xp.asarray(self._flags(grid.kv_len))
-        return q_flags[grid.clip_q(q)] | k_flags[grid.clip_kv(k)]
+        # Positions before the first (of queries in a packed sequence) select nothing, as those past a length.
+        return (q_flags[grid.clip_q(q)] & (q >= 0)) | k_flags[grid.clip_kv(k)]
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
         q_kinds = alike(in_blocks(self._flags(grid.q_len), grid.nq, grid.block_q))
