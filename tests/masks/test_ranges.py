@@ -191,6 +191,8 @@ BAD = [
     (lambda: m.BlockDiagonalMask([2], [2, 3]), ValueError, "must have one number per sequence each"),
     (lambda: m.BlockDiagonalMask([2], align="top"), ValueError, "align must be 'start' or 'end'"),  # pyright: ignore
     (lambda: m.BlockDiagonalMask([2], window=(3, 0), prefix=2), ValueError, "unbounded at the left"),
+    (lambda: m.BlockDiagonalMask([-1, 5]).bind(4), ValueError, "q_lengths must be at least 0, given -1"),
+    (lambda: m.SliceMask([[0, 2]], [[0, 2]], [[1]]), ValueError, r"kinds must be of full, .* given \[1\]"),  # pyright: ignore
     (lambda: m.BlockDiffusionMask(0, 2), ValueError, "length must be at least 1"),
     (lambda: m.BlockDiffusionMask(8, 2).bind(8), ValueError, "needs q_len=16, noised and clean, got 8; give length=4"),
 ]

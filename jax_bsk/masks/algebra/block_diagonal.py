@@ -100,6 +100,10 @@ class BlockDiagonalMask(RangesMask):
         return leading_dims(getattr(self, name))
 
     def _validate(self, q_len: int, kv_len: int) -> None:
+        for name in ("q_lengths", "kv_lengths", "kv_starts"):
+            values = None if getattr(self, name) is None else known(getattr(self, name))
+            if values is not None and values.size and values.min() < 0:
+                raise ValueError(f"BlockDiagonalMask: {name} must be at least 0, given {int(values.min())}")
         for name, length, what in (("q_lengths", q_len, "q_len"), ("kv_lengths", kv_len, "kv_len")):
             given = known(self.q_lengths if getattr(self, name) is None else getattr(self, name))
             if given is None or (name == "kv_lengths" and self.kv_starts is not None):

@@ -147,7 +147,7 @@ def _kinds(given: Any, n: int) -> Array:
     if isinstance(given, str | int):
         given = [given] * n
     if isinstance(given, list | tuple):
-        unknown = [kind for kind in given if numbers.get(kind, kind) not in range(len(KINDS))]
+        unknown = [kind for kind in given if kind not in KINDS and kind not in range(len(KINDS))]
         if unknown:
             raise ValueError(f"SliceMask: kinds must be of {', '.join(KINDS)} or 0 to 3, given {unknown[0]!r}")
         given = np.array([numbers.get(kind, kind) for kind in given], np.int32)
