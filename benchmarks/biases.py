@@ -28,9 +28,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax_bsk.biases import AlibiBias, RelativeBias, alibi_slopes
 
 from jax_bsk import sparse_attention
+from jax_bsk.biases import AlibiBias, RelativeBias, alibi_slopes
 from jax_bsk.core import compat
 from jax_bsk.qa.benchmarking import report, suite, timing
 from jax_bsk.qa.benchmarking.contender import Refused, first_line, need_gpu
