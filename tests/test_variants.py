@@ -21,6 +21,7 @@ TAKES = {  # features: which of these, as in attention/variant.h
     "Plain": {(False, False, False)},
     "SoftCap": {(True, False, False)},
     "PlainGated": {(False, True, False)},
+    "PlainExtras": {(False, False, True)},
 }
 
 
