@@ -13,6 +13,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from jax_bsk import packed_attention, packing, sparse_attention
+from jax_bsk.biases import AlibiBias, BlockBias, PositionBias, RelativeBias
 from jax_bsk.flax.nnx import SparseSelfAttention
 from jax_bsk.masks import (
     CausalMask,
@@ -208,6 +209,46 @@ def test_flax_layers_take_the_mask():
     np.testing.assert_allclose(call(layer, x, numbers), layer(x, SegmentMask(np.asarray(ids))), atol=1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["cpu", "xla"])
+def test_biases_are_those_within_each_sequence(implementation):
+    """ALiBi's and T5's distances, low rank by token; with gradients, beside each sequence by itself."""
+    query, key, value, slopes = arrays(T, T, kv_heads=4, value_dim=16)
+    table = jax.random.normal(jax.random.key(1), (8, 4))
+    features = jax.random.normal(jax.random.key(2), (2, T, 4, 3))
+
+    def bias(slopes, table, features):
+        low_rank = PositionBias(features[0][None], features[1][None])
+        return AlibiBias(slopes) + RelativeBias.t5(table, bidirectional=False, max_distance=32) + low_rank
+
+    def packed(query, slopes, table, features):
+        one = bias(slopes, table, features)
+        return packed_attention(query, key, value, ALIKE, bias=one, is_causal=True, implementation=implementation)
+
+    def apart(query, slopes, table, features):
+        outs = []
+        for a, b in itertools.pairwise(ALIKE.tolist()):
+            q, k, v = (x[a:b] for x in (query, key, value))
+            one = bias(slopes, table, features[:, a:b])
+            outs.append(sparse_attention(q, k, v, one, is_causal=True, implementation="xla"))
+        return jnp.concatenate([*outs, jnp.zeros((T - ALIKE[-1], *value.shape[1:]))])
+
+    weights = jax.random.normal(jax.random.key(3), value.shape)
+
+    def both(function):
+        loss = jax.value_and_grad(lambda *x: jnp.sum(function(*x) * weights), (0, 1, 2, 3))
+        return jax.jit(loss)(query, slopes, table, features)
+
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-4, atol=2e-4), both(packed), both(apart))
+
+
+def test_dropout_is_that_of_the_packed_tokens():
+    query, key, value, _ = arrays(T, T)
+    options = {"dropout_rate": 0.5, "dropout_rng": jax.random.key(5), "implementation": "cpu"}
+    mask = PackedMask(ALIKE, within=CausalMask())
+    got = packed_attention(query, key, value, ALIKE, is_causal=True, **options)
+    np.testing.assert_array_equal(got, sparse_attention(query, key, value, mask=mask, **options))
+
+
 def test_block_sizes_follow_the_promise():
     from jax_bsk.attention.packed import _block_size
 
@@ -285,7 +326,9 @@ def test_no_tokens():
         ({"mask": CausalMask}, TypeError, "make an instance"),
         ({"alignment": "left"}, ValueError, "'top_left' or 'bottom_right'"),
         ({"max_seqlen_q": 100}, ValueError, "more than the 100 that were promised"),
-        ({"dropout_rng": None}, TypeError, "takes no arguments of Flax's modules"),
+        ({"broadcast_dropout": True}, TypeError, "takes no arguments of Flax's modules"),
+        ({"bias": BlockBias(np.zeros(4))}, TypeError, "AlibiBias, a RelativeBias, a PositionBias or a sum"),
+        ({"bias": AlibiBias(np.ones(4)), "cu_seqlens_kv": ALIKE}, ValueError, "leave cu_seqlens_kv out"),
     ],
 )
 def test_mistakes_are_named(changes, error, words):

@@ -16,6 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
+from jax_bsk.biases import AlibiBias, Bias, PositionBias, RelativeBias
+from jax_bsk.biases.base import BiasSum
 from jax_bsk.core import checks, inputs
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.masks import BlockMask, CausalMask, LocalMask, Mask, MultiHeadMask, PackedMask, as_block_mask
@@ -42,6 +44,9 @@ def packed_attention(
     scale: float | ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    bias: Bias | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
     block_size: int | None = None,
@@ -65,6 +70,9 @@ def packed_attention(
     scale: float | ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    bias: Bias | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
     block_size: int | None = None,
@@ -91,6 +99,9 @@ def packed_attention(
     scale: float | ArrayLike | None = None,
     logits_soft_cap: float | None = None,
     sinks: ArrayLike | None = None,
+    bias: Bias | None = None,
+    dropout_rate: float = 0.0,
+    dropout_rng: ArrayLike | None = None,
     max_seqlen_q: int | None = None,
     max_seqlen_kv: int | None = None,
     block_size: int | None = None,
@@ -130,6 +141,11 @@ def packed_attention(
       scale: Factor of the logits, as in `sparse_attention`.
       logits_soft_cap: Bound of the logits, as in `sparse_attention`.
       sinks: [N] logits that join the softmax's denominators, as in `sparse_attention`.
+      bias: `jax_bsk.biases` object that is added to the logits. Biases of distances (ALiBi, T5's table) are those within
+        each sequence; they need equal numbers of queries and keys, `cu_seqlens_kv` being None. Features of low rank are
+        those of the packed tokens. Biases of blocks and arrays of all pairs go to `sparse_attention`.
+      dropout_rate: Share of the probabilities that are dropped, as in `sparse_attention`.
+      dropout_rng: Key of `jax.random`, needed where dropout_rate > 0.
       max_seqlen_q: Promise, an int: no sequence has more queries. It bounds the room that traced lists have: without
         it memory for lists grows with T x S (8 bytes per pair of blocks). Rows for which it is broken and that find no
         room give NaN.
@@ -175,6 +191,7 @@ def packed_attention(
             f"cu_seqlens_kv is given where there are more or fewer keys than queries, got {q_len} queries and {kv_len} "
             "keys; say where each sequence's keys begin"
         )
+    _check_bias(bias, cu_seqlens_kv)
     packed = functools.partial(
         PackedMask,
         cu_seqlens_q,
@@ -195,10 +212,30 @@ def packed_attention(
         "scale": scale,
         "logits_soft_cap": logits_soft_cap,
         "sinks": sinks,
+        "dropout_rate": dropout_rate,
+        "dropout_rng": dropout_rng,
         "implementation": implementation,
         "return_residual": return_residual,
     }
-    return sparse_attention(query, key, value, mask=bound, **options)
+    return sparse_attention(query, key, value, bias, bound, **options)
+
+
+def _check_bias(bias: Any, cu_seqlens_kv: Any) -> None:
+    """Refuses what does not mean the same within every sequence."""
+    if bias is None:
+        return
+    parts = bias.parts if isinstance(bias, BiasSum) else (bias,)
+    for part in parts:
+        if not isinstance(part, AlibiBias | RelativeBias | PositionBias):
+            raise TypeError(
+                f"bias is an AlibiBias, a RelativeBias, a PositionBias or a sum of these, got {type(part).__name__}; "
+                "give sparse_attention(..., mask=PackedMask(...)) a bias of pairs or blocks of the packed tokens"
+            )
+        if cu_seqlens_kv is not None and not isinstance(part, PositionBias):
+            raise ValueError(
+                f"{type(part).__name__} needs as many keys as queries in each sequence, so that distances are those "
+                "within it; leave cu_seqlens_kv out"
+            )
 
 
 def _within(mask: Any, is_causal: bool, window: Any) -> list[Mask]:
