@@ -1036,7 +1036,8 @@ bool TimeCase(Case c, double density) {
   const size_t tokens = size_t(c.batch) * c.q_len, kv_tokens = size_t(c.batch) * c.kv_len;
   Problem p(c, mask, random(tokens * c.heads * c.head_dim), random(kv_tokens * c.kv_heads * c.head_dim),
             random(kv_tokens * c.kv_heads * c.value_dim), random(tokens * c.heads * c.value_dim), {c.q_len, c.kv_len},
-            {-INFINITY}, 1.f / std::sqrt(float(c.head_dim)), c.gates ? Gates(c, mask, rng) : Gates());
+            {-INFINITY}, 1.f / std::sqrt(float(c.head_dim)), c.gates ? Gates(c, mask, rng) : Gates(),
+            Extras(c, mask, rng));
   const double pairs = mask.visited * c.block_q * c.block_kv * c.heads * c.batch;
   for (const bool backward : {false, true}) {
     const auto launch = [&] { backward ? Backward(p, nullptr) : Forward(p, nullptr); };
@@ -1045,6 +1046,23 @@ bool TimeCase(Case c, double density) {
     const double flops = pairs * (backward ? 6. * c.head_dim + 4. * c.value_dim : 2. * (c.head_dim + c.value_dim));
     std::printf("  %s %.3f ms median, %.3f ms best, %.0f TFLOP/s of visited blocks\n",
                 backward ? "backward" : "forward ", time.median, time.best, flops / time.median * 1e-9);
+  }
+  const Bias& bias = p.bias_gradient.bias;
+  const auto gradient = [&](const char* term_name, BiasTerm term, int64_t bytes) {
+    const Device dbias(static_cast<size_t>(bytes));
+    const Milliseconds time = Time([&] { BiasGradient(p, term, dbias, nullptr); });
+    std::printf("  gradient of the bias, %s: %.3f ms median, %.3f ms best\n", term_name, time.median, time.best);
+  };
+  if (bias.dense != nullptr) {
+    gradient("dense", BiasTerm::kDense, bias.dense_batch * bias.dense_heads * bias.dense_q * bias.dense_kv * 4);
+  }
+  if (bias.distances != nullptr) {
+    gradient("distances", BiasTerm::kDistances,
+             bias.distances_batch * bias.distances_heads * 2 * (c.q_len + c.kv_len - 1) * 4);
+  }
+  if (bias.tiles != nullptr) {
+    gradient("tiles", BiasTerm::kTiles,
+             bias.tiles_batch * bias.tiles_heads * bias.tiles_count * bias.tiles_q * bias.tiles_kv * 4);
   }
   return true;
 }
@@ -1468,6 +1486,17 @@ std::vector<Timing> Timings() {
   add("time-gates-d128-random", 2, 16, 4, 4096, 128, Pattern::kRandom, 0.25, DType::kBF16, true);
   add("time-gates-d128-causal", 2, 16, 16, 4096, 128, Pattern::kCausal, 1, DType::kBF16, true);
   add("time-gates-d64-causal", 4, 16, 16, 4096, 64, Pattern::kCausal, 1, DType::kBF16, true);
+  const auto add_extras = [&](const char* name, const std::function<void(Case&)>& change) {
+    add(name, 2, 16, 16, 4096, 128, Pattern::kCausal, 1);
+    change(timings.back().c);
+  };
+  add_extras("time-bias-dense", [](Case& c) { c.dense = Case::kHeads | Case::kQueries | Case::kKeys; });
+  add_extras("time-bias-keys", [](Case& c) { c.dense = Case::kBatch | Case::kKeys; });
+  add_extras("time-bias-distances", [](Case& c) { c.distances = Case::kHeads; });
+  add_extras("time-bias-tiles",
+             [](Case& c) { c.bias_tiles = Case::kHeads | Case::kQueries | Case::kKeys, c.bias_tile_count = 8; });
+  add_extras("time-bias-entries", [](Case& c) { c.bias_tiles = Case::kHeads; });
+  add_extras("time-dropout", [](Case& c) { c.dropout = 26; });
   return timings;
 }
 

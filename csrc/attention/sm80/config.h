@@ -17,9 +17,9 @@ namespace jax_bsk::attention::cuda::sm80 {
 constexpr int kTile = 64;
 
 // Gates, biases and dropout are branches at run time of the variants kAny and kExtended, and compiled out of kUngated.
-// One variant has all of them (kAny) where the branches cost nothing measurable without them: for float32, except in
-// the forward of 256 dimensions (the gates' branch took 2.5 % there) and the backward of 128. Of the 16-bit kernels
-// the gates' branch alone took 2.3 to 2.7 % of a backward without gates (H200).
+// One variant has all of them (kAny) for float32, but for the forward of 256 dimensions (where the gates' branch took
+// 2.5 % of a call without gates), the backward of 128 and that of 256 (whose dQ would spill). Of the 16-bit kernels the
+// gates' branch alone took 2.3 to 2.7 % of a backward without gates (H200).
 template <Features kFeatures>
 struct ExtrasConfig {
   static_assert(kFeatures == Features::kAny || kFeatures == Features::kUngated || kFeatures == Features::kExtended);
@@ -28,7 +28,8 @@ struct ExtrasConfig {
 };
 
 // Four warps, each with 16 * kRowTiles query rows. Two row tiles a warp halve the shared memory traffic of keys and
-// values per product, where the accumulators leave room (up to 128 dimensions) and blocks are 128 queries.
+// values per product, where the accumulators leave room (up to 128 dimensions, with extras 64: variants.py) and blocks
+// are 128 queries.
 template <typename Element_, int kDim_, Tile kTile_, Features kFeatures>
 struct ForwardConfig : ExtrasConfig<kFeatures> {
   using Element = Element_;
