@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
@@ -109,7 +110,7 @@ class TileBias(Bias):
         numbers = self.numbers if is_array(self.numbers) else np.asarray(self.numbers)
         numbers = numbers[None, None] if numbers.ndim == 1 else numbers
         numbers = check_dims(
-            numbers,
+            cast(jax.Array, numbers),
             (("B|1", (1, call.batch)), ("N|1", (1, call.heads)), ("capacity", mask.capacity)),
             "numbers of TileBias",
             not call.unbatched,
