@@ -65,7 +65,7 @@ LAYERS = {
         ["grid", "_runs", "_text", "_export"],
     ],
     "biases": [
-        ["lowering"],
+        ["lowering", "_export"],
         ["distances", "entries", "features"],
         ["base"],
         ["terms"],

@@ -456,6 +456,19 @@ def test_only_gradients_that_are_wanted_are_computed():
     assert calls(1) == [0, 1]
 
 
+def test_exported_functions_take_biases():
+    x = random_inputs(15, 1, 64, 64, 2, 2)
+    bias = AlibiBias(alibi_slopes(2)) + RelativeBias.t5(jnp.ones((32, 2))) + jnp.zeros((1, 1, 1, 64))
+    step = jax.jit(lambda bias: sparse_attention(*x, bias, mask=CausalMask(), implementation="cpu"))
+    exported = jax.export.export(step, disabled_checks=jax_bsk.export_checks())(bias)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(bias), step(bias))
+    function = RelativeBias(jnp.ones((256, 2)), np.abs)
+    exported = jax.export.export(step, disabled_checks=jax_bsk.export_checks())(function)
+    with pytest.raises(ValueError, match="make the bias inside the exported function"):
+        exported.serialize()
+
+
 # ---- meshes
 
 
