@@ -101,7 +101,7 @@ JAX_BSK_INLINE Vec<C> MultiplyAdd(Vec<C> a, Vec<C> b, Vec<C> c) {
     return _mm256_fmadd_pd(a, b, c);
   }
 #elif defined(__aarch64__)
-  Vec<C> result;
+  Vec<C> result = {};
 #pragma GCC unroll 4
   for (int k = 0; k < kLanes<C>; ++k) {
     result[k] = sizeof(C) == 4 ? __builtin_fmaf(a[k], b[k], c[k]) : __builtin_fma(a[k], b[k], c[k]);

@@ -84,6 +84,21 @@ bool Broken(const Lists& lists, int64_t n_tiles, int64_t leading, int64_t row) {
   return false;
 }
 
+// A bias's arrays with the leading dimensions of each, 1 or whole; arrays of no size are not given.
+struct BiasArrays {
+  Array dense, distances, tiles;
+  bool dense_wide = false;
+  int64_t dense_dims[4] = {}, distances_dims[2] = {}, tiles_dims[5] = {};
+  std::unique_ptr<int32_t[]> row_tiles, col_tiles;  // with nothing to do with each other, as the gates
+
+  Bias View() const {
+    const auto data = [](const Array& array) { return array.size > 0 ? array.data.get() : nullptr; };
+    return {data(dense),     dense_wide,        dense_dims[0],     dense_dims[1],   dense_dims[2],  dense_dims[3],
+            data(distances), distances_dims[0], distances_dims[1], data(tiles),     tiles_dims[0],  tiles_dims[1],
+            tiles_dims[2],   tiles_dims[3],     tiles_dims[4],     row_tiles.get(), col_tiles.get()};
+  }
+};
+
 struct Case {
   Shape shape;
   DType dtype;
@@ -95,8 +110,12 @@ struct Case {
   double scale, soft_cap;  // float32 numbers but for float64 inputs
   bool gated;
   Array gates, col_gates;  // of the two lists' entries, with nothing to do with each other: no kernel reads both
+  BiasArrays bias;
+  std::unique_ptr<uint32_t[]> dropout_keys;
+  int dropout = 0;  // in 256ths
   // Results of the kernels.
   Array out, got_lse, got_lse_rest, dquery, dkey, dvalue, dgates;
+  Array ddense, ddistances, dtiles;  // of the distances both halves
 
   ForwardParams Forward() {
     return {shape,
@@ -111,6 +130,8 @@ struct Case {
             sinks_batch,
             sinks_heads,
             gated ? gates.data.get() : nullptr,
+            bias.View(),
+            {dropout_keys.get(), dropout},
             static_cast<float>(scale),
             static_cast<float>(soft_cap),
             out.data.get(),
@@ -136,11 +157,39 @@ struct Case {
             gated ? gates.data.get() : nullptr,
             gated ? col_gates.data.get() : nullptr,
             gated ? dgates.data.get() : nullptr,
+            bias.View(),
+            {dropout_keys.get(), dropout},
             static_cast<float>(scale),
             static_cast<float>(soft_cap),
             dquery.data.get(),
             dkey.data.get(),
             dvalue.data.get(),
+            scale,
+            soft_cap};
+  }
+  BiasGradientParams BiasGradient(BiasTerm term) {
+    return {shape,
+            dtype,
+            dout.data.get(),
+            query.data.get(),
+            key.data.get(),
+            value.data.get(),
+            lse.data.get(),
+            lse_rest.data.get(),
+            delta.data.get(),
+            rows.View(),
+            {words.get(), tiles_batch, tiles_heads, n_tiles},
+            {lengths.get(), lengths_batch},
+            gated ? gates.data.get() : nullptr,
+            bias.View(),
+            {dropout_keys.get(), dropout},
+            term,
+            static_cast<float>(scale),
+            static_cast<float>(soft_cap),
+            (term == BiasTerm::kDense       ? ddense
+             : term == BiasTerm::kDistances ? ddistances
+                                            : dtiles)
+                .data.get(),
             scale,
             soft_cap};
   }
@@ -166,6 +215,59 @@ void SetGates(Random& random, Case& c) {
     if (random.Chance(0.1)) Spoil(random, *gates, random.Int(1, 2));
   }
   c.dgates = Array(dtype, c.col_gates.size);
+}
+
+std::unique_ptr<int32_t[]> TileNumbers(Random& random, const Lists& lists, int64_t count) {
+  std::vector<int32_t> numbers(lists.batch * lists.heads * lists.capacity);
+  for (int32_t& number : numbers) number = static_cast<int32_t>(random.Int(-1, count));
+  if (!numbers.empty() && random.Chance(0.2)) numbers[0] = random.Pick<int32_t>({INT32_MIN, INT32_MAX});
+  return Exact(numbers);
+}
+
+// Biases and dropout of a random case, of every second seed, so that the others stay what they are.
+void SetExtras(uint64_t seed, Case& c) {
+  if (seed % 2 == 0) return;
+  Random random(seed + (uint64_t{2} << 32));
+  const Shape& s = c.shape;
+  BiasArrays& bias = c.bias;
+  const DType stats = Statistics(c.dtype);
+  const auto some = [&](int64_t size) { return random.Chance(0.5) ? 1 : size; };
+  const auto array = [&](DType dtype, int64_t size) {
+    Array result = random.Normals(dtype, size);
+    const bool masks = random.Chance(0.3);
+    for (int64_t i = 0; i < size && masks; ++i) {
+      if (random.Chance(0.4)) result.Set(i, -kInf);
+    }
+    if (random.Chance(0.1)) Spoil(random, result, random.Int(1, 2));
+    return result;
+  };
+  if (random.Chance(0.5)) {
+    const int64_t dims[] = {some(s.batch), some(s.heads), some(s.q_len), some(s.kv_len)};
+    std::copy(dims, dims + 4, bias.dense_dims);
+    bias.dense_wide = random.Chance(0.5) || c.dtype == stats;
+    bias.dense = array(bias.dense_wide ? stats : c.dtype, dims[0] * dims[1] * dims[2] * dims[3]);
+    c.ddense = Array(bias.dense.dtype, bias.dense.size);
+  }
+  if (random.Chance(0.5) && s.q_len + s.kv_len > 1) {
+    bias.distances_dims[0] = some(s.batch), bias.distances_dims[1] = some(s.heads);
+    const int64_t size = bias.distances_dims[0] * bias.distances_dims[1] * (s.q_len + s.kv_len - 1);
+    bias.distances = array(stats, size);
+    c.ddistances = Array(stats, 2 * size);
+  }
+  if (random.Chance(0.5)) {
+    const int64_t dims[] = {some(s.batch), some(s.heads), random.Int(1, 20), some(s.block_q), some(s.block_kv)};
+    std::copy(dims, dims + 5, bias.tiles_dims);
+    bias.tiles = array(stats, dims[0] * dims[1] * dims[2] * dims[3] * dims[4]);
+    c.dtiles = Array(stats, bias.tiles.size);
+    bias.row_tiles = TileNumbers(random, c.rows, dims[2]);
+    bias.col_tiles = TileNumbers(random, c.cols, dims[2]);
+  }
+  if (random.Chance(0.5)) {
+    std::vector<uint32_t> keys(s.batch * s.heads);
+    for (uint32_t& key : keys) key = static_cast<uint32_t>(random.Int(0, UINT32_MAX));
+    c.dropout_keys = Exact(keys);
+    c.dropout = static_cast<int>(random.Pick<int64_t>({1, 26, 128, 255, random.Int(1, 255)}));
+  }
 }
 
 void Poison(Random& random, Lists& lists, int64_t n_tiles, int64_t times) {
@@ -272,6 +374,7 @@ Case MakeCase(uint64_t seed) {
   Random others(seed + (uint64_t{1} << 32));  // so that the other cases stay what they are
   if (others.Chance(0.1)) Scramble(others, c.rows);
   if (others.Chance(0.1)) Scramble(others, c.cols);
+  SetExtras(seed, c);
 
   c.lengths_batch = random.Chance(0.5) ? 1 : s.batch;
   std::vector<int32_t> lengths;
@@ -315,17 +418,33 @@ struct Expected {
   }
 };
 
-// A key that a query attends to, with the gate of their block.
+// A key that a query attends to, with the gate and the tile of the bias of their block.
 struct Visit {
   int64_t key;
   double gate;
+  int32_t bias_tile;
 };
+
+// A factor of dropout, by the words of ../../csrc/attention/dropout.h.
+double Kept(const Case& c, int64_t b, int64_t h, int64_t query, int64_t key) {
+  if (c.dropout == 0) return 1;
+  const auto mix = [](uint32_t x) {
+    x = (x ^ x >> 16) * 0x7feb352du;
+    x = (x ^ x >> 15) * 0x846ca68bu;
+    return x ^ x >> 16;
+  };
+  const auto place = [](int64_t x) { return static_cast<uint32_t>(x / 16 * 8 + x % 8); };
+  const uint32_t word = mix(mix(c.dropout_keys[b * c.shape.heads + h] + 0x9e3779b9u * (place(query) + 1)) +
+                            mix(place(key) + 0x85ebca6bu));
+  const int byte = static_cast<int>(query / 8 % 2 + 2 * (key / 8 % 2));
+  return static_cast<int>(word >> (8 * byte) & 255) < c.dropout ? 0 : 256.0 / (256 - c.dropout);
+}
 
 struct Reference {
   const Case& c;
   const Shape& s;
   const double none;  // the log-sum-exp of a query that attends to nothing
-  Expected out, lse, dquery, dkey, dvalue, dgates;
+  Expected out, lse, dquery, dkey, dvalue, dgates, ddense, ddistances, dtiles;
 
   explicit Reference(const Case& c)
       : c(c),
@@ -336,7 +455,10 @@ struct Reference {
         dquery(s.batch * s.q_len * s.heads, s.head_dim),
         dkey(s.batch * s.kv_len * s.kv_heads, s.head_dim),
         dvalue(s.batch * s.kv_len * s.kv_heads, s.value_dim),
-        dgates(c.dgates.size, 1) {}
+        dgates(c.dgates.size, 1),
+        ddense(c.ddense.size, 1),
+        ddistances(c.bias.distances.size, 1),
+        dtiles(c.dtiles.size, 1) {}
 
   int64_t QueryRow(int64_t b, int64_t t, int64_t h) const { return (b * s.q_len + t) * s.heads + h; }
   int64_t KeyRow(int64_t b, int64_t k, int64_t h) const {
@@ -348,7 +470,40 @@ struct Reference {
     }
     return false;
   }
-  // `terms` becomes the sum of the absolute terms.
+  // A pair's element of each term; -1 where it has none.
+  int64_t DenseElement(int64_t b, int64_t h, int64_t t, int64_t key) const {
+    if (c.bias.dense.size == 0) return -1;
+    const int64_t* const dims = c.bias.dense_dims;
+    return (Leading(dims[0], dims[1], b, h) * dims[2] + (dims[2] == 1 ? 0 : t)) * dims[3] + (dims[3] == 1 ? 0 : key);
+  }
+  int64_t DistanceElement(int64_t b, int64_t h, int64_t t, int64_t key) const {
+    if (c.bias.distances.size == 0) return -1;
+    const int64_t* const dims = c.bias.distances_dims;
+    return Leading(dims[0], dims[1], b, h) * (s.q_len + s.kv_len - 1) + key - t + s.q_len - 1;
+  }
+  int64_t TileElement(int64_t b, int64_t h, int64_t t, int64_t key, int32_t tile) const {
+    if (c.bias.tiles.size == 0 || tile < 0) return -1;
+    const int64_t* const dims = c.bias.tiles_dims;
+    const int64_t index = Leading(dims[0], dims[1], b, h) * dims[2] + std::min<int64_t>(tile, dims[2] - 1);
+    return (index * dims[3] + (dims[3] == 1 ? 0 : t % s.block_q)) * dims[4] + (dims[4] == 1 ? 0 : key % s.block_kv);
+  }
+  // The bias of a pair; with -inf it does not attend. `terms` becomes the sum of the absolute terms.
+  double BiasOf(int64_t b, int64_t h, int64_t t, int64_t key, int32_t tile, double& terms) const {
+    double sum = terms = 0;
+    for (const auto& [array, at] : {std::pair{&c.bias.dense, DenseElement(b, h, t, key)},
+                                    {&c.bias.distances, DistanceElement(b, h, t, key)},
+                                    {&c.bias.tiles, TileElement(b, h, t, key, tile)}}) {
+      if (at < 0) continue;
+      sum += (*array)[at];
+      terms += std::fabs((*array)[at]);
+    }
+    return sum;
+  }
+  bool IsMasked(int64_t b, int64_t h, int64_t t, int64_t key, int32_t tile) const {
+    double terms;
+    return BiasOf(b, h, t, key, tile, terms) == -kInf;
+  }
+  // Without the bias. `terms` becomes the sum of the absolute terms.
   double Logit(int64_t q, int64_t k, double& terms) const {
     double sum = terms = 0;
     for (int64_t d = 0; d < s.head_dim; ++d) {
@@ -373,7 +528,10 @@ struct Reference {
       const double gate = c.gated ? c.gates[(b * s.heads + h) * c.rows.capacity + i] : 1;
       for (int64_t k = 0; k < s.block_kv; ++k) {
         const int64_t key = c.rows.ids[e] * s.block_kv + k;
-        if (key < c.KeyLength(b) && Allowed(b, h, c.rows.tiles[e], t % s.block_q, k)) keys.push_back({key, gate});
+        const int32_t tile = c.bias.row_tiles != nullptr ? c.bias.row_tiles[e] : -1;
+        if (key < c.KeyLength(b) && Allowed(b, h, c.rows.tiles[e], t % s.block_q, k) && !IsMasked(b, h, t, key, tile)) {
+          keys.push_back({key, gate, tile});
+        }
       }
     }
     return keys;
@@ -399,12 +557,13 @@ struct Reference {
     const double sink = c.sinks.size > 0 ? c.sinks[Leading(c.sinks_batch, c.sinks_heads, b, h)] : -kInf;
     double maximum = sink, largest = 0;
     bool bad_lse = !keys.empty() && BadRow(c.query, q, s.head_dim), bad = bad_lse;
-    for (const auto [k, gate] : keys) {
-      double terms;
-      logits.push_back(Logit(q, KeyRow(b, k, h), terms));
+    for (const auto [k, gate, tile] : keys) {
+      double terms, bias_terms;
+      const double bias = BiasOf(b, h, t, k, tile, bias_terms);
+      logits.push_back(Logit(q, KeyRow(b, k, h), terms) + bias);
       maximum = std::fmax(maximum, logits.back());
-      largest = std::fmax(largest, terms);
-      bad_lse |= BadRow(c.key, KeyRow(b, k, h), s.head_dim);
+      largest = std::fmax(largest, terms + bias_terms);
+      bad_lse |= BadRow(c.key, KeyRow(b, k, h), s.head_dim) || !std::isfinite(bias);
       bad |= bad_lse || BadRow(c.value, KeyRow(b, k, h), s.value_dim) || !std::isfinite(gate);
     }
     out.tainted[q] = bad;
@@ -416,7 +575,7 @@ struct Reference {
     row_lse = maximum + std::log(sum);
     lse_terms = sink == kInf ? 0 : 1 + largest + std::fabs(row_lse);
     for (size_t n = 0; n < keys.size(); ++n) {
-      const double p = keys[n].gate * share(logits[n]) / sum;
+      const double p = keys[n].gate * Kept(c, b, h, t, keys[n].key) * share(logits[n]) / sum;
       for (int64_t d = 0; d < s.value_dim; ++d) out.Add(q, d, p * c.value[KeyRow(b, keys[n].key, h) * s.value_dim + d]);
     }
     for (int64_t d = 0; d < s.value_dim; ++d) out.terms[q * s.value_dim + d] *= 1 + largest;
@@ -445,6 +604,7 @@ struct Reference {
         for (int64_t t = 0; t < c.QueryLength(b); ++t) {
           if (Broken(c.rows, c.n_tiles, Leading(c.rows.batch, c.rows.heads, b, h), t / s.block_q)) {
             dquery.SetRow(QueryRow(b, t, h), kNaN);
+            SpoilBias(b, h, t);
             continue;
           }
           for (const Visit& visit : Keys(b, h, t)) PairOfQuery(b, h, t, visit);
@@ -469,8 +629,11 @@ struct Reference {
             for (int64_t k = j * s.block_kv; k < end; ++k)
               for (int64_t r = 0; r < s.block_q; ++r) {
                 const int64_t t = c.cols.ids[e] * s.block_q + r;
-                if (t < c.QueryLength(b) && Allowed(b, h, c.cols.tiles[e], r, k % s.block_kv))
-                  PairOfKey(b, h, t, k, c.gated ? first_gate + i : -1);
+                const int32_t tile = c.bias.col_tiles != nullptr ? c.bias.col_tiles[e] : -1;
+                if (t < c.QueryLength(b) && Allowed(b, h, c.cols.tiles[e], r, k % s.block_kv) &&
+                    !IsMasked(b, h, t, k, tile)) {
+                  PairOfKey(b, h, t, k, c.gated ? first_gate + i : -1, tile);
+                }
               }
           }
         }
@@ -485,7 +648,31 @@ struct Reference {
       dvalue.SetRow(row, kNaN);
       dkey.tainted[row] = dvalue.tainted[row] = false;
     }
+    for (const auto& [gradient, at] : spoiled) {
+      gradient->value[at] = kNaN;
+      gradient->tainted[at] = false;
+    }
   }
+  // A row that cannot be followed: NaN for the dense term's elements of its block of queries, and for all elements of
+  // the other terms' example and head.
+  void SpoilBias(int64_t b, int64_t h, int64_t t) {
+    const auto all = [&](Expected& gradient, int64_t first, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) spoiled.push_back({&gradient, first + i});
+    };
+    const int64_t* const dims = c.bias.dense_dims;
+    const int64_t first = t / s.block_q * s.block_q;
+    for (int64_t r = first; r < std::min(first + s.block_q, s.q_len); ++r) {
+      if (const int64_t at = DenseElement(b, h, r, 0); at >= 0) all(ddense, at, dims[3]);
+    }
+    const int64_t distances = s.q_len + s.kv_len - 1;
+    if (c.bias.distances.size > 0) {
+      all(ddistances, Leading(c.bias.distances_dims[0], c.bias.distances_dims[1], b, h) * distances, distances);
+    }
+    const int64_t* const tiles = c.bias.tiles_dims;
+    const int64_t elements = tiles[2] * tiles[3] * tiles[4];
+    if (c.bias.tiles.size > 0) all(dtiles, Leading(tiles[0], tiles[1], b, h) * elements, elements);
+  }
+  std::vector<std::pair<Expected*, int64_t>> spoiled;
   std::vector<int64_t> broken_keys;
 
   // Entries of a column, none where its offsets cannot be true.
@@ -496,15 +683,18 @@ struct Reference {
   }
 
   struct PairTerms {
-    double p, ds, ds_terms, dp, dp_terms, growth;
+    double p, dlogit, dlogit_terms, ds, ds_terms, dp, dp_terms, growth;
     bool bad;  // something not finite reaches the gradients, beside the gate
   };
 
-  PairTerms Terms(int64_t b, int64_t h, int64_t t, int64_t key, double gate) const {
+  // `gate` is with dropout's factor.
+  PairTerms Terms(int64_t b, int64_t h, int64_t t, int64_t key, double gate, int32_t tile) const {
     const int64_t q = QueryRow(b, t, h), k = KeyRow(b, key, h), i = (b * s.heads + h) * s.q_len + t;
     const double row_lse = c.lse[i] + c.lse_rest[i], delta = c.delta[i];
-    double logit_terms;
-    const double logit = Logit(q, k, logit_terms);
+    double logit_terms, bias_terms;
+    const double capped = Logit(q, k, logit_terms), bias = BiasOf(b, h, t, key, tile, bias_terms);
+    const double logit = capped + bias;
+    logit_terms += bias_terms;
     PairTerms x{};
     // At most 1, as in the kernels: of lists whose two orders differ a logit may be above its row's log-sum-exp.
     x.p = row_lse == none ? 0 : std::exp(logit > row_lse ? 0 : logit - row_lse);
@@ -513,13 +703,15 @@ struct Reference {
       x.dp += term;
       x.dp_terms += std::fabs(term);
     }
-    const double chain = c.soft_cap != 0 ? 1 - std::pow(logit / c.soft_cap, 2) : 1;
-    x.ds = x.p * (gate * x.dp - delta) * chain * c.scale;
+    const double chain = c.soft_cap != 0 ? 1 - std::pow(capped / c.soft_cap, 2) : 1;
+    x.dlogit = x.p * (gate * x.dp - delta);
+    x.ds = x.dlogit * chain * c.scale;
     // The error of dS: that of P, relative, from the size of logit and lse; that of dP from its terms.
     x.growth = 1 + logit_terms + std::fabs(row_lse == none || row_lse == kInf ? 0 : row_lse);
-    x.ds_terms = x.p * (std::fabs(gate) * x.dp_terms + std::fabs(delta)) * std::fabs(c.scale) * x.growth;
+    x.dlogit_terms = x.p * (std::fabs(gate) * x.dp_terms + std::fabs(delta)) * x.growth;
+    x.ds_terms = x.dlogit_terms * std::fabs(c.scale);
     x.bad = BadRow(c.query, q, s.head_dim) || BadRow(c.dout, q, s.value_dim) || BadRow(c.key, k, s.head_dim) ||
-            BadRow(c.value, k, s.value_dim) || !std::isfinite(delta) || std::isnan(row_lse);
+            BadRow(c.value, k, s.value_dim) || !std::isfinite(delta) || std::isnan(row_lse) || !std::isfinite(bias);
     return x;
   }
   static void AddTo(Expected& to, int64_t row, const Array& from, int64_t other, double factor, double size) {
@@ -530,22 +722,30 @@ struct Reference {
   }
   void PairOfQuery(int64_t b, int64_t h, int64_t t, const Visit& visit) {
     const int64_t q = QueryRow(b, t, h);
-    const PairTerms x = Terms(b, h, t, visit.key, visit.gate);
+    const PairTerms x = Terms(b, h, t, visit.key, visit.gate * Kept(c, b, h, t, visit.key), visit.bias_tile);
     AddTo(dquery, q, c.key, KeyRow(b, visit.key, h), x.ds, x.ds_terms);
     dquery.tainted[q] |= x.bad || !std::isfinite(visit.gate);
+    for (const auto& [gradient, at] : {std::pair{&ddense, DenseElement(b, h, t, visit.key)},
+                                       {&ddistances, DistanceElement(b, h, t, visit.key)},
+                                       {&dtiles, TileElement(b, h, t, visit.key, visit.bias_tile)}}) {
+      if (at < 0) continue;
+      gradient->value[at] += x.dlogit;
+      gradient->terms[at] += x.dlogit_terms;
+      gradient->tainted[at] |= x.bad || !std::isfinite(visit.gate);
+    }
   }
   // `entry` says which gate, -1 for none.
-  void PairOfKey(int64_t b, int64_t h, int64_t t, int64_t key, int64_t entry) {
+  void PairOfKey(int64_t b, int64_t h, int64_t t, int64_t key, int64_t entry, int32_t tile) {
     const int64_t q = QueryRow(b, t, h), k = KeyRow(b, key, h);
-    const double gate = entry < 0 ? 1 : c.col_gates[entry];
-    const PairTerms x = Terms(b, h, t, key, gate);
+    const double kept = Kept(c, b, h, t, key), gate = (entry < 0 ? 1 : c.col_gates[entry]) * kept;
+    const PairTerms x = Terms(b, h, t, key, gate, tile);
     AddTo(dkey, k, c.query, q, x.ds, x.ds_terms);
     AddTo(dvalue, k, c.dout, q, gate * x.p, std::fabs(gate) * x.p * x.growth);
     dkey.tainted[k] |= x.bad || !std::isfinite(gate);
     dvalue.tainted[k] |= x.bad || !std::isfinite(gate);
     if (entry < 0) return;
-    dgates.value[entry] += x.p * x.dp;
-    dgates.terms[entry] += x.p * x.dp_terms * x.growth;
+    dgates.value[entry] += kept * x.p * x.dp;
+    dgates.terms[entry] += kept * x.p * x.dp_terms * x.growth;
     dgates.tainted[entry] |= x.bad;
   }
 };
@@ -583,6 +783,41 @@ void RunBackward(Case& c, int workers) {
   Run(params, cpu::BackwardTasks(params), cpu::RunBackwardTasks, workers);
 }
 
+void RunBiasGradient(Case& c, BiasTerm term, int workers) {
+  const BiasGradientParams params = c.BiasGradient(term);
+  Run(params, cpu::BiasGradientTasks(params), cpu::RunBiasGradientTasks, workers);
+}
+
+// The gradient of each term that is given, against `reference`, whose backward is done.
+bool CheckBiasGradients(Case& c, const Reference& reference) {
+  struct Gradient {
+    const char* name;
+    BiasTerm term;
+    const Expected& expected;
+    Array& got;
+  };
+  bool good = true;
+  for (const Gradient& gradient : {Gradient{"ddense", BiasTerm::kDense, reference.ddense, c.ddense},
+                                   {"ddistances", BiasTerm::kDistances, reference.ddistances, c.ddistances},
+                                   {"dtiles", BiasTerm::kTiles, reference.dtiles, c.dtiles}}) {
+    if (gradient.got.size == 0) continue;
+    RunBiasGradient(c, gradient.term, 1);
+    if (gradient.term == BiasTerm::kDistances) {
+      Array sums(gradient.got.dtype, c.bias.distances.size);
+      const int64_t count = c.shape.q_len + c.shape.kv_len - 1;
+      for (int64_t i = 0; i < sums.size; ++i) {
+        const int64_t first = i / count * 2 * count + i % count;
+        sums.Set(i, gradient.got[first] + gradient.got[first + count]);
+      }
+      good = good && Compare(gradient.name, gradient.expected, sums, c.dtype);
+    } else {
+      good = good && Compare(gradient.name, gradient.expected, gradient.got, c.dtype);
+    }
+    good = good && Repeats(gradient.name, gradient.got, [&](int n) { RunBiasGradient(c, gradient.term, n); });
+  }
+  return good;
+}
+
 bool Check(uint64_t seed) {
   Case c = MakeCase(seed);
   Reference reference(c);
@@ -599,12 +834,16 @@ bool Check(uint64_t seed) {
   good = good && Repeats("out", c.out, [&](int workers) { RunForward(c, workers); }) &&
          Repeats("dquery", c.dquery, [&](int workers) { RunBackward(c, workers); }) &&
          Repeats("dkey", c.dkey, [&](int workers) { RunBackward(c, workers); }) &&
-         (!c.gated || Repeats("dgates", c.dgates, [&](int workers) { RunBackward(c, workers); }));
+         (!c.gated || Repeats("dgates", c.dgates, [&](int workers) { RunBackward(c, workers); })) &&
+         CheckBiasGradients(c, reference);
   if (!good) {
     const Shape& s = c.shape;
-    std::printf("seed %lu: B %ld T %ld S %ld N %ld K %ld H %ld Hv %ld blocks %ld x %ld dtype %d cap %g scale %g %s\n",
-                seed, s.batch, s.q_len, s.kv_len, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.block_q, s.block_kv,
-                static_cast<int>(c.dtype), c.soft_cap, c.scale, c.gated ? "gated" : "");
+    std::printf(
+        "seed %lu: B %ld T %ld S %ld N %ld K %ld H %ld Hv %ld blocks %ld x %ld dtype %d cap %g scale %g %s%s%s%s "
+        "dropout %d\n",
+        seed, s.batch, s.q_len, s.kv_len, s.heads, s.kv_heads, s.head_dim, s.value_dim, s.block_q, s.block_kv,
+        static_cast<int>(c.dtype), c.soft_cap, c.scale, c.gated ? "gated" : "", c.ddense.size > 0 ? " dense" : "",
+        c.ddistances.size > 0 ? " distances" : "", c.dtiles.size > 0 ? " tiles" : "", c.dropout);
   }
   return good;
 }
@@ -615,7 +854,7 @@ bool Check(uint64_t seed) {
 // A causal window: each row of blocks visits the diagonal and `window` blocks before it, the first and the last
 // partial.
 void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64_t length, int64_t dim, int64_t block,
-          int64_t window, float soft_cap, bool gated = false) {
+          int64_t window, float soft_cap, bool gated = false, bool biased = false) {
   Random random(1);
   Case c;
   const int64_t n = (length + block - 1) / block;
@@ -655,6 +894,10 @@ void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64
   c.dquery = Array(dtype, c.query.size);
   c.dkey = Array(dtype, c.key.size);
   c.dvalue = Array(dtype, c.value.size);
+  if (biased) {
+    c.bias.distances_dims[0] = 1, c.bias.distances_dims[1] = heads;
+    c.bias.distances = random.Normals(Statistics(dtype), heads * (2 * length - 1));
+  }
   c.gated = gated;
   if (gated) {
     c.gates = random.Normals(Statistics(dtype), heads * c.rows.capacity);
@@ -696,6 +939,7 @@ int main(int argc, char** argv) {
     Time("float32 H8/2 S4096 D64 block 64", DType::kF32, 8, 2, 4096, 64, 64, 15, 0);
     Time("float32 H8 S4096 D64 soft cap", DType::kF32, 8, 8, 4096, 64, 64, 15, 30);
     Time("float32 H8 S4096 D64 gates", DType::kF32, 8, 8, 4096, 64, 64, 15, 0, true);
+    Time("float32 H8 S4096 D64 distances", DType::kF32, 8, 8, 4096, 64, 64, 15, 0, false, true);
     Time("float32 H8 S4096 D64 causal", DType::kF32, 8, 8, 4096, 64, 64, 64, 0);
     Time("bfloat16 H8 S4096 D64 block 64", DType::kBF16, 8, 8, 4096, 64, 64, 15, 0);
     Time("float16 H8 S4096 D64 block 64", DType::kF16, 8, 8, 4096, 64, 64, 15, 0);

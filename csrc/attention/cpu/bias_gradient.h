@@ -3,8 +3,8 @@
 // query-major lists of all examples and heads that share the term, one after the other, and computes dS of these
 // entries with the keys along the lanes. So sums are made in the same order on any number of threads.
 //
-// Elements whose task meets a row of a list that cannot be followed are NaN: of the dense term those of the row's
-// queries, and with a term that has one element for all queries, and of the other terms, all of the example and head.
+// Elements whose task meets a row of a list that cannot be followed are NaN: of a dense term with an element per query
+// those of the row's block of queries, of every other term all of the example and head.
 #pragma once
 
 #include "backward.h"
