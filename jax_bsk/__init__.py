@@ -5,9 +5,11 @@ from jax_bsk import context as context
 from jax_bsk import decode as decode
 from jax_bsk import flops as flops
 from jax_bsk import masks as masks
+from jax_bsk import packing as packing
 from jax_bsk import selection as selection
 from jax_bsk.attention.api import sparse_attention as sparse_attention
 from jax_bsk.attention.derivatives import RESIDUAL_NAMES as RESIDUAL_NAMES
+from jax_bsk.attention.packed import packed_attention as packed_attention
 from jax_bsk.compositions.nsa import nsa_attention as nsa_attention
 from jax_bsk.compositions.sparsek import sparsek_attention as sparsek_attention
 from jax_bsk.core.errors import FallbackWarning as FallbackWarning

@@ -33,12 +33,13 @@ ROOMS = {
     "decode": {"core"},
     "selection": {"core", "lists", "masks", "decode"},
     "matmul": {"core"},
+    "packing": {"core"},
     "compositions": {"core", "masks", "attention", "selection"},
     "flops": {"core", "masks", "attention", "matmul"},
     "flax": OPERATIONS,
-    "qa": {*OPERATIONS, "flops", "flax", ""},
+    "qa": {*OPERATIONS, "flops", "packing", "flax", ""},
     "cli": {*OPERATIONS, "qa", ""},
-    "": {*OPERATIONS, "flops"},  # jax_bsk/__init__.py
+    "": {*OPERATIONS, "flops", "packing"},  # jax_bsk/__init__.py
     "__main__": {"core", "cli"},
 }
 
@@ -53,16 +54,22 @@ LAYERS = {
     ],
     "lists": [["native"], ["ffi"]],
     "masks": [
-        ["convert"],
+        ["convert", "token_order"],
         ["block_mask"],
-        ["builders._combine", "algebra.shifted"],
+        ["builders._combine", "builders.elements", "algebra.shifted", "algebra.ordered", "algebra.packed"],
+        ["algebra.block_diagonal", "algebra.space_windows"],
         ["builders._host", "builders._traced", "builders._topk", "algebra.patterns", "algebra.function_mask"],
-        ["builders._descent", "algebra._offsets", "algebra.data_masks", "views._checks"],
+        ["algebra.neighborhood", "algebra.row_ranges", "algebra.slices", "algebra.block_diffusion"],
+        ["algebra.column_ranges", "algebra.vertical_slash"],
+        ["algebra._boxes", "algebra.tree"],
+        ["algebra._ranges"],
+        ["builders._descent", "builders._intervals", "algebra.data_masks", "views._checks"],
         ["orders.permutation"],
         ["run_lists", "algebra.mask", "builders.indices", "orders.entry_order", "views._reading", "views._plot"],
         ["block_lists"],
-        ["orders.column_lists", "algebra._node", "_tiles"],
-        ["grid", "_runs", "_text", "_export"],
+        ["orders.column_lists", "algebra._node", "algebra._places", "algebra._intervals", "_tiles"],
+        ["algebra._offsets"],
+        ["grid", "_runs", "_search", "_text", "_export", "_curves"],
     ],
     "biases": [
         ["lowering", "_export"],
@@ -77,6 +84,7 @@ LAYERS = {
         ["visits"],
     ],
     "attention": [
+        ["packed"],
         ["api"],
         ["derivatives"],
         ["native", "xla"],

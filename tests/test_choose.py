@@ -22,7 +22,7 @@ from jax_bsk.masks import CausalMask, LocalMask
 from jax_bsk.qa.testing.faults.boundary import check_refused
 from jax_bsk.qa.testing.faults.direct import DirectCall, shape
 from jax_bsk.selection import choice, from_topk, moba, nsa
-from jax_bsk.selection.candidates import EMPTY, FULL, Candidates
+from jax_bsk.selection.candidates import EMPTY, FULL, Candidates, Required
 from tests.util import assert_close, collectives, text_of
 
 CALL = "custom_call @jax_bsk_lists_choose("
@@ -65,7 +65,7 @@ def fields(mask):
 
 def choose(case: Case, scores=None):
     scores = jnp.asarray(case.scores) if scores is None else scores
-    return fields(choice.choose_top_k(scores, case.k, case.required, case.candidates))
+    return fields(choice.choose_top_k(scores, case.k, Required(case.required, None), case.candidates))
 
 
 def in_jax(case: Case, monkeypatch):

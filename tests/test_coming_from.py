@@ -417,9 +417,11 @@ def sequences(q_lengths, kv_lengths, attends: Callable[[int, int, int, int], boo
 FLASH_LENGTHS = ([50, 40, 38], [90, 60, 106])
 
 
-def varlen(attends: Callable[[int, int, int, int], bool]) -> Callable[[], Any]:
+def varlen(
+    attends: Callable[[int, int, int, int], bool], **options: Callable[[dict[str, Any]], Any]
+) -> Callable[[], Any]:
     one: dict[str, Callable[[dict[str, Any]], Any]] = {x: lambda n, x=x: n[x][0] for x in "qkv"}
-    return flash(**one, allowed=lambda _: sequences(*FLASH_LENGTHS, attends))
+    return flash(**one, **options, allowed=lambda _: sequences(*FLASH_LENGTHS, attends))
 
 
 def fa4(kinds: np.ndarray) -> np.ndarray:
@@ -481,7 +483,11 @@ FLASH: dict[str, Any] = {
     "dropout_p=0.25": flash(factors=lambda _: kept(T, S, 2)),
     "q_descale, FP8": missing("descale", "fp8"),
     "num_splits, sm_margin": missing("splits", "sm_margin"),
-    "cu_seqlens_q, cu_seqlens_k": varlen(lambda q, k, nq, nk: True),
+    "flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, ...)": varlen(lambda q, k, nq, nk: True),
+    "the same, attention_chunk=64 (FA3)": varlen(lambda q, k, nq, nk: (q + nk - nq) // 64 == k // 64),
+    "softcap, softmax_scale, return_attn_probs": varlen(
+        lambda q, k, nq, nk: True, cap=lambda _: 15.0, scale=lambda _: 0.1, residual=lambda _: True
+    ),
     "the same, causal=True": varlen(lambda q, k, nq, nk: k <= q + nk - nq),
     "the same, queries and keys of one length": own_keys,
     "the same, window_size=(16, 0)": varlen(lambda q, k, nq, nk: q + nk - nq - 16 <= k <= q + nk - nq),

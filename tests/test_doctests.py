@@ -10,7 +10,7 @@ import pytest
 
 import jax_bsk
 import jax_bsk.flax
-from jax_bsk import decode, masks, selection
+from jax_bsk import decode, masks, packing, selection
 
 # Objects by the name that users import them by. Methods with examples are found below their class.
 OBJECTS: dict[str, Any] = {
@@ -24,6 +24,7 @@ OBJECTS: dict[str, Any] = {
         name: getattr(jax_bsk, name)
         for name in (
             "sparse_attention",
+            "packed_attention",
             "sparse_matmul",
             "sampled_matmul",
             "BSR",
@@ -36,6 +37,7 @@ OBJECTS: dict[str, Any] = {
             "flops",
         )
     },
+    **{f"packing.{name}": getattr(packing, name) for name in packing.__all__},
     **{f"context.{name}": getattr(jax_bsk.context, name) for name in ("plan", "describe")},
     "flax.attention_fn": jax_bsk.flax.attention_fn,
     **{

@@ -31,6 +31,12 @@ EXPRESSIONS = {
     & (LocalMask((32, None)) | GlobalMask([0, 5])),
     " ~DilatedMask(3, window=(40, 7)) ": ~DilatedMask(3, window=(40, 7)),
     "PrefixLMMask(prefix=50) | ChunkedMask(100, offset=-3)": PrefixLMMask(50) | ChunkedMask(100, offset=-3),
+    "NeighborhoodMask((8, 24), (3, 5), causal=(True, False), start=0) | VerticalSlashMask([3], [0, 9])": (
+        masks.NeighborhoodMask((8, 24), (3, 5), causal=(True, False), start=0) | masks.VerticalSlashMask([3], [0, 9])
+    ),
+    "SliceMask([[0, 256]], [[0, 192]], 'causal') & BlockDiagonalMask([100, 90], window=(None, 0))": (
+        masks.SliceMask([[0, 256]], [[0, 192]], "causal") & masks.BlockDiagonalMask([100, 90], window=(None, 0))
+    ),
     "MultiHeadMask([FullMask(), ~CausalMask(), BigBirdMask(32, seed=1)])": MultiHeadMask(
         [FullMask(), ~CausalMask(), BigBirdMask(32, seed=1)]
     ),
@@ -61,8 +67,13 @@ def test_masks_of_data():
 def test_every_mask_but_the_one_of_a_function_can_be_written():
     written = {ArrayMask, BigBirdMask, BlockArrayMask, CausalMask, ChunkedMask, DilatedMask, FullMask, GlobalMask}
     written |= {LocalMask, MultiHeadMask, PrefixLMMask, SegmentMask}
+    written |= {masks.NeighborhoodMask, masks.SlidingTileMask, masks.ShiftedWindowMask, masks.VerticalSlashMask}
+    written |= {masks.RowRangeMask, masks.ColumnRangeMask, masks.SliceMask, masks.BlockDiagonalMask}
+    written |= {masks.BlockDiffusionMask, masks.TreeMask}
     assert set(mask_expression.ALLOWED.values()) == written
-    assert {"Mask", "FunctionMask", "BlockMask", "as_block_mask"} == set(masks.__all__) - set(mask_expression.ALLOWED)
+    assert {"Mask", "FunctionMask", "BlockMask", "TokenOrder", "as_block_mask"} == set(masks.__all__) - set(
+        mask_expression.ALLOWED
+    )
 
 
 REFUSED = [

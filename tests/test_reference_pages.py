@@ -32,6 +32,8 @@ from jax_bsk import (
     decode,
     flops,
     masks,
+    packed_attention,
+    packing,
     pruning,
     sampled_matmul,
     selection,
@@ -52,6 +54,7 @@ from jax_bsk.masks import (
     GlobalMask,
     LocalMask,
     MultiHeadMask,
+    PackedMask,
     SegmentMask,
 )
 from jax_bsk.qa.benchmarking.matmul import cases as matmul_cases
@@ -67,7 +70,7 @@ PAGES = {path.stem: path.read_text() for path in FOLDER.glob("*.md")}
 def public_names() -> set[str]:
     """What users import: the package's names, those of its modules, and the layers of each Flax library."""
     exported = {f"jax_bsk.{name}" for name, x in vars(jax_bsk).items() if name[0] != "_" and not hasattr(x, "__path__")}
-    modules = {f"jax_bsk.{name}" for name in ("flops", "pruning")}
+    modules = {f"jax_bsk.{name}" for name in ("flops", "packing", "pruning")}
     exported -= {name for name in exported - modules if isinstance(getattr(jax_bsk, name[8:]), types.ModuleType)}
     exported |= {f"jax_bsk.masks.{name}" for name in masks.__all__}
     exported |= {f"jax_bsk.biases.{name}" for name in biases.__all__}
@@ -75,6 +78,7 @@ def public_names() -> set[str]:
     exported |= {f"jax_bsk.decode.{name}" for name in decode.__all__}
     exported |= {f"jax_bsk.selection.{name}" for name in selection.__all__}
     exported |= {f"jax_bsk.flops.{name}" for name in flops.__all__}
+    exported |= {f"jax_bsk.packing.{name}" for name in packing.__all__}
     exported |= {f"jax_bsk.pruning.{name}" for name in functions_of(pruning)}
     exported |= {"jax_bsk.flax.attention_fn"}
     for module, base in ((jax_bsk.flax.nnx, nnx.Module), (jax_bsk.flax.linen, flax.linen.Module)):
@@ -322,6 +326,23 @@ def block_masks_together() -> None:
 
 
 RAISED: dict[str, Callable[[], Any]] = {
+    # Packed sequences.
+    "query is TNH and key and value SKH, without a batch, got ...": lambda: packed_attention(X, X, X, [0, 64]),
+    "cu_seqlens_q is [sequences + 1], got shape ...; give sparse_attention(..., mask=PackedMask(...)) ...": lambda: (
+        packed_attention(X[0], X[0], X[0], [[0, 64]])
+    ),
+    "cu_seqlens_kv is given where there are more or fewer keys than queries, got ...": lambda: packed_attention(
+        X[0, :3], X[0], X[0], [0, 3]
+    ),
+    "mask is a lazy mask of the positions within a sequence, got a BlockMask; bind PackedMask(...) and pass that to "
+    "sparse_attention": lambda: packed_attention(X[0], X[0], X[0], [0, 64], mask=BOUND),
+    "packed_attention takes no arguments of Flax's modules; give a layer the mask ...": lambda: packed_attention(
+        X[0],
+        X[0],
+        X[0],
+        [0, 64],
+        deterministic=True,  # type: ignore
+    ),
     # Which implementation.
     "implementation=... cannot take this call: ...": lambda: attend(
         score_function=lambda s, *_: s, implementation="cpu"
@@ -454,6 +475,20 @@ RAISED: dict[str, Callable[[], Any]] = {
     "GlobalMask: tokens cannot be traced; use FunctionMask(...)": with_traced(
         lambda t: GlobalMask(t).bind(64), jnp.int32(3)
     ),
+    "PackedMask: cu_seqlens_q must never decrease, got ...": lambda: PackedMask([0, 3, 2]).bind(3),
+    "PackedMask: cu_seqlens_q must lie in [0, ...], the tokens there are, got ...": lambda: PackedMask([0, 9]).bind(3),
+    "PackedMask: cu_seqlens_q has a sequence of ... tokens, more than the ... that were promised; ...": lambda: (
+        PackedMask([0, 3], max_seqlen_q=2).bind(3)
+    ),
+    "PackedMask: cu_seqlens_kv must be given where q_len=... and kv_len=... differ, got None; ...": lambda: PackedMask(
+        [0, 3]
+    ).bind(3, 4),
+    "PackedMask: within must be a mask of positions in a sequence, got ...": lambda: PackedMask(
+        [0, 3], within=SegmentMask([0, 0, 1])
+    ),
+    "PackedMask: within must be one mask for all heads, got ...": lambda: PackedMask(
+        [0, 3], within=MultiHeadMask([LAZY])
+    ),
     "SegmentMask: q_ids has shape ...; expected a last dimension of q_len=...": lambda: SegmentMask([0, 1]).bind(64),
     "SegmentMask: kv_ids has shape ...; expected a last dimension of kv_len=...; give kv_ids, as there are more or "
     "fewer keys than queries": lambda: SegmentMask([0, 1]).bind(2, 3),
@@ -521,8 +556,8 @@ RAISED: dict[str, Callable[[], Any]] = {
     # Selection and compositions.
     "top_k is at least 1, got ...": lambda: selection.moba(X, X, top_k=0),
     "top_k is an int (it decides shapes), got ...": with_traced(lambda n: selection.moba(X, X, top_k=n), jnp.int32(3)),
-    "mask is known beforehand, got ... with traced arrays; put those into the scores, as -inf": with_traced(
-        lambda ids: selection.from_topk(jnp.zeros((1, 1)), 1, q_len=64, mask=SegmentMask(ids)), np.zeros(64, np.int32)
+    "mask has ... heads, the lists of the selection have ...; it must be that or 1 (...)": lambda: selection.from_topk(
+        jnp.zeros((2, 1, 1)), 1, q_len=64, mask=MultiHeadMask([CausalMask()] * 3)
     ),
     "quest reads bounds, and these summaries have none; make them with bounds=True": lambda: choose_pages(
         summaries=selection.summarize_pages(X.reshape(4, 16, 2, 16), bounds=False)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jax_bsk import BlockMask, sparse_attention
-from jax_bsk.masks import CausalMask, LocalMask, SegmentMask
+from jax_bsk.masks import CausalMask, LocalMask, MultiHeadMask, SegmentMask
 from jax_bsk.selection import from_topk, moba, nsa, xattention
 from tests.util import assert_close, dense, loss_of
 
@@ -162,8 +162,8 @@ def test_moba(moba_block, causal, share_group):
 # ---- NSA ------------------------------------------------------------------------------------------------------------
 
 
-def importance(query, key, unit, length, stride):
-    """Equations 8 to 10, a query at a time: [B, K, nq, units]."""
+def importance(query, key, unit, length, stride, allowed=None):
+    """Equations 8 to 10, a query at a time: [B, K, nq, units]; within allowed [B, T, S] where it is given."""
     (batch, q_len, heads, size), (_, kv_len, kv_heads, _) = query.shape, key.shape
     count = (kv_len - length) // stride + 1
     scores = np.zeros((batch, kv_heads, -(-q_len // BLOCK), -(-kv_len // unit)))
@@ -173,6 +173,8 @@ def importance(query, key, unit, length, stride):
     for b, h, t in np.ndindex(batch, heads, q_len):
         group = h // (heads // kv_heads)
         seen = [i for i in range(count) if i * stride + length - 1 <= t]
+        if allowed is not None:
+            seen = [i for i in seen if allowed[b, t, [i * stride, i * stride + length - 1]].all()]
         if seen:
             keys = np.stack([key[b, i * stride : i * stride + length, group].mean(0) for i in seen])
             logits = keys @ query[b, t, h] / np.sqrt(size)
@@ -222,8 +224,8 @@ def test_nsa_of_few_keys():
 # ---- XAttention -----------------------------------------------------------------------------------------------------
 
 
-def block_weights(query, key, stride, causal):
-    """Antidiagonal sums of all cells, softmax over the cells of a row, sums over blocks."""
+def block_weights(query, key, stride, causal, allowed=None):
+    """Antidiagonal sums of all cells, softmax over the cells of a row, sums over blocks; see `importance`."""
     (batch, q_len, heads, size), (_, kv_len, kv_heads, _) = query.shape, key.shape
     nq, nk = -(-q_len // BLOCK), -(-kv_len // BLOCK)
     query = np.pad(query, [(0, 0), (0, nq * BLOCK - q_len), (0, 0), (0, 0)])
@@ -233,8 +235,15 @@ def block_weights(query, key, stride, causal):
     sums = np.einsum("bnrxcy,xy->bnrc", cells, np.eye(stride)[::-1])
     row, column = np.arange(sums.shape[2])[:, None], np.arange(sums.shape[3])
     seen = (column * stride < kv_len) & ((column <= row) | (not causal))
-    p = np.where(seen, np.exp(sums - np.where(seen, sums, -np.inf).max(-1, keepdims=True)), 0)
-    p = p / p.sum(-1, keepdims=True) * (row * stride < q_len)
+    if allowed is not None:
+        ends = [
+            (np.minimum(row * stride + n, q_len - 1), np.minimum(column * stride + n, kv_len - 1))
+            for n in (0, stride - 1)
+        ]
+        seen = seen & (allowed[:, *ends[0]] | allowed[:, *ends[1]])[:, None]
+    highest = np.where(seen, sums, -np.inf).max(-1, keepdims=True)
+    p = np.where(seen, np.exp(sums - np.where(highest > -np.inf, highest, 0)), 0)
+    p = p / np.maximum(p.sum(-1, keepdims=True), 1e-300) * (row * stride < q_len)
     return p.reshape(batch, heads, nq, BLOCK // stride, nk, BLOCK // stride).sum((3, 5))
 
 
@@ -369,18 +378,11 @@ def test_token_scores_in_pieces(monkeypatch):
         (lambda q, k: from_topk(np.ones((2, 3), np.float32), 1, q_len=200), ValueError, r"\(nq, nk\) = \(2, 2\)"),
         (lambda q, k: from_topk(np.ones((2, 2), bool), 1, q_len=200), TypeError, "real numbers"),
         (lambda q, k: from_topk(np.ones((2, 2)), 1, q_len=200, mask=np.ones((2, 2), bool)), TypeError, "mask is"),  # pyright: ignore[reportArgumentType]
-        (
-            lambda q, k: from_topk(np.ones((2, 2)), 1, q_len=200, mask=SegmentMask(np.zeros((3, 200), int))),
-            ValueError,
-            "one for all heads",
-        ),
+        (lambda q, k: moba(q, k, mask=SegmentMask(np.zeros((3, 200), int))), ValueError, "mask has 3 examples"),
+        (lambda q, k: moba(q, k, always=MultiHeadMask([CausalMask()] * 3)), ValueError, "always has 3 heads"),
+        (lambda q, k: nsa(q, k, always=np.ones((2, 2), bool)), TypeError, "always is a"),  # pyright: ignore[reportArgumentType]
     ],
 )
 def test_mistakes_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(*inputs(0))
-
-
-def test_a_traced_mask_is_named():
-    with pytest.raises(TypeError, match="known beforehand"):
-        jax.jit(lambda ids: from_topk(jnp.ones((2, 2)), 1, q_len=200, mask=SegmentMask(ids)))(jnp.zeros(200, jnp.int32))

@@ -38,7 +38,7 @@ from jax_bsk.qa.validation import (
 )
 from jax_bsk.qa.validation.measured import Measured
 from jax_bsk.qa.validation.outcome import Check, StageResult, Verdict, failed, passed, skipped, verdict_of
-from jax_bsk.qa.validation.settings import CASES, DECODING, PRODUCTS, STAGES, Clock, Level, Settings
+from jax_bsk.qa.validation.settings import CASES, DECODING, PACKED, PRODUCTS, STAGES, Clock, Level, Settings
 
 ROOT = Path(__file__).parents[1]
 FACTS = {
@@ -246,6 +246,7 @@ def test_a_quick_run_without_a_gpu(quick_run):
     assert 0 < products_of["backward_cases"] < products_of["forward_cases"]
     assert numbers["decode"]["forward_cases"] >= DECODING["cpu", Level.QUICK]
     assert numbers["decode"]["backward_cases"] == 0
+    assert numbers["packed"]["forward_cases"] >= PACKED["cpu", Level.QUICK]
     counts = numbers["histogram"]["counts"]
     assert sum(counts["out"]) == numbers["forward_cases"]
     assert sum(counts["dq"]) == numbers["backward_cases"]
@@ -278,7 +279,7 @@ def test_what_a_run_writes(quick_run):
     assert {"jax_bsk", "xla"} <= {row["contender"] for row in rows}
     with (out / "matmul.csv").open() as file:
         assert {row["contender"] for row in csv.DictReader(file)} == {"jax_bsk", "dense", "dense-random"}
-    for name in ("matmul", "decode"):
+    for name in ("matmul", "decode", "packed"):
         with (out / f"numerics-{name}.csv").open() as file:
             rows = list(csv.DictReader(file))
         assert len(rows) == found["stages"]["validate"]["data"][name]["forward_cases"]
@@ -339,21 +340,23 @@ def test_refusals_alone_and_fewer_cases_than_the_level_asks_for_are_not_a_pass(t
         "random cases from seed 0": Verdict.SKIPPED,
         "products: random cases from seed 0": Verdict.SKIPPED,
         "decoding: random cases from seed 0": Verdict.SKIPPED,
+        "packed: random cases from seed 0": Verdict.SKIPPED,
     }
 
 
 def test_tasks_are_given_out_until_each_suite_has_enough(tmp_path):
-    attention, matmul, decode = suites = numerics.suites(Settings(tmp_path, Level.FULL, cases=3), "cuda")
+    attention, matmul, decode, packed = suites = numerics.suites(Settings(tmp_path, Level.FULL, cases=3), "cuda")
     assert (attention.wanted, matmul.wanted) == (3, PRODUCTS["cuda", Level.FULL])
-    assert decode.wanted == DECODING["cuda", Level.FULL]
+    assert (decode.wanted, packed.wanted) == (DECODING["cuda", Level.FULL], PACKED["cuda", Level.FULL])
     taken = dict.fromkeys(suites, 0)
     tasks = numerics._tasks(40, taken)
     corners = [next(tasks) for suite in suites for _ in suite.corners]
-    assert {"one-token", "matmul:one-number", "decode:prompts"} <= set(corners)
-    assert [next(tasks) for _ in range(4)] == ["40", "matmul:40", "decode:40", "41"]
+    assert {"one-token", "matmul:one-number", "decode:prompts", "packed:streaming"} <= set(corners)
+    assert [next(tasks) for _ in range(5)] == ["40", "matmul:40", "decode:40", "packed:40", "41"]
     taken[attention] = 3
-    assert [next(tasks) for _ in range(4)] == ["matmul:41", "decode:41", "matmul:42", "decode:42"]
-    taken[matmul] = taken[decode] = 600
+    second = [f"{name}:{seed}" for seed in (41, 42) for name in ("matmul", "decode", "packed")]
+    assert [next(tasks) for _ in range(6)] == second
+    taken[matmul] = taken[decode] = taken[packed] = 600
     assert list(tasks) == []
     (record,) = (
         {"task": "matmul:7", "draw": 1, "ok": False, "gradients": True, "case": {}, "results": [], "text": ""},
@@ -362,6 +365,8 @@ def test_tasks_are_given_out_until_each_suite_has_enough(tmp_path):
     assert "python -m jax_bsk.qa.testing matmul --seed 7 --draw 1 --implementation cuda" in check.detail
     check = numerics._judge("random", [record | {"task": "decode:7"}], "cuda", 1)
     assert "python -m jax_bsk.qa.testing.decode --cases 1 --seed 7 --implementation cuda --multi" in check.detail
+    check = numerics._judge("random", [record | {"task": "packed:7"}], "cuda", 1)
+    assert "python -m jax_bsk.qa.testing packed --seed 7 --draw 1 --implementation cuda" in check.detail
 
 
 def test_programs_of_other_sources_are_no_evidence(tmp_path):

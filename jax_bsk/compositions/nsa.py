@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.attention.api import sparse_attention
@@ -17,6 +18,7 @@ from jax_bsk.core.arrays import Array
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.masks import LocalMask, Mask
+from jax_bsk.masks.algebra.ordered import keys_at
 from jax_bsk.masks.grid import OWN, Grid
 from jax_bsk.selection import nsa
 from jax_bsk.selection.inputs import compress, positive
@@ -39,6 +41,8 @@ def nsa_attention(
     local_blocks: int = 2,
     block_size: int | tuple[int, int] = 64,
     scale: float | None = None,
+    mask: Mask | None = None,
+    always: Mask | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Computes causal attention of three branches: native sparse attention, NSA (arXiv 2502.11089, equation 5).
@@ -82,6 +86,10 @@ def nsa_attention(
       block_size: Block size of the selected branch's mask, as in `BlockMask.from_mask`. The other branches have
         `sparse_attention`'s default.
       scale: Factor of the logits; the default is 1 / sqrt(H).
+      mask: Lazy mask of the tokens besides causality, or None, for all three branches: `SegmentMask(ids)` keeps to
+        documents, whose ids may be traced. A query attends to the compressed keys whose first and last token it attends
+        to. It may differ per example.
+      always: Lazy mask of the blocks that are always selected, as in `jax_bsk.selection.nsa`.
       implementation: Implementation of all three calls, as in `sparse_attention`.
 
     Returns:
@@ -110,7 +118,8 @@ def nsa_attention(
     options: dict[str, Any] = {"scale": scale, "implementation": implementation}
 
     # First, as it checks query, key and value.
-    windowed = sparse_attention(q, k, v, mask=LocalMask((positive(window, "window") - 1, 0)), **options)
+    near = LocalMask((positive(window, "window") - 1, 0))
+    windowed = sparse_attention(q, k, v, mask=near if mask is None else near & mask, **options)
     if g.shape != (*q.shape[:3], 3) or not jnp.issubdtype(g.dtype, jnp.floating):
         raise ValueError(f"gates are floating-point numbers of shape {(*q.shape[:3], 3)}, got {g.dtype}{g.shape}")
 
@@ -128,9 +137,14 @@ def nsa_attention(
         local_blocks=local_blocks,
         block_size=block_size,
         scale=scale,
+        mask=mask,
+        always=always,
     )
     selected = sparse_attention(q, k, v, mask=chosen, **options)
-    ended = CompressedMask(length, stride)
+    ended: Mask = CompressedMask(length, stride)
+    if mask is not None:
+        first = np.arange(keys.shape[1], dtype=np.int32) * stride
+        ended = ended & keys_at(mask, first, k.shape[1]) & keys_at(mask, first + (length - 1), k.shape[1])
     compressed = sparse_attention(q, keys.astype(q.dtype), values.astype(q.dtype), mask=ended, **options)
 
     inside = statistics_dtype(q.dtype)

@@ -16,6 +16,7 @@ from jax_bsk.attention.api import sparse_attention
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
+from jax_bsk.masks import Mask
 from jax_bsk.selection import sparsek
 from jax_bsk.selection.choice import for_query_heads, repeat_heads
 from jax_bsk.selection.inputs import query_and_key
@@ -37,6 +38,8 @@ def sparsek_attention(
     candidates: int | None = None,
     block_size: int | tuple[int, int] = 128,
     scale: float | None = None,
+    mask: Mask | None = None,
+    always: Mask | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Computes causal attention to a window and to the key blocks of highest score (SparseK, arXiv 2406.16747).
@@ -75,6 +78,9 @@ def sparsek_attention(
         `jax_bsk.selection.sparsek`. None takes all blocks.
       block_size: Block size of the mask: a number, or (query, key/value).
       scale: Factor of the logits, as in `sparse_attention`.
+      mask: Lazy mask of the tokens besides causality, or None: `SegmentMask(ids)` keeps to documents, whose ids may be
+        traced. See `jax_bsk.selection.sparsek`.
+      always: Lazy mask of the blocks that are always visited, as in `jax_bsk.selection.sparsek`.
       implementation: Implementation of the attention, as in `sparse_attention`.
 
     Returns:
@@ -107,7 +113,7 @@ def sparsek_attention(
         expected = " or ".join(str((*k.shape[:2], n)) for n in dict.fromkeys((kv_heads, heads)))
         raise ValueError(f"scores has one number a key and key/value or query head, shape {expected}, got {u.shape}")
 
-    mask, gates = sparsek(
+    chosen, gates = sparsek(
         _with_slope(u, slope),
         top_k=top_k,
         window=window,
@@ -115,6 +121,8 @@ def sparsek_attention(
         candidates=candidates,
         q_len=q.shape[1],
         block_size=block_size,
+        mask=mask,
+        always=always,
     )
     if gates.shape[1] == kv_heads and kv_heads not in (1, heads):
         (gates,) = repeat_heads([gates], heads // kv_heads)
@@ -122,7 +130,7 @@ def sparsek_attention(
         q,
         k,
         v,
-        mask=for_query_heads(mask, heads),
+        mask=for_query_heads(chosen, heads),
         gates=gates.astype(statistics_dtype(q.dtype)),
         scale=scale,
         implementation=implementation,

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jax_bsk.compositions.nsa import nsa_attention
 from jax_bsk.flax._attention_fn import default_head_dim
 from jax_bsk.flax._nsa import attend_gated
+from jax_bsk.masks import Mask
 
 
 class NSASelfAttention(nn.Module):
@@ -58,11 +59,13 @@ class NSASelfAttention(nn.Module):
     bias_init: Callable[..., Any] = zeros_init()
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: Array [*batch, length, features].
+          mask: Lazy mask of the tokens besides causality, or None: `SegmentMask(ids)` keeps to documents, whose ids
+            [batch, length] may be traced (batch is the product of all leading dimensions).
 
         Returns:
           Array [*batch, length, out_features].
@@ -80,5 +83,5 @@ class NSASelfAttention(nn.Module):
         heads = {"query": self.num_heads, "key": kv_heads, "value": kv_heads}
         query, key, value = (nn.DenseGeneral((n, head_dim), name=name, **common)(inputs) for name, n in heads.items())
         gate_logits = nn.Dense(3 * self.num_heads, name="gate", **common)(inputs)
-        out = attend_gated(self.attention_fn, query, key, value, gate_logits, self.dtype)
+        out = attend_gated(self.attention_fn, query, key, value, gate_logits, self.dtype, mask)
         return nn.DenseGeneral(self.out_features or features, axis=(-2, -1), name="out", **common)(out)

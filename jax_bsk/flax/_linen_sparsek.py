@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jax_bsk.compositions.sparsek import sparsek_attention
 from jax_bsk.flax._attention_fn import default_head_dim
 from jax_bsk.flax._sparsek import attend_scored, score_dtype
+from jax_bsk.masks import Mask
 
 
 class SparseKSelfAttention(nn.Module):
@@ -62,11 +63,13 @@ class SparseKSelfAttention(nn.Module):
     slope_init: Callable[..., Any] = constant(0.1)
 
     @nn.compact
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: Array [*batch, length, features].
+          mask: Lazy mask of the tokens besides causality, or None: `SegmentMask(ids)` keeps to documents, whose ids
+            [batch, length] may be traced (batch is the product of all leading dimensions).
 
         Returns:
           Array [*batch, length, out_features].
@@ -82,5 +85,5 @@ class SparseKSelfAttention(nn.Module):
         exact = score_dtype(self.dtype, self.param_dtype)
         scores = nn.Dense(choices, use_bias=False, dtype=exact, name="score", **kernel)(inputs)
         slope = self.param("slope", self.slope_init, (choices,), self.param_dtype)
-        out = attend_scored(self.attention_fn, query, key, value, scores, slope, self.dtype)
+        out = attend_scored(self.attention_fn, query, key, value, scores, slope, self.dtype, mask)
         return nn.DenseGeneral(self.out_features or features, axis=(-2, -1), name="out", **common)(out)

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jax_bsk.compositions.nsa import nsa_attention
 from jax_bsk.flax._attention_fn import default_head_dim
 from jax_bsk.flax._nsa import attend_gated
+from jax_bsk.masks import Mask
 
 
 class NSASelfAttention(nnx.Module):
@@ -83,14 +84,16 @@ class NSASelfAttention(nnx.Module):
         self.gate = nnx.Linear(in_features, 3 * num_heads, **common)
         self.out = nnx.LinearGeneral((num_heads, head_dim), out_features or in_features, axis=(-2, -1), **common)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: Array [*batch, length, in_features].
+          mask: Lazy mask of the tokens besides causality, or None: `SegmentMask(ids)` keeps to documents, whose ids
+            [batch, length] may be traced (batch is the product of all leading dimensions).
 
         Returns:
           Array [*batch, length, out_features].
         """
         projected = self.query(inputs), self.key(inputs), self.value(inputs), self.gate(inputs)
-        return self.out(attend_gated(self.attention_fn, *projected, self.dtype))
+        return self.out(attend_gated(self.attention_fn, *projected, self.dtype, mask))

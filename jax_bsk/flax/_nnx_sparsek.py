@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jax_bsk.compositions.sparsek import sparsek_attention
 from jax_bsk.flax._attention_fn import default_head_dim
 from jax_bsk.flax._sparsek import attend_scored, score_dtype
+from jax_bsk.masks import Mask
 
 
 class SparseKSelfAttention(nnx.Module):
@@ -84,14 +85,16 @@ class SparseKSelfAttention(nnx.Module):
         self.slope = nnx.Param(slope_init(rngs.params(), (choices,), param_dtype))
         self.out = nnx.LinearGeneral((num_heads, head_dim), out_features or in_features, axis=(-2, -1), **common)
 
-    def __call__(self, inputs: jax.Array) -> jax.Array:
+    def __call__(self, inputs: jax.Array, *, mask: Mask | None = None) -> jax.Array:
         """Applies the layer.
 
         Args:
           inputs: Array [*batch, length, in_features].
+          mask: Lazy mask of the tokens besides causality, or None: `SegmentMask(ids)` keeps to documents, whose ids
+            [batch, length] may be traced (batch is the product of all leading dimensions).
 
         Returns:
           Array [*batch, length, out_features].
         """
         projected = self.query(inputs), self.key(inputs), self.value(inputs), self.score(inputs)
-        return self.out(attend_scored(self.attention_fn, *projected, self.slope[...], self.dtype))
+        return self.out(attend_scored(self.attention_fn, *projected, self.slope[...], self.dtype, mask))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jax_bsk.flax._attention_fn import promote
+from jax_bsk.masks import Mask
 
 
 def attend_gated(
@@ -19,6 +20,7 @@ def attend_gated(
     value: jax.Array,
     gate_logits: jax.Array,
     dtype: DTypeLike | None = None,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Computes native sparse attention over any leading dimensions, with gates that are sigmoids.
 
@@ -29,6 +31,7 @@ def attend_gated(
       value: Array [*batch, T, K, H].
       gate_logits: Array [*batch, T, 3 N]; the three logits of a head are side by side.
       dtype: Type of the computation; None is what query, key and value promote to.
+      mask: Lazy mask of the tokens, given to the function where it is not None.
 
     Returns:
       Array [*batch, T, N, H].
@@ -37,5 +40,7 @@ def attend_gated(
     gates = jax.nn.sigmoid(gate_logits.astype(jnp.promote_types(gate_logits.dtype, jnp.float32)))
     gates = gates.reshape(*query.shape[:-1], 3)
     batch = query.shape[:-3]
-    out = attention_fn(*(x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value, gates)))
+    options = {} if mask is None else {"mask": mask}
+    flat = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value, gates))
+    out = attention_fn(*flat, **options)
     return out.reshape(*batch, *out.shape[-3:])

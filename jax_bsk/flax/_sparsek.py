@@ -11,6 +11,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jax_bsk.flax._attention_fn import promote
+from jax_bsk.masks import Mask
 
 
 def score_dtype(dtype: DTypeLike | None, param_dtype: DTypeLike) -> np.dtype:
@@ -26,6 +27,7 @@ def attend_scored(
     scores: jax.Array,
     slope: jax.Array,
     dtype: DTypeLike | None = None,
+    mask: Mask | None = None,
 ) -> jax.Array:
     """Computes SparseK attention over any leading dimensions.
 
@@ -37,6 +39,7 @@ def attend_scored(
       scores: Array [*batch, T, G] of the scores of the keys, without the slope.
       slope: Array [G].
       dtype: Type of the computation; None is what query, key and value promote to.
+      mask: Lazy mask of the tokens, given to the function where it is not None.
 
     Returns:
       Array [*batch, T, N, H].
@@ -45,5 +48,6 @@ def attend_scored(
     batch = query.shape[:-3]
     flat = (x.reshape(math.prod(batch), *x.shape[-3:]) for x in (query, key, value))
     scores = scores.reshape(math.prod(batch), *scores.shape[-2:])
-    out = attention_fn(*flat, scores, slope=slope.astype(scores.dtype))
+    options = {} if mask is None else {"mask": mask}
+    out = attention_fn(*flat, scores, slope=slope.astype(scores.dtype), **options)
     return out.reshape(*batch, *out.shape[-3:])

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jax_bsk.core.dtypes import statistics_dtype
-from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.selection.candidates import candidates_of
+from jax_bsk.masks import BlockMask, CausalMask, Mask
+from jax_bsk.selection.candidates import candidates_of, restricted
 from jax_bsk.selection.choice import choose_top_k, for_query_heads
 from jax_bsk.selection.inputs import block_means, grouped, positive, query_and_key
 
@@ -21,6 +21,8 @@ def moba(
     block_size: int | tuple[int, int] = 128,
     is_causal: bool = True,
     share_group: bool = False,
+    mask: Mask | None = None,
+    always: Mask | None = None,
 ) -> BlockMask:
     """Blocks of keys whose mean is nearest to the queries: MoBA (Lu et al., arXiv 2502.13189).
 
@@ -42,6 +44,12 @@ def moba(
       is_causal: keys after the query are masked; without it any block may be chosen, the own one always is.
       share_group: whether to make one list for the query heads of a key/value head, by the sum of their scores (one
         list in all where there is one key/value head); else one list per query head.
+      mask: lazy mask that restricts the choice, or None: blocks that it leaves empty are never chosen, and the elements
+        of the others are masked by it, besides causality. It may hold traced arrays (`SegmentMask(ids)` of documents)
+        and differ per example and list.
+      always: lazy mask, or None: blocks that it visits are always chosen, where `mask` leaves them open.
+        `LocalMask((512, 0)) | GlobalMask(4)` is a window and the first tokens as sinks. They are visited as whole
+        MoBA blocks, count among the `top_k`, and where they are more, all of them are taken.
 
     Returns:
       A `BlockMask` [B, N] ([B, 1] where all heads share), without gradient.
@@ -58,7 +66,9 @@ def moba(
     """
     q, k = query_and_key(query, key)
     top_k = positive(top_k, "top_k")
-    known = candidates_of(CausalMask() if is_causal else None, q.shape[1], k.shape[1], block_size, moba_block)
+    batch, heads = q.shape[0], k.shape[2] if share_group else q.shape[2]
+    allowed = restricted(CausalMask() if is_causal else None, mask)
+    known = candidates_of(allowed, q.shape[1], k.shape[1], block_size, moba_block, batch=batch, heads=heads)
     centers = grouped(block_means(q, known.block_q), k.shape[2])
     means = block_means(k, known.group * known.block_kv)
     if share_group:
@@ -66,4 +76,5 @@ def moba(
     else:
         scores = jnp.einsum("biknh,bjkh->bknij", centers, means, preferred_element_type=statistics_dtype(q.dtype))
         scores = scores.reshape(q.shape[0], q.shape[2], *scores.shape[3:])
-    return for_query_heads(choose_top_k(scores, top_k, known.own_groups(), known), q.shape[2])
+    required = known.required_groups(known.own_groups(), always, batch, heads)
+    return for_query_heads(choose_top_k(scores, top_k, required, known), q.shape[2])

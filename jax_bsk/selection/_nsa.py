@@ -10,8 +10,9 @@ from jax.typing import ArrayLike
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.scalars import logits_scale
-from jax_bsk.masks import BlockMask, CausalMask
-from jax_bsk.selection.candidates import Candidates, candidates_of
+from jax_bsk.masks import BlockMask, CausalMask, Mask
+from jax_bsk.masks.builders.elements import elements
+from jax_bsk.selection.candidates import Candidates, candidates_of, checked, restricted
 from jax_bsk.selection.choice import choose_top_k, for_query_heads
 from jax_bsk.selection.inputs import by_query_block, compress, grouped, positive, query_and_key
 
@@ -29,6 +30,8 @@ def nsa(
     local_blocks: int = 2,
     block_size: int | tuple[int, int] = 64,
     scale: float | None = None,
+    mask: Mask | None = None,
+    always: Mask | None = None,
 ) -> BlockMask:
     """Blocks that attention over compressed keys finds important: NSA's selection (Yuan et al., arXiv 2502.11089).
 
@@ -55,6 +58,13 @@ def nsa(
         block of the row's last query and those before it (where the row's queries are of several, all of these too).
       block_size: block size of the lists, as in `BlockMask.from_mask`.
       scale: factor of the logits, 1 / sqrt(H) by default.
+      mask: lazy mask that restricts the choice, or None: blocks that it leaves empty are never chosen, and the elements
+        of the others are masked by it, besides causality. It may hold traced arrays (`SegmentMask(ids)` of documents)
+        and differ per example and list.
+      always: lazy mask, or None: blocks that it visits are always chosen, where `mask` leaves them open.
+        `LocalMask((512, 0)) | GlobalMask(4)` is a window and the first tokens as sinks. They are visited as whole
+        selection blocks, count among the `top_k`, and where they are more, all of them are taken.
+        Queries attend to the compressed keys whose first and last token they attend to.
 
     Returns:
       A causal `BlockMask` [B, N], equal for the heads of a group ([B, 1] with one key/value head), without gradient.
@@ -73,25 +83,39 @@ def nsa(
     top_k = positive(top_k, "top_k")
     length = positive(compression_block, "compression_block")
     stride = positive(compression_stride, "compression_stride")
-    known = candidates_of(CausalMask(), q.shape[1], k.shape[1], block_size, selection_block)
+    batch, lists = q.shape[0], k.shape[2]
+    allowed = restricted(CausalMask(), mask)
+    known = candidates_of(allowed, q.shape[1], k.shape[1], block_size, selection_block, batch=batch, heads=lists)
     if length % stride or selection_block % stride:
         raise ValueError(
             f"compression_stride divides compression_block and selection_block, got {stride}, {length} and "
             f"{selection_block}; choose a divisor of both"
         )
-    required = _required(known, initial_blocks, local_blocks)
+    required = known.required_groups(_required(known, initial_blocks, local_blocks), always, batch, lists)
+    inside = None if mask is None else checked(mask, "mask", batch, lists)
     compressed = jax.lax.stop_gradient(compress(k, length, stride, compressed_key, "compressed_key"))
-    scores = _importance(q, compressed, known, length, stride, logits_scale(scale, q.shape[3]))
+    scores = _importance(q, compressed, known, (length, stride), logits_scale(scale, q.shape[3]), inside)
     return for_query_heads(choose_top_k(scores, top_k, required, known), q.shape[2])
 
 
 def _importance(
-    query: jax.Array, compressed: jax.Array, known: Candidates, length: int, stride: int, scale: float
+    query: jax.Array,
+    compressed: jax.Array,
+    known: Candidates,
+    stretch: tuple[int, int],
+    scale: float,
+    mask: Mask | None,
 ) -> jax.Array:
-    """[B, K, nq, groups]: equations 8 to 10, summed over the queries of a block."""
+    """[B, K, nq, groups]: equations 8 to 10, summed over the queries of a block.
+
+    Args:
+      stretch: l and d.
+      mask: mask of the tokens, besides causality.
+    """
+    length, stride = stretch
     batch, q_len, heads, _ = query.shape
     count, kv_heads = compressed.shape[1:3]
-    nq, groups = known.open_groups.shape
+    nq, groups = known.open_groups.shape[-2:]
     if count == 0:
         return jnp.zeros((batch, kv_heads, nq, groups), statistics_dtype(query.dtype))
     blocks = jnp.pad(grouped(query, kv_heads), [(0, 0), (0, nq * known.block_q - q_len), (0, 0), (0, 0), (0, 0)])
@@ -102,6 +126,9 @@ def _importance(
     def row(i: jax.Array, queries: jax.Array) -> jax.Array:
         position = i * known.block_q + jnp.arange(known.block_q, dtype=jnp.int32)
         seen = of_rank((ends <= position[:, None]) & (position < q_len)[:, None], 5)
+        if mask is not None:
+            first, last = (elements(mask, known.grid, position, x) for x in (ends[0] - (length - 1), ends[0]))
+            seen = seen & (first & last)[:, :, None]
         logits = jnp.einsum("btknh,bckh->bkntc", queries.astype(inside), compressed.astype(inside)) * scale
         highest = jnp.where(seen, logits, -jnp.inf).max(-1, keepdims=True)
         weights = jnp.where(seen, jnp.exp(logits - jnp.where(highest > -jnp.inf, highest, 0)), 0)

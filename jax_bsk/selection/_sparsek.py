@@ -12,12 +12,16 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.core import explicit_mesh
-from jax_bsk.core.arrays import Array
+from jax_bsk.core.arrays import Array, of_rank
 from jax_bsk.core.inputs import floating
+from jax_bsk.lists import native
 from jax_bsk.masks import BlockMask, CausalMask, Mask, as_block_mask
 from jax_bsk.masks.grid import MAX_LENGTH, OWN, Grid, grid_of
 from jax_bsk.selection._prefixes import CHUNK, take, top_of_prefixes
+from jax_bsk.selection.candidates import EMPTY, both, candidates_of, either, restricted
+from jax_bsk.selection.choice import choose_listed, per_table
 from jax_bsk.selection.inputs import block_means, positive
+from jax_bsk.selection.soft_topk import solve
 from jax_bsk.selection.soft_topk_causal import sparsek_causal
 
 Gate = Literal["straight-through", "soft"]
@@ -32,6 +36,8 @@ def sparsek(
     candidates: int | None = None,
     q_len: int | None = None,
     block_size: int | tuple[int, int] = 128,
+    mask: Mask | None = None,
+    always: Mask | None = None,
 ) -> tuple[BlockMask, jax.Array]:
     """A sliding window and the key blocks of highest score before it: SparseK's choice (Lou et al., arXiv 2406.16747).
 
@@ -63,6 +69,13 @@ def sparsek(
         more than these have a part in it (0 < p), thresholds are too low: soft gates sum to more than top_k.
       q_len: queries, query t at position t; S by default.
       block_size: block size of the lists, as in `BlockMask.from_mask`.
+      mask: lazy mask that restricts window and choice, or None: blocks that it leaves empty are never visited, and the
+        elements of the others are masked by it, besides causality. It may hold traced arrays (`SegmentMask(ids)` of
+        documents) and differ per example and head of scores.
+      always: lazy mask, or None: blocks that it visits are in each row besides the window and the top_k, with a gate of
+        1, where `mask` leaves them open. `GlobalMask(4)` makes the first tokens sinks. They are visited as whole
+        blocks. With `mask` or `always` each row is compared with all key blocks, n numbers per row and head in memory,
+        and `candidates` has no meaning.
 
     Returns:
       A causal `BlockMask` [B, G], without gradient, whose lists cannot overflow: room for the window and top_k blocks
@@ -84,6 +97,7 @@ def sparsek(
     if array.ndim not in (2, 3):
         raise ValueError(f"scores are [batch, keys, heads] or [keys, heads], got {array.shape}; add the heads")
     array = array[None] if array.ndim == 2 else array
+    restricts = mask is not None or always is not None
     if gate not in ("straight-through", "soft"):
         raise ValueError(f"gate is 'straight-through' or 'soft', got {gate!r}; choose one")
     top_k, window = positive(top_k, "top_k"), positive(window, "window")
@@ -95,6 +109,8 @@ def sparsek(
     known = _known(sizes)
     blocks = int(known.prefixes.max(initial=0))
     means = block_means(array[..., None], known.window.block_kv)[..., 0]
+    if restricts:
+        return _choose_restricted(jnp.swapaxes(means, 1, 2), sizes, top_k, gate, mask, always)
     if not blocks:
         return known.window, jnp.ones((1, 1, known.window.kv_blocks.shape[-1]), means.dtype)
 
@@ -229,3 +245,53 @@ def _choose(z: jax.Array, known: _Known, top_k: int, gate: Gate, candidates: int
     kv_blocks = merge(chosen.ravel()[choice], jnp.asarray(window.kv_blocks)[source], -1)
     tiles = merge(-1, jnp.asarray(window.tiles)[source], -1)
     return _Lists(row_offsets, kv_blocks, tiles), merge(gates.ravel()[choice], 1, 1)
+
+
+def _choose_restricted(
+    means: jax.Array, sizes: _Sizes, top_k: int, gate: Gate, mask: Mask | None, always: Mask | None
+) -> tuple[BlockMask, jax.Array]:
+    """The choice where masks say what each row may choose: its candidates are no prefix of all, so each has its own.
+
+    Args:
+      means: [B, G, nk], scores of the key blocks.
+    """
+    q_len, kv_len, block_size, window = sizes
+    batch, heads, nk = means.shape
+    known = candidates_of(restricted(CausalMask(), mask), q_len, kv_len, block_size, batch=batch, heads=heads)
+
+    # ---- states: what is always visited, and what may be chosen ----
+    nq = known.grid.nq
+    first = WindowBlocksMask(window, block_size).first_block(np.arange(nq, dtype=np.int64) * known.block_q)
+    fixed = of_rank(np.arange(nk), 2) >= first[:, None]
+    widths: int | np.ndarray = fixed.sum(1) + top_k
+    if always is not None:
+        blocks = known.blocks_of(always, batch, heads)
+        fixed = either(blocks, fixed)
+        widths = fixed.sum(1) + top_k if isinstance(fixed, np.ndarray) else nk
+    is_open = known.tiles != EMPTY
+    fixed, is_open = (of_rank(jnp.asarray(x), 4) for x in (both(fixed, is_open), is_open))
+    states = jnp.where(
+        fixed, np.int8(native.REQUIRED), jnp.where(is_open, np.int8(native.OPEN), np.int8(native.CLOSED))
+    )
+
+    # ---- lists ----
+    z = jnp.where(means == jnp.inf, jnp.nan, means)
+    scores = jnp.broadcast_to(jax.lax.stop_gradient(z)[:, :, None], (batch, heads, nq, nk))
+    chosen = choose_listed(scores, states, (top_k, True), known, np.minimum(widths, nk))
+
+    # ---- gates ----
+    def gates_of(z: jax.Array, states: jax.Array, offsets: jax.Array, ids: jax.Array) -> jax.Array:
+        free = states == native.OPEN
+        p, tau = solve(jnp.where(free, z[None], -jnp.inf), jnp.full(nq, top_k, z.dtype), "fast")
+        entry = jnp.arange(ids.shape[0], dtype=jnp.int32)
+        row = jnp.minimum(jnp.searchsorted(offsets[1:], entry, side="right").astype(jnp.int32), max(nq - 1, 0))
+        column = jnp.maximum(ids, 0)
+        gates = jnp.where(free[row, column], p[row, column], 1)
+        if gate == "straight-through":
+            gates = 1 + (gates - jax.lax.stop_gradient(gates))
+        return jnp.where(entry < offsets[-1], jnp.where(jnp.isnan(tau)[row], jnp.nan, gates), 1)
+
+    if nq == 0 or nk == 0:
+        return chosen, jnp.ones(chosen.kv_blocks.shape, z.dtype)
+    arrays = [z, states, jnp.asarray(chosen.row_offsets), jnp.asarray(chosen.kv_blocks)]
+    return chosen, explicit_mesh.call(functools.partial(per_table, gates_of), arrays, ["bh"] * 4)

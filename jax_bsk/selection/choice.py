@@ -2,37 +2,37 @@
 
 The best k of each row come from a native call (`lists.native.choose`) where there is one. In plain JAX they come from
 sorts and prefix sums, without a scatter, as do the best up to a share of the weight: three sorts, which at 16 heads of
-256 rows of 256 blocks take 94 us on an H200.
+256 rows of 256 blocks take 94 us on an H200. Candidates that differ per head or example, or are traced, take that way.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk.core import explicit_mesh
-from jax_bsk.core.arrays import of_rank
+from jax_bsk.core.arrays import Array, of_rank
 from jax_bsk.lists import native
 from jax_bsk.masks import BlockMask
 from jax_bsk.masks.block_lists import no_tiles
 from jax_bsk.masks.builders.indices import packed_rows
 from jax_bsk.masks.grid import Grid
-from jax_bsk.selection.candidates import EMPTY, Candidates
+from jax_bsk.selection.candidates import EMPTY, Candidates, Required, any_in_groups
 
 
-def ranked(
-    scores: jax.Array, required: np.ndarray | jax.Array, open_groups: np.ndarray | jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def ranked(scores: jax.Array, required: Array, open_groups: Array) -> tuple[jax.Array, jax.Array]:
     """Groups of each row by falling score, required ones first, ties by number.
 
     Args:
       scores: [.., nq, groups]; -inf and NaN are never chosen, unless required.
-      required: bool [nq, groups].
-      open_groups: bool [nq, groups]; the others are never chosen.
+      required: bool [nq, groups], or of the scores' rank.
+      open_groups: bool, likewise; the others are never chosen.
 
     Returns:
       int32 ids [.., nq, groups], and bool of that shape: whether the group may be chosen (a prefix of each row).
@@ -48,14 +48,20 @@ def ranked(
     return ids, order < jnp.inf
 
 
-def choose_top_k(scores: jax.Array, k: int, required: np.ndarray | None, candidates: Candidates) -> BlockMask:
+def choose_top_k(scores: jax.Array, k: int, needed: Required, candidates: Candidates) -> BlockMask:
     """Lists of the required groups of each row, and of the best others until there are k.
 
     Args:
       scores: float32 or float64 [B, H, nq, groups].
       k: number of groups per row, at least 1.
-      required: bool [nq, groups], or None for none.
+      needed: the required groups.
+      candidates: the blocks that may be chosen.
     """
+    required = needed.groups
+    if not candidates.is_shared or (required is not None and required.ndim > 2):
+        most = 0 if required is None else needed.most
+        widths = scores.shape[-1] if most is None else np.minimum(np.maximum(most, k), scores.shape[-1])
+        return choose_listed(scores, states_of(required, candidates), (k, False), candidates, widths)
     n_tiles = _bit_tiles(candidates)
     open_groups = candidates.open_groups
     states = np.where(open_groups, native.OPEN, native.CLOSED).astype(np.int8)
@@ -69,15 +75,65 @@ def choose_top_k(scores: jax.Array, k: int, required: np.ndarray | None, candida
     def choose(scores: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         return native.choose(scores, jnp.asarray(states), jnp.asarray(candidates.tiles), call)
 
-    return _block_mask(explicit_mesh.call(choose, [scores], ["bh"]), candidates)
+    return block_mask(explicit_mesh.call(choose, [scores], ["bh"]), candidates)
+
+
+def states_of(required: Array | None, candidates: Candidates) -> jax.Array:
+    """int8 [B|1, H|1, nq, groups], the states of `lists.native`, of each table."""
+    is_open = of_rank(jnp.asarray(candidates.open_groups), 4)
+    states = jnp.where(is_open, np.int8(native.OPEN), np.int8(native.CLOSED))
+    if required is None:
+        return states
+    return jnp.where(is_open & of_rank(jnp.asarray(required), 4), np.int8(native.REQUIRED), states)
+
+
+def choose_listed(
+    scores: jax.Array, states: jax.Array, limit: tuple[int, bool], candidates: Candidates, widths: int | np.ndarray
+) -> BlockMask:
+    """Lists of groups in plain JAX, of states and candidates that each table has for itself.
+
+    Args:
+      scores: [B|1, H|1, nq, groups].
+      states: int8 [B|1, H|1, nq, groups].
+      limit: number k of groups per row; whether that is besides the required ones, or with them.
+      candidates: what is known.
+      widths: groups that a row has at most, a number or [nq].
+    """
+    n_tiles = _bit_tiles(candidates)
+    width = int(np.max(widths, initial=0))
+    call = native.ChooseCall(
+        min(limit[0], scores.shape[-1]), width, candidates.group, candidates.capacity(widths), n_tiles, choose_in_jax
+    )
+
+    def one(scores: jax.Array, states: jax.Array, tiles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return _choose_rows(scores, states, tiles, call, besides=limit[1])
+
+    def choose(*arrays: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return per_table(one, *arrays)
+
+    tiles = of_rank(jnp.asarray(candidates.tiles), 4)
+    return block_mask(explicit_mesh.call(choose, [scores, states, tiles], ["bh"] * 3), candidates)
+
+
+def per_table(function: Callable[..., Any], *arrays: jax.Array) -> Any:
+    """`function` of the tables of arrays [B|1, H|1, ...]."""
+    lead = np.broadcast_shapes(*(x.shape[:2] for x in arrays))
+    return jax.vmap(jax.vmap(function))(*(jnp.broadcast_to(x, (*lead, *x.shape[2:])) for x in arrays))
 
 
 def choose_in_jax(
     scores: jax.Array, states: jax.Array, candidates: jax.Array, call: native.ChooseCall
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`lists.native.choose` of one table, by sorts."""
+    return _choose_rows(scores, states, candidates, call, besides=False)
+
+
+def _choose_rows(
+    scores: jax.Array, states: jax.Array, candidates: jax.Array, call: native.ChooseCall, *, besides: bool
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     required = states == native.REQUIRED
-    limits = jnp.maximum(required.sum(1, dtype=jnp.int32), call.k)
+    counts = required.sum(1, dtype=jnp.int32)
+    limits = counts + call.k if besides else jnp.maximum(counts, call.k)
     ids, allowed = (x[:, : call.width] for x in ranked(scores, required, states != native.CLOSED))
     chosen = allowed & (np.arange(call.width, dtype=np.int32)[None] < limits[:, None])
     encoded, counts = _encoded_rows(ids, chosen, candidates, call.group, call.n_tiles)
@@ -85,24 +141,26 @@ def choose_in_jax(
     return offsets, *_decoded(encoded[: call.capacity], call.n_tiles)
 
 
-def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarray, candidates: Candidates) -> BlockMask:
+def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: Array, candidates: Candidates) -> BlockMask:
     """Lists of the required groups, and of the heaviest others until they have `threshold` of the row's weight.
 
     Args:
       weights: [B, H, nq, groups], not negative.
       threshold: [] or [H, 1, 1] and the like, in [0, 1].
+      required: bool [nq, groups] or [B|1, H|1, nq, groups].
     """
     n_tiles = _bit_tiles(candidates)
-    open_groups = candidates.open_groups
-    required = required & open_groups
 
-    def choose(weights: jax.Array, threshold: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        is_open, is_required, count, threshold = (
-            of_rank(x, weights.ndim)
-            for x in (open_groups, required, required.sum(1, keepdims=True).astype(np.int32), threshold)
+    def choose(
+        weights: jax.Array, tiles: Array, required: Array, threshold: jax.Array
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        is_open, is_required, threshold = (
+            of_rank(x, 4) for x in (any_in_groups(tiles != EMPTY, candidates.group), required, threshold)
         )
+        is_required = is_required & is_open
+        count = is_required.sum(-1, keepdims=True, dtype=np.int32)
         weights = jnp.where(is_open, weights, 0)
-        ids, allowed = ranked(weights, required, open_groups)
+        ids, allowed = ranked(weights, is_required, is_open)
         # The weight of the required ones counts first, as that of one.
         rest = -jax.lax.sort(jnp.where(is_required, jnp.inf, -weights))
         rank = of_rank(np.arange(weights.shape[-1], dtype=np.int32), weights.ndim)
@@ -113,16 +171,33 @@ def choose_by_mass(weights: jax.Array, threshold: jax.Array, required: np.ndarra
         total = others[..., -1:] + first
         extra = ((before < threshold * total) & (rest > 0)).sum(-1, keepdims=True, dtype=jnp.int32)
         chosen = allowed & (rank < count + extra)
-        encoded, counts = _encoded_rows(ids, chosen, jnp.asarray(candidates.tiles), candidates.group, n_tiles)
+        if candidates.is_shared:
+            encoded, counts = _encoded_rows(ids, chosen, jnp.asarray(tiles), candidates.group, n_tiles)
+        else:
+            rows = functools.partial(_encoded_rows, group=candidates.group, n_tiles=n_tiles)
+            encoded, counts = per_table(rows, ids, chosen, jnp.asarray(tiles))
         offsets, encoded = jax.vmap(jax.vmap(packed_rows))(encoded, counts)
         return offsets, *_decoded(encoded[..., : candidates.capacity(ids.shape[-1])], n_tiles)
 
-    return _block_mask(explicit_mesh.call(choose, [weights, threshold], ["bh", ""]), candidates)
+    if candidates.is_shared and required.ndim == 2:
+        lists = explicit_mesh.call(
+            lambda weights, threshold: choose(weights, candidates.tiles, required, threshold),
+            [weights, threshold],
+            ["bh", ""],
+        )
+    else:
+        tables = [jnp.asarray(x) for x in (candidates.tiles, required)]
+        dims = ["bh" if x.ndim == 4 else "" for x in tables]
+        lists = explicit_mesh.call(choose, [weights, *tables, threshold], ["bh", *dims, ""])
+    return block_mask(lists, candidates)
 
 
 def _bit_tiles(candidates: Candidates) -> int:
-    """The number of bit tiles, checked: `_encoded_rows` needs a number for each pair of key block and tile."""
-    nk, n_tiles = candidates.tiles.shape[1], candidates.bit_tiles.shape[2]
+    """The number of bit tiles, checked: `_encoded_rows` needs a number for each pair of key block and tile.
+
+    Traced candidates have one more, of tiles that found no room, which kernels answer with NaN.
+    """
+    nk, n_tiles = candidates.tiles.shape[-1], candidates.bit_tiles.shape[2] + (not candidates.is_shared)
     if max(nk, 1) * (n_tiles + 1) >= 2**31:
         raise ValueError(f"{nk} key blocks with {n_tiles} bit tiles are too many; choose larger blocks")
     return n_tiles
@@ -165,7 +240,7 @@ def _decoded(encoded: jax.Array, n_tiles: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(listed, encoded // (n_tiles + 1), -1), jnp.where(listed, encoded % (n_tiles + 1) - 1, -1)
 
 
-def _block_mask(lists: tuple[jax.Array, jax.Array, jax.Array], candidates: Candidates) -> BlockMask:
+def block_mask(lists: tuple[jax.Array, jax.Array, jax.Array], candidates: Candidates) -> BlockMask:
     """Row offsets, key blocks and tiles [B, H, ..] with the candidates' bit tiles.
 
     No row is longer than the mask and the width allow: what lies past the candidates' capacity is never listed.
@@ -189,8 +264,10 @@ def for_query_heads(mask: BlockMask, heads: int) -> BlockMask:
     kv_heads = mask.row_offsets.shape[1]
     if kv_heads in (1, heads):
         return mask
-    names = ("row_offsets", "kv_blocks", "tiles")
-    arrays = repeat_heads([getattr(mask, name) for name in names], heads // kv_heads)
+    names = ["row_offsets", "kv_blocks", "tiles"]
+    if mask.bit_tiles.shape[1] == kv_heads:
+        names.append("bit_tiles")
+    arrays = repeat_heads([jnp.asarray(getattr(mask, name)) for name in names], heads // kv_heads)
     return dataclasses.replace(mask, **dict(zip(names, arrays, strict=True)))
 
 

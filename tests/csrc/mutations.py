@@ -49,6 +49,8 @@ NARROW = ("matmul/sm90/narrow_bf16.cu",)
 SAMPLED = ("matmul/sm90/sampled_bf16.cu",)
 DECODE_64 = ("decode/cuda/paged_bf16_64.cu",)
 DECODE_128 = ("decode/cuda/paged_bf16_128.cu",)
+# Cases for bugs that show only where warps happen to run apart.
+RACING_DECODE = ("decode-bf16-d128", "decode-faults-bf16-d128", "decode-0-15", "decode-16-31", "decode-32-47")
 PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
 PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
 GATED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_gated.cu",)
@@ -1154,6 +1156,8 @@ DECODE_KERNELS = (
         "forward.cuh",
         "device::WaitForGroups<kStages - 2>();",
         "device::WaitForGroups<kStages - 1>();",
+        instances=DECODE_128,
+        cases=RACING_DECODE,
     ),
     _decode(
         "no-barrier",
@@ -1162,7 +1166,7 @@ DECODE_KERNELS = (
         "    __syncthreads();  // nobody reads the stage any more\n",
         "",
         instances=DECODE_128,
-        cases=("decode-bf16-d128", "decode-faults-bf16-d128", "decode-0-15", "decode-16-31", "decode-32-47"),
+        cases=RACING_DECODE,
     ),
     _decode(
         "no-second-barrier",
@@ -1170,6 +1174,8 @@ DECODE_KERNELS = (
         "forward.cuh",
         "    __syncthreads();\n    const RowStore<Config> store(params, unit);",
         "    const RowStore<Config> store(params, unit);",
+        instances=DECODE_128,
+        cases=RACING_DECODE,
     ),
     _decode(
         "last-step",

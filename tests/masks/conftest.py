@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 import jax_bsk.masks as m
+from jax_bsk.qa.testing import mask_draws
 
 
 def _leaf(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: int):
     """One random mask and its booleans [B|1, H|1, T, S]."""
     q, k = np.arange(q_len)[:, None], np.arange(kv_len)[None, :]
     span = max(q_len, kv_len)
-    kind = rng.integers(12)
+    kind = rng.integers(13 + len(mask_draws.DRAWS))
     if kind == 0:
         return m.FullMask(), np.ones((1, 1, q_len, kv_len), bool)
     if kind == 1:
@@ -50,8 +51,16 @@ def _leaf(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: 
         shape = (int(rng.choice([1, batch])), int(rng.choice([1, heads])), q_len, kv_len)
         dense = rng.random(shape) < rng.choice([0.001, 0.5, 0.9999])
         return m.ArrayMask(dense), dense
-    a, b = (int(x) for x in rng.integers(1, 20, 2))
-    return m.FunctionMask(lambda q, k: (q * a + k * b) % 17 < 5), ((q * a + k * b) % 17 < 5)[None, None]
+    if kind == 11:
+        a, b = (int(x) for x in rng.integers(1, 20, 2))
+        return m.FunctionMask(lambda q, k: (q * a + k * b) % 17 < 5), ((q * a + k * b) % 17 < 5)[None, None]
+    names = list(mask_draws.DRAWS)
+    if kind < 12 + len(names):
+        mask, dense = mask_draws.DRAWS[names[kind - 12]](rng, q_len, kv_len)
+        return mask, dense[None, None]
+    # Arrays per example and head.
+    ends = rng.integers(0, q_len + 1, (batch, heads, kv_len)).astype(np.int32)
+    return m.ColumnRangeMask(ends), q < ends[:, :, None]
 
 
 def _mask(rng: np.random.Generator, q_len: int, kv_len: int, batch: int, heads: int, depth: int):

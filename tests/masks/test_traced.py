@@ -100,9 +100,21 @@ def test_contiguous_segments_always_find_room(seed):
         assert count_codes(mask, grid)[1] <= mask._partial_bound(grid)
 
 
-def test_broken_promise_is_poisoned():
+@pytest.mark.parametrize("within", [m.FullMask(), m.CausalMask()])
+def test_broken_promise_is_poisoned(within):
+    ids = np.sort(np.random.default_rng(0).integers(0, 50, 512))
+    bind = jax.jit(lambda i: (m.SegmentMask(i, contiguous=True) & within).bind(512, block_size=32))
+    assert poisoned_rows(bind(ids)) == []
+    ids[[7, 300]] = ids[[300, 7]]  # one token out of place
+    with pytest.raises(ValueError, match="batch 0, head 0, row 0: its entries end at"):
+        bind(ids).check()
+    assert poisoned_rows(bind(ids)) == list(range(16))
+
+
+def test_broken_promise_is_poisoned_where_blocks_are_asked_about():
     ids = np.random.default_rng(0).integers(0, 50, 2048)  # anything but contiguous
-    mask = jax.jit(lambda i: m.SegmentMask(i, contiguous=True).bind(2048, block_size=32))(ids)
+    mask = (m.SegmentMask(ids, contiguous=True) & m.DilatedMask(1)) | m.SegmentMask(ids, contiguous=True)
+    mask = jax.jit(lambda x: x.bind(2048, block_size=32))(mask)
     with pytest.raises(ValueError, match="keep the promise of contiguous=True"):
         mask.check()
     rows = poisoned_rows(mask)

@@ -15,6 +15,7 @@ from jax_bsk.masks import BlockMask
 from jax_bsk.qa.testing import __main__ as command_line
 from jax_bsk.qa.testing.battery import Mismatch, run_case
 from jax_bsk.qa.testing.cases import CORNER_CASES, PATTERNS, Case, list_blocks, make_inputs, random_case
+from jax_bsk.qa.testing.mask_draws import DRAWS
 from jax_bsk.qa.testing.oracle import attention_oracle
 from jax_bsk.qa.testing.tolerance import compare, dense_attention
 
@@ -234,7 +235,7 @@ def test_random_cases_repeat_and_vary():
     ):
         assert len({getattr(case, field) for case in cases}) > 1, field
     assert {case.heads // case.kv_heads for case in cases} == {1, 4, 8}
-    assert {case.pattern for case in cases} == set(PATTERNS)
+    assert {case.pattern for case in cases} == {*PATTERNS, *DRAWS}
     assert min(case.q_len for case in cases) == 1
     assert max(case.q_len for case in cases) <= 1024
     few = [case for case in cases if case.kv_len > 1024]

@@ -12,6 +12,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.core.arrays import Array, as_array
+from jax_bsk.masks._search import last_at_most
+from jax_bsk.masks.algebra._intervals import Intervals
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.grid import OWN, Grid, alike, in_blocks, min_max
 
@@ -26,8 +28,9 @@ class SegmentMask(Mask):
       kv_ids: integer ids [S] or [B, S]; `q_ids` if not given.
       contiguous: a promise, used when the ids are traced: along each sequence ids never decrease (give padding the
         largest id). Then only blocks at segment ends can be partial, and room for 2 * (nq + nk) bit tiles is enough;
-        without the promise there must be room for one per block. Where the promise is broken, rows that find no room
-        give NaN; nothing is truncated silently.
+        without the promise there must be room for one per block. Where the promise is broken, all rows give NaN
+        (of a mask that is combined with other than causal masks, windows, chunks and prefixes by `&`, those that find
+        no room).
 
     Raises:
       TypeError, ValueError: where ids are not integers, or their shapes do not fit.
@@ -88,6 +91,23 @@ class SegmentMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q_ids, kv_ids = self._both()
         return q_ids[grid.clip_q(q)] == kv_ids[grid.clip_kv(k)]
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        q_ids, kv_ids = self._both()
+        if not self.contiguous or example is not None or np.issubdtype(q_ids.dtype, np.unsignedinteger):
+            return None
+        if kv_ids.dtype != q_ids.dtype or 0 in (grid.q_len, grid.kv_len):
+            return None
+        xp = grid.xp
+        q_ids, kv_ids = xp.asarray(q_ids), xp.asarray(kv_ids)
+        if q_ids.dtype.itemsize < 4:
+            q_ids, kv_ids = q_ids.astype(np.int32), kv_ids.astype(np.int32)
+        ids = q_ids[grid.clip_q(positions)]
+        first, end = (last_at_most(kv_ids, x, xp) + np.int32(1) for x in (ids - np.ones((), ids.dtype), ids))
+        kept = (kv_ids[1:] >= kv_ids[:-1]).all()
+        if self.kv_ids is not None:
+            kept = kept & (q_ids[1:] >= q_ids[:-1]).all()
+        return Intervals(first, end, own=self.kv_ids is None, valid=kept)
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
         # A block of keys of one document has the same elements beside a block of queries as the document's next one.

@@ -1,6 +1,7 @@
 """`FunctionMask`: a mask given by a function of the indices, and of the numbers of example and head on demand.
 
-Nothing is known of the function beforehand, so every block that other parts of the mask leave open is evaluated.
+Nothing is known of the function beforehand, so every block that other parts of the mask leave open is evaluated. A mask
+that contains it bounds them: `within`, which is joined by `&` before the mask is bound.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra._offsets import static_int
-from jax_bsk.masks.algebra.mask import Mask
+from jax_bsk.masks.algebra.mask import AndMask, Mask, described, remedy_for
 from jax_bsk.masks.grid import OWN, Grid
 
 __all__ = ["FunctionMask"]
@@ -115,27 +116,45 @@ class FunctionMask(_Function):
       batch: examples that `fn(b, h, q_idx, kv_idx)` distinguishes. By default those of the call (`sparse_attention`);
         `bind` has no call to ask and needs them here, if fn uses b.
       heads: query heads that it distinguishes; likewise, if fn uses h.
+      within: mask that bounds the function: nothing outside of it is attended, whatever fn says, and fn is called only
+        on blocks that `within` does not leave empty. It is best one whose bounds are known, as `LocalMask(512)`.
 
     Raises:
-      TypeError: fn is not callable; sizes for a function of two parameters; when bound, where fn does not return
-        booleans.
+      TypeError: fn is not callable, or within is no mask; sizes for a function of two parameters; when bound, where fn
+        does not return booleans.
       ValueError: when bound, where fn returns another shape, or a size is missing.
 
     Nothing is known about such a mask beforehand: every block is evaluated once (per example and head, if fn uses
-    those). Combined by `&` with masks of known bounds, only blocks they leave open are.
+    those), or of `within` those that are not empty. `FunctionMask(fn, within=mask)` attends as `mask &
+    FunctionMask(fn)` does, and keeps its bound when it is inverted or passed on.
 
     Examples:
       >>> from jax_bsk.masks import FunctionMask
       >>> even = FunctionMask(lambda q_idx, kv_idx: (q_idx + kv_idx) % 2 == 0)
       >>> even.bind(3, block_size=32).to_dense()[0, 0].astype(int).tolist()
       [[1, 0, 1], [0, 1, 0], [1, 0, 1]]
+      >>> from jax_bsk.masks import LocalMask
+      >>> near = FunctionMask(lambda q_idx, kv_idx: (q_idx * kv_idx) % 7 < 3, within=LocalMask(100))
+      >>> near.bind(65_536).density  # three blocks a row: those of the window
+      0.005851745605...
     """
 
     _coarse_bounds = True
+    _data_fields = ("within",)
 
+    within: Mask | None
     sizes: tuple[int | None, int | None] | None
 
-    def __init__(self, fn: Callable[..., Any], *, batch: int | None = None, heads: int | None = None) -> None:
+    def __init__(
+        self,
+        fn: Callable[..., Any],
+        *,
+        batch: int | None = None,
+        heads: int | None = None,
+        within: Mask | None = None,
+    ) -> None:
+        if within is not None and not isinstance(within, Mask):
+            raise TypeError(f"FunctionMask: within must be a mask, given {described(within)}; {remedy_for(within)}")
         if not callable(fn):
             remedy = "; wrap a boolean array in ArrayMask(...)" if is_array(fn) else ""
             raise TypeError(
@@ -151,16 +170,29 @@ class FunctionMask(_Function):
             None if size is None else static_int(size, "FunctionMask", name, minimum=1)
             for size, name in ((batch, "batch"), (heads, "heads"))
         )
-        self._set(fn=fn, sizes=tuple(sizes) if numbered else None)
+        self._set(fn=fn, sizes=tuple(sizes) if numbered else None, within=within)
+
+    def parts(self) -> tuple[Mask, FunctionMask]:
+        """What bounds the function, and the function without a bound. There must be one."""
+        assert self.within is not None
+        bare = object.__new__(FunctionMask)
+        bare._set(**{**self._named(), "within": None})
+        return self.within, bare
 
     def _function(self) -> Callable[[Any, Any], Any]:
-        return self.fn if self.sizes is None else self._sized(None, None)._function()
+        if self.sizes is None:
+            return self.fn
+        sized = self._sized(None, None)
+        assert isinstance(sized, _Function)
+        return sized._function()
 
     def _structural_dims(self, dim: str) -> set[int]:
         size = None if self.sizes is None else self.sizes["bh".index(dim)]
-        return set() if size is None else {size}
+        return super()._structural_dims(dim) | (set() if size is None else {size})
 
-    def _sized(self, batch: int | None, heads: int | None) -> _Function:
+    def _sized(self, batch: int | None, heads: int | None) -> Mask:
+        if self.within is not None:
+            return AndMask(*(part._sized(batch, heads) for part in self.parts()))
         if self.sizes is None:
             return self
         numbers = []
@@ -189,7 +221,8 @@ class FunctionMask(_Function):
     def _repr_arguments(self) -> list[str]:
         sizes = zip(("batch", "heads"), self.sizes or (), strict=False)
         name = getattr(self.fn, "__qualname__", None) or repr(self.fn)
-        return [name, *(f"{n}={size}" for n, size in sizes if size is not None)]
+        within = [] if self.within is None else [f"within={self.within!r}"]
+        return [name, *(f"{n}={size}" for n, size in sizes if size is not None), *within]
 
 
 class _NumberedFunction(_Function):

@@ -18,7 +18,9 @@ from typing import Any, ClassVar, NoReturn
 import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
+from jax_bsk.masks.algebra._intervals import Intervals
 from jax_bsk.masks.algebra._node import Node
+from jax_bsk.masks.algebra._places import PlaceIntervals
 from jax_bsk.masks.block_lists import BlockLists
 from jax_bsk.masks.grid import OWN, SHIFT, Grid, code_and, code_not, code_or, row_chunks
 
@@ -41,6 +43,8 @@ class Mask(Node):
     _shift_invariant: ClassVar[bool] = False
     # Whether `_classify` also answers for blocks that are larger than those of the lists, from bounds of theirs.
     _coarse_bounds: ClassVar[bool] = False
+    # Whether its children are asked about the same queries and keys as the mask itself.
+    _joins: ClassVar[bool] = True
     # `BlockMask.from_mask`, which stands above this module: the package sets it.
     _from_mask: ClassVar[Callable[..., Any]]
     # Binding strength of the printed form: `~a` 3, `a & b` 2, `a | b` 1.
@@ -67,6 +71,23 @@ class Mask(Node):
         """
         if self._shift_invariant:
             return (i.astype(np.int64) * grid.block_q - j.astype(np.int64) * grid.block_kv,)
+        return None
+
+    def _as_places(self, grid: Grid) -> PlaceIntervals | None:
+        """The mask as intervals of places, exactly and on one axis at least; None where it is not one of those."""
+        del grid
+        return None
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        """The keys of queries at ascending `positions` (int32), where each has one interval of them; else None.
+
+        Args:
+          grid: Grid of the mask.
+          positions: Positions of queries, or their indices where the mask is the whole one. They may be negative.
+          example: Which example each position belongs to, where masks of several are asked about at once; then arrays
+            of the mask have one number per example.
+        """
+        del grid, positions, example
         return None
 
     def _validate(self, q_len: int, kv_len: int) -> None:
@@ -271,7 +292,7 @@ def classify(mask: Mask, grid: Grid, rows: slice) -> np.ndarray:
 
 def parts(mask: Mask) -> Iterator[Mask]:
     """The masks that operators combine."""
-    children = mask._children()
+    children = mask._children() if mask._joins else ()
     if not children:
         yield mask
     for child in children:
@@ -319,6 +340,15 @@ class AndMask(_Combined):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return functools.reduce(lambda a, b: a & b, (mask._evaluate(grid, q, k) for mask in self.masks))
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        both: Intervals | None = None
+        for mask in self.masks:
+            one = mask._key_intervals(grid, positions, example)
+            if one is None:
+                return None
+            both = one if both is None else both.intersect(one, grid)
+        return both
 
     def _visited_bound(self, grid: Grid) -> int:
         # Where the mask is open, the parts that are known are counted together (`_known_on_host`).

@@ -14,6 +14,8 @@ import numpy as np
 
 from jax_bsk.core.arrays import Array, is_array, is_traced
 from jax_bsk.masks._text import short
+from jax_bsk.masks.algebra import _places
+from jax_bsk.masks.algebra._intervals import Intervals, number, reaching
 from jax_bsk.masks.algebra._offsets import (
     check_offset_length,
     checked_offset,
@@ -27,6 +29,7 @@ from jax_bsk.masks.algebra._offsets import (
     static_int,
     window_blocks,
 )
+from jax_bsk.masks.algebra._places import LEAST, PlaceIntervals, place_intervals
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.grid import FULL, MAX_LENGTH, OWN, SHIFT, Grid, alike, code_or, in_blocks
 
@@ -71,6 +74,9 @@ class FullMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return grid.xp.ones((1,) * np.ndim(q), bool)
 
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        return Intervals(*reaching(grid, positions, None, None), own=True)
+
 
 class _OffsetMask(Mask):
     """A mask of the positions of queries, which are their indices plus an offset."""
@@ -86,9 +92,22 @@ class _OffsetMask(Mask):
     def _validate(self, q_len: int, kv_len: int) -> None:
         check_offset_length(self.offset, type(self).__name__, q_len)
 
+    def _both_positions(self, grid: Grid) -> tuple[Any, Any]:
+        """Positions of all queries and of all keys."""
+        xp = grid.xp
+        queries = positions(grid, self.offset, xp.arange(grid.q_len, dtype=np.int32))
+        return queries, xp.arange(grid.kv_len, dtype=np.int32)
+
+    def _ahead(self, grid: Grid, positions: Array, example: Array | None) -> Any:
+        """Positions with the offset added; None where each query has an offset of its own."""
+        ahead = number(self.offset, example, grid)
+        return None if ahead is None else positions + ahead
+
+    def _is_zero(self) -> bool:
+        return isinstance(self.offset, int) and self.offset == 0
+
     def _offset_argument(self) -> list[str]:
-        zero = isinstance(self.offset, int) and self.offset == 0
-        return [] if zero else [f"offset={short(self.offset)}"]
+        return [] if self._is_zero() else [f"offset={short(self.offset)}"]
 
 
 class CausalMask(_OffsetMask):
@@ -121,6 +140,14 @@ class CausalMask(_OffsetMask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return positions(grid, self.offset, q) >= k
+
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
+        queries, keys = self._both_positions(grid)
+        return place_intervals(grid, [LEAST], [queries], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead = self._ahead(grid, positions, example)
+        return None if ahead is None else Intervals(*reaching(grid, ahead, None, 0), own=self._is_zero())
 
     def _partial_bound(self, grid: Grid) -> int:
         return crossed_blocks(grid, self.offset)
@@ -173,6 +200,15 @@ class LocalMask(_OffsetMask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return _in_window(self.window, positions(grid, self.offset, q), k)
+
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
+        queries, keys = self._both_positions(grid)
+        low, high = _places.window(grid, queries, self.window)
+        return place_intervals(grid, [low], [high], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead = self._ahead(grid, positions, example)
+        return None if ahead is None else Intervals(*reaching(grid, ahead, *self.window), own=self._is_zero())
 
     def _partial_bound(self, grid: Grid) -> int:
         sides = sum(side is not None for side in self.window)
@@ -258,6 +294,18 @@ class ChunkedMask(_OffsetMask):
         chunk = _clamp(self.chunk)
         return positions(grid, self.offset, q) // chunk == k // chunk
 
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
+        queries, keys = (x // _clamp(self.chunk) for x in self._both_positions(grid))
+        return place_intervals(grid, [queries], [queries], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead = self._ahead(grid, positions, example)
+        if ahead is None:
+            return None
+        first = ahead // np.int32(_clamp(self.chunk)) * np.int32(_clamp(self.chunk))
+        end = grid.xp.minimum(first, MAX_LENGTH - 1) + np.int32(_clamp(self.chunk))  # does not wrap
+        return Intervals(first, end, own=self._is_zero())
+
     def _partial_bound(self, grid: Grid) -> int:
         # Chunks are segments whose ids never decrease: see `SegmentMask._partial_bound`.
         visited = self._visited_bound(grid)
@@ -322,6 +370,17 @@ class PrefixLMMask(_OffsetMask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         return (k < int32(self.prefix, grid.xp)) | (positions(grid, self.offset, q) >= k)
+
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
+        queries, keys = self._both_positions(grid)
+        return place_intervals(grid, [LEAST], [grid.xp.maximum(queries, int32(self.prefix, grid.xp) - 1)], [keys])
+
+    def _key_intervals(self, grid: Grid, positions: Array, example: Array | None = None) -> Intervals | None:
+        ahead, prefix = self._ahead(grid, positions, example), number(self.prefix, example, grid)
+        if ahead is None or prefix is None:
+            return None
+        first, end = reaching(grid, ahead, None, 0)
+        return Intervals(first, grid.xp.maximum(end, prefix), own=self._is_zero())
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...] | None:
         if np.ndim(self.offset):
@@ -399,7 +458,8 @@ class GlobalMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         q_flags = grid.xp.asarray(self._flags(grid.q_len))
         k_flags = grid.xp.asarray(self._flags(grid.kv_len))
-        return q_flags[grid.clip_q(q)] | k_flags[grid.clip_kv(k)]
+        # Positions before the first (of queries in a packed sequence) select nothing, as those past a length.
+        return (q_flags[grid.clip_q(q)] & (q >= 0)) | k_flags[grid.clip_kv(k)]
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:
         q_kinds = alike(in_blocks(self._flags(grid.q_len), grid.nq, grid.block_q))
@@ -477,6 +537,12 @@ class DilatedMask(Mask):
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         hit = (q - k) % _clamp(self.dilation) == 0
         return hit if self.window == (None, None) else hit & _in_window(self.window, q, k)
+
+    def _as_places(self, grid: Grid) -> PlaceIntervals:
+        queries, keys = (grid.xp.arange(length, dtype=np.int32) for length in (grid.q_len, grid.kv_len))
+        low, high = _places.window(grid, queries, self.window)
+        rest, of_keys = (x % _clamp(self.dilation) for x in (queries, keys))
+        return place_intervals(grid, [low, rest], [high, rest], [keys, of_keys])
 
     def _repr_arguments(self) -> list[str]:
         return [repr(self.dilation)] + ([] if self.window == (None, None) else [f"window={self.window!r}"])

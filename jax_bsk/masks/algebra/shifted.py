@@ -18,6 +18,7 @@ from jax_bsk.core.arrays import Array, is_array, is_traced, of_rank
 from jax_bsk.masks._text import short
 from jax_bsk.masks.algebra._offsets import int32, offset_dims, position_bounds, positions
 from jax_bsk.masks.algebra.data_masks import ArrayMask, SegmentMask
+from jax_bsk.masks.algebra.function_mask import FunctionMask
 from jax_bsk.masks.algebra.mask import Mask
 from jax_bsk.masks.algebra.patterns import FullMask, GlobalMask, _OffsetMask
 from jax_bsk.masks.grid import EMPTY, FULL, OWN, Grid, min_max
@@ -53,6 +54,9 @@ def at_positions(mask: Mask, offset: int | Array, q_len: int, kv_len: int) -> Ma
         return mask if mask.q_ids.shape[-1] == q_len else _segment_rows(mask, offset, q_len)
     if isinstance(mask, ArrayMask):
         return mask if mask.array.shape[-2] == q_len else ArrayMask(_rows(mask.array, offset, q_len))
+    if isinstance(mask, FunctionMask) and mask.within is not None:
+        within, function = mask.parts()
+        return at_positions(within, offset, q_len, kv_len) & _Shifted(function, offset)
     if mask._children():
         return mask._map_fields(lambda child: at_positions(child, offset, q_len, kv_len), lambda _, array: array)
     return _Shifted(mask, offset)
@@ -153,6 +157,7 @@ class _GlobalAhead(GlobalMask):
 class _Shifted(Mask):
     """Any mask of whole sequences, of as many queries as keys, asked about queries at `q_idx + offset`."""
 
+    _joins = False
     _data_fields = ("mask", "offset")
     mask: Mask
     offset: int | Array

@@ -20,6 +20,7 @@ from jax_bsk.core import explicit_mesh
 from jax_bsk.core.arrays import Array, is_array, of_rank
 from jax_bsk.masks.algebra.mask import Mask, count_codes, has_multi_head
 from jax_bsk.masks.block_lists import RowLists
+from jax_bsk.masks.builders import _intervals
 from jax_bsk.masks.grid import EMPTY, FULL, Grid
 
 # Elements evaluated at a time, of all examples and heads together.
@@ -115,6 +116,10 @@ def _with_leading_one(function: Callable[..., tuple[Array, ...]]) -> Callable[..
 def _build_one(mask: Mask, grid: Grid, capacity: int, n_tiles: int, chunk: int) -> tuple[Array, ...]:
     nq, nk = grid.nq, grid.nk
     grid = dataclasses.replace(grid, xp=jnp)
+    if nq and nk:
+        intervals = mask._key_intervals(grid, jnp.arange(grid.q_len, dtype=jnp.int32))
+        if intervals is not None:
+            return _intervals.build(intervals, grid, capacity, n_tiles)
     i = jnp.arange(nq, dtype=jnp.int32)[:, None]
     j = jnp.arange(nk, dtype=jnp.int32)[None, :]
 

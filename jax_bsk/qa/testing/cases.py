@@ -10,7 +10,8 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.masks import BlockMask
+from jax_bsk.masks import BlockMask, Mask
+from jax_bsk.qa.testing import mask_draws
 from jax_bsk.qa.testing.judgement import NamedCase
 
 Tag = Literal["regular", "corner", "performance"]
@@ -129,10 +130,12 @@ def make_inputs(case: Case) -> Inputs:
         bias = rng.standard_normal(shape).astype(stats_dtype)
 
     lists = (case.batch if case.mask_per_batch else 1, case.heads if case.mask_per_head else 1)
-    pattern = PATTERNS[case.pattern]
-    dense = np.stack([pattern(rng, case) for _ in range(lists[0] * lists[1])])
-    dense = dense.reshape((*lists, case.q_len, case.kv_len))
-    if case.pattern == "empty_tile":
+    draws = [_draw(rng, case) for _ in range(lists[0] * lists[1])]
+    dense = np.stack([dense for _, dense in draws]).reshape((*lists, case.q_len, case.kv_len))
+    lazy = draws[0][0]
+    if lazy is not None and lists == (1, 1):
+        mask = lazy.bind(case.q_len, case.kv_len, block_size=(case.block_q, case.block_kv))
+    elif case.pattern == "empty_tile":
         mask = list_blocks(dense, case.block_q, case.block_kv, visit_also=_some_blocks(rng, case, 0.7))
     else:
         mask = BlockMask.from_dense(dense, block_size=(case.block_q, case.block_kv))
@@ -235,6 +238,13 @@ def pair_entries(mask: BlockMask) -> np.ndarray:
 
 
 # Patterns: bool [q_len, kv_len], True attends.
+
+
+def _draw(rng: np.random.Generator, case: Case) -> tuple[Mask | None, np.ndarray]:
+    """A pattern, and the lazy mask that makes it where it is one of `mask_draws`."""
+    if case.pattern in mask_draws.DRAWS:
+        return mask_draws.DRAWS[case.pattern](rng, case.q_len, case.kv_len)
+    return None, PATTERNS[case.pattern](rng, case)
 
 
 def _some_blocks(rng: np.random.Generator, case: Case, density: float) -> np.ndarray:
@@ -362,8 +372,8 @@ def random_case(
     few = np.random.default_rng([seed, 21])  # of its own, so that the other cases stay what they were
     if max_len >= 1024 and few.random() < 0.08:  # few queries on many keys, which CUDA has a kernel for
         q_len, kv_len = int(few.integers(1, 1 + 64 * kv_heads // heads)), int(few.integers(1024, 3 * max_len))
-    more = np.random.default_rng([seed, 22])  # likewise
-    return Case(
+    more = np.random.default_rng([seed, 24])  # likewise
+    case = Case(
         name=f"seed-{seed}",
         batch=pick(1, 1, 2, 3),
         q_len=q_len,
@@ -391,6 +401,10 @@ def random_case(
         gates=rng.random() < 0.25,
         seed=seed,
     )
+    elsewhere = np.random.default_rng([seed, 22])  # of its own, too
+    if elsewhere.random() < 0.2:
+        case = dataclasses.replace(case, pattern=str(elsewhere.choice(list(mask_draws.DRAWS))))
+    return case
 
 
 DRAWS = 8  # cases of one shape, see `redraw`

@@ -5,6 +5,7 @@ Each is answered by lines of JSON, records that have "task", "ok" and "text" at 
     SEED, NAME [gradients]        random cases of attention, or a corner case, judged by `battery`
     matmul:SEED, matmul:NAME ..   the same of block-sparse products
     decode:SEED, decode:NAME      the same of decoding, which has no gradients
+    packed:SEED, packed:NAME ..   the same of packed sequences
     fault:NAME                    a scenario of the fault table
     steady:NAME COUNT [load]      a call again and again, beside other work on the GPU: "ok" where all bits are the same
     growth:NAME COUNT             what so many calls add: "host_growth_kib", "device_growth_bytes"
@@ -39,10 +40,12 @@ from jax_bsk.qa.testing.gpu_load import concurrent_load
 from jax_bsk.qa.testing.judgement import Judgement
 from jax_bsk.qa.testing.matmul import battery as products
 from jax_bsk.qa.testing.matmul import cases as product_cases
+from jax_bsk.qa.testing.packed import battery as packed
+from jax_bsk.qa.testing.packed import cases as packed_cases
 
 MAX_LEN = 700  # of random cases of attention; the dense reference and the oracle grow with its square
-PRODUCT, DECODE = "matmul:", "decode:"  # before the tasks of other operations than attention
-_KITS: dict[str, Any] = {"": cases, PRODUCT: product_cases, DECODE: decode_cases}
+PRODUCT, DECODE, PACKED = "matmul:", "decode:", "packed:"  # before the tasks of other operations than attention
+_KITS: dict[str, Any] = {"": cases, PRODUCT: product_cases, DECODE: decode_cases, PACKED: packed_cases}
 CORNERS = frozenset(prefix + name for prefix, kit in _KITS.items() for name in kit.CORNER_CASES)
 _attention = functools.cache(battery.from_public)
 
@@ -84,7 +87,7 @@ def judge(task: str, implementation: str, gradients: bool) -> Iterator[dict[str,
 
 def split(task: str) -> tuple[str, str]:
     """The prefix of a task's operation, and its seed or the name of its case."""
-    prefix = next((prefix for prefix in (PRODUCT, DECODE) if task.startswith(prefix)), "")
+    prefix = next((prefix for prefix in (PRODUCT, DECODE, PACKED) if task.startswith(prefix)), "")
     return prefix, task.removeprefix(prefix)
 
 
@@ -100,6 +103,9 @@ def _cases(task: str, implementation: str) -> Iterable[Any]:
         return [_KITS[prefix].CORNER_CASES[name]]
     if prefix == DECODE:
         return [decode_cases.random_case(int(name))]
+    if prefix == PACKED:
+        shape = packed_cases.random_case(int(name))
+        return (packed_cases.redraw(shape, draw) for draw in range(packed_cases.DRAWS))
     if prefix != PRODUCT:
         shape = cases.random_case(int(name), max_len=MAX_LEN)
         return (cases.redraw(shape, draw) for draw in range(cases.DRAWS))
@@ -120,6 +126,8 @@ def _judge(task: str, draw: int, case: Any, implementation: str, gradients: bool
     try:
         if prefix == DECODE:
             judged = decoding.judge_case(case, implementation, multiprocessors=options["multiprocessors"])
+        elif prefix == PACKED:
+            judged = packed.judge_case(case, implementation, **options)
         elif is_product:
             judged = products.judge_case(case, implementation, **options)
         else:
@@ -161,8 +169,8 @@ def repro(task: str, draw: int, implementation: str, gradients: bool) -> str:
         case = f"--case {name}" if task in CORNERS else f"--cases 1 --seed {name}"
         return f"python -m jax_bsk.qa.testing.decode {case} --implementation {implementation}{limited}"
     case = f"--case {name}" if task in CORNERS else f"--seed {name} --draw {draw}"
-    if prefix == PRODUCT:
-        case = f"matmul {case}"
+    if prefix in (PRODUCT, PACKED):
+        case = f"{prefix.removesuffix(':')} {case}"
     else:
         case += ("" if task in CORNERS else f" --max-len {MAX_LEN}") + " --traced-mask"
     command = f"python -m jax_bsk.qa.testing {case} --implementation {implementation}"

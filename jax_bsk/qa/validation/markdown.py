@@ -104,6 +104,8 @@ def _numerics(data: dict[str, Any]) -> str:
         parts += ["Block-sparse products:", _numbers(data["matmul"]), "A line a case: `numerics-matmul.csv`."]
     if "decode" in data:
         parts += ["Decoding:", _numbers(data["decode"]), "A line a case: `numerics-decode.csv`."]
+    if "packed" in data:
+        parts += ["Packed sequences:", _numbers(data["packed"]), "A line a case: `numerics-packed.csv`."]
     return "\n\n".join(parts)
 
 

@@ -1,8 +1,8 @@
 """Stage validate: every corner case and seeded random ones against float64, by the tolerance rules.
 
-Of attention, of block-sparse products and of decoding; tasks of the latter two have `worker.PRODUCT` and
-`worker.DECODE` before their names. Cases run in worker processes beside each other. One that kills its worker or hangs
-fails, with the command that repeats it, and a new worker goes on.
+Of attention, of block-sparse products, of decoding and of packed sequences; tasks of the last three have
+`worker.PRODUCT`, `worker.DECODE` and `worker.PACKED` before their names. Cases run in worker processes beside each
+other. One that kills its worker or hangs fails, with the command that repeats it, and a new worker goes on.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from jax_bsk.qa.testing.cases import CORNER_CASES
 from jax_bsk.qa.testing.decode.cases import CORNER_CASES as DECODE_CORNERS
 from jax_bsk.qa.testing.isolate import Worker
 from jax_bsk.qa.testing.matmul.cases import CORNER_CASES as PRODUCT_CORNERS
+from jax_bsk.qa.testing.packed.cases import CORNER_CASES as PACKED_CORNERS
 from jax_bsk.qa.validation import provenance
 from jax_bsk.qa.validation.outcome import Check, StageResult, failed, passed, skipped
-from jax_bsk.qa.validation.settings import CASES, DECODING, PRODUCTS, Clock, Level, Settings
+from jax_bsk.qa.validation.settings import CASES, DECODING, PACKED, PRODUCTS, Clock, Level, Settings
 
 CASE_SECONDS = 120  # after which a case counts as hung
 STEPS = 20  # of the progress through random cases
@@ -57,8 +58,8 @@ class Suite:
         return worker.split(record["task"])[0] == self.prefix
 
 
-def suites(settings: Settings, implementation: str) -> tuple[Suite, Suite, Suite]:
-    """Attention, products and decoding."""
+def suites(settings: Settings, implementation: str) -> tuple[Suite, Suite, Suite, Suite]:
+    """Attention, products, decoding and packed sequences."""
     usual = CASES[implementation, settings.level]
     count = settings.cases or usual
     # Without a GPU a quick run leaves these corners to the tests: they are a program each.
@@ -73,6 +74,7 @@ def suites(settings: Settings, implementation: str) -> tuple[Suite, Suite, Suite
         Suite("", "", "", tuple(CORNER_CASES), count, max(count, usual)),
         other("products: ", "matmul", worker.PRODUCT, PRODUCT_CORNERS, PRODUCTS),
         other("decoding: ", "decode", worker.DECODE, DECODE_CORNERS, DECODING),
+        other("packed: ", "packed", worker.PACKED, PACKED_CORNERS, PACKED),
     )
 
 
@@ -286,7 +288,19 @@ _DECODE_COLUMNS = (
     ),
     ("out", "lse"),
 )
-_COLUMNS = {"": _ATTENTION_COLUMNS, "matmul": _PRODUCT_COLUMNS, "decode": _DECODE_COLUMNS}
+_PACKED_COLUMNS = (
+    (
+        *("q_len", "kv_len", "sequences", "layout", "longest", "promised", "within", "size", "bottom_right", "heads"),
+        *("kv_heads", "head_size", "value_size", "dtype", "block_size", "soft_cap", "sinks", "scale", "amplitude"),
+    ),
+    ("out", "lse", "dq", "dk", "dv", "dsinks"),
+)
+_COLUMNS = {
+    "": _ATTENTION_COLUMNS,
+    "matmul": _PRODUCT_COLUMNS,
+    "decode": _DECODE_COLUMNS,
+    "packed": _PACKED_COLUMNS,
+}
 
 
 def _write(path: Path, records: list[dict[str, Any]], fields: Sequence[str], names: Sequence[str]) -> None:

@@ -11,13 +11,13 @@ report.json (`SCHEMA` counts its changes):
 
 Data of stages: analyse {versions, devices, gpu, matrix_flops_per_second, copy_bytes_per_second, implementations};
 build {library, kernels: [{name, arch, registers, local_bytes, hopper}]}; validate {first_seed, forward_cases,
-backward_cases, shapes, refused_shapes, histogram, by_dtype; matmul, decode: the same of block-sparse products and of
-decoding}; benchmark
+backward_cases, shapes, refused_shapes, histogram, by_dtype; matmul, decode, packed: the same of block-sparse
+products, of decoding and of packed sequences}; benchmark
 {cases: records of `benchmarking.measure` with `floor` (see `targets`), method, tiers, goals; matmul: {cases: records of
 `benchmarking.matmul.measure` without samples, method, not_measured: [str], goals: [{case, measure, least, measured,
 verdict}]}}; profile {points, counters}; harden {a part's data by its name}. Seconds,
-bytes and FLOP/s are plain SI units. `matmul` and `decode` are absent from reports of before they were
-measured.
+bytes and FLOP/s are plain SI units. `matmul`, `decode` and `packed` are absent from reports of before
+they were measured.
 """
 
 from __future__ import annotations

@@ -50,6 +50,8 @@ CASES = {("cuda", Level.QUICK): 60, ("cuda", Level.FULL): 3000, ("cpu", Level.QU
 PRODUCTS = {("cuda", Level.QUICK): 32, ("cuda", Level.FULL): 600, ("cpu", Level.QUICK): 16, ("cpu", Level.FULL): 200}
 # The same of decoding, where each is a program of its own.
 DECODING = {("cuda", Level.QUICK): 48, ("cuda", Level.FULL): 600, ("cpu", Level.QUICK): 8, ("cpu", Level.FULL): 200}
+# The same of packed sequences. A seed has `DRAWS` (4) of them.
+PACKED = {("cuda", Level.QUICK): 32, ("cuda", Level.FULL): 600, ("cpu", Level.QUICK): 8, ("cpu", Level.FULL): 200}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,8 +61,8 @@ class Settings:
     Attributes:
       out: where everything is written.
       level: quick or full.
-      cases: random cases of attention; None for the level's. Of products and of decoding there are a fifth,
-        the level's at least.
+      cases: random cases of attention; None for the level's. Of products, decoding and packed sequences there are a
+        fifth, the level's at least.
       seed: of the first random case, and of inputs.
       jobs: processes beside each other; None for what the machine has cores for.
       programs: a folder with the check programs (cuda_check and others, see tests/csrc), built already; None builds

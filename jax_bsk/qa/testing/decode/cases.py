@@ -280,6 +280,7 @@ CORNER_CASES = {
         Case("odd-group", kv_heads=2, group=5),
         Case("no-keys", q_lens=(1, 4, 2), kv_lens=(0, 2, 5), sinks=True),
         Case("no-tokens", q_lens=(0, 3, 0), kv_lens=(9, 20, 4)),
+        Case("no-tokens-at-all", q_lens=(0,), kv_lens=(9,)),
         Case("no-sequences", q_lens=(), kv_lens=(), padding=4),
         Case("window", window=20, kv_lens=(100, 30, 150)),
         Case("window-and-sink-tokens", window=20, sink_tokens=18, kv_lens=(100, 30, 150), q_lens=(1, 30, 4)),
