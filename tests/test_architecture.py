@@ -72,7 +72,7 @@ LAYERS = {
         ["grid", "_runs", "_search", "_text", "_export", "_curves"],
     ],
     "biases": [
-        ["lowering"],
+        ["lowering", "_export"],
         ["distances", "entries", "features"],
         ["base"],
         ["terms"],

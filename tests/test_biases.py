@@ -32,6 +32,7 @@ from jax_bsk.biases import (
     TileBias,
     alibi_slopes,
 )
+from jax_bsk.core.dispatch import Implementation
 from jax_bsk.masks import CausalMask, FullMask
 from jax_bsk.qa.testing.cases import pair_entries
 from tests.util import collectives, random_inputs, random_mask, text_of
@@ -239,11 +240,8 @@ def test_a_small_scale_does_not_touch_positions(x64):
     query, key, value = random_inputs(2, B, T, S, N, K, dtype=jnp.float64)
     arrays = arrays_of(EXAMPLES["positions"], mask)
     for scale in (0.0, 1e-12, 0.7):
-        outs = [
-            sparse_attention(query, key, value, PositionBias(*arrays), mask, scale=scale, implementation=one)
-            for one in ("cpu", "xla")
-        ]
-        np.testing.assert_allclose(*outs, atol=1e-12)
+        attend = functools.partial(sparse_attention, query, key, value, PositionBias(*arrays), mask, scale=scale)
+        np.testing.assert_allclose(attend(implementation="cpu"), attend(implementation="xla"), atol=1e-12)
 
 
 def test_lists_get_heads_where_only_the_numbers_have_them(x64):
@@ -338,10 +336,11 @@ def test_numbers_that_are_no_tile_give_nan():
     numbers[0, 0, last_row] = 3
     with pytest.raises(ValueError, match=r"numbers of TileBias are tiles, 0 to 2, .* got 3"):
         sparse_attention(*inputs, TileBias(tiles, numbers), mask)
-    outs = [
-        jax.jit(lambda n, one=one: sparse_attention(*inputs, TileBias(tiles, n), mask, implementation=one))(numbers)
-        for one in ("cpu", "xla")
-    ]
+
+    def attend(numbers, implementation: Implementation):
+        return sparse_attention(*inputs, TileBias(tiles, numbers), mask, implementation=implementation)
+
+    outs = [jax.jit(attend, static_argnums=1)(numbers, one) for one in ("cpu", "xla")]
     plain = sparse_attention(*inputs, None, mask, implementation="cpu")
     for out in outs:
         np.testing.assert_allclose(out[:, :64], plain[:, :64], atol=1e-6)
@@ -457,6 +456,19 @@ def test_only_gradients_that_are_wanted_are_computed():
     assert calls(1) == [0, 1]
 
 
+def test_exported_functions_take_biases():
+    x = random_inputs(15, 1, 64, 64, 2, 2)
+    bias = AlibiBias(alibi_slopes(2)) + RelativeBias.t5(jnp.ones((32, 2))) + jnp.zeros((1, 1, 1, 64))
+    step = jax.jit(lambda bias: sparse_attention(*x, bias, mask=CausalMask(), implementation="cpu"))
+    exported = jax.export.export(step, disabled_checks=jax_bsk.export_checks())(bias)
+    again = jax.export.deserialize(exported.serialize())
+    np.testing.assert_array_equal(again.call(bias), step(bias))
+    function = RelativeBias(jnp.ones((256, 2)), np.abs)
+    exported = jax.export.export(step, disabled_checks=jax_bsk.export_checks())(function)
+    with pytest.raises(ValueError, match="make the bias inside the exported function"):
+        exported.serialize()
+
+
 # ---- meshes
 
 
@@ -553,7 +565,7 @@ def test_score_function_in_two_calls_of_one_function():
 # ---- refusals
 
 
-def refused(bias, match, error=ValueError, **options):
+def refused(bias, match, error: type[Exception] = ValueError, **options):
     inputs = random_inputs(14, B, T, S, N, K)
     with pytest.raises(error, match=match):
         sparse_attention(*inputs, bias, **{"implementation": "cpu", **options})

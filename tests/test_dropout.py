@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
 
 from jax_bsk import BlockMask, sparse_attention
 from jax_bsk.attention import dropout
@@ -42,7 +43,7 @@ def dropped_pairs(implementation, mask, rate=0.3, batch=B, q_len=T, kv_len=S, he
     return np.swapaxes(np.asarray(out) != 0, 1, 2)
 
 
-def factors(rate=0.3, batch=B, q_len=T, kv_len=S, heads=N, dtype=np.float32):
+def factors(rate=0.3, batch=B, q_len=T, kv_len=S, heads=N, dtype: DTypeLike = np.float32):
     keys = dropout.keys_of_heads(RNG, batch, heads)
     return np.asarray(dropout.dense_factors(keys, q_len, kv_len, dropout.threshold_of(rate), dtype))
 

@@ -140,7 +140,10 @@ def test_bias_and_dtype():
     close(native(query, key, value, bias), attend(query, key, value, bias))
     slopes = jax_bsk.biases.AlibiBias(jax_bsk.biases.alibi_slopes(HEADS))
     distances = np.abs(np.arange(LENGTH)[:, None] - np.arange(LENGTH)).astype(np.float32)
-    close(native(query, key, value, slopes), attend(query, key, value, -slopes.slopes[None, :, None, None] * distances))
+    close(
+        native(query, key, value, slopes),
+        attend(query, key, value, -slopes.slopes[None, :, None, None] * distances[None, None]),
+    )
     assert attend(query, key, value.astype(jnp.bfloat16)).dtype == jnp.float32  # promoted, as in Flax
     assert attend(query, key, value, dtype=jnp.bfloat16).dtype == jnp.bfloat16
 

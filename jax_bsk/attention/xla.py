@@ -109,7 +109,7 @@ def sparse_attention_xla(
     if lists is None:
         lists = Lists(*mask.kernel_rows())
     # What a function closes over may be traced by an outer transformation, which a jitted function must not remember.
-    attention = _attention if score_function is None else _attention.__wrapped__
+    attention: Any = _jitted_attention if score_function is None else _attention
     attend = functools.partial(
         attention,
         block_q=mask.block_q,
@@ -197,7 +197,6 @@ class _Static(NamedTuple):
     score_function: ScoreFunction | None
 
 
-@jax.jit(static_argnames=("block_q", "block_kv", "kv_len", "dropout_threshold", "score_function", "with_lse"))
 def _attention(
     query,
     key,
@@ -332,6 +331,11 @@ def _attention(
         lse = lse + poison
     lse = jnp.moveaxis(lse, 0, -2).reshape(batch, heads, nq * block_q)[..., :q_len]
     return out, lse
+
+
+_jitted_attention = jax.jit(
+    _attention, static_argnames=("block_q", "block_kv", "kv_len", "dropout_threshold", "score_function", "with_lse")
+)
 
 
 def _map_lists(walk, order: Schedule, operands: _Operands, static: _Static, active):

@@ -114,8 +114,3 @@ def as_bias(bias: Any) -> Bias:
 
 def _parts(bias: Bias) -> tuple[Bias, ...]:
     return bias.parts if isinstance(bias, BiasSum) else (bias,)
-
-
-def floating(x: Any, name: str) -> jax.Array:
-    """An array of a bias when it is made; what a transformation puts there later is checked in the call."""
-    return inputs.floating(x, name)

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.biases.base import Bias, floating
+from jax_bsk.biases.base import Bias
 from jax_bsk.biases.terms import Call, Terms, check_dims
+from jax_bsk.core import inputs
 
 # Elements of the matrix that sums a table's gradient in a fixed order; a larger one is a scatter.
 _SUMMED = 1 << 26
@@ -70,7 +71,7 @@ class AlibiBias(Bias):
     slopes: Any
 
     def __init__(self, slopes: ArrayLike) -> None:
-        self._set(slopes=floating(slopes, "slopes"))
+        self._set(slopes=inputs.floating(slopes, "slopes"))
 
     def _terms(self, call: Call) -> Terms:
         slopes = check_dims(
@@ -181,7 +182,7 @@ class RelativeBias(Bias):
                 f"buckets is a function of distances key - query, got {type(buckets).__name__}; for a bucket per "
                 "distance use RelativeBias.clipped(table)"
             )
-        self._set(table=floating(table, "table"), buckets=buckets)
+        self._set(table=inputs.floating(table, "table"), buckets=buckets)
 
     @classmethod
     def t5(cls, table: ArrayLike, *, bidirectional: bool = True, max_distance: int = 128) -> Self:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jax_bsk.biases.base import Bias, floating
+from jax_bsk.biases.base import Bias
 from jax_bsk.biases.terms import Call, Terms, check_dims
+from jax_bsk.core import inputs
 from jax_bsk.core.arrays import as_array, is_array, known
 from jax_bsk.masks import BlockMask
 
@@ -40,7 +42,7 @@ class BlockBias(Bias):
     values: Any
 
     def __init__(self, values: ArrayLike) -> None:
-        self._set(values=floating(values, "values"))
+        self._set(values=inputs.floating(values, "values"))
 
     def _terms(self, call: Call) -> Terms:
         mask = _own_mask(call, "BlockBias")
@@ -89,7 +91,7 @@ class TileBias(Bias):
         given = as_array(numbers)
         if not jnp.issubdtype(given.dtype, jnp.integer):
             raise TypeError(f"numbers holds integers, got {given.dtype}; cast it, e.g. numbers.astype('int32')")
-        self._set(tiles=floating(tiles, "tiles"), numbers=given)
+        self._set(tiles=inputs.floating(tiles, "tiles"), numbers=given)
 
     def _terms(self, call: Call) -> Terms:
         mask = _own_mask(call, "TileBias")
@@ -109,7 +111,7 @@ class TileBias(Bias):
         numbers = self.numbers if is_array(self.numbers) else np.asarray(self.numbers)
         numbers = numbers[None, None] if numbers.ndim == 1 else numbers
         numbers = check_dims(
-            numbers,
+            cast(jax.Array, numbers),
             (("B|1", (1, call.batch)), ("N|1", (1, call.heads)), ("capacity", mask.capacity)),
             "numbers of TileBias",
             not call.unbatched,

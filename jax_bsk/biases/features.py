@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jax_bsk.biases.base import Bias, floating
+from jax_bsk.biases.base import Bias
 from jax_bsk.biases.terms import Call, Terms, check_dims
+from jax_bsk.core import inputs
 
 
 class PositionBias(Bias):
@@ -45,8 +46,8 @@ class PositionBias(Bias):
 
     def __init__(self, query_features: ArrayLike, key_features: ArrayLike) -> None:
         self._set(
-            query_features=floating(query_features, "query_features"),
-            key_features=floating(key_features, "key_features"),
+            query_features=inputs.floating(query_features, "query_features"),
+            key_features=inputs.floating(key_features, "key_features"),
         )
 
     def _terms(self, call: Call) -> Terms:

@@ -65,13 +65,19 @@ def _tiles(a: Terms, b: Terms) -> tuple[Any, Any]:
     """The sum of two terms of tiles: of equal numbers tile by tile, otherwise a tile per entry."""
     if a.tiles is None or b.tiles is None:
         return (a.tiles, a.numbers) if b.tiles is None else (b.tiles, b.numbers)
-    same = a.numbers is b.numbers
-    if not same and a.numbers is not None and b.numbers is not None:
-        known_numbers = known(a.numbers), known(b.numbers)
-        same = all(x is not None for x in known_numbers) and np.array_equal(*known_numbers)
-    if same and a.tiles.shape[2] == b.tiles.shape[2]:
+    if _same(a.numbers, b.numbers) and a.tiles.shape[2] == b.tiles.shape[2]:
         return a.tiles + b.tiles, a.numbers
     return _of_entries(a) + _of_entries(b), None
+
+
+def _same(a: Any, b: Any) -> bool:
+    """Whether two arrays of numbers, or None, are known to be equal."""
+    if a is b:
+        return True
+    if a is None or b is None:
+        return False
+    x, y = known(a), known(b)
+    return x is not None and y is not None and np.array_equal(x, y)
 
 
 def _of_entries(terms: Terms) -> Any:

@@ -262,18 +262,20 @@ def bias_of_pairs(
         numbers: int ``[B|1, N|1, T, S]``, the tile of each pair; negative for none.
         lengths: T and S.
     """
-    rows, columns = np.arange(lengths[0])[:, None], np.arange(lengths[1])[None]
+    # No gathers, whose transposes, scatters of all pairs, take XLA's CPU seconds.
+    q_len, kv_len = lengths
     total: Any = jnp.zeros((1, 1, 1, 1), np.float32) if dense is None else dense
-    if distances is not None:
-        total = total.astype(distances.dtype) + distances[:, :, columns - rows + lengths[0] - 1]
+    if distances is not None:  # row after row begins one element earlier
+        lead, width = distances.shape[:2], q_len + kv_len - 1
+        rows = jnp.pad(distances, [(0, 0), (0, 0), (0, 1)])[:, :, None]
+        rows = jnp.broadcast_to(rows, (*lead, q_len, width + 1)).reshape(*lead, -1)[..., : q_len * width]
+        total = total.astype(distances.dtype) + rows.reshape(*lead, q_len, width)[..., q_len - 1 :]
     if tiles is not None and numbers is not None:
-        lead = np.broadcast_shapes(tiles.shape[:2], numbers.shape[:2])
-        tiles = jnp.broadcast_to(tiles, (*lead, *tiles.shape[2:]))
-        numbers = jnp.broadcast_to(numbers, (*lead, *lengths))
-        example, head = (x[..., None, None] for x in np.ogrid[: lead[0], : lead[1]])
-        inside = (x[None, None] for x in (rows % tiles.shape[3], columns % tiles.shape[4]))
-        found = tiles[(example, head, jnp.maximum(numbers, 0), *inside)]
-        total = total.astype(tiles.dtype) + jnp.where(numbers < 0, 0, found)
+        repeats = [-(-n // size) for n, size in zip(lengths, tiles.shape[3:], strict=True)]
+        everywhere = jnp.tile(tiles, (1, 1, 1, *repeats))[..., :q_len, :kv_len]
+        for number in range(tiles.shape[2]):
+            found = jnp.where(numbers == number, everywhere[:, :, number], 0)
+            total = total.astype(tiles.dtype) + found
     return total
 
 

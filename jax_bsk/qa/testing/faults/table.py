@@ -23,10 +23,7 @@ from jax_bsk.qa.testing.faults import (
 from jax_bsk.qa.testing.faults.scenario import Scenario
 from jax_bsk.qa.testing.isolate import Worker
 
-_GROUPS = (
-    *(lists, columns, gates, biases, sizes, arguments, boundary, decoding),
-    *(packed, values, memory, installation),
-)
+_GROUPS = (lists, columns, gates, biases, sizes, arguments, boundary, decoding, packed, values, memory, installation)
 
 SCENARIOS: dict[str, Scenario] = {scenario.name: scenario for group in _GROUPS for scenario in group.SCENARIOS}
 assert len(SCENARIOS) == sum(len(group.SCENARIOS) for group in _GROUPS), "two scenarios have one name"
