@@ -141,9 +141,9 @@ def packed_attention(
       scale: Factor of the logits, as in `sparse_attention`.
       logits_soft_cap: Bound of the logits, as in `sparse_attention`.
       sinks: [N] logits that join the softmax's denominators, as in `sparse_attention`.
-      bias: `jax_bsk.biases` object that is added to the logits. Biases of distances (ALiBi, T5's table) are those within
-        each sequence; they need equal numbers of queries and keys, `cu_seqlens_kv` being None. Features of low rank are
-        those of the packed tokens. Biases of blocks and arrays of all pairs go to `sparse_attention`.
+      bias: `jax_bsk.biases` object that is added to the logits. Biases of distances (ALiBi, T5's table) are of those
+        within each sequence; they need equal numbers of queries and keys, `cu_seqlens_kv` being None. Features of low
+        rank are those of the packed tokens. Biases of blocks and arrays of all pairs go to `sparse_attention`.
       dropout_rate: Share of the probabilities that are dropped, as in `sparse_attention`.
       dropout_rng: Key of `jax.random`, needed where dropout_rate > 0.
       max_seqlen_q: Promise, an int: no sequence has more queries. It bounds the room that traced lists have: without
