@@ -3,11 +3,7 @@
 
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define JAX_BSK_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define JAX_BSK_HOST_DEVICE inline
-#endif
+#include "host_device.h"
 
 namespace jax_bsk::device {
 
@@ -40,5 +36,3 @@ class Divisor {
 };
 
 }  // namespace jax_bsk::device
-
-#undef JAX_BSK_HOST_DEVICE
