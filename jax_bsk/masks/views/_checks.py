@@ -41,8 +41,8 @@ def _check_lists(
         _raise_first(bad, where + what)
     _raise_first(
         end > capacity,
-        where
-        + f"its entries end at {{value}}, past the lists' capacity of {capacity}; give a larger max_blocks, or keep the mask's promises",
+        where + f"its entries end at {{value}}, past the lists' capacity of {capacity}; give a larger max_blocks, or "
+        "keep the mask's promises",
         end,
     )
     rows = rows_of_entries(offsets, capacity)
