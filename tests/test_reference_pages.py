@@ -521,8 +521,8 @@ RAISED: dict[str, Callable[[], Any]] = {
         np.array([[1, 0], [0, 1]]), np.array([2, 2]), q_len=256
     ),
     "invalid BlockMask: batch 0, head 0, row 0: it visits key block ..., outside [0, ...)": ids_out_of_range,
-    "invalid BlockMask: ...: its entries end at ..., past the lists' capacity of ...; give a larger max_blocks, or keep "
-    "the mask's promises": (too_many_blocks),
+    "invalid BlockMask: ...: its entries end at ..., past the lists' capacity of ...; give a larger max_blocks, or "
+    "keep the mask's promises": too_many_blocks,
     # A sharded sequence.
     "plan takes a BlockMask, got ...; a lazy mask has bind(length)": lambda: context.plan(LAZY, 2),
     "plan takes a mask of host arrays, whose lists are known; this one is traced or on a device": with_traced(
