@@ -130,7 +130,7 @@ class Lists:
     to_rows: np.ndarray
 
 
-def random_lists(rng: np.random.Generator, tables: tuple[int, int], blocks: tuple[int, int], count: int) -> Lists:
+def random_lists(rng: np.random.Generator, tables: tuple[int, ...], blocks: tuple[int, int], count: int) -> Lists:
     """Two thirds of the blocks, half of which have a bit tile; ids of a row in any order."""
     q_blocks, kv_blocks = blocks
     capacity = q_blocks * kv_blocks + 1

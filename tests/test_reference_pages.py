@@ -329,7 +329,7 @@ RAISED: dict[str, Callable[[], Any]] = {
     # Packed sequences.
     "query is TNH and key and value SKH, without a batch, got ...": lambda: packed_attention(X, X, X, [0, 64]),
     "cu_seqlens_q is [sequences + 1], got shape ...; give sparse_attention(..., mask=PackedMask(...)) ...": lambda: (
-        packed_attention(X[0], X[0], X[0], [[0, 64]])
+        packed_attention(X[0], X[0], X[0], np.array([[0, 64]]))
     ),
     "cu_seqlens_kv is given where there are more or fewer keys than queries, got ...": lambda: packed_attention(
         X[0, :3], X[0], X[0], [0, 3]

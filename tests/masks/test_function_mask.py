@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -54,7 +56,8 @@ def test_the_call_says_the_sizes():
 
 def test_sizes_may_be_given():
     assert m.FunctionMask(causal).bind(T).shape == (1, 1, T, T), "uses neither"
-    for fn, sizes in ((padded, {"batch": B}), (windows, {"heads": N})):
+    given: tuple[tuple[Any, dict[str, Any]], ...] = ((padded, {"batch": B}), (windows, {"heads": N}))
+    for fn, sizes in given:
         mask = m.FunctionMask(fn, **sizes)
         assert (mask.batch, mask.heads) == DENSE[fn].shape[:2]
         np.testing.assert_array_equal(mask.bind(T, block_size=32).to_dense(), DENSE[fn])

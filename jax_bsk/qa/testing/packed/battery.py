@@ -46,7 +46,7 @@ def _judge(case: Case, implementation: Any, gradients: bool, multiprocessors: in
     scale = 1 / math.sqrt(case.head_size) if case.scale is None else case.scale
     options: dict[str, Any] = {"scale": scale, "soft_cap": case.soft_cap}
     query, key, value = (x[None] for x in (inputs.query, inputs.key, inputs.value))
-    cotangents = {"dout": inputs.dout[None], "dlse": inputs.dlse.T[None]} if gradients else {}
+    cotangents: dict[str, Any] = {"dout": inputs.dout[None], "dlse": inputs.dlse.T[None]} if gradients else {}
     oracle = attention_oracle(query, key, value, inputs.dense, sinks=inputs.sinks, **options, **cotangents)
     shared = jax.jit(_call(_dense(scale, case.soft_cap), gradients))
     reference = _run(shared, inputs, inputs.dense)
