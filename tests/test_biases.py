@@ -347,6 +347,49 @@ def test_numbers_that_are_no_tile_give_nan():
         assert np.isnan(out[:, 64:]).any()
 
 
+def test_numbers_of_a_wide_type_do_not_wrap(x64):
+    mask, _ = bind()
+    inputs = random_inputs(6, B, T, S, N, K)
+    tiles, wide = jnp.ones((1, 1, 2, 1, 1)), np.full(mask.capacity, 2**32)
+    with pytest.raises(ValueError, match=r"numbers of TileBias are tiles, 0 to 1, .* got 4294967296"):
+        sparse_attention(*inputs, TileBias(tiles, wide), mask)
+
+    def attend(numbers):
+        return sparse_attention(*inputs, TileBias(tiles, numbers), mask, implementation="cpu")
+
+    plain = sparse_attention(*inputs, None, mask, implementation="cpu")
+    for dtype in (np.int64, np.uint32, np.uint64):
+        largest = np.full(mask.capacity, np.iinfo(dtype).max)  # -1 if cut to 32 bits
+        assert np.isnan(jax.jit(attend)(largest)[plain != 0]).all()
+    np.testing.assert_array_equal(jax.jit(attend)(-wide), plain)
+    np.testing.assert_array_equal(attend(-wide), plain)
+
+
+def test_no_tiles_add_nothing(implementation):
+    mask, _ = bind()
+    inputs = random_inputs(6, B, T, S, N, K)
+
+    def attend(tiles):
+        bias = TileBias(tiles, np.full(mask.capacity, -1))
+        return sparse_attention(*inputs, bias, mask, implementation=implementation)
+
+    plain = sparse_attention(*inputs, None, mask, implementation=implementation)
+    out, pullback = jax.vjp(attend, jnp.zeros((1, N, 0, BLOCK, BLOCK)))
+    np.testing.assert_array_equal(out, plain)
+    assert pullback(out)[0].shape == (1, N, 0, BLOCK, BLOCK)
+
+
+def test_buckets_of_jax_numpy_inside_jit():
+    inputs = random_inputs(6, B, T, S, N, K)
+    table = jax.random.normal(jax.random.key(7), (5, N))
+
+    def attend(table, xp):
+        bias = RelativeBias(table, lambda distances: xp.clip(distances // 16 + 2, 0, 4))
+        return sparse_attention(*inputs, bias, implementation="cpu")
+
+    np.testing.assert_array_equal(jax.jit(attend, static_argnums=1)(table, jnp), attend(table, np))
+
+
 # ---- transformations
 
 
@@ -576,6 +619,8 @@ def test_refusals():
     refused(AlibiBias(jnp.ones(3)), r"slopes of AlibiBias is \[B\|1, N\|1\] = \[1\|2, 1\|4\], got shape \(1, 3\)")
     refused(RelativeBias.clipped(jnp.ones((3, 5))), r"table of RelativeBias is \[buckets, N\|1\] with N = 4")
     refused(RelativeBias(jnp.ones((3, 4)), np.abs), r"buckets are rows of the table, 0 to 2, got 0 to 95")
+    refused(RelativeBias(jnp.ones((3, 4)), lambda d: d / 2), r"buckets gives an integer for each of .* got float64")
+    refused(RelativeBias(jnp.ones((3, 4)), lambda d: 0), r"buckets gives an integer for each of .* of shape \(\)")
     refused(BlockBias(jnp.ones((1, 1, 5))), "BlockBias belongs to the entries of a BlockMask")
     refused(BlockBias(jnp.ones((1, 1, 99))), r"values of BlockBias is .*capacity", mask=mask)
     refused(TileBias(jnp.ones((1, 1, 2, 64, 32)), numbers_of(mask, 2)), r"tiles of TileBias", mask=mask)

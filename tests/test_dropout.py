@@ -237,5 +237,7 @@ def test_refusals():
         attend(dropout_rate=0.1)
     with pytest.raises((TypeError, ValueError), match=r"dropout_rng is one key of jax\.random"):
         attend(dropout_rate=0.1, dropout_rng=jax.random.split(RNG))
+    with pytest.raises(TypeError, match="dropout_rate is a Python number, got str"):
+        attend(dropout_rate="0.1", dropout_rng=RNG)
     with pytest.raises(TypeError, match="static argument"):
         jax.jit(lambda rate: attend(dropout_rate=rate, dropout_rng=RNG))(0.1)

@@ -26,7 +26,7 @@ def threshold_of(rate: Any) -> int:
       TypeError: The rate has no value yet, or is no number.
       ValueError: It is not in [0, 1).
     """
-    if isinstance(rate, Tracer) or np.ndim(rate) != 0:
+    if isinstance(rate, Tracer | str) or np.ndim(rate) != 0:
         raise TypeError(
             f"dropout_rate is a Python number, got {type(rate).__name__}; make it a static argument of the jitted "
             "function (the kernels are told of it when the program is compiled)"

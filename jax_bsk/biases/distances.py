@@ -154,11 +154,11 @@ class RelativeBias(Bias):
     Args:
       table: Floating [buckets, N|1]; traced ones are differentiable.
       buckets: Function of an integer numpy array of distances key - query that gives the number of each one's bucket
-        (a row of the table). It is called once per shape, and must be hashable (any Python function is). `t5` and
-        `clipped` give the usual ones.
+        (a row of the table). It is called whenever a call is traced, and must be hashable (any Python function is).
+        `t5` and `clipped` give the usual ones.
 
     Raises:
-      ValueError: In the call: a bucket is no row of the table.
+      ValueError: In the call: a bucket is no row of the table, or there is not one for each distance.
 
     Examples:
       >>> import jax, jax.numpy as jnp
@@ -221,8 +221,18 @@ class RelativeBias(Bias):
         if isinstance(self.buckets, ClippedBuckets) and table.shape[0] == 2 * self.buckets.max_distance + 1:
             found = _clipped(table, distances)
         else:
-            found = _looked_up(table, np.asarray(self.buckets(distances)))
+            found = _looked_up(table, self._numbers(distances))
         return Terms(distances=found.T[None])
+
+    def _numbers(self, distances: np.ndarray) -> np.ndarray:
+        with jax.ensure_compile_time_eval():  # a function of jax.numpy has values inside jit, too
+            numbers = np.asarray(self.buckets(distances))
+        if numbers.shape != distances.shape or not np.issubdtype(numbers.dtype, np.integer):
+            raise ValueError(
+                f"buckets gives an integer for each of {distances.size} distances, got {numbers.dtype} of shape "
+                f"{numbers.shape}; return the numbers of the table's rows, an array of the shape it is given"
+            )
+        return numbers
 
 
 def _rows(table: Any) -> int:

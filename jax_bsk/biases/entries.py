@@ -115,18 +115,25 @@ class TileBias(Bias):
             (("B|1", (1, call.batch)), ("N|1", (1, call.heads)), ("capacity", mask.capacity)),
             "numbers of TileBias",
             not call.unbatched,
-        ).astype(np.int32)
+        )
         count, values = tiles.shape[2], known(numbers)
         if values is None:
             # Kernels take the last tile for a number past it: a tile of NaN.
             wrong = jnp.full((*tiles.shape[:2], 1, *tiles.shape[3:]), jnp.nan, tiles.dtype)
-            return Terms(tiles=jnp.concatenate([tiles, wrong], axis=2), numbers=jnp.minimum(numbers, count))
+            tiles = jnp.concatenate([tiles, wrong], axis=2)
+            return Terms(tiles=tiles, numbers=_between(numbers, -1, count))
         if values.size and values.max() >= count:
             raise ValueError(
                 f"numbers of TileBias are tiles, 0 to {count - 1}, or negative for none, got {values.max()}; give it "
                 "more tiles"
             )
-        return Terms(tiles=tiles, numbers=values)
+        return Terms(tiles=tiles, numbers=np.maximum(values, -1 if values.dtype.kind == "i" else 0).astype(np.int32))
+
+
+def _between(x: jax.Array, least: int, most: int) -> jax.Array:
+    """Integers of any type as int32, clipped before a wider type's could wrap."""
+    bounds = np.iinfo(x.dtype)
+    return jnp.clip(x, max(least, bounds.min), min(most, bounds.max)).astype(np.int32)
 
 
 def _own_mask(call: Call, name: str) -> BlockMask:

@@ -32,7 +32,7 @@ def lower(bias: Any, call: Call, lists: BlockMask) -> tuple[Terms, BlockMask]:
         terms = _plus(terms, part._terms(call), call)
     if 0 in call.sizes:  # no pair
         terms = terms._replace(dense=None, distances=None, tiles=None, numbers=None)
-    if terms.tiles is None or lists.capacity == 0:
+    if terms.tiles is None or lists.capacity == 0 or terms.tiles.shape[2] == 0:  # no tile that an entry could add
         return terms._replace(tiles=None, numbers=None), lists
     lead = lists.kv_blocks.shape[:2]
     if terms.numbers is None:
