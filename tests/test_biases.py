@@ -33,7 +33,7 @@ from jax_bsk.biases import (
     alibi_slopes,
 )
 from jax_bsk.core.dispatch import Implementation
-from jax_bsk.masks import CausalMask, FullMask
+from jax_bsk.masks import CausalMask, FullMask, LocalMask
 from jax_bsk.qa.testing.cases import pair_entries
 from tests.util import collectives, random_inputs, random_mask, text_of
 
@@ -365,6 +365,23 @@ def test_numbers_of_a_wide_type_do_not_wrap(x64):
     np.testing.assert_array_equal(attend(-wide), plain)
 
 
+def test_large_features_of_float16_do_not_overflow():
+    query, key, value = (x.astype(jnp.float16) for x in random_inputs(18, 1, 64, 64, 2, 2))
+    places = 256 * jnp.arange(64.0)[None, :, None, None]  # 16128, which a scale of 1/5 would take past 65504
+    ones = jnp.ones_like(places)
+    bias = PositionBias(jnp.concatenate([places, ones], -1), jnp.concatenate([ones, -places], -1))
+
+    def loss(query, implementation: Implementation):
+        mask = LocalMask((3, 3))
+        out = sparse_attention(query, key, value, bias, mask, scale=0.2, implementation=implementation)
+        return out.astype(jnp.float32).sum(), out
+
+    (_, out), gradient = jax.value_and_grad(loss, has_aux=True)(query, "cpu")
+    (_, want), same = jax.value_and_grad(loss, has_aux=True)(query, "xla")
+    np.testing.assert_allclose(out, want, atol=2e-3)
+    np.testing.assert_allclose(gradient, same, atol=2e-3)
+
+
 def test_no_tiles_add_nothing(implementation):
     mask, _ = bind()
     inputs = random_inputs(6, B, T, S, N, K)
@@ -542,6 +559,29 @@ def test_batch_and_heads_split(axis_type, kv_heads):
         actual = jax.jit(jax.value_and_grad(loss, tuple(range(6))))(*sharded)
     for a, e in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, e, atol=2e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["shared", "of heads"])
+def test_features_on_an_explicit_mesh(shared):
+    """They need not be sharded as queries and keys are."""
+    operands = random_inputs(16, 2, 64, 64, 4, 2)
+    shape = (1, 64, 1, 3) if shared else (2, 64, 4, 3)
+    features = tuple(jax.random.normal(jax.random.key(17), (2, *shape)))
+
+    def loss(query, key, value, *features):
+        return weighted(sparse_attention(query, key, value, PositionBias(*features), implementation="cpu"))
+
+    gradient = jax.jit(jax.grad(loss, range(5)))
+    expected = gradient(*operands, *features)
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Explicit,) * 2)
+    with jax.set_mesh(mesh):
+        split = NamedSharding(mesh, P("data", None, "model"))
+        whole = NamedSharding(mesh, P())
+        arrays = [jax.device_put(x, split) for x in operands], [jax.device_put(x, whole) for x in features]
+        actual = gradient(*arrays[0], *arrays[1])
+        assert [P(*jax.typeof(x).sharding.spec[:3]) for x in actual[:3]] == [split.spec] * 3
+    for a, e in zip(actual, expected, strict=True):
+        np.testing.assert_allclose(a, e, atol=1e-4, rtol=1e-4)
 
 
 def test_a_sharded_sequence_is_gathered():

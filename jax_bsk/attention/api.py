@@ -7,6 +7,7 @@ This is the top of the path of a call: `attention.api` -> `masks` -> `core.dispa
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from typing import Any, Literal, overload
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jax_bsk.attention import derivatives, dropout, refusals
@@ -25,7 +27,7 @@ from jax_bsk.biases.features import appended_size, features_of_heads
 from jax_bsk.biases.lowering import lower
 from jax_bsk.biases.terms import Call, Terms
 from jax_bsk.context.visits import visits_of_shards
-from jax_bsk.core import arrays, checks, dispatch, inputs, scalars
+from jax_bsk.core import arrays, checks, dispatch, explicit_mesh, inputs, scalars
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
@@ -293,6 +295,9 @@ def sparse_attention(
         if traced_scale is not None:
             query = (query.astype(stats) * traced_scale.astype(stats)).astype(query.dtype)
         if has_features:
+            if query.dtype == jnp.float16 and abs(scale) < 1:  # features divided by the scale might overflow
+                power = 2.0 ** math.floor(math.log2(abs(scale)))  # of which no rounding comes
+                query, scale = (query.astype(stats) * power).astype(query.dtype), scale / power
             query, key = _with_features(query, key, terms, scale)
         whole_sequence = dropout_keys is not None or any(x is not None for x in terms[:3])
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0, threshold)
@@ -337,13 +342,22 @@ def _with_features(query: jax.Array, key: jax.Array, terms: Terms, scale: float)
     """Queries and keys with the features of a bias of low rank appended, which the scale then leaves as they were."""
     heads, kv_heads = query.shape[2], key.shape[2]
     size = _appended(terms, (heads, kv_heads), query.shape[3])
-    of_queries, of_keys = features_of_heads(terms, query.shape[0], heads, kv_heads)
 
     def append(x: jax.Array, features: jax.Array) -> jax.Array:
         features = jnp.pad(features, [(0, 0)] * 3 + [(0, size - features.shape[-1])])
         return jnp.concatenate([x, features.astype(x.dtype)], axis=-1)
 
-    return append(query, of_queries / scale), append(key, of_keys)
+    def with_features(query: jax.Array, key: jax.Array, terms: Terms) -> tuple[jax.Array, jax.Array]:
+        of_queries, of_keys = features_of_heads(terms, query.shape[0], heads, kv_heads)
+        return append(query, of_queries / scale), append(key, of_keys)
+
+    terms = Terms(query_features=terms.query_features, key_features=terms.key_features)
+    arrays = query, key, *jax.tree.leaves(terms)
+    if not explicit_mesh.shards(arrays):
+        return with_features(query, key, terms)
+    shardings = tuple(PartitionSpec(*jax.typeof(x).sharding.spec[:3]) for x in (query, key))
+    with explicit_mesh.mesh_of(arrays):
+        return jax.sharding.auto_axes(with_features, out_sharding=shardings)(query, key, terms)
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
