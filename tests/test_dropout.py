@@ -237,6 +237,11 @@ def test_refusals():
         attend(dropout_rate=0.1)
     with pytest.raises((TypeError, ValueError), match=r"dropout_rng is one key of jax\.random"):
         attend(dropout_rate=0.1, dropout_rng=jax.random.split(RNG))
+    here, there = jax.devices()[:2]
+    for key in (RNG, jax.random.PRNGKey(0)):
+        x_here, key_there = jax.device_put(x, here), jax.device_put(key, there)
+        with pytest.raises(ValueError, match="dropout_rng must be on the query's devices cpu:0, got cpu:1"):
+            sparse_attention(x_here, x, x, dropout_rate=0.1, dropout_rng=key_there, implementation="cpu")
     with pytest.raises(TypeError, match="dropout_rate is a Python number, got str"):
         attend(dropout_rate="0.1", dropout_rng=RNG)
     with pytest.raises(TypeError, match="static argument"):

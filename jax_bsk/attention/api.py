@@ -221,6 +221,7 @@ def sparse_attention(
         query,
         [
             *(("key", key), ("value", value), ("bias", bias), ("sinks", sinks), ("gates", gates)),
+            ("dropout_rng", dropout_rng),
             *(("query_seq_lengths", query_seq_lengths), ("key_value_seq_lengths", key_value_seq_lengths)),
             *([("mask", mask)] if isinstance(mask, BlockMask) else []),
         ],
