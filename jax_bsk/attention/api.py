@@ -357,8 +357,9 @@ def _with_features(query: jax.Array, key: jax.Array, terms: Terms, scale: float)
     if not explicit_mesh.shards(arrays):
         return with_features(query, key, terms)
     shardings = tuple(PartitionSpec(*jax.typeof(x).sharding.spec[:3]) for x in (query, key))
+    partitioned: Any = jax.sharding.auto_axes(with_features, out_sharding=shardings)
     with explicit_mesh.mesh_of(arrays):
-        return jax.sharding.auto_axes(with_features, out_sharding=shardings)(query, key, terms)
+        return partitioned(query, key, terms)
 
 
 def _scale(scale: Any, head_dim: int) -> tuple[jax.Array | None, float]:
