@@ -660,7 +660,7 @@ def test_refusals():
     refused(RelativeBias.clipped(jnp.ones((3, 5))), r"table of RelativeBias is \[buckets, N\|1\] with N = 4")
     refused(RelativeBias(jnp.ones((3, 4)), np.abs), r"buckets are rows of the table, 0 to 2, got 0 to 95")
     refused(RelativeBias(jnp.ones((3, 4)), lambda d: d / 2), r"buckets gives an integer for each of .* got float64")
-    refused(RelativeBias(jnp.ones((3, 4)), lambda d: 0), r"buckets gives an integer for each of .* of shape \(\)")
+    refused(RelativeBias(jnp.ones((3, 4)), lambda d: d[:2]), r"buckets gives an integer for each of .* of shape \(2,\)")
     refused(BlockBias(jnp.ones((1, 1, 5))), "BlockBias belongs to the entries of a BlockMask")
     refused(BlockBias(jnp.ones((1, 1, 99))), r"values of BlockBias is .*capacity", mask=mask)
     refused(TileBias(jnp.ones((1, 1, 2, 64, 32)), numbers_of(mask, 2)), r"tiles of TileBias", mask=mask)

@@ -243,6 +243,6 @@ def test_refusals():
         with pytest.raises(ValueError, match="dropout_rng must be on the query's devices cpu:0, got cpu:1"):
             sparse_attention(x_here, x, x, dropout_rate=0.1, dropout_rng=key_there, implementation="cpu")
     with pytest.raises(TypeError, match="dropout_rate is a Python number, got str"):
-        attend(dropout_rate="0.1", dropout_rng=RNG)
+        attend(dropout_rate="0.1", dropout_rng=RNG)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="static argument"):
         jax.jit(lambda rate: attend(dropout_rate=rate, dropout_rng=RNG))(0.1)

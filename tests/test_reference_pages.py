@@ -425,8 +425,8 @@ RAISED: dict[str, Callable[[], Any]] = {
     "buckets are rows of the table, 0 to ..., got ...; give the table more rows": lambda: attend(
         bias=RelativeBias(np.ones((3, 1), np.float32), np.abs)
     ),
-    "buckets gives an integer for each of ... distances, got ...; return the numbers of the table's rows, ...": lambda: (
-        attend(bias=RelativeBias(np.ones((3, 1), np.float32), lambda distances: distances / 2))
+    "buckets gives an integer for each of ... distances, got ...; return the numbers of the table's rows, ...": (
+        lambda: attend(bias=RelativeBias(np.ones((3, 1), np.float32), lambda distances: distances / 2))
     ),
     "dropout_rate is in [0, 1), got ...; it is the share of probabilities that are dropped": lambda: attend(
         dropout_rate=1.0
