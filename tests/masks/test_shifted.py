@@ -61,6 +61,21 @@ def test_a_position_that_all_examples_share():
     np.testing.assert_array_equal(bind(jnp.int32(33)).to_dense(), rows(mask, [33] * 3))
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [
+        m.CausalMask(),
+        m.NeighborhoodMask((10, 10), 3) | m.GlobalMask(2),
+        m.PackedMask([0, 40, 100], within=m.CausalMask()),
+        m.FunctionMask(lambda q, k: (q + k) % 3 > 0, within=m.LocalMask(9)),
+    ],
+)
+def test_masks_of_reordered_tokens(mask):
+    ordered = m.TokenOrder.tiles((10, 10), (4, 8)).mask(mask)
+    found = at_positions(ordered, 33, T, S).bind(T, S, block_size=32).to_dense()
+    np.testing.assert_array_equal(found, rows(ordered, [33]))
+
+
 def test_parts_that_are_of_these_queries_stay():
     ids = m.SegmentMask(IDS[0, :T], IDS[0])
     pairs = m.ArrayMask(PAIRS[0, 0, :T])

@@ -57,7 +57,7 @@ def at_positions(mask: Mask, offset: int | Array, q_len: int, kv_len: int) -> Ma
     if isinstance(mask, FunctionMask) and mask.within is not None:
         within, function = mask.parts()
         return at_positions(within, offset, q_len, kv_len) & _Shifted(function, offset)
-    if mask._children():
+    if mask._children() and mask._joins:
         return mask._map_fields(lambda child: at_positions(child, offset, q_len, kv_len), lambda _, array: array)
     return _Shifted(mask, offset)
 
