@@ -100,6 +100,13 @@ def test_contiguous_segments_always_find_room(seed):
         assert count_codes(mask, grid)[1] <= mask._partial_bound(grid)
 
 
+@pytest.mark.parametrize("least", [np.int32, np.int8])
+def test_contiguous_segments_may_have_the_least_number(least):
+    ids = np.array([np.iinfo(least).min] * 3 + [0, 0, np.iinfo(least).max], least)
+    bound = jax.jit(lambda ids: m.SegmentMask(ids, contiguous=True).bind(6, block_size=32))(jnp.asarray(ids))
+    np.testing.assert_array_equal(bound.to_dense()[0, 0], ids[:, None] == ids)
+
+
 @pytest.mark.parametrize("within", [m.FullMask(), m.CausalMask()])
 def test_broken_promise_is_poisoned(within):
     ids = np.sort(np.random.default_rng(0).integers(0, 50, 512))

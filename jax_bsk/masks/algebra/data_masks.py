@@ -104,6 +104,7 @@ class SegmentMask(Mask):
             q_ids, kv_ids = q_ids.astype(np.int32), kv_ids.astype(np.int32)
         ids = q_ids[grid.clip_q(positions)]
         first, end = (last_at_most(kv_ids, x, xp) + np.int32(1) for x in (ids - np.ones((), ids.dtype), ids))
+        first = xp.where(ids == np.iinfo(ids.dtype).min, np.int32(0), first)  # the least number has none before it
         kept = (kv_ids[1:] >= kv_ids[:-1]).all()
         if self.kv_ids is not None:
             kept = kept & (q_ids[1:] >= q_ids[:-1]).all()
