@@ -154,6 +154,18 @@ def test_arrays_per_example_and_head():
     np.testing.assert_array_equal(slices, np.stack([np.ones((64, 64), bool), np.tri(64, dtype=bool)]))
 
 
+def test_no_tokens_and_no_sequences():
+    for mask, q_len, kv_len in (
+        (m.RowRangeMask([], []), 0, 5),
+        (m.ColumnRangeMask([]), 40, 0),
+        (m.TreeMask([]), 0, 5),
+        (m.BlockDiagonalMask([]), 40, 40),
+        (m.SliceMask([], []), 40, 40),
+        (m.VerticalSlashMask([], []), 40, 40),
+    ):
+        assert not np.asarray(mask.bind(q_len, kv_len, block_size=32).to_dense()).any()
+
+
 def test_equality_and_text():
     assert m.RowRangeMask(0, 5) == m.RowRangeMask(np.int64(0), 5) != m.RowRangeMask(0, 6)
     assert hash(m.RowRangeMask(0, 5)) == hash(m.RowRangeMask(0, 5))
@@ -192,6 +204,7 @@ BAD = [
     (lambda: m.BlockDiagonalMask([2], align="top"), ValueError, "align must be 'start' or 'end'"),  # pyright: ignore
     (lambda: m.BlockDiagonalMask([2], window=(3, 0), prefix=2), ValueError, "unbounded at the left"),
     (lambda: m.BlockDiagonalMask([-1, 5]).bind(4), ValueError, "q_lengths must be at least 0, given -1"),
+    (lambda: m.SliceMask([[0, 2]], [[0, 2]], np.array([7])), ValueError, "kinds must be of full, .* given 7"),
     (lambda: m.SliceMask([[0, 2]], [[0, 2]], [[1]]), ValueError, r"kinds must be of full, .* given \[1\]"),  # pyright: ignore
     (lambda: m.BlockDiffusionMask(0, 2), ValueError, "length must be at least 1"),
     (lambda: m.BlockDiffusionMask(8, 2).bind(8), ValueError, "needs q_len=16, noised and clean, got 8; give length=4"),

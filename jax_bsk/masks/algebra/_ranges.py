@@ -77,6 +77,8 @@ def pieces(ends: np.ndarray, of: np.ndarray, at: np.ndarray, size: int) -> np.nd
 
 def of_lists(value: Any) -> Array:
     """An array as it is; lists of ints as int32, which stays what it is inside of `jit`."""
+    if isinstance(value, list | tuple) and not value:
+        return np.zeros(0, np.int32)
     array = as_array(value)
     if array is value or array.dtype != np.int64 or (array.size and abs(array).max() >= 2**31):
         return array

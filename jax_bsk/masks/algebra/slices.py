@@ -133,8 +133,8 @@ def _lanes(q_ranges: bytes, kv_ranges: bytes, kinds: bytes, q_len: int) -> Seque
 
 def _ranges(given: ArrayLike | Sequence[Any], name: str) -> Array:
     ranges = of_lists(given)
-    if ranges.size == 0 and not np.issubdtype(ranges.dtype, np.integer):
-        ranges = np.zeros((0, 2), np.int32)  # an empty list
+    if ranges.shape == (0,):
+        ranges = ranges.reshape(0, 2)  # an empty list
     if not np.issubdtype(ranges.dtype, np.integer):
         raise TypeError(f"SliceMask: {name} must hold integers, given {ranges.dtype}{ranges.shape}; cast them")
     if ranges.ndim not in (2, 3) or ranges.shape[-1] != 2:
@@ -152,6 +152,10 @@ def _kinds(given: Any, n: int) -> Array:
             raise ValueError(f"SliceMask: kinds must be of {', '.join(KINDS)} or 0 to 3, given {unknown[0]!r}")
         given = np.array([numbers.get(kind, kind) for kind in given], np.int32)
     kinds = of_lists(given)
+    if (values := known(kinds)) is not None and np.issubdtype(kinds.dtype, np.integer):
+        outside = values[(values < 0) | (values >= len(KINDS))]
+        if outside.size:
+            raise ValueError(f"SliceMask: kinds must be of {', '.join(KINDS)} or 0 to 3, given {int(outside[0])}")
     if not np.issubdtype(kinds.dtype, np.integer):
         raise TypeError(f"SliceMask: kinds must be names or integers, given {kinds.dtype}{kinds.shape}")
     if kinds.ndim not in (1, 2) or kinds.shape[-1] != n:

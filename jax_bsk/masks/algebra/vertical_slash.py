@@ -112,8 +112,6 @@ def _along_diagonals(flags: np.ndarray, q: np.ndarray, k: np.ndarray) -> np.ndar
 
 
 def _positions(given: ArrayLike | Sequence[int], name: str) -> Array:
-    if isinstance(given, list | tuple) and not given:
-        given = np.zeros(0, np.int32)
     return checked_integers(given, "VerticalSlashMask", name, "n")
 
 
