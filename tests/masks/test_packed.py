@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jax_bsk.masks as m
+from jax_bsk.masks import _search
 from jax_bsk.masks._search import greatest_before, last_at_most, sums_before
 from tests.util import text_of
 
@@ -59,8 +60,22 @@ def dense_of(q_numbers, kv_numbers, q_len, kv_len, allowed, bottom_right):
     return dense
 
 
+@pytest.fixture
+def as_accelerators(monkeypatch):
+    """A function after whose call programs for a CPU, too, search and sum as those for accelerators do."""
+
+    def replace():
+        monkeypatch.setattr(_search, "_last_by_bisection", _search.last_by_comparison)
+        monkeypatch.setattr(_search, "_sums_by_prefixes", _search.sums_by_comparison)
+        monkeypatch.setattr(_search, "_greatest_by_prefixes", _search.greatest_by_comparison)
+
+    return replace
+
+
 @pytest.mark.parametrize("seed", range(24))
-def test_traced_equals_host_and_the_definition(seed, assert_well_formed):
+def test_traced_equals_host_and_the_definition(seed, assert_well_formed, as_accelerators):
+    if seed % 3:
+        as_accelerators()
     rng = np.random.default_rng(seed)
     sequences, q_len = int(rng.integers(1, 12)), int(rng.integers(1, 400))
     alike = rng.random() < 0.4
@@ -234,8 +249,9 @@ def test_printed_and_compared():
     assert mask != m.PackedMask(np.array([0, 3]), within=m.CausalMask(), max_seqlen_q=4)
 
 
-def test_the_traced_build_is_cheap():
+def test_the_traced_build_is_cheap(as_accelerators):
     """No sort, loop or scatter, no array of all pairs of blocks, and 3 tiles for each row of causal sequences."""
+    as_accelerators()
     tokens = 32_768
     bind = jax.jit(lambda x: m.PackedMask(x, within=m.CausalMask(), max_seqlen_q=8192).bind(tokens))
     numbers = jax.ShapeDtypeStruct((65,), "int32")
@@ -248,7 +264,10 @@ def test_the_traced_build_is_cheap():
     assert len(re.findall(r"\breduce\(", text)) <= 13, "each is a kernel on a GPU, with what is elementwise fused to it"
 
 
-def test_searches_and_sums():
+@pytest.mark.parametrize("accelerators", [False, True])
+def test_searches_and_sums(accelerators, as_accelerators):
+    if accelerators:
+        as_accelerators()
     rng = np.random.default_rng(0)
     for size in (1, 5, 200, 300, 4000):
         starts = np.sort(rng.integers(0, 500, size)).astype(np.int32)
