@@ -1,7 +1,7 @@
 """Searching and summing short sorted lists on a device in few kernels: no sort, no scan, no loop.
 
 On a CPU, where kernels cost nothing but comparisons do, the same numbers come from bisections and prefix sums: lists of
-65,536 tokens took 5 to 11 times as long by comparisons (two CPU cores).
+65,536 tokens took 7 to 11 times as long by comparisons (two CPU cores).
 """
 
 from __future__ import annotations
