@@ -232,6 +232,16 @@ def test_a_sequence_that_is_longer_than_promised():
         (lambda: m.PackedMask([0, 3], within=m.SegmentMask([0, 1, 1])), ValueError, "mask of positions"),
         (lambda: m.PackedMask([0, 3], within=m.MultiHeadMask([m.CausalMask()])), ValueError, "for all heads"),
         (lambda: m.PackedMask([0, 3], within=cast(Any, np.ones(3))), TypeError, "within must be a Mask"),
+        (
+            lambda: m.PackedMask([0, 2, 4], within=m.CausalMask(np.array([1, 2, 3]))),
+            ValueError,
+            r"one per sequence \[2\]",
+        ),
+        (
+            lambda: m.PackedMask([0, 2, 4], within=m.CausalMask(np.zeros((1, 4), int))),
+            ValueError,
+            "of shape \\(1, 4\\)",
+        ),
         (lambda: m.PackedMask([0, 3], within=~m.PrefixLMMask(np.array([2]))), ValueError, "numbers per sequence"),
         (lambda: m.PackedMask([0, 3], max_seqlen_q=-1), ValueError, "max_seqlen_q must be at least 0"),
         (lambda: m.PackedMask([0, 3]).bind(3, 4), ValueError, "cu_seqlens_kv must be given"),

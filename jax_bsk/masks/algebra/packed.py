@@ -117,7 +117,7 @@ class PackedMask(Mask):
         if alignment not in _ALIGNMENTS:
             raise ValueError(f"PackedMask: alignment is 'top_left' or 'bottom_right', got {alignment!r}; choose one")
         if within is not None:
-            _check_within(within)
+            _check_within(within, q.shape[-1] - 1)
         self._set(
             cu_seqlens_q=q,
             cu_seqlens_kv=kv,
@@ -430,7 +430,7 @@ def _longest(value: Any, name: str) -> int | None:
     return None if value is None else static_int(value, "PackedMask", name, minimum=0, remedy=remedy)
 
 
-def _check_within(within: Any) -> None:
+def _check_within(within: Any, sequences: int) -> None:
     if not isinstance(within, Mask):
         raise TypeError(f"PackedMask: within must be a Mask, given {described(within)}; {remedy_for(within)}")
     for part in _nodes(within):
@@ -449,6 +449,14 @@ def _check_within(within: Any) -> None:
             f"PackedMask: numbers per sequence are possible in causal masks, windows, chunks and prefixes that `&` "
             f"combines, got {within!r}; use one number for all sequences"
         )
+    for part in parts(within):
+        for name in ("offset", "prefix"):
+            shape = np.shape(getattr(part, name, 0))
+            if len(shape) > 1 or (shape and shape[0] not in (1, sequences)):
+                raise ValueError(
+                    f"PackedMask: {name} of a mask within must be one number, or one per sequence [{sequences}], got "
+                    f"{part!r} of shape {shape}; give as many as cu_seqlens_q has sequences"
+                )
 
 
 def _nodes(mask: Mask) -> Iterator[Mask]:
