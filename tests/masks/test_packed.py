@@ -252,6 +252,26 @@ def test_mistakes_are_named(make, error, words):
         make()
 
 
+@pytest.mark.parametrize(
+    "within",
+    [
+        m.RowRangeMask(0, 40),
+        m.BlockDiagonalMask([40]),
+        m.BlockDiffusionMask(20, 40) | m.SliceMask([[0, 40]], [[0, 40]]),
+        m.NeighborhoodMask((4, 10), (4, 10)),
+        m.TreeMask(np.arange(40) - 1),
+    ],
+)
+def test_positions_before_the_first_select_nothing(within):
+    """Of 30 queries the last 10 stand at the sequence's 10 keys."""
+    mask = m.PackedMask([0, 30], [0, 10], within=within, alignment="bottom_right")
+    dense = np.asarray(mask.bind(40, block_size=32).to_dense()[0, 0])
+    assert not dense[:20].any()
+    assert dense[20:30, 0].any()
+    traced = jax.jit(lambda mask: mask.bind(40, block_size=32))(mask)
+    np.testing.assert_array_equal(traced.to_dense()[0, 0], dense)
+
+
 def test_printed_and_compared():
     mask = m.PackedMask(np.array([0, 3]), within=m.CausalMask(), max_seqlen_q=3)
     assert repr(mask) == "PackedMask(cu_seqlens_q=int64[2], within=CausalMask(), max_seqlen_q=3)"

@@ -114,7 +114,7 @@ class BoxMask(Mask):
         q, k, hits = grid.clip_q(q), grid.clip_kv(k), []
         for axis in _axes(self, grid.q_len, grid.kv_len):
             low, high, place = grid.xp.asarray(axis.low)[q], grid.xp.asarray(axis.high)[q], grid.xp.asarray(axis.place)
-            place = place[k]
+            place, high = place[k], grid.xp.where(q < 0, -1, high)  # a query before the first selects nothing
             hits += [place >= low, place <= high]
             if axis.step > 1:
                 hits.append(place % axis.step == low % axis.step)

@@ -47,7 +47,9 @@ class RangesMask(Mask):
         return code
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
-        found = [(k >= first) & (k < last) for first, last in self._key_ranges(grid, grid.clip_q(q))]
+        # Positions before the first (of queries in a packed sequence) select nothing.
+        xp, ranges = grid.xp, self._key_ranges(grid, grid.xp.maximum(grid.clip_q(q), 0))
+        found = [(k >= first) & (k < xp.where(q < 0, 0, last)) for first, last in ranges]
         return functools.reduce(lambda a, b: a | b, found, grid.xp.zeros((1, 1), bool))
 
     def _tile_key(self, grid: Grid, i: np.ndarray, j: np.ndarray) -> tuple[np.ndarray, ...]:

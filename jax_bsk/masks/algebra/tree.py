@@ -97,7 +97,8 @@ class TreeMask(Mask):
 
     def _evaluate(self, grid: Grid, q: Array, k: Array) -> Array:
         enter, first, last = self._of_keys(grid)
-        at, k = enter[grid.clip_q(q)], grid.clip_kv(k)
+        # A query before the first selects nothing.
+        at, k = grid.xp.where(q < 0, -2, enter[grid.clip_q(q)]), grid.clip_kv(k)
         return (first[k] <= at) & (at < last[k])
 
     def _repr_arguments(self) -> list[str]:
