@@ -69,7 +69,7 @@ def test_every_mask_but_the_one_of_a_function_can_be_written():
     written |= {LocalMask, MultiHeadMask, PrefixLMMask, SegmentMask}
     written |= {masks.NeighborhoodMask, masks.SlidingTileMask, masks.ShiftedWindowMask, masks.VerticalSlashMask}
     written |= {masks.RowRangeMask, masks.ColumnRangeMask, masks.SliceMask, masks.BlockDiagonalMask}
-    written |= {masks.BlockDiffusionMask, masks.TreeMask}
+    written |= {masks.BlockDiffusionMask, masks.TreeMask, masks.PackedMask}
     assert set(mask_expression.ALLOWED.values()) == written
     assert {"Mask", "FunctionMask", "BlockMask", "TokenOrder", "as_block_mask"} == set(masks.__all__) - set(
         mask_expression.ALLOWED
