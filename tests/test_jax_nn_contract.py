@@ -65,7 +65,9 @@ def test_parameters_have_jax_names_order_kinds_and_defaults():
     for name, parameter in theirs.items():
         assert (ours[name].kind, ours[name].default) == (parameter.kind, parameter.default), name
     assert all(ours[name].kind is inspect.Parameter.KEYWORD_ONLY for name in MORE_PARAMETERS)
-    assert all(not ours[name].default for name in MORE_PARAMETERS)
+    assert {name: ours[name].default for name in MORE_PARAMETERS} == dict.fromkeys(MORE_PARAMETERS) | {
+        "dropout_rate": 0.0
+    }
 
 
 # ---- outputs and gradients ------------------------------------------------------------------------------------------

@@ -110,10 +110,8 @@ def test_what_a_full_report_of_a_gpu_has(committed):
     assert numbers["forward_cases"] >= 3000
     assert numbers["backward_cases"] >= 1500
     harden = committed["stages"]["harden"]["data"]
+    assert all(row["caught"] for row in harden["seeded bugs"])
     assert len(harden["seeded bugs"]) >= 12
-    survived = [row["name"] for row in harden["seeded bugs"] if not row["caught"]]
-    explained = (FOLDER.parent / "README.md").read_text()
-    assert all(f"`{name}`" in explained for name in survived), survived
     assert {tool for tool, found in harden["sanitizers"].items() if not found["failed"]} == {
         "memcheck",
         "racecheck",
