@@ -34,4 +34,17 @@ struct DropoutWords {
   }
 };
 
+// All ones where the byte of that number has its highest bit set, else 0: for 16 bits each of `first` and `second`, and
+// for 32 bits. (prmt replicates a sign where the selector has 8.)
+__device__ __forceinline__ uint32_t KeptPair(uint32_t first, uint32_t second, int byte) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(first), "r"(second), "r"((8 | byte) * 0x11 | (12 | byte) * 0x1100));
+  return mask;
+}
+__device__ __forceinline__ uint32_t KeptWord(uint32_t kept, int byte) {
+  uint32_t mask;
+  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(mask) : "r"(kept), "r"((8 | byte) * 0x1111));
+  return mask;
+}
+
 }  // namespace jax_bsk::attention::cuda

@@ -49,6 +49,13 @@ JAX_BSK_HOST_DEVICE bool IsDropped(uint32_t word, int byte, int threshold) {
   return static_cast<int>(word >> (8 * byte) & 0xFF) < threshold;
 }
 
+// The four bytes at once: a byte of the result has its highest bit set where the pair of that byte stays.
+JAX_BSK_HOST_DEVICE uint32_t KeptBytes(uint32_t word, int threshold) {
+  // Whether the lower seven bits reach the threshold's; no byte borrows from the next.
+  const uint32_t lower = (word | 0x80808080U) - static_cast<uint32_t>(threshold & 0x7F) * 0x01010101U;
+  return threshold < 128 ? word | lower : word & lower;
+}
+
 // The factor of the pairs that stay.
 JAX_BSK_HOST_DEVICE float DropoutScale(int threshold) { return 256.f / static_cast<float>(256 - threshold); }
 

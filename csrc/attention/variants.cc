@@ -86,16 +86,9 @@ auto* Find(const Table& table, const Params& params, Target target, Tile tile) {
 
 // ---- The choice
 
-// Hopper's kernels with extras are compiled, free of spills and of serialised products, and taken by a call that names
-// them. No other call takes them before the checks have run them on a GPU.
-template <typename Params>
-bool TakesHopper(const Params& params, const DeviceFacts& facts) {
-  return facts.capability == 90 && !HasExtras(params);
-}
-
 const ForwardVariant* Choose(const ForwardParams& params, const DeviceFacts& facts, ForwardKernel kernel) {
   const Shape& shape = params.shape;
-  if (kernel == ForwardKernel::kAutomatic && TakesHopper(params, facts)) {
+  if (kernel == ForwardKernel::kAutomatic && facts.capability == 90) {
     // Tiles of 128 queries share keys and values between two warpgroups, but too few of them leave multiprocessors
     // idle.
     const int64_t tiles = shape.batch * shape.heads * CeilDiv(shape.q_len, 128);
@@ -113,7 +106,7 @@ const ForwardVariant* Choose(const ForwardParams& params, const DeviceFacts& fac
 
 const BackwardVariant* Choose(const BackwardParams& params, const DeviceFacts& facts, BackwardKernel kernel) {
   const Shape& shape = params.shape;
-  if (kernel == BackwardKernel::kAutomatic && TakesHopper(params, facts)) {
+  if (kernel == BackwardKernel::kAutomatic && facts.capability == 90) {
     // Tiles of 128 keys need half the copies, but too few of them leave multiprocessors idle.
     const int64_t tiles = shape.batch * shape.kv_heads * CeilDiv(shape.kv_len, 128);
     kernel =

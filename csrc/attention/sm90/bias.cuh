@@ -6,6 +6,7 @@
 #include "attention/bias.cuh"
 #include "attention/params.h"
 #include "device/ptx/convert.cuh"
+#include "device/ptx/registers.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 
@@ -37,6 +38,114 @@ template <typename Element>
 __device__ __forceinline__ float ReadBias(const BiasTermView& view, int64_t index) {
   return view.wide ? LoadBias(static_cast<const float*>(view.data) + index)
                    : LoadBias(static_cast<const Element*>(view.data) + index);
+}
+
+// One side of a tile of 64 x 64 pairs: 64 queries or keys from `start` on, this thread's first of them, and how many
+// there are in all.
+struct BiasAxis {
+  int start, first, length;
+  __device__ __forceinline__ bool Inside() const { return start + 64 <= length; }
+};
+
+__device__ __forceinline__ float2 LoadBiasPair(const float* element) {
+  return __ldg(reinterpret_cast<const float2*>(element));
+}
+template <typename Half>
+__device__ __forceinline__ float2 LoadBiasPair(const Half* element) {
+  const uint32_t bits = __ldg(reinterpret_cast<const uint32_t*>(element));
+  return {device::ToFloat(Half{static_cast<uint16_t>(bits)}), device::ToFloat(Half{static_cast<uint16_t>(bits >> 16)})};
+}
+
+// Adds factor * term to a thread's pairs in an accumulator of 64 x 64: x[kFirst + 4n + 2 * half + e] is of its row
+// first + 8 * half and its column first + 8n + e. kKeyRows: rows are keys and columns queries. What lies past the ends
+// of the arrays is masked: there the last number is read.
+template <typename Element, bool kKeyRows, int kFirst, int kCount>
+__device__ __forceinline__ void AddBiasTile(float (&x)[kCount], const BiasTermView& view, const BiasAxis& rows,
+                                            const BiasAxis& columns, float factor) {
+  const int step_row = kKeyRows ? view.step_kv : view.step_q, step_column = kKeyRows ? view.step_q : view.step_kv;
+  const int row = rows.start + rows.first, column = columns.start + columns.first;
+  const int64_t index = view.first + int64_t{row} * step_row + int64_t{column} * step_column;
+  const auto add = [&](int n, int half, int e, float value) {
+    float& logit = x[kFirst + 4 * n + 2 * half + e];
+    logit = BiasedLogit(logit, value, factor);
+  };
+  if (view.step_q < 0 && rows.Inside() && columns.Inside()) {
+    // By distance: the second row's number is the first row's of eight columns before.
+    constexpr int kStep = kKeyRows ? -1 : 1;
+    const float* numbers = static_cast<const float*>(view.data) + index;
+    float before[2] = {LoadBias(numbers - 8 * kStep), LoadBias(numbers - 7 * kStep)};
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float value = LoadBias(numbers + kStep * (8 * n + e));
+        add(n, 0, e, value);
+        add(n, 1, e, before[e]);
+        before[e] = value;
+      }
+      if (n % 4 == 3) device::sm90::Pin(x);
+    }
+    return;
+  }
+  const auto add_numbers = [&](auto* numbers) {
+    if (!rows.Inside() || !columns.Inside()) {
+      const int last = columns.length - 1 - column, second = max(0, min(8, rows.length - 1 - row)) * step_row;
+      numbers += min(0, rows.length - 1 - row) * step_row;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          const auto* own = numbers + min(8 * n + e, last) * step_column;
+          add(n, 0, e, LoadBias(own));
+          add(n, 1, e, LoadBias(own + second));
+        }
+        device::sm90::Pin(x);
+      }
+    } else if (!kKeyRows && step_column == 0) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float value = LoadBias(numbers + 8 * half * step_row);
+#pragma unroll
+        for (int n = 0; n < 8; ++n) add(n, half, 0, value), add(n, half, 1, value);
+      }
+    } else if constexpr (kKeyRows) {
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          add(n, i % 2, i / 2, LoadBias(numbers + i % 2 * 8 * step_row));
+          if (i % 2 == 1) numbers += i == 1 ? step_column : 7 * step_column;
+        }
+        if (n % 2 == 1) device::sm90::Pin(x);
+      }
+    } else {                                                 // step_column is 1
+      const bool even = ((view.first | step_row) & 1) == 0;  // columns are
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const auto* own = numbers + 8 * half * step_row;
+        if (even) {
+#pragma unroll
+          for (int n = 0; n < 8; ++n) {
+            const float2 pair = LoadBiasPair(own + 8 * n);
+            add(n, half, 0, pair.x);
+            add(n, half, 1, pair.y);
+            if (n % 4 == 3) device::sm90::Pin(x);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < 8; ++n) {
+            add(n, half, 0, LoadBias(own + 8 * n)), add(n, half, 1, LoadBias(own + 8 * n + 1));
+            if (n % 4 == 3) device::sm90::Pin(x);
+          }
+        }
+      }
+    }
+  };
+  if (view.wide) {
+    add_numbers(static_cast<const float*>(view.data) + index);
+  } else {
+    add_numbers(static_cast<const Element*>(view.data) + index);
+  }
 }
 
 // Adds the terms to the logit of one pair.

@@ -5,7 +5,7 @@
 // Gates are for plain logits only.
 #pragma once
 
-#include "attention/dropout.h"
+#include "attention/dropout.cuh"
 #include "attention/sm90/bias.cuh"
 #include "attention/sm90/bwd_shared.cuh"
 #include "attention/sm90/store_rows.cuh"
@@ -188,9 +188,9 @@ class BackwardConsumer {
   __device__ __forceinline__ void KeyStep(const BackwardItem& item, float (&dkey)[kGradient],
                                           float (&dvalue)[kGradient]) {
     float scores[kScores], dscores[kScores], rows[kPacked];
-    uint32_t kept = ~0u;
+    KeptPairs kept;
     const int stage = Stages().Stage();
-    BeginStep(scores, shared_.key, shared_.first[stage]);
+    BeginStep<Config::kExtras>(item, scores, shared_.key, shared_.first[stage]);
     device::sm90::FenceProducts();
     MultiplyRows(dscores, shared_.value, shared_.second[stage]);
     device::sm90::CommitProducts();
@@ -200,14 +200,10 @@ class BackwardConsumer {
       LoadStatistics(rows, shared_.statistics[stage][0]);
       device::sm90::Pin(rows);
     };
-    if constexpr (!Config::kExtras) load_lse();
+    load_lse();
     if constexpr (Config::kPlain) {
       device::sm90::WaitForProducts<1>();
       device::sm90::Pin(scores);
-      if constexpr (Config::kExtras) {
-        AddBias(item, scores, stage);
-        load_lse();  // not earlier: biases need the registers
-      }
       Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
       // Not earlier where the sum of a gate, or dropout, needs the registers.
@@ -226,7 +222,7 @@ class BackwardConsumer {
       }
       if constexpr (Config::kExtras) {
         if (Drops(params_.dropout)) {
-          kept = KeptPairs(item, stage);
+          kept = FindKept(item, stage);
           DropScores(dscores, kept);
           device::sm90::Pin(dscores);
         }
@@ -254,7 +250,9 @@ class BackwardConsumer {
     } else {
       Pack(packed_probs, scores);
     }
-    if constexpr (Config::kExtras) DropPacked(packed_probs, kept);
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) DropPacked(packed_probs, kept);
+    }
 #pragma unroll
     for (int i = 0; i < kScores; ++i) dscores[i] *= scores[i];
     Pack(packed_scores, dscores);
@@ -273,7 +271,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void SplitProbabilities(const BackwardItem& item, float (&dvalue)[kGradient]) {
     float scores[kScores];
     const int stage = Stages().Stage();
-    BeginStep(scores, shared_.key, shared_.first[stage]);
+    BeginStep<Config::kExtras>(item, scores, shared_.key, shared_.first[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(scores);
@@ -288,7 +286,6 @@ class BackwardConsumer {
         words[i * kWarpgroup] = make_float4(map.Slope(x.x), map.Slope(x.y), map.Slope(x.z), map.Slope(x.w));
       });
     }
-    if constexpr (Config::kExtras) AddBias(item, scores, stage);
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][0]);
     Probabilities(scores, rows, stage);
@@ -300,7 +297,7 @@ class BackwardConsumer {
       Pack(packed, scores);
     }
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) DropPacked(packed, KeptPairs(item, stage));
+      if (Drops(params_.dropout)) DropPacked(packed, FindKept(item, stage));
     }
     device::sm90::Pin(packed);
     device::sm90::Pin(dvalue);
@@ -321,7 +318,7 @@ class BackwardConsumer {
   __device__ __forceinline__ void SplitScores(const BackwardItem& item, float (&dkey)[kGradient]) {
     float dscores[kScores];
     const int stage = Stages().Stage();
-    BeginStep(dscores, shared_.value, shared_.second[stage]);
+    BeginStep<false>(item, dscores, shared_.value, shared_.second[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
     const Ring<kProbStages> place{prob_step_++};
     device::sm90::Wait(shared_.full_probs[place.Stage()], place.Full());
@@ -339,7 +336,7 @@ class BackwardConsumer {
       Scale(dscores, Gate(stage));
     }
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) DropScores(dscores, KeptPairs(item, stage));
+      if (Drops(params_.dropout)) DropScores(dscores, FindKept(item, stage));
     }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][1]);
@@ -363,11 +360,15 @@ class BackwardConsumer {
 
   // ---- Parts of a step
 
-  // A step's first product; the gradients of the step before are done then, and their memory is released.
-  __device__ __forceinline__ void BeginStep(float (&d)[kScores], const Element* resident, const Element* tile) {
+  // A step's first product; the gradients of the step before are done then, and their memory is released. kLogits: it
+  // is added to the logits' biases.
+  template <bool kLogits>
+  __device__ __forceinline__ void BeginStep(const BackwardItem& item, float (&d)[kScores], const Element* resident,
+                                            const Element* tile) {
     device::sm90::Wait(shared_.full[Stages().Stage()], Stages().Full());
+    if constexpr (kLogits) StartLogits(item, d);
     device::sm90::FenceProducts();
-    MultiplyRows(d, resident, tile);
+    MultiplyRows<kLogits>(d, resident, tile);
     device::sm90::CommitProducts();
     device::sm90::WaitForProducts<1>();
     if (!first_) ReleasePrevious();
@@ -424,7 +425,10 @@ class BackwardConsumer {
 
   __device__ __forceinline__ void SubtractDelta(float (&dscores)[kScores], const float (&delta)[kPacked]) {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) dscores[i] -= delta[i / 4 * 2 + i % 2];
+    for (int i = 0; i < kScores; ++i) {
+      const float& own = delta[i / 4 * 2 + i % 2];
+      dscores[i] = Config::kExtras ? fmaf(dscores[i], plan_.kept_scale, -own) : dscores[i] - own;
+    }
   }
 
   // ---- Biases and dropout
@@ -434,80 +438,67 @@ class BackwardConsumer {
     return item.start + kOwnRows * group_ + RowOf(Thread());
   }
 
+  // What the products of a step are added to: its biases, in their units, or nothing.
+  __device__ __forceinline__ void StartLogits(const BackwardItem& item, float (&x)[kScores]) {
+#pragma unroll
+    for (int i = 0; i < kScores; ++i) x[i] = 0.f;
+    if (HasBias(params_.bias)) AddBias(item, x);
+    device::sm90::Pin(x);
+  }
+
   // Adds the terms of the bias that are given.
-  __device__ __forceinline__ void AddBias(const BackwardItem& item, float (&x)[kScores], int stage) {
+  __device__ __forceinline__ void AddBias(const BackwardItem& item, float (&x)[kScores]) {
+    const PairStep& step = shared_.pairs[Stages().Stage()];
 #pragma unroll 1
     for (int term = 0; term < kBiasTerms; ++term) {
       if (!HasTerm(params_.bias, term)) continue;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) AddTerm(item, x, stage, term, half);
+      const int start = ReadShared(step.query);
+      const BiasTermView view = TermView(params_.bias, params_.shape, term, item.batch, ReadShared(step.head),
+                                         ReadShared(step.bias_tile), start, item.start);
+      if (view.data == nullptr) continue;
+      const BiasAxis keys{item.start + kOwnRows * group_, RowOf(Thread()), static_cast<int>(params_.shape.kv_len)};
+      const BiasAxis queries{start, Thread() % 4 * 2, static_cast<int>(params_.shape.q_len)};
+      AddBiasTile<Element, true, 0>(x, view, keys, queries, plan_.bias_factor);
     }
   }
 
-  // Adds a term to this thread's logits of one key. What lies past the ends of the arrays is masked, and not read.
-  __device__ __forceinline__ void AddTerm(const BackwardItem& item, float (&x)[kScores], int stage, int which,
-                                          int half) {
+  // Which of this thread's pairs are not dropped: those whose bit 8 * byte + 7 - m is set, of the sixteen queries
+  // number m, in the word of the pair's parity of queries. Byte as in DropoutByte.
+  struct KeptPairs {
+    uint32_t parity[2];
+  };
+  // Lane l of a warp has the word of a step's query of place l (DropoutPlace), for all lanes.
+  __device__ __forceinline__ KeptPairs FindKept(const BackwardItem& item, int stage) const {
     const PairStep& step = shared_.pairs[stage];
-    const int start = ReadShared(step.query);
-    const BiasTermView term = TermView(params_.bias, params_.shape, which, item.batch, ReadShared(step.head),
-                                       ReadShared(step.bias_tile), start, item.start);
-    if (term.data == nullptr) return;
-    const int query = start + Thread() % 4 * 2;
-    const int inside = static_cast<int>(params_.shape.q_len) - query;  // of this thread's columns
-    const int key = min(KeyOf(item) + 8 * half, static_cast<int>(params_.shape.kv_len) - 1);
-    const int64_t index = BiasIndex(term, query, key);
-    const auto add_column = [&](const auto& read) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) {
-          float& logit = x[4 * n + 2 * half + e];
-          const float value = 8 * n + e < inside ? read(int64_t{8 * n + e} * term.step_q) : 0.f;
-          logit = BiasedLogit(logit, value, plan_.bias_factor);
-        }
-        if (n % 2 == 1) device::sm90::Pin(x);
-      }
-    };
-    if (term.wide) {
-      const auto* numbers = static_cast<const float*>(term.data) + index;
-      add_column([&](int64_t offset) { return LoadBias(numbers + offset); });
-    } else {
-      const auto* numbers = static_cast<const Element*>(term.data) + index;
-      add_column([&](int64_t offset) { return LoadBias(numbers + offset); });
-    }
-  }
-
-  // A bit for each of this thread's pairs, in the order of its registers: 1 where it is not dropped.
-  __device__ __forceinline__ uint32_t KeptPairs(const BackwardItem& item, int stage) const {
-    const PairStep& step = shared_.pairs[stage];
-    const int query = ReadShared(step.query) + Thread() % 4 * 2, threshold = params_.dropout.threshold;
+    const int lane = Thread() % 32, threshold = params_.dropout.threshold;
     const uint32_t head_key = __ldg(params_.dropout.keys + item.batch * params_.shape.heads + ReadShared(step.head));
+    const uint32_t query_word = DropoutQueryWord(head_key, ReadShared(step.query) + lane / 8 * 16 + lane % 8);
     const uint32_t key_word = DropoutKeyWord(KeyOf(item));
-    uint32_t kept = 0;
+    KeptPairs kept{};
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const uint32_t word = DropoutWord(DropoutQueryWord(head_key, query + 16 * m + e), key_word);
-#pragma unroll
-        for (int byte = 0; byte < 4; ++byte) {  // queries and 8 further; keys and 8 further
-          const int pair = 4 * (2 * m + byte % 2) + 2 * (byte / 2) + e;
-          kept |= static_cast<uint32_t>(!IsDropped(word, byte, threshold)) << pair;
-        }
+        const uint32_t word = __shfl_sync(0xFFFFFFFFu, query_word, 8 * m + lane % 4 * 2 + e);
+        kept.parity[e] |= (KeptBytes(DropoutWord(word, key_word), threshold) & 0x80808080u) >> m;
       }
     return kept;
   }
 
-  // dP of the pairs that stay, scaled; 0 for the others.
-  __device__ __forceinline__ void DropScores(float (&x)[kScores], uint32_t kept) {
+  // dP of the pairs that stay, 0 for the others. SubtractDelta scales it.
+  __device__ __forceinline__ void DropScores(float (&x)[kScores], const KeptPairs& kept) const {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) x[i] = kept >> i & 1 ? x[i] * plan_.kept_scale : 0.f;
+    for (int i = 0; i < kScores; ++i) {
+      const int n = i / 4, byte = n % 2 + i % 4 / 2 * 2;
+      x[i] = __uint_as_float(__float_as_uint(x[i]) & KeptWord(kept.parity[i % 2] << n / 2, byte));
+    }
   }
   // Of packed probabilities, which StoreValueGradient scales.
-  __device__ __forceinline__ void DropPacked(uint32_t (&packed)[kPacked], uint32_t kept) {
+  __device__ __forceinline__ void DropPacked(uint32_t (&packed)[kPacked], const KeptPairs& kept) const {
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) {
-      packed[i] &= (kept >> (2 * i) & 1 ? 0xFFFFu : 0u) | (kept >> (2 * i) & 2 ? 0xFFFF0000u : 0u);
+      const int n = i / 2, byte = n % 2 + i % 2 * 2;
+      packed[i] &= KeptPair(kept.parity[0] << n / 2, kept.parity[1] << n / 2, byte);
     }
   }
 
@@ -640,11 +631,16 @@ class BackwardConsumer {
     return (step / 4 * rows * 128 + step % 4 * 32) / 16;
   }
   // keys x queries: 64 rows of the CTA's keys (or values) by the 64 of a step.
+  template <bool kAdd = false>
   __device__ __forceinline__ void MultiplyRows(float (&d)[kScores], const Element* resident, const Element* stage) {
     using device::sm90::FullDescriptor;
     const uint32_t a = device::sm90::TileDescriptor(resident) + kOwnRows * group_ * 128 / 16;
     const uint32_t b = device::sm90::TileDescriptor(stage);
-    Scores::Overwrite(d, FullDescriptor(a), FullDescriptor(b));
+    if constexpr (kAdd) {
+      Scores::Shared(d, FullDescriptor(a), FullDescriptor(b));
+    } else {
+      Scores::Overwrite(d, FullDescriptor(a), FullDescriptor(b));
+    }
 #pragma unroll
     for (int k = 1; k < kDim / 16; ++k) {
       Scores::Shared(d, FullDescriptor(a + Step16(k, kTileKv)), FullDescriptor(b + Step16(k, 64)));

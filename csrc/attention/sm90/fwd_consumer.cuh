@@ -1,7 +1,7 @@
 // A consumer warpgroup of the Hopper forward: 64 queries of the CTA's tile, from products to stored rows.
 #pragma once
 
-#include "attention/dropout.h"
+#include "attention/dropout.cuh"
 #include "attention/sm90/bias.cuh"
 #include "attention/sm90/fwd_exact_rows.cuh"
 #include "attention/sm90/fwd_shared.cuh"
@@ -77,8 +77,8 @@ class ForwardConsumer {
   // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
-  // True if references may lag (fwd_softmax.cuh). A bias may raise any step's logits.
-  static constexpr bool kLazy = Config::kPlain && !Config::kExtras;
+  // True if references may lag (fwd_softmax.cuh).
+  static constexpr bool kLazy = Config::kPlain;
 
   using Headers = Ring<Shared::kHeaders>;
 
@@ -88,6 +88,7 @@ class ForwardConsumer {
   __device__ __forceinline__ void FirstStep(Headers tile) {
     float logits[kLogits];
     WaitForFirstOperands(tile);
+    StartLogits(logits);
     device::sm90::FenceProducts();
     MultiplySharedQueries(logits);
     device::sm90::CommitProducts();
@@ -101,6 +102,7 @@ class ForwardConsumer {
   __device__ __forceinline__ void Step() {
     float logits[kLogits];
     device::sm90::Wait(shared_.full_key[Keys().Stage()], Keys().Full());
+    StartLogits(logits);
     TakeTurn();
     device::sm90::Pin(out_);
     device::sm90::Pin(probs_);
@@ -158,6 +160,8 @@ class ForwardConsumer {
       return false;
     }
     WaitForFirstOperands(next);
+    float logits[kLogits];
+    StartLogits(logits);
     device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
     TakeTurn();
     device::sm90::Pin(out_);
@@ -165,7 +169,6 @@ class ForwardConsumer {
     device::sm90::FenceProducts();
     MultiplyValues();
     device::sm90::CommitProducts();
-    float logits[kLogits];
     MultiplySharedQueries(logits);
     device::sm90::CommitProducts();
     PassTurn();
@@ -278,7 +281,11 @@ class ForwardConsumer {
     using device::sm90::FullDescriptor;
     const uint32_t query = device::sm90::TileDescriptor(shared_.query) + group_ * kWarpgroupRows * 128 / 16;
     const uint32_t key = device::sm90::TileDescriptor(shared_.key[Keys().Stage()]);
-    Logits::Overwrite(logits, FullDescriptor(query), FullDescriptor(key));
+    if constexpr (Config::kExtras) {
+      Logits::Shared(logits, FullDescriptor(query), FullDescriptor(key));
+    } else {
+      Logits::Overwrite(logits, FullDescriptor(query), FullDescriptor(key));
+    }
 #pragma unroll
     for (int k = 1; k < kDim / 16; ++k) {
       Logits::Shared(logits, FullDescriptor(query + KeyStep(k, kTileQ)), FullDescriptor(key + KeyStep(k, kTileKv)));
@@ -287,7 +294,11 @@ class ForwardConsumer {
   __device__ __forceinline__ void MultiplyRegisterQueries(float (&logits)[kLogits]) {
     using device::sm90::FullDescriptor;
     const uint32_t key = device::sm90::TileDescriptor(shared_.key[Keys().Stage()]);
-    Logits::OverwriteRegisters(logits, query_, FullDescriptor(key));
+    if constexpr (Config::kExtras) {
+      Logits::Registers(logits, query_, FullDescriptor(key));
+    } else {
+      Logits::OverwriteRegisters(logits, query_, FullDescriptor(key));
+    }
 #pragma unroll
     for (int k = 1; k < kDim / 16; ++k) {
       Logits::Registers(logits, query_ + 4 * k, FullDescriptor(key + KeyStep(k, kTileKv)));
@@ -309,16 +320,16 @@ class ForwardConsumer {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
     }
-    if constexpr (Config::kExtras) {
-      if (HasBias(params_.bias)) AddBias(x);
-    }
-    bool raised = !kLazy || fresh;
+    bool raised = !kLazy || fresh || wary_;
     if (flags_ & StepInfo::kMasked) {
       ApplyMask(x);
       raised = true;
     }
     Release(shared_.empty_key[Keys().Stage()]);
-    if (raised) softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
+    if (raised) {
+      softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
+      if constexpr (Config::kExtras) wary_ = !fresh && RowSoftmax::RaisedFar(rescale);
+    }
     float total[2];
     softmax_.Exponentials(x, plan_.logits.multiplier, total);
     lags = !raised && RowSoftmax::Lags(total);
@@ -347,75 +358,67 @@ class ForwardConsumer {
     for (int i = 0; i < kOut; ++i) out_[i] *= factor[i % 4 / 2];
   }
 
-  // Adds the terms of the bias that are given. One after the other, and 64 keys of a row at a time: more would spill.
+  // What the products of a step are added to: its biases, in their units, or nothing. Before the products, and not
+  // after them, the logits' own registers take what is loaded (2.2 times the time of a call without a bias became @@).
+  __device__ __forceinline__ void StartLogits(float (&x)[kLogits]) {
+    if constexpr (Config::kExtras) {
+#pragma unroll
+      for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
+      if (HasBias(params_.bias)) AddBias(x);
+      device::sm90::Pin(x);
+    }
+  }
+
+  // Adds the terms of the bias that are given, 64 keys at a time.
   __device__ __forceinline__ void AddBias(float (&x)[kLogits]) {
+    const StepInfo& info = shared_.Step(step_);
+    const Headers place{static_cast<uint32_t>(ReadShared(info.flags)) >> StepInfo::kHeader};
+    const TileHeader& tile = shared_.headers[place.Stage()];
+    const BiasAxis queries{tile.q_start + group_ * kWarpgroupRows, RowOf(Thread()),
+                           static_cast<int>(params_.shape.q_len)};
 #pragma unroll 1
     for (int term = 0; term < kBiasTerms; ++term) {
       if (!HasTerm(params_.bias, term)) continue;
 #pragma unroll
-      for (int piece = 0; piece < kTileKv / 64; ++piece)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) AddTerm(x, term, piece, half);
-    }
-  }
-
-  // Adds a term to this thread's logits of 64 keys in one row. What lies past the ends of the arrays is masked, and not
-  // read.
-  __device__ __forceinline__ void AddTerm(float (&x)[kLogits], int which, int piece, int half) {
-    const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
-    const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
-    const int start = ReadShared(shared_.Step(step_).start[piece]);
-    const BiasTermView term =
-        TermView(params_.bias, params_.shape, which, tile.batch, tile.head, number, tile.q_start, start);
-    if (term.data == nullptr) return;
-    const int thread = Thread(), key = start + thread % 4 * 2;
-    const int inside = static_cast<int>(params_.shape.kv_len) - key;  // of this thread's columns
-    const int row = tile.q_start + group_ * kWarpgroupRows + RowOf(thread) + 8 * half;
-    const int64_t index = BiasIndex(term, min(row, static_cast<int>(params_.shape.q_len) - 1), key);
-    const auto add = [&](int n, int e, float value) {
-      float& logit = x[32 * piece + 4 * n + 2 * half + e];
-      logit = BiasedLogit(logit, value, plan_.bias_factor);
-    };
-    const auto add_row = [&](const auto& read) {
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-#pragma unroll
-        for (int e = 0; e < 2; ++e) add(n, e, 8 * n + e < inside ? read(8 * n + e) : 0.f);
-        if (n % 2 == 1) device::sm90::Pin(x);
+      for (int piece = 0; piece < kTileKv / 64; ++piece) {
+        const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
+        const int start = ReadShared(info.start[piece]);
+        const BiasTermView view =
+            TermView(params_.bias, params_.shape, term, tile.batch, tile.head, number, tile.q_start, start);
+        if (view.data == nullptr) continue;
+        const BiasAxis keys{start, Thread() % 4 * 2, static_cast<int>(params_.shape.kv_len)};
+        if (piece == 0) {
+          AddBiasTile<Element, false, 0>(x, view, queries, keys, plan_.bias_factor);
+        } else {
+          AddBiasTile<Element, false, kLogits - 32>(x, view, queries, keys, plan_.bias_factor);
+        }
       }
-    };
-    if (term.step_kv == 0) {
-      const float value = ReadBias<Element>(term, index);
-      add_row([&](int) { return value; });
-    } else if (term.wide) {
-      const auto* numbers = static_cast<const float*>(term.data) + index;
-      add_row([&](int column) { return LoadBias(numbers + column); });
-    } else {
-      const auto* numbers = static_cast<const Element*>(term.data) + index;
-      add_row([&](int column) { return LoadBias(numbers + column); });
     }
   }
 
-  // 0 for the probabilities that are dropped; StoreTile scales the others.
-  __device__ __forceinline__ void Drop(float (&x)[kLogits]) {
+  // 0 for the probabilities that are dropped; StoreTile scales the others. Lane l of a warp has the word of a step's
+  // key of place l (DropoutPlace), for all lanes.
+  __device__ __forceinline__ void DropProbabilities() {
     const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
-    const int thread = Thread(), threshold = params_.dropout.threshold;
+    const int thread = Thread(), lane = thread % 32, threshold = params_.dropout.threshold;
     const uint32_t head_key = __ldg(params_.dropout.keys + tile.batch * params_.shape.heads + tile.head);
     const uint32_t query_word = DropoutQueryWord(head_key, tile.q_start + group_ * kWarpgroupRows + RowOf(thread));
 #pragma unroll
     for (int piece = 0; piece < kTileKv / 64; ++piece) {
-      const int key = ReadShared(shared_.Step(step_).start[piece]) + thread % 4 * 2;
+      const uint32_t key_word = DropoutKeyWord(ReadShared(shared_.Step(step_).start[piece]) + lane / 8 * 16 + lane % 8);
 #pragma unroll
-      for (int m = 0; m < 4; ++m)
+      for (int m = 0; m < 4; ++m) {
+        uint32_t kept[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const uint32_t word = DropoutWord(query_word, DropoutKeyWord(key + 16 * m + e));
-#pragma unroll
-          for (int byte = 0; byte < 4; ++byte) {
-            float& prob = x[32 * piece + 4 * (2 * m + byte / 2) + 2 * (byte % 2) + e];
-            if (IsDropped(word, byte, threshold)) prob = 0.f;
-          }
+          const uint32_t word = __shfl_sync(0xFFFFFFFFu, key_word, 8 * m + thread % 4 * 2 + e);
+          kept[e] = KeptBytes(DropoutWord(query_word, word), threshold);
         }
+#pragma unroll
+        for (int byte = 0; byte < 4; ++byte) {
+          probs_[16 * piece + 2 * (2 * m + byte / 2) + byte % 2] &= KeptPair(kept[0], kept[1], byte);
+        }
+      }
     }
   }
 
@@ -450,8 +453,12 @@ class ForwardConsumer {
   // been released: with mma.sync, whose operands lie in registers as those of wgmma do. Rare, and so written for
   // registers and not for speed: all loops, and addresses computed where they are used. Anything else would spill.
   __device__ __forceinline__ void RecomputeProducts(float (&x)[kLogits]) {
+    if constexpr (Config::kExtras) {
+      StartLogits(x);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
+      for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
+    }
 #pragma unroll 1
     for (int n = 0; n < kTileKv / 8; ++n) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
@@ -463,7 +470,7 @@ class ForwardConsumer {
       }
 #pragma unroll
       for (int i = 0; i < kLogits; ++i)
-        if (i / 4 == n) x[i] = sums[i % 4];
+        if (i / 4 == n) x[i] += sums[i % 4];
     }
   }
 
@@ -503,11 +510,11 @@ class ForwardConsumer {
         for (int i = 0; i < 32; ++i) x[32 * piece + i] *= gate;
       }
     }
-    if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) Drop(x);
-    }
 #pragma unroll
     for (int i = 0; i < kProbs; ++i) probs_[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) DropProbabilities();
+    }
   }
 
   // Epilogue: the sink joins the denominator, then out = accumulated / sum, lse = max + log(sum).
@@ -621,6 +628,7 @@ class ForwardConsumer {
   uint32_t query_[Config::kQueryInRegisters ? kDim / 4 : 4];
   RowSoftmax softmax_;
   int flags_ = 0;
+  bool wary_ = false;  // with a bias: the step before raised a reference far, as a bias by distance does at every step
   uint32_t step_ = 0;  // of the CTA: the next to start
 };
 
