@@ -922,6 +922,21 @@ void Time(const char* title, DType dtype, int64_t heads, int64_t kv_heads, int64
 
 }  // namespace
 
+// That KeptBytes says of each byte what IsDropped says, for every threshold and byte, whatever lies beside it.
+bool CheckKeptBytes() {
+  bool right = true;
+  for (int threshold = 1; threshold < 256; ++threshold)
+    for (uint32_t byte = 0; byte < 256; ++byte)
+      for (const uint32_t others : {0u, 255u, 128u, 255 - byte})
+        for (int at = 0; at < 4; ++at) {
+          const uint32_t around = others * 0x01010101u & ~(255u << 8 * at), word = around | byte << 8 * at;
+          const bool kept = KeptBytes(word, threshold) >> (8 * at + 7) & 1;
+          right &= kept == !IsDropped(word, at, threshold);
+        }
+  if (!right) std::printf("KeptBytes: FAILED\n");
+  return right;
+}
+
 int main(int argc, char** argv) {
   int64_t cases = 300;
   uint64_t seed = 0;
@@ -948,7 +963,7 @@ int main(int argc, char** argv) {
     TimeMatmul();
     return 0;
   }
-  int64_t failed = 0;
+  int64_t failed = !CheckKeptBytes();
   for (int64_t n = 0; n < cases; ++n) {
     failed += !Check(seed + n) + !CheckChoose(seed + n) + !CheckDecode(seed + n) + !CheckLists(seed + n) +
               !CheckMatmul(seed + n);

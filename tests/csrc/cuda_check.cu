@@ -730,6 +730,12 @@ bool RunCase(Case c) {
     return t < limit(b, 0) && s < limit(b, 1) && mask.dense[(table * T + t) * S + s] &&
            !(c.minus_infinity && extras.BiasOf(b, n, t, s) == -INFINITY);
   };
+  // A bias of -inf hides its pair as a mask does, but for one thing: the probability is computed, and where the row is
+  // NaN, so is what the key gets.
+  const auto hidden_by_bias = [&](int b, int n, int t, int s) {
+    const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
+    return c.minus_infinity && s < limit(b, 1) && mask.dense[(table * T + t) * S + s] && !attends(b, n, t, s);
+  };
   // Of the block of a pair, in the order of either list.
   const auto gate_place = [&](const std::vector<int32_t>& places, int b, int n, int t, int s) {
     const size_t table = size_t(mask.batch == 1 ? 0 : b) * mask.heads + (mask.heads == 1 ? 0 : n);
@@ -829,6 +835,16 @@ bool RunCase(Case c) {
         bad_out[row] = bad, bad_lse[stat] = lse_bad, bad_dquery[row] = bad_gradient;
         const bool longer = in_table && longer_row >= 0 && t / c.block_q == longer_row;
         if (longer) bad_out[row] = bad_lse[stat] = bad_dquery[row] = Comparison::kAnything;
+        for (int s = 0; bad_gradient && s < S; ++s) {
+          if (!hidden_by_bias(b, n, t, s)) continue;
+          const auto spoil_any = [](uint8_t& bad) { bad = bad == 1 ? 1 : Comparison::kAnything; };
+          spoil_any(bad_key[(size_t(b) * S + s) * K + kv]);
+          if (c.gates) spoil_any(bad_gates[gate_place(mask.col_places, b, n, t, s)]);
+          for (BiasGradientCheck& dbias : dbiases) {
+            const int64_t element = extras.At(dbias.term, b, n, t, s);
+            if (element >= 0) dbias.Add(element, 0, 0, Comparison::kAnything);
+          }
+        }
         const auto share = [&](double logit) { return sink == INFINITY ? 0 : std::exp(logit - max); };
         double total = sink == INFINITY ? 1 : share(sink), delta = -dlse[stat];
         if (!any) {
