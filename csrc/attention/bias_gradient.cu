@@ -22,6 +22,13 @@ namespace {
 using Keep = BiasGradientPlan::Keep;
 
 constexpr int kThreads = 256;  // eight warps, each of 16 queries and half the keys: more would spill
+// A CTA waits for one thing after the other; two of them a multiprocessor hide half of it. (For sm_80 they would
+// spill.)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr int kCtas = 2;
+#else
+constexpr int kCtas = 1;
+#endif
 constexpr int kTile = 64;
 constexpr int kHalf = kTile / 2;
 constexpr int kSums = 2048;  // numbers that a slot keeps in shared memory
@@ -92,20 +99,42 @@ struct Slot {
   }
 };
 
+// One of the two products of a tile: left right^T over `dim` elements of 64 rows each; rows at and past left_rows and
+// right_rows count as 0.
+template <typename Element>
+struct Product {
+  const Element *left, *right;
+  int left_stride, right_stride, left_rows, right_rows, dim;
+  __device__ __forceinline__ int chunks() const { return (dim + kChunk<Element> - 1) / kChunk<Element>; }
+};
+
+// An entry of a list that a thread has found, and where in its row the thread goes on.
+struct Found {
+  int64_t position;  // in the list's arrays
+  int q_tile, id, bits, bias_tile, next;
+};
+
 template <typename Element>
 struct Shared {
   struct Stage {
     device::Tile<Element, kTile, kChunk<Element>> left;      // of queries or dO
     device::Tile<Element, kHalf, kChunk<Element>> right[2];  // of keys or values
   };
+  static constexpr int kStages = 4;
   union {
-    Stage stages[2];
+    Stage stages[kStages];
     float pairs[kTile][kTile + 1];  // after the last chunk: biases; at the end what is summed along diagonals
   };
   float parts[4][kTile];  // of a sum, one a warp
   float sums[kSums];
   // Here, because their numbers would take registers that the products need.
   Slot slot;
+  Found found[kThreads];
+  uint32_t found_by[kThreads / 32];  // which of them count: a bit each
+  int batch, head;                   // that they are of
+  lists::LengthLimits limit;
+  int row_end;  // the thread that found the end of the row before its time
+  Product<Element> products[2];
   BiasViews views;  // of the entry
 };
 
@@ -125,32 +154,62 @@ struct Entry {
   int bias_tile;
 };
 
-// acc += left right^T, over `dim` elements of 64 rows each; those at and past left_rows and right_rows count as 0.
+// Of an entry that was found, and a part of its keys. From shared memory each time they are needed: kept beside the
+// products they would spill.
 template <typename Element>
-__device__ __forceinline__ void MultiplyChunks(Shared<Element>& shared, Pairs& acc, const Element* left,
-                                               int left_stride, int left_rows, const Element* right, int right_stride,
-                                               int right_rows, int dim) {
-  constexpr int kStep = kChunk<Element>;
-  const Thread own;
-  const auto load = [&](int first) {
-    auto& stage = shared.stages[first / kStep % 2];
-    device::LoadTileAsync<kThreads>(stage.left, left + first, left_stride, left_rows, dim - first, own.number);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      device::LoadTileAsync<kThreads>(stage.right[half], right + first + int64_t{half * kHalf} * right_stride,
-                                      right_stride, right_rows - half * kHalf, dim - first, own.number);
-    }
-  };
-  __syncthreads();  // nobody reads the chunks of an earlier product any more
-  load(0);
-#pragma unroll 1
-  for (int first = 0; first < dim; first += kStep) {
-    device::WaitForCopies();
-    __syncthreads();
-    if (first + kStep < dim) load(first + kStep);
-    const auto& stage = shared.stages[first / kStep % 2];
-    device::MultiplyRows(acc, stage.left, own.warp % 4 * 16, stage.right[own.half()]);
+__device__ __forceinline__ Rows RowsOf(const Shared<Element>& shared, int number) {
+  return {shared.batch, shared.head, shared.limit, shared.found[number].q_tile * kTile};
+}
+template <typename Element>
+__device__ __forceinline__ Entry EntryOf(const Shared<Element>& shared, const BiasGradientParams& params, int number,
+                                         int part) {
+  const Found& found = shared.found[number];
+  const int start = found.id * static_cast<int>(params.shape.block_kv) + part * kTile;
+  float gate = 1.f;
+  if (params.gates != nullptr) {
+    gate = lists::ReadGate(
+        params.gates, lists::GateIndex(params.rows, params.shape.heads, shared.batch, shared.head, found.position));
   }
+  return {{start, part * kTile, found.bits}, gate, found.bias_tile};
+}
+
+// Adds the two products of shared.products to `first` and `second`. Chunks of both are one stream: three are on their
+// way while one is used.
+template <typename Element>
+__device__ __forceinline__ void MultiplyChunks(Shared<Element>& shared, Pairs& first, Pairs& second) {
+  constexpr int kStages = Shared<Element>::kStages;
+  __syncthreads();  // the products are written; nobody reads the chunks of an earlier tile any more
+  const Thread own;
+  const int begin = shared.products[0].chunks(), end = begin + shared.products[1].chunks();
+  const auto load = [&](int chunk) {
+    if (chunk < end) {
+      const Product<Element>& product = shared.products[chunk >= begin];
+      const int at = (chunk >= begin ? chunk - begin : chunk) * kChunk<Element>, dim = product.dim - at;
+      auto& stage = shared.stages[chunk % kStages];
+      device::LoadTileAsync<kThreads>(stage.left, product.left + at, product.left_stride, product.left_rows, dim,
+                                      own.number);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        device::LoadTileAsync<kThreads>(stage.right[half],
+                                        product.right + at + int64_t{half * kHalf} * product.right_stride,
+                                        product.right_stride, product.right_rows - half * kHalf, dim, own.number);
+      }
+    }
+    device::CommitCopies();  // a group also where there is nothing left
+  };
+#pragma unroll 1
+  for (int chunk = 0; chunk < kStages - 1; ++chunk) load(chunk);
+  const auto multiply = [&](int chunk, Pairs& acc) {
+    device::WaitForGroups<kStages - 2>();
+    __syncthreads();
+    load(chunk + kStages - 1);
+    const auto& stage = shared.stages[chunk % kStages];
+    device::MultiplyRows(acc, stage.left, own.warp % 4 * 16, stage.right[own.half()]);
+  };
+#pragma unroll 1
+  for (int chunk = 0; chunk < begin; ++chunk) multiply(chunk, first);
+#pragma unroll 1
+  for (int chunk = begin; chunk < end; ++chunk) multiply(chunk, second);
 }
 
 // The biases of the pairs of `rows` and `entry` to shared.pairs, where the chunks were. (As sums in registers they
@@ -188,30 +247,47 @@ __device__ __forceinline__ void StageBiases(Shared<Element>& shared, const BiasG
   __syncthreads();
 }
 
-// total += dS of the pairs of `rows` and `entry` that attend.
+// Writes what the products of an entry's pairs are of.
 template <typename Element>
-__device__ __forceinline__ void AddPairs(Shared<Element>& shared, const BiasGradientParams& params, const Rows& rows,
-                                         const Entry& entry, Pairs& total) {
+__device__ __forceinline__ void WriteProducts(Shared<Element>& shared, const BiasGradientParams& params, int number,
+                                              int part) {
   const Shape& shape = params.shape;
-  const int heads = static_cast<int>(shape.heads), kv_heads = static_cast<int>(shape.kv_heads);
-  const int head_dim = static_cast<int>(shape.head_dim), value_dim = static_cast<int>(shape.value_dim);
-  const int kv_head = rows.head / (heads / kv_heads);
-  const int64_t first_query = rows.batch * shape.q_len + rows.q_start;
-  const int64_t first_key = rows.batch * shape.kv_len + entry.step.start;
-  const int queries = rows.limit.query - rows.q_start, keys = rows.limit.key - entry.step.start;
+  const Rows rows = RowsOf(shared, number);
+  const int start = shared.found[number].id * static_cast<int>(shape.block_kv) + part * kTile;
+  const int thread = device::ThreadHere();
+  if (thread < 2) {
+    const bool late = thread == 1;
+    const int heads = static_cast<int>(shape.heads), kv_heads = static_cast<int>(shape.kv_heads);
+    const int dim = static_cast<int>(late ? shape.value_dim : shape.head_dim);
+    const int left_stride = heads * dim, right_stride = kv_heads * dim;
+    const auto *left = static_cast<const Element*>(late ? params.dout : params.query),
+               *right = static_cast<const Element*>(late ? params.value : params.key);
+    shared.products[thread] = {
+        left + (rows.batch * shape.q_len + rows.q_start) * left_stride + rows.head * dim,
+        right + (rows.batch * shape.kv_len + start) * right_stride + rows.head / (heads / kv_heads) * dim,
+        left_stride,
+        right_stride,
+        rows.limit.query - rows.q_start,
+        rows.limit.key - start,
+        dim};
+  }
+}
+
+// total += dS of the pairs of an entry and a part that attend.
+template <typename Element>
+__device__ __forceinline__ void AddPairs(Shared<Element>& shared, const BiasGradientParams& params, int number,
+                                         int part, Pairs& total) {
+  const Shape& shape = params.shape;
   Pairs scores, dscores;
   device::Clear(scores);
   device::Clear(dscores);
-  const auto multiply = [&](Pairs& acc, const void* left, const void* right, int dim) {
-    const int left_stride = heads * dim, right_stride = kv_heads * dim;
-    MultiplyChunks(shared, acc, static_cast<const Element*>(left) + first_query * left_stride + rows.head * dim,
-                   left_stride, queries, static_cast<const Element*>(right) + first_key * right_stride + kv_head * dim,
-                   right_stride, keys, dim);
-  };
-  multiply(scores, params.query, params.key, head_dim);
-  multiply(dscores, params.dout, params.value, value_dim);
+  WriteProducts(shared, params, number, part);
+  MultiplyChunks(shared, scores, dscores);
 
   const Thread own;
+  const Rows rows = RowsOf(shared, number);
+  const Entry entry = EntryOf(shared, params, number, part);
+  const int heads = static_cast<int>(shape.heads), queries = rows.limit.query - rows.q_start;
   const LogitMap map(params.scale, params.soft_cap);
   RowStatistics statistics[2];
   uint64_t attended[2];
@@ -300,60 +376,88 @@ __device__ __forceinline__ void AddToSums(Shared<Element>& shared, const Pairs& 
 
 // ---- What a CTA does
 
-// Calls visit(rows, entry) for every 64 x 64 tile of pairs of the slot, in an order that is always the same. Every warp
-// looks through the lists by itself, and all of them see the same. A row ends at the first entry that cannot be true.
-template <typename Visit>
-__device__ __forceinline__ void ForPairs(const BiasGradientParams& params, const Slot& slot, const Visit& visit) {
-  const Shape& shape = params.shape;
+// Looks for entries, one a thread, at those of a row from `next` on; or, where a slot has one tile of keys in each of
+// many rows (`row_each`), at a row a thread, each from where the thread last found one (the first time: `next` is 0).
+// A row ends at the first entry that cannot be true. Returns whether there may be more. Contains barriers.
+template <typename Element>
+__device__ __forceinline__ bool FindEntries(Shared<Element>& shared, const BiasGradientParams& params, int batch,
+                                            int head, const lists::LengthLimits& limit, int first_tile, bool row_each,
+                                            int next) {
+  const Slot& slot = shared.slot;
   const BlockList& list = params.rows;
-  const int block_q = static_cast<int>(shape.block_q), block_kv = static_cast<int>(shape.block_kv);
-  const int kv_parts = block_kv / kTile, lane = static_cast<int>(threadIdx.x) % 32;
   const bool distances = params.term == BiasTerm::kDistances, tiles = params.term == BiasTerm::kTiles;
   const bool one_key_tile = distances || slot.key_tile >= 0;
+  const int thread = device::ThreadHere();
+  Found& found = shared.found[thread];
+  int at = !row_each ? next + thread : next == 0 ? 0 : found.next;
+  __syncthreads();  // nobody reads what was found before
+  if (thread == 0) shared.row_end = kThreads, shared.batch = batch, shared.head = head, shared.limit = limit;
+  __syncthreads();
+  const int q_tile = row_each ? first_tile + thread * slot.q_step : first_tile;
+  const int key_tile = slot.key_tile + (distances ? q_tile : 0);
+  lists::ListRow row{0, 0};
+  if (q_tile < slot.q_end && q_tile * kTile < limit.query && (!one_key_tile || key_tile * kTile < limit.key)) {
+    row = lists::FindRow(list, batch, head, q_tile * kTile / static_cast<int>(params.shape.block_q));
+  }
+  const int wanted = one_key_tile ? key_tile / (static_cast<int>(params.shape.block_kv) / kTile) : -1;
+  bool is_found = false;
+  for (; at < row.length && !is_found; ++at) {
+    const int64_t position = row.begin + at;
+    const int id = __ldg(list.ids + position), bits = __ldg(list.tiles + position);
+    const int bias_tile = ReadBiasTile(params.bias, params.bias.row_tiles, position);
+    if (id < 0 || id >= list.ids_end || bits < -1 || bits >= params.tiles.count) {
+      if (!row_each) atomicMin(&shared.row_end, thread);
+      at = row.length;
+      break;
+    }
+    is_found = (wanted < 0 || id == wanted) && (!tiles || (bias_tile >= slot.tile_begin && bias_tile < slot.tile_end));
+    if (is_found) found.position = position, found.id = id, found.bits = bits, found.bias_tile = bias_tile;
+    if (!row_each) break;
+  }
+  found.q_tile = q_tile, found.next = at;
+  const unsigned mask = __ballot_sync(0xFFFFFFFFu, is_found);
+  if (thread % 32 == 0) shared.found_by[thread / 32] = mask;
+  const bool any = __syncthreads_or(is_found);
+  return row_each ? any : shared.row_end == kThreads && next + kThreads < row.length;
+}
+
+// Calls visit(number of an entry found, part of its keys) for every 64 x 64 tile of pairs of the slot, in an order that
+// is always the same.
+template <typename Element, typename Visit>
+__device__ __forceinline__ void ForPairs(Shared<Element>& shared, const BiasGradientParams& params,
+                                         const Visit& visit) {
+  const Shape& shape = params.shape;
+  const Slot& slot = shared.slot;
+  const int block_kv = static_cast<int>(shape.block_kv), kv_parts = block_kv / kTile;
+  const bool distances = params.term == BiasTerm::kDistances, one_key_tile = distances || slot.key_tile >= 0;
+  const bool row_each = one_key_tile && slot.q_end - slot.q_begin > 1;
 #pragma unroll 1
   for (int batch = slot.batch_begin; batch < slot.batch_end; ++batch) {
     const auto limit =
         lists::ReadLengths(params.lengths, batch, static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
+    const int q_end = min(slot.q_end, (limit.query + kTile - 1) / kTile);
 #pragma unroll 1
     for (int head = slot.head_begin; head < slot.head_end; ++head)
 #pragma unroll 1
-      for (int q_tile = slot.q_begin; q_tile < slot.q_end && q_tile * kTile < limit.query; q_tile += slot.q_step) {
-        const int key_tile = slot.key_tile + (distances ? q_tile : 0);
-        if (one_key_tile && key_tile * kTile >= limit.key) continue;
-        const Rows rows{batch, head, limit, q_tile * kTile};
-        const lists::ListRow row = lists::FindRow(list, batch, head, q_tile * kTile / block_q);
+      for (int first = slot.q_begin; first < q_end; first += row_each ? kThreads * slot.q_step : slot.q_step) {
+        bool more = true;
 #pragma unroll 1
-        for (int first = 0; first < row.length; first += 32) {
-          const int64_t position = row.begin + first + lane;
-          const bool inside = first + lane < row.length;
-          const int id = inside ? __ldg(list.ids + position) : 0, bits = inside ? __ldg(list.tiles + position) : -1;
-          const int bias_tile = inside ? ReadBiasTile(params.bias, params.bias.row_tiles, position) : -1;
-          const bool bad = id < 0 || id >= list.ids_end || bits < -1 || bits >= params.tiles.count;
-          const unsigned ends = __ballot_sync(0xFFFFFFFFu, inside && bad);
-          unsigned found =
-              __ballot_sync(0xFFFFFFFFu, inside && (!one_key_tile || id == key_tile / kv_parts) &&
-                                             (!tiles || (bias_tile >= slot.tile_begin && bias_tile < slot.tile_end)));
-          if (ends != 0) found &= (ends & (0u - ends)) - 1;
+        for (int next = 0; more; next += kThreads) {
+          more = FindEntries(shared, params, batch, head, limit, first, row_each, next);
 #pragma unroll 1
-          for (; found != 0; found &= found - 1) {
-            const int owner = __ffs(found) - 1;
-            Entry entry;
-            entry.bias_tile = __shfl_sync(0xFFFFFFFFu, bias_tile, owner);
-            entry.gate = 1.f;
-            if (params.gates != nullptr) {
-              entry.gate = lists::ReadGate(params.gates,
-                                           lists::GateIndex(list, shape.heads, batch, head, row.begin + first + owner));
-            }
-            const int start = __shfl_sync(0xFFFFFFFFu, id, owner) * block_kv;
-            entry.step.tile = __shfl_sync(0xFFFFFFFFu, bits, owner);
+          for (int warp = 0; warp < kThreads / 32; ++warp) {
 #pragma unroll 1
-            for (int part = 0; part < kv_parts; ++part) {
-              if (one_key_tile ? part != key_tile % kv_parts : slot.kv_part >= 0 && part != slot.kv_part) continue;
-              entry.step.start = start + part * kTile, entry.step.offset = part * kTile;
-              if (entry.step.start < limit.key) visit(rows, entry);
+            for (unsigned mask = shared.found_by[warp]; mask != 0; mask &= mask - 1) {
+              const int number = warp * 32 + __ffs(mask) - 1;
+              if (number >= shared.row_end) break;
+              const int only_part = (slot.key_tile + (distances ? shared.found[number].q_tile : 0)) % kv_parts;
+#pragma unroll 1
+              for (int part = 0; part < kv_parts; ++part) {
+                if (one_key_tile ? part != only_part : slot.kv_part >= 0 && part != slot.kv_part) continue;
+                if (shared.found[number].id * block_kv + part * kTile < limit.key) visit(number, part);
+              }
             }
           }
-          if (ends != 0) break;
         }
       }
   }
@@ -406,9 +510,10 @@ __device__ __forceinline__ void StoreDiagonals(Shared<Element>& shared, const Pa
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads, 1) BiasGradientKernel(const __grid_constant__ BiasGradientParams params,
-                                                                  const __grid_constant__ BiasGradientPlan plan) {
-  __shared__ __align__(16) Shared<Element> shared;
+__global__ void __launch_bounds__(kThreads, kCtas) BiasGradientKernel(const __grid_constant__ BiasGradientParams params,
+                                                                      const __grid_constant__ BiasGradientPlan plan) {
+  extern __shared__ __align__(16) unsigned char shared_bytes[];
+  auto& shared = *reinterpret_cast<Shared<Element>*>(shared_bytes);
   if (threadIdx.x == 0) shared.slot = Slot(params, plan);
   __syncthreads();
   const Slot& slot = shared.slot;
@@ -423,9 +528,11 @@ __global__ void __launch_bounds__(kThreads, 1) BiasGradientKernel(const __grid_c
   // ---- Sums
   Pairs total;
   device::Clear(total);
-  ForPairs(params, slot, [&](const Rows& rows, const Entry& entry) {
-    AddPairs(shared, params, rows, entry, total);
+  ForPairs(shared, params, [&](int number, int part) {
+    AddPairs(shared, params, number, part, total);
     if (params.term != BiasTerm::kTiles || !has_sums) return;
+    const Rows rows = RowsOf(shared, number);
+    const Entry entry = EntryOf(shared, params, number, part);
     // Another entry may have another tile.
     const int place = plan.keep == Keep::kQueries ? rows.q_start % static_cast<int>(shape.block_q)
                       : plan.keep == Keep::kKeys  ? entry.step.offset
@@ -475,7 +582,11 @@ __global__ void __launch_bounds__(kThreads, 1) BiasGradientKernel(const __grid_c
 template <typename Element>
 cudaError_t Launch(const BiasGradientParams& params, cudaStream_t stream) {
   const BiasGradientPlan plan(params);
-  BiasGradientKernel<Element><<<static_cast<unsigned>(plan.ctas()), kThreads, 0, stream>>>(params, plan);
+  constexpr int kBytes = static_cast<int>(sizeof(Shared<Element>));
+  const cudaError_t error =
+      cudaFuncSetAttribute(BiasGradientKernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+  if (error != cudaSuccess) return error;
+  BiasGradientKernel<Element><<<static_cast<unsigned>(plan.ctas()), kThreads, kBytes, stream>>>(params, plan);
   return cudaGetLastError();
 }
 
