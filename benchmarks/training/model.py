@@ -45,20 +45,37 @@ class Decoder(nnx.Module):
         dtype, init = jnp.dtype(config.dtype), nnx.initializers.normal(0.02)
         self.config = config
         self.tokens = nnx.Embed(config.vocabulary, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
-        self.positions = nnx.Embed(config.length, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
+        if config.learned_positions:
+            self.positions = nnx.Embed(config.length, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
         self.layers = nnx.List([Layer(config, attend, rngs) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
 
     def features(self, tokens: jax.Array, operand: Any) -> jax.Array:
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        x = self.tokens(tokens)
+        if self.config.learned_positions:
+            x = x + self.positions(jnp.arange(tokens.shape[1]))
         for layer in self.layers:
             x = _again(layer, x, operand) if self.config.remat else layer(x, operand)
         return self.norm(x)
 
-    def loss(self, tokens: jax.Array, targets: jax.Array, operand: Any) -> jax.Array:
-        """Mean cross entropy, float32, from logits of a few tokens at a time."""
-        chunk = min(self.config.loss_chunk, self.config.length)
-        x = self.features(tokens, operand).reshape(-1, chunk, self.config.width)
+    def loss(self, tokens: jax.Array, targets: jax.Array, operand: Any, shards: int = 1, place: Any = None) -> jax.Array:
+        """Mean cross entropy, float32, from logits of a few tokens at a time.
+
+        Args:
+          tokens: int32 [B, S].
+          targets: int32 [B, S].
+          operand: What the attention is given.
+          shards: Number of devices that the sequence is split over in the loss. Each goes through its own tokens.
+          place: From features [B, S, width] to the same in another sharding, before the loss; None for none.
+        """
+        x = self.features(tokens, operand)
+        x = x if place is None else place(x)
+        batch, length = targets.shape
+        chunk = min(max(1, self.config.loss_chunk // (batch * shards)), length // shards)
+        # [steps, batch, shards, chunk]: a step has as many tokens of each example and device.
+        x, targets = (
+            jnp.moveaxis(y.reshape(batch, shards, -1, chunk, *y.shape[2:]), 2, 0) for y in (x, targets)
+        )
         embedding = self.tokens.embedding[...].astype(x.dtype)
 
         @jax.checkpoint
@@ -66,9 +83,9 @@ class Decoder(nnx.Module):
             features, wanted = both
             logits = jnp.matmul(features, embedding.T, preferred_element_type=jnp.float32)
             log_probabilities = jax.nn.log_softmax(logits)
-            return total - jnp.take_along_axis(log_probabilities, wanted[:, None], 1).sum(), None
+            return total - jnp.take_along_axis(log_probabilities, wanted[..., None], -1).sum(), None
 
-        total, _ = jax.lax.scan(some, jnp.float32(0), (x, targets.reshape(-1, chunk)))
+        total, _ = jax.lax.scan(some, jnp.float32(0), (x, targets))
         return total / targets.size
 
 
