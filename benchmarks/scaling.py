@@ -10,16 +10,16 @@ r"""Measures how attention, decoding and a training step scale over the devices 
 | step | a training step of a transformer of 109 M parameters (that of `training_step.py`) on as many sequences |
 
 Attention and the step are split over the sequence (in contiguous parts or in the order of a plan, whichever
-`jax_bsk.context.describe` says is better balanced), over data, over heads, and over data x sequence where there are four
-devices or more. The problem is the same on one device and on all, and efficiency is t1 / (n tn); where one device has
-no room for it, it runs an n-th of the batch or of the heads and efficiency is t1 / tn. The row says which.
+`jax_bsk.context.describe` says is better balanced), over data, over heads, and over data x sequence where there are
+four devices or more. The problem is the same on one device and on all, and efficiency is t1 / (n tn); where one device
+has no room for it, it runs an n-th of the batch or of the heads and efficiency is t1 / tn. The row says which.
 
 Everything is checked before it is timed. Over data and heads outputs and gradients must have the bits of one device and
 the program no collective; over the sequence they must be as near as roundings allow; some rows of one device's output
 are compared with float64; repeated calls must have the same bits. Exit status 1 where something is wrong.
 
-Results are written after each case, and rows that the file has of other cases stay, so that parts can be measured one by
-one. `--seconds` starts no case after so many. This shows without a GPU that everything runs:
+Results are written after each case, and rows that the file has of other cases stay, so that parts can be measured one
+by one. `--seconds` starts no case after so many. This shows without a GPU that everything runs:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 python benchmarks/scaling.py --quick --output scaling.json
 """
@@ -29,6 +29,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -65,7 +66,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--masks", nargs="+", choices=cases.MASKS, default=list(cases.DEFAULT_MASKS))
-    parser.add_argument("--splits", nargs="+", choices=layouts.SPLITS, default=list(layouts.DEFAULT_SPLITS))
+    parser.add_argument("--splits", nargs="+", choices=layouts.SPLITS, help="default: all that so many devices have")
     parser.add_argument("--lengths", nargs="+", type=int, help="of attention; the first is that of the step, too")
     parser.add_argument("--devices", type=suite.positive, help="default: all")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no case after so many")
@@ -76,6 +77,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=suite.positive, help="samples of each time, in turn")
     parser.add_argument("--milliseconds", type=float, help="time of a sample, at least")
     parser.add_argument("--repeats", type=suite.positive, help="calls whose bits are compared with the first's")
+    parser.add_argument("--compile-threads", type=suite.positive, help="programs compiled at a time; default: cores")
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything runs")
     parser.add_argument("--simulate", action="store_true", help="predict 2 to 512 shards from the results of two")
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="default: into results/ after a run on GPUs")
@@ -84,7 +86,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def sizes_of(args: argparse.Namespace) -> cases.Sizes:
     sizes = cases.QUICK if args.quick else cases.Sizes()
-    given = {name: getattr(args, name) for name in ("batch", "heads", "long_heads", "layers", "cache", "implementation")}
+    given = {
+        name: getattr(args, name) for name in ("batch", "heads", "long_heads", "layers", "cache", "implementation")
+    }
     given["lengths"] = tuple(args.lengths) if args.lengths else None
     given["memory"] = None if args.memory is None else 1e9 * args.memory
     return dataclasses.replace(sizes, **{name: value for name, value in given.items() if value is not None})
@@ -92,19 +96,19 @@ def sizes_of(args: argparse.Namespace) -> cases.Sizes:
 
 def effort_of(args: argparse.Namespace) -> cases.Effort:
     effort = cases.Effort(rounds=1, milliseconds=0.0, repeats=2) if args.quick else cases.Effort()
-    given = {name: getattr(args, name) for name in ("rounds", "milliseconds", "repeats")}
+    given = {name: getattr(args, name) for name in ("rounds", "milliseconds", "repeats", "compile_threads")}
     return dataclasses.replace(effort, **{name: value for name, value in given.items() if value is not None})
 
 
 def plan(
-    args: argparse.Namespace, devices: Sequence[jax.Device], sizes: cases.Sizes, effort: cases.Effort
+    args: argparse.Namespace, devices: Sequence[Any], sizes: cases.Sizes, effort: cases.Effort
 ) -> Iterator[tuple[str, Callable[[], list[dict[str, Any]]]]]:
     """What is to be measured, the most important first: names, and what makes the rows."""
-    batch = sizes.batch or len(devices)
+    batch, asked = sizes.batch or len(devices), args.splits or layouts.DEFAULT_SPLITS[: 4 if len(devices) > 3 else 3]
     if "attention" in args.parts:
         for length in sizes.lengths:
             long = length > sizes.lengths[0]
-            splits = [name for name in args.splits if not long or name not in ("data", "heads", "data x sequence")]
+            splits = [name for name in asked if not long or name not in ("data", "heads", "data x sequence")]
             for name in args.masks if splits else []:
                 shape = (1, sizes.long_heads) if long else (batch, sizes.heads)
                 yield (
@@ -122,13 +126,14 @@ def plan(
             yield (
                 f"step, {name}, {sizes.lengths[0]:,}",
                 lambda name=name: step.measure(
-                    cases.case(name, sizes.lengths[0], batch, sizes.heads, sizes), args.splits, devices, sizes, effort
+                    cases.case(name, sizes.lengths[0], batch, sizes.heads, sizes), asked, devices, sizes, effort
                 ),
             )
 
 
 def measure(args: argparse.Namespace) -> int:
     started = time.perf_counter()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU, before JAX takes its share
     devices = jax.devices()[: args.devices]
     if len(devices) < 2 or len(devices) < (args.devices or 2):
         print(f"needs two devices or more, and as many as are asked for; there are {len(devices)}", file=sys.stderr)
@@ -197,13 +202,15 @@ def line(row: dict[str, Any]) -> str:
         one = row["one"]
         return (
             f"{1e6 * one['seconds']:.0f} us on one, {1e6 * row['seconds']:.0f} us on {row['devices']}, efficiency "
-            f"{row['efficiency']:.3f}, {row['bytes_per_second'] / 1e12:.2f} TB/s a device, {row['share_of_copy']:.3f} of "
-            f"a copy's rate; {row['program_bytes'] / 1e3:.1f} kB received; {_verdict(row)}"
+            f"{row['efficiency']:.3f}, {row['bytes_per_second'] / 1e12:.2f} TB/s per device, "
+            f"{row['share_of_copy']:.3f} of a copy's rate, {row['program_bytes'] / 1e3:.1f} kB received; "
+            f"{_verdict(row)}"
         )
     names = ["step"] if row["part"] == "step" else ["forward", "both"]
     names = [name for name in names if f"{name}_ms" in row]
     one = row["one"] or {}
-    cells = [f"{row['split']}{' (' + row['order'] + ')' if 'order' in row else ''}:"]
+    order = f" ({row['order']})" if row.get("order", row["split"]) != row["split"] else ""
+    cells = [f"{row['split']}{order}:"]
     for key, digits, unit in (("ms", 2, " ms"), ("efficiency", 3, "")):
         values = [f"{row[f'{name}_{key}']:.{digits}f}" for name in names if f"{name}_{key}" in row]
         cells.append(f"{' / '.join(values) or '-'}{unit}")

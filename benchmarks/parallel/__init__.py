@@ -1,1 +1,1 @@
-"""The benchmark of several devices: its cases, how they are split, what is measured; `benchmarks/scaling.py` runs it."""
+"""The benchmark of several devices: cases, layouts, measurements and a model; `benchmarks/scaling.py` runs it."""

@@ -23,7 +23,7 @@ CHECKED_HEADS, CHECKED_ROWS = 2, 8
 
 
 def measure(
-    case: Case, splits: Sequence[str], devices: Sequence[jax.Device], sizes: Sizes, effort: Effort
+    case: Case, splits: Sequence[str], devices: Sequence[Any], sizes: Sizes, effort: Effort
 ) -> list[dict[str, Any]]:
     """The rows of a case, one per split.
 
@@ -33,14 +33,18 @@ def measure(
     started = time.perf_counter()
     ways, refused = layouts(case, splits, devices, sizes)
     alone, count = devices[0], len(devices)
-    shapes = [(case.batch, case.length, n, sizes.head_dim) for n in (case.heads, case.kv_heads, case.kv_heads, case.heads)]
+    shapes = [
+        (case.batch, case.length, n, sizes.head_dim) for n in (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    ]
     keys = jax.random.split(jax.random.key(0), 4)
     arrays = [jax.device_put(jax.random.normal(k, s, sizes.dtype), alone) for k, s in zip(keys, shapes, strict=True)]
     operands = {way.split: jax.device_put([way.dispatch(x) for x in arrays], way.sharding) for way in ways}
     programs = {}
     for way in ways:
-        programs |= {(way.split, name): (f, operands[way.split][: OPERANDS[name]]) for name, f in _functions(way.mask, sizes)}
-    compiled = measuring.compile_all(programs | _of_one(case, arrays, sizes))
+        programs |= {
+            (way.split, name): (f, operands[way.split][: OPERANDS[name]]) for name, f in _functions(way.mask, sizes)
+        }
+    compiled = measuring.compile_all(programs | _of_one(case, arrays, sizes), effort)
     # ---- one device: the whole problem, or what a device has of it
     share, free = 1, measuring.memory_of(alone, sizes)
     total = sum(x.nbytes for x in arrays)
@@ -48,9 +52,11 @@ def measure(
     if measuring.peak_bytes(compiled["one", "both"]) + held > free:
         share, axis = count, 0 if case.batch % count == 0 else 2
         if axis == 2 and case.kv_heads % count:
-            raise ValueError(f"one device has no room for {case.name}, and {count} devices divide neither batch nor heads")
+            raise ValueError(
+                f"one device has no room for {case.name}, and {count} devices divide neither batch nor heads"
+            )
         arrays = [jax.lax.slice_in_dim(x, 0, x.shape[axis] // count, axis=axis) for x in arrays]
-        compiled |= measuring.compile_all(_of_one(case, arrays, sizes))
+        compiled |= measuring.compile_all(_of_one(case, arrays, sizes), effort)
         total //= count
     for key in list(compiled):
         if key[1] == "both" and measuring.peak_bytes(compiled[key]) > free:
@@ -118,9 +124,7 @@ def measure(
             row["peak_bytes"] = measuring.peak_bytes(program)
         row["ok"] = _is_right(row, way)
         rows.append(row)
-    return rows + [
-        {**common, "split": split, "refused": reason, "ok": True} for split, reason in refused.items()
-    ]
+    return rows + [{**common, "split": split, "refused": reason, "ok": True} for split, reason in refused.items()]
 
 
 def _functions(mask: BlockMask, sizes: Sizes) -> list[tuple[str, Any]]:

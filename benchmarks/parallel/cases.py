@@ -43,7 +43,7 @@ class Sizes:
     implementation: Any = None
     layers: int = 6
     vocabulary: int = 32768
-    loss_chunk: int = 8192
+    loss_chunk: int = 16384
     cache: int = 1 << 20
     query_heads: int = 32
     cache_heads: int = 8
@@ -76,12 +76,14 @@ class Effort:
       milliseconds: Time of a sample at least, by calls that are queued and waited for once.
       repeats: Repeated calls whose bits are compared.
       repeat_seconds: Time after which no more of them are begun.
+      compile_threads: Programs that are compiled at a time; None for as many as there are cores.
     """
 
     rounds: int = 3
     milliseconds: float = 100.0
     repeats: int = 20
-    repeat_seconds: float = 15.0
+    repeat_seconds: float = 10.0
+    compile_threads: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +141,7 @@ def _mask(name: str, length: int, sizes: Sizes) -> tuple[BlockMask, Attends]:
         return lazy.bind(length, block_size=block), lambda query, keys: (keys <= query) & (keys >= query - window)
     if name == "window and global":
         lazy = causal & (near | GlobalMask(first))
-        return lazy.bind(length, block_size=block), lambda query, keys: (
-            (keys <= query) & ((keys >= query - window) | (keys < first) | (query < first))
-        )
+        return lazy.bind(
+            length, block_size=block
+        ), lambda query, keys: (keys <= query) & ((keys >= query - window) | (keys < first) | (query < first))
     return causal.bind(length, block_size=block), lambda query, keys: keys <= query

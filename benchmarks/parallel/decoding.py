@@ -24,7 +24,7 @@ SECONDS, MOST_CALLS = 0.01, 16  # that a program of chained calls lasts, about
 CHECKED_HEADS = 2
 
 
-def measure(devices: Sequence[jax.Device], sizes: Sizes, effort: Effort) -> list[dict[str, Any]]:
+def measure(devices: Sequence[Any], sizes: Sizes, effort: Effort) -> list[dict[str, Any]]:
     """The row of a full cache."""
     started = time.perf_counter()
     count = len(devices)
@@ -34,9 +34,7 @@ def measure(devices: Sequence[jax.Device], sizes: Sizes, effort: Effort) -> list
     old, new = NamedSharding(mesh, P(None, "sequence")), NamedSharding(mesh, P())
     keys = jax.random.split(jax.random.key(0), 3)
     query = jax.random.normal(keys[0], (1, 1, sizes.query_heads, sizes.head_dim), sizes.dtype)
-    cache = [
-        jax.random.normal(k, (1, sizes.cache, sizes.cache_heads, sizes.head_dim), sizes.dtype) for k in keys[1:]
-    ]
+    cache = [jax.random.normal(k, (1, sizes.cache, sizes.cache_heads, sizes.head_dim), sizes.dtype) for k in keys[1:]]
     lengths = jnp.array([sizes.cache], jnp.int32)
     one = jax.device_put((query, *cache, lengths), devices[0])
     several = (jax.device_put(query, new), *jax.device_put(cache, old), jax.device_put(lengths, new))
@@ -63,7 +61,8 @@ def measure(devices: Sequence[jax.Device], sizes: Sizes, effort: Effort) -> list
             (name, calls): (attend(calls, axis), given)
             for name, axis, given in (("one", None, one), ("several", "sequence", several))
             for calls in (1, chained)
-        }
+        },
+        effort,
     )
     compiled_at = time.perf_counter()
     calls = {"one": lambda: compiled["one", chained](*one), "several": lambda: compiled["several", chained](*several)}

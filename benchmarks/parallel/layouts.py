@@ -73,7 +73,7 @@ class Layout:
 
 
 def layouts(
-    case: Case, names: Sequence[str], devices: Sequence[jax.Device], sizes: Sizes
+    case: Case, names: Sequence[str], devices: Sequence[Any], sizes: Sizes
 ) -> tuple[list[Layout], dict[str, str]]:
     """The layouts of some splits, and of the others why there is none."""
     found, refused = [], {}
@@ -99,7 +99,7 @@ def _refusal(case: Case, name: str, count: int) -> str:
     return ""
 
 
-def _layout(case: Case, name: str, devices: Sequence[jax.Device], sizes: Sizes) -> Layout:
+def _layout(case: Case, name: str, devices: Sequence[Any], sizes: Sizes) -> Layout:
     def mesh(**axes: int) -> Mesh:
         return jax.make_mesh(
             tuple(axes.values()), tuple(axes), axis_types=(AxisType.Auto,) * len(axes), devices=devices

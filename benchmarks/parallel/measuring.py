@@ -23,12 +23,12 @@ NAMES = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
 ITEM_BYTES = {"bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s32": 4, "u32": 4, "s64": 8, "u8": 1, "pred": 1}
 
 
-def compile_all(programs: Mapping[Any, tuple[Any, Sequence[Any]]]) -> dict[Any, Any]:
+def compile_all(programs: Mapping[Any, tuple[Any, Sequence[Any]]], effort: Effort) -> dict[Any, Any]:
     """Compiles jitted functions for their arguments, several at a time."""
     lowered = {key: function.lower(*arguments) for key, (function, arguments) in programs.items()}
     if not lowered:
         return {}
-    with concurrent.futures.ThreadPoolExecutor(min(len(lowered), environment.usable_cores())) as pool:
+    with concurrent.futures.ThreadPoolExecutor(effort.compile_threads or environment.usable_cores()) as pool:
         return dict(zip(lowered, pool.map(lambda one: one.compile(), lowered.values()), strict=True))
 
 
@@ -89,7 +89,7 @@ def peak_bytes(compiled: Any) -> int:
     return sum(sizes) + found.generated_code_size_in_bytes - found.alias_size_in_bytes
 
 
-def memory_of(device: jax.Device, sizes: Sizes) -> float:
+def memory_of(device: Any, sizes: Sizes) -> float:
     """Bytes that programs may take of a device; infinity where it does not say."""
     if sizes.memory is not None:
         return sizes.memory

@@ -251,13 +251,12 @@ def table(
     copy_rate: float,
     lengths: Sequence[int] = (131072, 1 << 20),
     counts: Sequence[int] = (2, 8, 64, 512),
-    sizes: Sizes = Sizes(),
     heads: int = 16,
     masks: Sequence[str] = DEFAULT_MASKS,
 ) -> dict[str, Any]:
     """The constants, the model's errors on what was measured, and the simulated rows."""
     blocks, rows = measured(results)
-    model = fit(blocks, rows, copy_rate)
+    sizes, model = Sizes(), fit(blocks, rows, copy_rate)
     return {
         "benchmark": "simulated scaling",
         "shape": [1, heads, heads, sizes.head_dim],

@@ -42,7 +42,7 @@ def config_of(case: Case, sizes: Sizes, devices: int) -> Config:
 
 
 def measure(
-    case: Case, splits: Sequence[str], devices: Sequence[jax.Device], sizes: Sizes, effort: Effort
+    case: Case, splits: Sequence[str], devices: Sequence[Any], sizes: Sizes, effort: Effort
 ) -> list[dict[str, Any]]:
     """The rows of one mask, one per split.
 
@@ -57,13 +57,13 @@ def measure(
     parameters = parameters_of(case, sizes)
     programs = {way.split: program(way.mask, case, sizes, parameters, text, count, way=way) for way in ways}
     programs["one"] = program(case.mask, case, sizes, parameters, text, 1, sharding=alone)
-    compiled = measuring.compile_all({name: (one[0], one[1]()) for name, one in programs.items()})
+    compiled = measuring.compile_all({name: (one[0], one[1]()) for name, one in programs.items()}, effort)
     share, free = 1, measuring.memory_of(devices[0], sizes)
     state = 3 * 4 * sum(x.size for x in jax.tree.leaves(parameters))
     if measuring.peak_bytes(compiled["one"]) + state > free and case.batch % count == 0:
         share = count
         programs["one"] = program(case.mask, case, sizes, parameters, text[: case.batch // count], 1, sharding=alone)
-        compiled |= measuring.compile_all({"one": (programs["one"][0], programs["one"][1]())})
+        compiled |= measuring.compile_all({"one": (programs["one"][0], programs["one"][1]())}, effort)
     for name in [name for name in compiled if measuring.peak_bytes(compiled[name]) + state > free]:
         refused[name] = f"needs {measuring.peak_bytes(compiled.pop(name)) / 1e9:,.0f} GB"
     compiled_at = time.perf_counter()
@@ -107,14 +107,28 @@ def measure(
     return rows + [{**common, "split": split, "refused": reason, "ok": True} for split, reason in refused.items()]
 
 
-def _graph(case: Case, sizes: Sizes, mask: BlockMask, devices: int) -> tuple[Any, Any]:
-    """The decoder without numbers: its structure, and shapes of its parameters."""
+def _graph(case: Case, sizes: Sizes, mask: BlockMask, devices: int, way: Layout | None = None) -> tuple[Any, Any]:
+    """The decoder without numbers: its structure, and shapes of its parameters.
+
+    Args:
+      case: Case of the run.
+      sizes: Sizes of the run.
+      mask: Mask of the attention.
+      devices: Number of devices.
+      way: Layout that splits heads: between layers every device has all features. Of other layouts XLA finds as much by
+        itself.
+    """
 
     def attend(query: Any, key: Any, value: Any, _: Any) -> Any:
+        if way is not None:
+            query, key, value = (jax.lax.with_sharding_constraint(x, way.sharding) for x in (query, key, value))
         return sparse_attention(query, key, value, mask=mask, implementation=sizes.implementation)
 
+    def place(x: Any) -> Any:
+        return x if way is None else jax.lax.with_sharding_constraint(x, NamedSharding(way.mesh, P()))
+
     config = config_of(case, sizes, devices)
-    return nnx.split(nnx.eval_shape(lambda: Decoder(config, attend, nnx.Rngs(0))))
+    return nnx.split(nnx.eval_shape(lambda: Decoder(config, attend, nnx.Rngs(0), place)))
 
 
 def parameters_of(case: Case, sizes: Sizes) -> Any:
@@ -131,8 +145,9 @@ def parameters_of(case: Case, sizes: Sizes) -> Any:
     return jax.tree_util.tree_map_with_path(draw, _graph(case, sizes, case.mask, 1)[1])
 
 
-def _names(path: Any) -> set[str]:
-    return {str(getattr(key, "key", getattr(key, "name", key))) for key in path}
+def _names(path: Any) -> set[Any]:
+    """Names of the layers and parameters on a path; that a parameter has a `.value` is none."""
+    return {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}
 
 
 def program(
@@ -169,7 +184,7 @@ def program(
             of_targets = NamedSharding(way.mesh, P(None, way.heads))
             options["shards"] = way.mesh.shape[way.heads]
             options["place"] = lambda x: jax.lax.with_sharding_constraint(x, of_targets)
-    graph, _ = _graph(case, sizes, mask, devices)
+    graph, _ = _graph(case, sizes, mask, devices, way if way is not None and way.heads else None)
     step = step_of(graph, config_of(case, sizes, devices), **options)
 
     def take(parameters: Any, state: Any, tokens: Any, targets: Any) -> tuple[Any, Any, Any]:

@@ -97,7 +97,7 @@ def interleaved(
 
 
 def copy_rate(copied: int, rounds: int) -> float:
-    """Bytes per second that the device reads and writes where it copies an array of so many bytes: the best of two ways."""
+    """Bytes per second that the device reads and writes to copy an array of so many bytes, by the better way of two."""
     x = jnp.ones(copied // 2, jnp.bfloat16)
     ways = {"copy": jax.jit(jnp.copy), "double": jax.jit(lambda x: x + x)}  # the runtime's copy, and a kernel
     for way in ways.values():
