@@ -57,7 +57,7 @@ GOALS = {
     "window": (0.85, 0.80),
 }
 LONG_GOALS = {"causal": (0.97, 0.95)}  # at 1,048,576 tokens
-SIMULATED = (2, 8, 64, 512), (131072, 1 << 20)
+SIMULATED = (2, 4, 8, 64, 512), (131072, 1 << 20)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:

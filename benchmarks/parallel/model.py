@@ -250,7 +250,7 @@ def table(
     results: Mapping[str, Any],
     copy_rate: float,
     lengths: Sequence[int] = (131072, 1 << 20),
-    counts: Sequence[int] = (2, 8, 64, 512),
+    counts: Sequence[int] = (2, 4, 8, 64, 512),
     heads: int = 16,
     masks: Sequence[str] = DEFAULT_MASKS,
 ) -> dict[str, Any]:
