@@ -133,7 +133,8 @@ def plan(
 
 def measure(args: argparse.Namespace) -> int:
     started = time.perf_counter()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU, before JAX takes its share
+    if "XLA_PYTHON_CLIENT_MEM_FRACTION" not in os.environ:  # its older name
+        os.environ.setdefault("XLA_CLIENT_MEM_FRACTION", "0.92")  # of a GPU, before JAX takes its share
     devices = jax.devices()[: args.devices]
     if len(devices) < 2 or len(devices) < (args.devices or 2):
         print(f"needs two devices or more, and as many as are asked for; there are {len(devices)}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
@@ -27,9 +28,7 @@ def script():
 
 @pytest.fixture(scope="module")
 def model(script):
-    from parallel import model
-
-    return model
+    return importlib.import_module("parallel.model")
 
 
 def test_all_parts_on_two_devices(script, tmp_path, capsys):
@@ -82,8 +81,7 @@ def test_where_one_device_has_no_room_it_runs_a_share(script, tmp_path):
 
 
 def test_splits_that_the_devices_do_not_divide_say_so(script):
-    from parallel import cases, layouts
-
+    cases, layouts = (importlib.import_module(f"parallel.{name}") for name in ("cases", "layouts"))
     case = cases.case("causal", 512, 3, 6, cases.QUICK)
     found, refused = layouts.layouts(case, layouts.DEFAULT_SPLITS, jax.devices()[:4], cases.QUICK)
     assert [way.split for way in found] == ["sequence"]
@@ -102,9 +100,7 @@ def test_splits_that_the_devices_do_not_divide_say_so(script):
     ],
 )
 def test_bytes_of_collectives(script, line, expected):
-    from parallel import measuring
-
-    assert measuring.collective_bytes(line, 4) == expected
+    assert importlib.import_module("parallel.measuring").collective_bytes(line, 4) == expected
 
 
 # ---- The model

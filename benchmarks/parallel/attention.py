@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jax_bsk import BlockMask, sparse_attention
@@ -177,7 +178,8 @@ def _check_rows(case: Case, arrays: Sequence[jax.Array], out: jax.Array) -> dict
 
 
 def _float64(x: jax.Array) -> np.ndarray:
-    return np.asarray(x).astype(np.float64)
+    """On the host, from float32: numpy is slow with bfloat16."""
+    return np.asarray(x.astype(jnp.float32)).astype(np.float64)
 
 
 def _is_right(row: dict[str, Any], way: Layout) -> bool:

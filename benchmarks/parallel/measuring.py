@@ -102,9 +102,10 @@ def memory_of(device: Any, sizes: Sizes) -> float:
 def in_turn(calls: Mapping[Any, Callable[[], Any]], effort: Effort) -> dict[Any, float]:
     """Milliseconds of each call: the median of samples that are taken in turn, of calls queued one behind the other."""
     times: dict[Hashable, list[float]] = {key: [] for key in calls}
+    for call in calls.values():
+        jax.block_until_ready(call())
     for _ in range(effort.rounds):
         for key, call in calls.items():
-            jax.block_until_ready(call())
             once = milliseconds(call, 1)
             count = max(1, math.ceil(effort.milliseconds / once))
             times[key].append(once if count == 1 else milliseconds(call, count))

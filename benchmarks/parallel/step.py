@@ -57,18 +57,18 @@ def measure(
     parameters = parameters_of(case, sizes)
     programs = {way.split: program(way.mask, case, sizes, parameters, text, count, way=way) for way in ways}
     programs["one"] = program(case.mask, case, sizes, parameters, text, 1, sharding=alone)
-    compiled = measuring.compile_all({name: (one[0], one[1]()) for name, one in programs.items()}, effort)
+    compiled = measuring.compile_all({name: one[:2] for name, one in programs.items()}, effort)
     share, free = 1, measuring.memory_of(devices[0], sizes)
     state = 3 * 4 * sum(x.size for x in jax.tree.leaves(parameters))
     if measuring.peak_bytes(compiled["one"]) + state > free and case.batch % count == 0:
         share = count
         programs["one"] = program(case.mask, case, sizes, parameters, text[: case.batch // count], 1, sharding=alone)
-        compiled |= measuring.compile_all({"one": (programs["one"][0], programs["one"][1]())}, effort)
+        compiled |= measuring.compile_all({"one": programs["one"][:2]}, effort)
     for name in [name for name in compiled if measuring.peak_bytes(compiled[name]) + state > free]:
         refused[name] = f"needs {measuring.peak_bytes(compiled.pop(name)) / 1e9:,.0f} GB"
     compiled_at = time.perf_counter()
     found = {
-        name: _timed(one, programs[name][1](), effort, effort.rounds if name == "one" else effort.repeats)
+        name: _timed(one, programs[name][2](), effort, effort.rounds if name == "one" else effort.repeats)
         for name, one in compiled.items()
     }
     spent = {"compiling": compiled_at - started, "running": time.perf_counter() - compiled_at}
@@ -160,8 +160,8 @@ def program(
     *,
     way: Layout | None = None,
     sharding: Any = None,
-) -> tuple[Any, Callable[[], tuple[Any, ...]]]:
-    """A jitted step of so many tokens, and what makes its arguments where they belong."""
+) -> tuple[Any, tuple[Any, ...], Callable[[], tuple[Any, ...]]]:
+    """A jitted step of so many tokens, the shapes of its arguments, and what makes these where they belong."""
     optimizer = optimizer_of(config_of(case, sizes, devices))
 
     def of_parameter(path: Any, _: Any) -> Any:
@@ -190,13 +190,23 @@ def program(
     def take(parameters: Any, state: Any, tokens: Any, targets: Any) -> tuple[Any, Any, Any]:
         return step(parameters, state, tokens, targets, None)
 
+    def shape(x: Any, place: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place)
+
+    tokens = text[:, 1:]
+    shapes = (
+        *(jax.tree.map(shape, tree, place) for tree, place in zip((parameters, state), places, strict=True)),
+        shape(tokens, of_tokens),
+        shape(tokens, of_targets),
+    )
+
     def arguments() -> tuple[Any, ...]:
         put = jax.device_put(parameters, places[0])
         made = jax.jit(optimizer.init, out_shardings=places[1])(put)
         tokens, targets = (x if way is None else way.dispatch(x) for x in (text[:, :-1], text[:, 1:]))
         return put, made, jax.device_put(tokens, of_tokens), jax.device_put(targets, of_targets)
 
-    return jax.jit(take, out_shardings=(*places, None)), arguments
+    return jax.jit(take, out_shardings=(*places, None)), shapes, arguments
 
 
 def _timed(compiled: Any, arguments: tuple[Any, ...], effort: Effort, calls: int) -> dict[str, Any]:
