@@ -150,6 +150,7 @@ def measure(args: argparse.Namespace) -> int:
         "devices": [str(device.device_kind) for device in devices],
         "sizes": json.loads(json.dumps(dataclasses.asdict(sizes))),
         "effort": dataclasses.asdict(effort),
+        "nccl_nvls_enable": os.environ.get("NCCL_NVLS_ENABLE"),  # 0: no multicast over NVLink
     }
     rows = _rows_of(output, result)
     wrong: list[str] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -63,6 +64,13 @@ def test_all_parts_on_two_devices(script, tmp_path, capsys):
     assert decode["efficiency"] == pytest.approx(decode["one"]["seconds"] / 2 / decode["seconds"])
     assert set(decode["collectives"]) == {"all-gather"}
 
+    # The page's tables are made of such a file.
+    figures = runpy.run_path(str(BENCHMARKS.parent / "tools" / "figures.py"))
+    figures["scaling_step"].__globals__["SCALED"] = path
+    for name, lines in {"scaling_attention": 3, "scaling_decoding": 2, "scaling_step": 3}.items():
+        text = figures[name]()
+        assert len(re.findall(r"^\| .*", text, re.MULTILINE)) == 2 + lines
+        assert "rows passed their checks" in text
     # A later run keeps the rows of cases that it does not measure: here it has time for none.
     capsys.readouterr()
     assert script["main"]([*command, "--seconds", "0"]) == 0
