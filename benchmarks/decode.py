@@ -333,17 +333,6 @@ def _captured(row: Row, run: Program) -> timing.Call:
     return replay
 
 
-def copy_rate(copied: int, rounds: int) -> float:
-    """Bytes per second that the device reads and writes where it copies an array of so many bytes."""
-    x = jnp.ones(copied // 2, jnp.bfloat16)
-    ways = {"copy": jax.jit(jnp.copy), "double": jax.jit(lambda x: x + x)}  # the runtime's copy, and a kernel
-    for way in ways.values():
-        jax.block_until_ready(way(x))
-    calls: dict[str, timing.Call] = {name: lambda _, way=way: way(x) for name, way in ways.items()}
-    found = timing.interleaved(calls, rounds, queued=True)
-    return 2 * copied / min(one.median for one in found.values())
-
-
 def measure(
     contenders: Iterator[tuple[str, Callable[[], Row]]], rounds: int, sizes: Sizes, rate: float
 ) -> dict[str, dict[str, Any]]:
@@ -503,7 +492,7 @@ def run(argv: Sequence[str]) -> int:
     on_gpu = compat.default_platform() == "cuda"
     sizes = QUICK if args.quick else Sizes()
     rounds = args.rounds or (2 if args.quick else suite.ROUNDS)
-    rate = copy_rate((1 << 20) if args.quick else COPIED_BYTES, rounds)
+    rate = timing.copy_rate((1 << 20) if args.quick else COPIED_BYTES, rounds)
     found = []
     for group in cases(sizes, args.peers):
         records = measure(group, rounds, sizes, rate)

@@ -9,7 +9,7 @@ their positions from the plan. Nothing else differs from training on one device:
 are the losses, up to rounding.
 
 Without GPUs, CPU devices show that it works: put XLA_FLAGS=--xla_force_host_platform_device_count=8 before the command.
-They share the machine's cores, so their times say nothing about scaling; `benchmarks/context.py` measures that on GPUs.
+They share the machine's cores, so their times say nothing about scaling; `benchmarks/scaling.py` measures that on GPUs.
 """
 
 from __future__ import annotations

@@ -6,12 +6,7 @@ Runs on host devices and, marked `gpu`, on two GPUs. `test_sharding.py` has the 
 from __future__ import annotations
 
 import functools
-import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -154,18 +149,3 @@ def test_a_collective_beside_attention_is_found(platform, name):
     run = jax.jit(lambda dout, *inputs: jax.vjp(attend, *inputs)[1](dout))
     found = Program(run.lower(inputs[0], *inputs).compile()).beside_attention()
     assert any(expected in re.sub("-(start|done)", "", f) for f in found), found
-
-
-def test_the_scaling_tool(tmp_path):
-    script, path = Path(__file__).parents[1] / "tools" / "sharded_scaling.py", tmp_path / "scaling.json"
-    sizes = "--length 128 --layers 1 --batch 2 --heads 2 --kv-heads 2 --head-dim 16 --window 32 --steps 1 --warmup 1"
-    command = [sys.executable, str(script), *sizes.split(), "--dtype", "float32", "--devices", "2"]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    subprocess.run([*command, "--output", str(path)], env=environment, check=True, capture_output=True, timeout=120)
-    result = json.loads(path.read_text())
-    assert set(result["sharded"]) == set(SPLITS)
-    for split in SPLITS:
-        step = result["sharded"][split]
-        assert step["efficiency"] == result["one_device"]["seconds"] / (2 * step["seconds"])
-        assert result["attention"][split]["collectives"] == {}
-        np.testing.assert_allclose(step["losses"], result["one_device"]["losses"], rtol=1e-5)

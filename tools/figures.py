@@ -272,9 +272,143 @@ def training_step() -> str:
     return table(["attention", "time a step", "tokens/s", "peak memory", "loss"], rows)
 
 
-def scaling() -> str:
+SCALED = RESULTS / "scaling-nvidia-h200-x2.json"
+
+
+def scaled(part: str) -> list[dict[str, Any]]:
+    """Rows of one part of `benchmarks/scaling.py` on two GPUs; none before it was run."""
+    if not SCALED.exists():
+        return []
+    return [row for row in read(SCALED)["rows"] if row["part"] == part and "refused" not in row]
+
+
+NOT_SCALED = "No run of this part on GPUs is committed yet."
+
+
+def scaling_attention() -> str:
+    """Attention alone over two GPUs beside one, and what of it was bit-equal."""
+    found = scaled("attention")
+    if not found:
+        return NOT_SCALED
     rows = []
-    for name in ("scaling-nvidia-h200-x2.json", "scaling-kv-heads-4-nvidia-h200-x2.json"):
+    for row in found:
+        keys = [key for key in ("forward", "both") if f"{key}_ms" in row]
+        known = [key for key in keys if f"{key}_efficiency" in row]
+        received = [f"{row[f'{key}_program_bytes'] / 1e6:,.0f}" for key in keys]
+        alone = [f"{row['one'][f'{key}_ms']:.2f}" for key in known]
+        times = [f"{row[f'{key}_ms']:.2f}" for key in keys]
+        efficiencies = [f"{row[f'{key}_efficiency'] * 100:.0f}" for key in known]
+        label = row["mask"] + ("" if row["one"]["share"] == 1 else f" ({row['one']['what']} on one GPU)")
+        rows.append(
+            [
+                label + ("" if row["shape"][3] == found[0]["shape"][3] else f", {row['shape'][3]:,} tokens"),
+                row["split"] + (", planned" if row.get("order") == "plan" else ""),
+                f"{' / '.join(alone)} ms",
+                f"{' / '.join(times)} ms",
+                f"{' / '.join(efficiencies)} %",
+                f"{row['predicted_bytes'] / 1e6:,.0f}" if "predicted_bytes" in row else "0",
+                " / ".join(received),
+                f"{row['peak_bytes'] / 1e9:.1f} GB",
+            ]
+        )
+    names = ["mask", "split over", "one GPU", "two GPUs", "efficiency", "MB predicted", "MB in the program", "peak"]
+    return f"{table(names, rows)}\n\n{values_of(found)}"
+
+
+def values_of(rows: list[dict[str, Any]]) -> str:
+    """What the checks of these rows found."""
+    right = sum(row["ok"] for row in rows)
+    fewest = min(row["repeats"]["count"] for row in rows)
+    equal = sum(row["repeats"]["equal"] for row in rows)
+    text = (
+        f"{right} of {len(rows)} rows passed their checks. In {equal} of {len(rows)} rows all repeats, "
+        f"{fewest} at least, had the same bits."
+    )
+    of_bits = [row for row in rows if "bit_equal" in row and "order" not in row]
+    if of_bits:
+        same = sum(all(row["bit_equal"].values()) for row in of_bits)
+        text += f" Over data and heads {same} of {len(of_bits)} have the bits of one GPU."
+    return text
+
+
+def scaling_step() -> str:
+    """The training step over two GPUs beside one."""
+    found = scaled("step")
+    if not found:
+        return NOT_SCALED
+    rows = []
+    for row in found:
+        one = row["one"]
+        alone = "-" if one is None else f"{one['step_ms']:.0f} ms"
+        alone += "" if one is None or one["share"] == 1 else f" ({one['what']})"
+        efficiency = f"{row['step_efficiency'] * 100:.0f} %" if "step_efficiency" in row else "-"
+        split = row["split"] + (", planned" if row.get("order") == "plan" else "")
+        cells = [alone, f"{row['step_ms']:.0f} ms", efficiency, f"{row['peak_bytes'] / 1e9:.1f} GB"]
+        rows.append([row["mask"], split, *cells, f"{row['loss']:.4f}"])
+    names = ["mask", "split over", "one GPU", "two GPUs", "efficiency", "peak", "loss"]
+    return f"{table(names, rows)}\n\n{values_of(found)}"
+
+
+def scaling_decoding() -> str:
+    """Decoding over a cache that is split over two GPUs."""
+    found = scaled("decode")
+    if not found:
+        return NOT_SCALED
+    rows = []
+    for row in found:
+        for label, one in (("one GPU", row["one"]), ("two GPUs", row)):
+            rate = f"{one['bytes_per_second'] / 1e12:.2f} TB/s"
+            rows.append([label, milliseconds(one["seconds"]), rate, share(one["share_of_copy"])])
+        rows[-1].append(f"{row['efficiency'] * 100:.0f} %")
+        rows[-2].append("")
+    names = ["", "time", "cache read per GPU", "of a copy's rate", "efficiency"]
+    return f"{table(names, rows)}\n\n{values_of(found)}"
+
+
+def simulated(length: int) -> Callable[[], str]:
+    """Shards that nobody has measured, at one length."""
+
+    def write() -> str:
+        result, rows = read(RESULTS / "scaling-simulated.json"), []
+        for row in result["rows"]:
+            if row["length"] != length:
+                continue
+            times, efficiencies = (
+                [f"{row[f'{key}_{what}'] * factor:{digits}}" for key in ("forward", "both")]
+                for what, factor, digits in (("ms", 1, ",.2f"), ("efficiency", 100, ".0f"))
+            )
+            label = row["mask"] + (", planned" if row["order"] == "plan" else "")
+            received = f"{row['received_bytes'] / 1e6:,.0f}" + (", all gathered" if row["gathered"] else "")
+            cells = [f"{row['balance']:.3f}", received, f"{' / '.join(times)} ms", f"{' / '.join(efficiencies)} %"]
+            rows.append([label, str(row["shards"]), *cells])
+        names = ["mask", "GPUs", "busiest / mean", "MB received by it", "predicted time", "predicted efficiency"]
+        return table(names, rows)
+
+    return write
+
+
+def simulated_model() -> str:
+    """The model beside what two GPUs took, its constants and its error."""
+    result, rows = read(RESULTS / "scaling-simulated.json"), []
+    for one in result["model"]["rows"]:
+        cells = [" / ".join(f"{x:.2f}" for x in one[key]) + " ms" for key in ("measured_ms", "predicted_ms")]
+        apart = [" / ".join(f"{100 * x:+.1f}" for x in one[key]) + " %" for key in ("errors", "errors_left_out")]
+        rows.append([one["mask"] + (", planned" if one["order"] == "plan" else ""), *cells, *apart])
+    constants, model = result["constants"], result["model"]
+    forward, both = constants["pass_ms"]
+    text = (
+        f"Fitted: {constants['bytes_per_second'] / 1e9:.0f} GB/s, {forward:.2f} ms per forward and {both:.2f} ms per "
+        f"backward. Error: {100 * model['errors']['median']:.1f} % in the median and "
+        f"{100 * model['errors']['largest']:.1f} % at most; {100 * model['errors_left_out']['median']:.1f} % and "
+        f"{100 * model['errors_left_out']['largest']:.1f} % where the mask's own rows are left out of the fit."
+    )
+    names = ["mask", "measured", "predicted", "error", "error, left out of the fit"]
+    return f"{table(names, rows)}\n\n{text}"
+
+
+def scaling_layers() -> str:
+    rows = []
+    for name in ("layers-nvidia-h200-x2.json", "layers-kv-heads-4-nvidia-h200-x2.json"):
         result = read(RESULTS / name)
         one = result["one_device"]["seconds"] * 1e3
         for split, step in result["sharded"].items():
@@ -513,7 +647,13 @@ FIGURES: dict[str, Callable[[], str]] = {
     "selection": selection,
     "long-context": long_context,
     "training-step": training_step,
-    "scaling": scaling,
+    "scaling-attention": scaling_attention,
+    "scaling-step": scaling_step,
+    "scaling-decoding": scaling_decoding,
+    "scaling-layers": scaling_layers,
+    "simulated": simulated(131072),
+    "simulated-long": simulated(1 << 20),
+    "simulated-model": simulated_model,
     "context": context,
     "context-parts": context_parts,
     "decoding": decoding,

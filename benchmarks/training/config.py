@@ -18,6 +18,7 @@ class Config:
       document_length: mean tokens of a document.
       window: tokens that a token sees to its left.
       global_tokens: first tokens of the sequence, seen by all of their document.
+      learned_positions: whether positions have an embedding; without one the mask alone tells them apart.
       remat: whether a layer is computed again in the backward. The output of jax_bsk's attention is kept even so.
       loss_chunk: tokens whose logits exist at a time: all of them, in float32, would outweigh everything else.
     """
@@ -33,6 +34,7 @@ class Config:
     window: int = 1024
     global_tokens: int = 128
     block_size: int = 128
+    learned_positions: bool = True
     remat: bool = False
     loss_chunk: int = 2048
     learning_rate: float = 3e-4

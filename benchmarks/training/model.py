@@ -1,7 +1,11 @@
-"""A pre-norm decoder of Flax NNX with tied embeddings; all that differs between the runs is `attend`."""
+"""A pre-norm decoder of Flax NNX with tied embeddings; all that differs between the runs is `attend`.
+
+On several devices also `place`: what is done to the features between layers, a sharding constraint.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,17 +17,19 @@ import jax_bsk
 from .attentions import Attend
 from .config import Config
 
+Place = Callable[[jax.Array], jax.Array]
+
 
 class Layer(nnx.Module):
     """Attention and a feed-forward network of four times the width, each on a branch."""
 
-    def __init__(self, config: Config, attend: Attend, rngs: nnx.Rngs):
+    def __init__(self, config: Config, attend: Attend, rngs: nnx.Rngs, place: Place = lambda x: x):
         width = config.width
 
         def linear(features: int, out: int) -> nnx.Linear:
             return nnx.Linear(features, out, use_bias=False, dtype=jnp.dtype(config.dtype), rngs=rngs)
 
-        self.attend, self.heads = attend, config.heads
+        self.attend, self.place, self.heads = attend, place, config.heads
         self.norm_1 = nnx.RMSNorm(width, dtype=jnp.dtype(config.dtype), rngs=rngs)
         self.query, self.key, self.value, self.out = (linear(width, width) for _ in range(4))
         self.norm_2 = nnx.RMSNorm(width, dtype=jnp.dtype(config.dtype), rngs=rngs)
@@ -34,31 +40,48 @@ class Layer(nnx.Module):
         query, key, value = (
             project(normed).reshape(*x.shape[:2], self.heads, -1) for project in (self.query, self.key, self.value)
         )
-        x = x + self.out(self.attend(query, key, value, operand).reshape(x.shape))
-        return x + self.down(nnx.gelu(self.up(self.norm_2(x))))
+        x = self.place(x + self.out(self.attend(query, key, value, operand).reshape(x.shape)))
+        return self.place(x + self.down(nnx.gelu(self.up(self.norm_2(x)))))
 
 
 class Decoder(nnx.Module):
     """From tokens [B, S] to features [B, S, width], and from those to the loss."""
 
-    def __init__(self, config: Config, attend: Attend, rngs: nnx.Rngs):
+    def __init__(self, config: Config, attend: Attend, rngs: nnx.Rngs, place: Place = lambda x: x):
         dtype, init = jnp.dtype(config.dtype), nnx.initializers.normal(0.02)
-        self.config = config
+        self.config, self.place = config, place
         self.tokens = nnx.Embed(config.vocabulary, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
-        self.positions = nnx.Embed(config.length, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
-        self.layers = nnx.List([Layer(config, attend, rngs) for _ in range(config.layers)])
+        if config.learned_positions:
+            self.positions = nnx.Embed(config.length, config.width, dtype=dtype, embedding_init=init, rngs=rngs)
+        self.layers = nnx.List([Layer(config, attend, rngs, place) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
 
     def features(self, tokens: jax.Array, operand: Any) -> jax.Array:
-        x = self.tokens(tokens) + self.positions(jnp.arange(tokens.shape[1]))
+        x = self.tokens(tokens)
+        if self.config.learned_positions:
+            x = x + self.positions(jnp.arange(tokens.shape[1]))
+        x = self.place(x)
         for layer in self.layers:
             x = _again(layer, x, operand) if self.config.remat else layer(x, operand)
         return self.norm(x)
 
-    def loss(self, tokens: jax.Array, targets: jax.Array, operand: Any) -> jax.Array:
-        """Mean cross entropy, float32, from logits of a few tokens at a time."""
-        chunk = min(self.config.loss_chunk, self.config.length)
-        x = self.features(tokens, operand).reshape(-1, chunk, self.config.width)
+    def loss(
+        self, tokens: jax.Array, targets: jax.Array, operand: Any, shards: int = 1, place: Place = lambda x: x
+    ) -> jax.Array:
+        """Mean cross entropy, float32, from logits of a few tokens at a time.
+
+        Args:
+          tokens: int32 [B, S].
+          targets: int32 [B, S].
+          operand: What the attention is given.
+          shards: Number of devices that the sequence is split over in the loss. Each goes through its own tokens.
+          place: What is done to the features [B, S, width] before the loss.
+        """
+        x = place(self.features(tokens, operand))
+        batch, length = targets.shape
+        chunk = min(max(1, self.config.loss_chunk // (batch * shards)), length // shards)
+        # [steps, batch, shards, chunk]: a step has as many tokens of each example and device.
+        x, targets = (jnp.moveaxis(y.reshape(batch, shards, -1, chunk, *y.shape[2:]), 2, 0) for y in (x, targets))
         embedding = self.tokens.embedding[...].astype(x.dtype)
 
         @jax.checkpoint
@@ -66,9 +89,9 @@ class Decoder(nnx.Module):
             features, wanted = both
             logits = jnp.matmul(features, embedding.T, preferred_element_type=jnp.float32)
             log_probabilities = jax.nn.log_softmax(logits)
-            return total - jnp.take_along_axis(log_probabilities, wanted[:, None], 1).sum(), None
+            return total - jnp.take_along_axis(log_probabilities, wanted[..., None], -1).sum(), None
 
-        total, _ = jax.lax.scan(some, jnp.float32(0), (x, targets.reshape(-1, chunk)))
+        total, _ = jax.lax.scan(some, jnp.float32(0), (x, targets))
         return total / targets.size
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from flax import nnx
 
 from jax_bsk.qa.support import environment
@@ -18,27 +17,23 @@ from jax_bsk.qa.support import environment
 from .attentions import ATTENTIONS
 from .config import Config
 from .model import Decoder
+from .step import optimizer_of, step_of
 
 
 def run(name: str, config: Config) -> dict[str, Any]:
     """The record of one contender, ready for JSON."""
     attention = ATTENTIONS[name]
     graph, parameters = nnx.split(Decoder(config, attention.attend, nnx.Rngs(config.seed)))
-    optimizer = optax.adamw(config.learning_rate, weight_decay=0.1)
-
-    def loss_of(parameters: Any, tokens: jax.Array, operand: Any) -> jax.Array:
-        return nnx.merge(graph, parameters).loss(tokens[:, :-1], tokens[:, 1:], operand)
+    take = step_of(graph, config)
 
     def step(parameters: Any, state: Any, tokens: jax.Array, operand: Any) -> tuple[Any, Any, jax.Array]:
-        loss, gradients = jax.value_and_grad(loss_of)(parameters, tokens, operand)
-        updates, state = optimizer.update(gradients, state, parameters)
-        return optax.apply_updates(parameters, updates), state, loss
+        return take(parameters, state, tokens[:, :-1], tokens[:, 1:], operand)
 
     started = time.perf_counter()
     operand = attention.operand(config)
     mask_seconds = time.perf_counter() - started
     operand = jax.device_put(operand)
-    state = jax.jit(optimizer.init)(parameters)
+    state = jax.jit(optimizer_of(config).init)(parameters)
     batches = config.batches()
 
     started = time.perf_counter()

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 # A sample lasts at least so long, by repeating short calls, so that the clock and (on a GPU) the wait for the last call
 # do not count.
@@ -93,3 +94,14 @@ def interleaved(
                 counts[name] = min(MOST_CALLS, max(1, round(SAMPLE_SECONDS / once)))
             samples[name].append(sample(name, counts[name]))
     return {name: Timing(tuple(samples[name]), counts[name]) for name in calls}
+
+
+def copy_rate(copied: int, rounds: int) -> float:
+    """Bytes per second that the device reads and writes to copy an array of so many bytes, by the better way of two."""
+    x = jnp.ones(copied // 2, jnp.bfloat16)
+    ways = {"copy": jax.jit(jnp.copy), "double": jax.jit(lambda x: x + x)}  # the runtime's copy, and a kernel
+    for way in ways.values():
+        jax.block_until_ready(way(x))
+    calls: dict[str, Call] = {name: lambda _, way=way: way(x) for name, way in ways.items()}
+    found = interleaved(calls, rounds, queued=True)
+    return 2 * copied / min(one.median for one in found.values())

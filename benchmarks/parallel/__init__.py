@@ -1,0 +1,1 @@
+"""The benchmark of several devices: cases, layouts, measurements and a model; `benchmarks/scaling.py` runs it."""
