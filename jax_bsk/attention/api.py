@@ -31,7 +31,6 @@ from jax_bsk.core import arrays, checks, dispatch, explicit_mesh, inputs, scalar
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dispatch import Implementation
 from jax_bsk.core.dtypes import statistics_dtype
-from jax_bsk.core.errors import UnsupportedError
 from jax_bsk.masks import BlockMask, CausalMask, FullMask, LocalMask, Mask, as_block_mask
 from jax_bsk.masks.convert import array_mask, check_kind
 
@@ -182,7 +181,9 @@ def sparse_attention(
       axis_name: Mesh axes of the `shard_map` around the call along which the sequence is sharded. query, key and value
         are then the device's own tokens, as all devices have them in the order of the axes, and `mask` and the lengths
         are those of the whole sequence. Keys and values travel as the mask wants (`jax_bsk.context`). Each device has
-        whole blocks of the mask. Only native kernels take it, and not with a bias or dropout.
+        whole blocks of the mask. A bias of distances, blocks or tiles is that of the whole sequence, a bias array has
+        the device's own queries and all keys, and features of a `PositionBias` are those of the device's own tokens.
+        Only native kernels take it.
       implementation: Name of an implementation: "cuda" or "cpu" (native kernels) or "xla" (pure JAX, for every platform
         and type). None takes the platform's native kernel. Where that cannot take the call, None takes "xla" and warns
         once with a `FallbackWarning` that says why.
@@ -229,14 +230,6 @@ def sparse_attention(
     batch, q_len, heads, head_dim = query.shape
     kv_len = key.shape[1]
     threshold = dropout.threshold_of(dropout_rate)
-    if axis_name is not None and (bias is not None or threshold):
-        raise UnsupportedError(
-            implementation,
-            [
-                "axis_name takes neither a bias nor dropout: a device has only its own part of the sequence.",
-                "Use jit without a shard_map, which gathers the sequence for such a call, or shard batch and heads.",
-            ],
-        )
     if axis_name is not None:  # the lengths of the whole sequence
         shards = _axis_size(axis_name)
         q_len, kv_len = q_len * shards, kv_len * shards
@@ -251,7 +244,8 @@ def sparse_attention(
     traced_scale, scale = _scale(scale, head_dim)
     soft_cap = scalars.soft_cap(logits_soft_cap, scale)
     own_mask = mask if isinstance(mask, BlockMask) else None
-    shapes = Call(batch, heads, key.shape[2], q_len, kv_len, query.dtype, unbatched, own_mask)
+    own = query.shape[1], key.shape[1]
+    shapes = Call(batch, heads, key.shape[2], q_len, kv_len, own, query.dtype, unbatched, own_mask)
     terms, block_mask = lower(bias, shapes, block_mask)
     dropout_keys = dropout.keys_of_heads(dropout_rng, batch, heads) if threshold else None
     lengths = _lengths(query_seq_lengths, key_value_seq_lengths, (batch, q_len, kv_len))
@@ -300,12 +294,11 @@ def sparse_attention(
                 power = 2.0 ** math.floor(math.log2(abs(scale)))  # of which no rounding comes
                 query, scale = (query.astype(stats) * power).astype(query.dtype), scale / power
             query, key = _with_features(query, key, terms, scale)
-        whole_sequence = dropout_keys is not None or any(x is not None for x in terms[:3])
         attributes = AttentionAttributes(block_mask.block_q, block_mask.block_kv, scale, soft_cap or 0.0, threshold)
         visits = None
-        if key_value_seq_lengths is None and not whole_sequence:
+        if key_value_seq_lengths is None:
             visits = visits_of_shards(block_mask, query, axis_name)
-        call = AttentionCall(attributes, chosen if named else None, visits, axis_name, whole_sequence)
+        call = AttentionCall(attributes, chosen if named else None, visits, axis_name)
         if lengths is None:
             lengths = np.array([[q_len, kv_len]], np.int32)
         sinks = None if sinks is None else sinks.astype(stats)[None, :]

@@ -175,6 +175,8 @@ def _in_plain_jax(static: _Static, lists: Sequence[Any]) -> Callable[..., tuple[
         axis, tokens = static.call.axis, query.shape[1]
         if axis is not None:  # of all shards' rows, cut to this one's
             query, key, value = (jax.lax.all_gather(x, axis, axis=1, tiled=True) for x in (query, key, value))
+            if dense is not None and dense.shape[2] == tokens:
+                dense = jax.lax.all_gather(dense, axis, axis=2, tiled=True)
         out, lse = sparse_attention_xla(
             query,
             key,
@@ -332,7 +334,7 @@ def _native_gradients(
             keys,
         )
         of_term = dataclasses.replace(call, term=term)
-        (dterm,) = BIAS_GRADIENT(of_term, *operands)
+        (dterm,) = _native(BIAS_GRADIENT, ffi.BIAS_GRADIENT[term], of_term, operands)
         found[5 + term] = dterm.sum(-2) if term is ffi.BiasTerm.DISTANCES else dterm
     return tuple(x if wanted else None for x, wanted in zip(found, asked, strict=True))
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+_PER_PLACE = 0x9E3779B9
 DROPPED_OF = 256  # a pair's byte is below the threshold: rates are multiples of 1 / 256
 
 
@@ -56,6 +57,14 @@ def keys_of_heads(rng: Any, batch: int, heads: int) -> jax.Array:
         ) from error
 
 
+def keys_from(keys: jax.Array, first: jax.Array) -> jax.Array:
+    """The keys by which queries that are counted from query `first`, a multiple of 16, drop what they drop.
+
+    Of a query a word has the head's key plus a multiple of its place, and places are counted from `first`, too.
+    """
+    return keys + np.uint32(_PER_PLACE) * _place(first)
+
+
 def hash_word(x: jax.Array) -> jax.Array:
     """A bijective hash of 32 bits, `DropoutHash` in C++."""
     x = x ^ (x >> np.uint32(16))
@@ -67,7 +76,7 @@ def hash_word(x: jax.Array) -> jax.Array:
 
 def query_words(keys: jax.Array, queries: jax.Array) -> jax.Array:
     """What queries contribute to their words: of keys [..] and positions that broadcast to them."""
-    return hash_word(keys + np.uint32(0x9E3779B9) * (_place(queries) + np.uint32(1)))
+    return hash_word(keys + np.uint32(_PER_PLACE) * (_place(queries) + np.uint32(1)))
 
 
 def key_words(positions: jax.Array) -> jax.Array:

@@ -36,7 +36,8 @@ NO_DROPOUT_KEYS = (1, 0)
 _ROWS = {"row_offsets": "bn.", "kv_blocks": "bn.", "tiles": "bn."}
 _COLUMNS = {"col_offsets": "bn.", "q_blocks": "bn.", "col_tiles": "bn."}
 _REST = {"bit_tiles": "bn...", "lengths": "b."}
-_BIAS = {"dense_bias": "bnts", "distance_bias": "bn.", "bias_tiles": "bn..."}
+# Keys that a shard is given are any of all: the shard itself takes those numbers of the dense bias.
+_BIAS = {"dense_bias": "bnt.", "distance_bias": "bn.", "bias_tiles": "bn..."}
 _BIAS_SHARED = tuple((name,) for name in _BIAS)
 # Numbers of bias tiles share tables with the lists; those that are not given share nothing.
 _ROW_BIAS = {"row_bias_tiles": "bn."}
@@ -128,7 +129,7 @@ def _bias_gradient(operand: str, letters: str) -> Dims:
 
 
 BIAS_GRADIENT = {
-    BiasTerm.DENSE: _bias_gradient("dense_bias", "bnts"),
+    BiasTerm.DENSE: _bias_gradient("dense_bias", "bnt."),
     BiasTerm.DISTANCES: _bias_gradient("distance_bias", "bn.."),
     BiasTerm.TILES: _bias_gradient("bias_tiles", "bn..."),
 }

@@ -29,7 +29,6 @@ class AttentionCall:
       platform: The only platform the call may be lowered for, or None for whichever has a native kernel.
       visits: Which key blocks the lists visit, or None where that is not known, or no shard may rely on it.
       axis: Mesh axes of the `shard_map` around the call along which its arrays are shards of a sequence, or None.
-      whole_sequence: Whether the call has what is not split along a sequence: a bias, or dropout.
       term: The term of the bias whose gradient a call computes, or None for other calls.
     """
 
@@ -37,7 +36,6 @@ class AttentionCall:
     platform: str | None = None
     visits: Visits | None = None
     axis: Axes = None
-    whole_sequence: bool = False
     term: ffi.BiasTerm | None = None
 
 

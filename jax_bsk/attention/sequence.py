@@ -4,6 +4,10 @@ Beside `sharding`, which decides that the queries T split over a mesh. A row of 
 so a shard computes its queries with its part of `row_offsets`; the keys and values that those rows visit come to it,
 and the gradients of these go back (`context.exchange`). Rows that visit the shard's own keys alone are a call of their
 own, which XLA runs beside the exchange.
+
+Kernels count queries and keys from 0. Where positions matter, the keys keep their order, and the shard is given what
+makes the first query and the first key of its call 0: a part of the numbers by distance, of the dense bias, and other
+words of dropout.
 """
 
 from __future__ import annotations
@@ -17,11 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_bsk.context.exchange import Exchange, Part, exchange_of, gather, sum_of_shards
+from jax_bsk.attention import dropout, ffi
+from jax_bsk.context.exchange import Exchange, Part, Positions, exchange_of, gather, sum_of_shards
 from jax_bsk.core import compat
 from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dims import Axes, Bind, Dims, Run
 from jax_bsk.core.dtypes import statistics_dtype
+
+# Operands with a number for each entry of the lists, of both orders.
+_OF_ROWS = ("gates", "row_gates", "row_bias_tiles")
+_OF_COLUMNS = ("col_gates", "col_bias_tiles")
+_BY_ENTRY = (*_OF_ROWS, *_OF_COLUMNS)
 
 UNROLLED = 1 << 20  # entries up to which a search in their offsets is unrolled
 
@@ -37,7 +47,7 @@ class SequenceShards:
       shards: Number of shards.
       keys_split: Whether the keys split over the same axes; else each shard is given all of them.
       inner: What the shard computes of its operands, once these are all there.
-      sums_gates: Whether the gradient of gates, of which all shards have all, is summed over them.
+      sums_shared: Whether gradients of what all shards have (gates, terms of a bias) are summed over them.
     """
 
     call: Any
@@ -46,7 +56,7 @@ class SequenceShards:
     shards: int
     keys_split: bool
     inner: Run
-    sums_gates: bool = True
+    sums_shared: bool = True
 
     def run(self, bind: Bind, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
         """Computes a shard's results from its operands."""
@@ -63,12 +73,14 @@ class SequenceShards:
     def _of_rows(self, bind: Bind, call: Any, given: dict[str, jax.Array]) -> tuple[jax.Array, ...]:
         """The call for a shard's own rows, of whichever heads it has."""
         shard = jax.lax.axis_index(self.axis)
-        exchange = exchange_of(call.visits, self.shards) if self.keys_split and call.visits is not None else None
-        gated = _is_gated(given)
+        positions = _positions(given)
+        by_entry = [name for name in _BY_ENTRY if name in given and given[name].shape[-1]]
+        exchange = None
+        if self.keys_split and call.visits is not None:
+            plain = positions is Positions.NONE and not by_entry
+            exchange = exchange_of(call.visits, self.shards, two_parts=plain, positions=positions)
         if exchange and len(exchange.parts) == 2:
-            if not gated:
-                return self._in_two(bind, call, given, exchange, shard)
-            exchange = exchange_of(call.visits, self.shards, two_parts=False)
+            return self._in_two(bind, call, given, exchange, shard)
         part = exchange.parts[0] if exchange else None
         x = {**given, **self._rows(given, shard)}
         # ---- keys and values
@@ -81,19 +93,26 @@ class SequenceShards:
         of_queries = jnp.clip(x["lengths"][..., :1] - shard * queries, 0, queries)
         of_keys = jnp.full_like(of_queries, keys) if exchange else x["lengths"][..., 1:]
         x["lengths"] = jnp.concatenate([of_queries, of_keys], axis=-1)
+        first_key = jnp.asarray(part.keys)[shard, 0] * call.attributes.block_kv if part else 0
+        window = _Window(self.shards, queries, keys, shard * queries, first_key)
+        x |= window.operands(given)
+        if "dbias" in self.dims.results:
+            (dbias,) = bind(call, list(x.values()))
+            return (self._bias_of_all(dbias, window, given),)
         if "col_offsets" not in x:
             return bind(call, list(x.values()))
         # ---- the backward: lists of the shard's own rows by key block
         columns = self._columns(given, part, shard)
         x |= columns.lists
-        if gated:
-            x["col_gates"] = _take(given["col_gates"], columns.source)
+        for name in by_entry:
+            if name in _OF_COLUMNS:
+                x[name] = _take(given[name], columns.source)
         dquery, dkey, dvalue, dgates = bind(call, list(x.values()))
         if exchange:
             dkey, dvalue = exchange.give_back([dkey, dvalue], self.axis, shard)
         else:
             dkey, dvalue = (self._give_back(y) for y in (dkey, dvalue))
-        if gated:
+        if "col_gates" in by_entry:
             dgates = self._gates_of_all(dgates, columns, given)
         return dquery, dkey, dvalue, dgates
 
@@ -133,12 +152,13 @@ class SequenceShards:
         dkey, dvalue = exchange.give_back(others, self.axis, shard, (dkey, dvalue))
         return _set_rows(dquery, of_far, rows, block, -3), dkey, dvalue, dgates
 
-    # ---- lists and gates --------------------------------------------------------------------------------------------
+    # ---- lists and numbers of entries --------------------------------------------------------------------------------
 
     def _rows(self, given: dict[str, jax.Array], shard: jax.Array, part: Part | None = None) -> dict[str, jax.Array]:
-        """The lists of a shard's rows, and their gates; where their number is known, without the other shards'.
+        """The lists of a shard's rows, and what belongs to their entries.
 
-        Of one of two parts, its rows alone: the first one has empty ones beside them.
+        Where their number is known, these are without the other shards'. Of one of two parts, its rows alone: the first
+        one has empty ones beside them.
         """
         rows = (given["row_offsets"].shape[-1] - 1) // self.shards
         offsets = jax.lax.dynamic_slice_in_dim(given["row_offsets"], shard * rows, rows + 1, axis=-1)
@@ -153,8 +173,8 @@ class SequenceShards:
             return {"row_offsets": offsets, "kv_blocks": part.ids(ids, shard), "tiles": tiles}
         entry = offsets[..., :1] + of_rank(_count(self._capacity(given)), offsets.ndim)
         entry = jnp.minimum(entry, given["kv_blocks"].shape[-1] - 1)
-        gates = [name for name in ("gates", "row_gates") if name in given and given[name].shape[-1]]
-        found = {name: _take(given[name], entry) for name in ("kv_blocks", "tiles", *gates)}
+        others = [name for name in _OF_ROWS if name in given and given[name].shape[-1]]
+        found = {name: _take(given[name], entry) for name in ("kv_blocks", "tiles", *others)}
         return {"row_offsets": offsets - offsets[..., :1], **found}
 
     def _columns(self, given: dict[str, jax.Array], part: Part | None, shard: jax.Array) -> _Columns:
@@ -191,7 +211,19 @@ class SequenceShards:
         for _ in lead:
             spread = jax.vmap(spread)
         spread_out = spread(dgates, places)  # every entry is one shard's: nothing is rounded in a sum
-        return jax.lax.psum(spread_out, self.axis) if self.sums_gates else spread_out
+        return jax.lax.psum(spread_out, self.axis) if self.sums_shared else spread_out
+
+    def _bias_of_all(self, dbias: jax.Array, window: _Window, given: dict[str, jax.Array]) -> jax.Array:
+        """The gradient of a term of the bias from that of what the shard was given of it."""
+        if self.call.term is ffi.BiasTerm.DISTANCES:
+            dbias = window.distances_of_all(dbias, given["distance_bias"])
+        elif self.call.term is ffi.BiasTerm.DENSE:
+            dbias = window.dense_of_all(dbias, given["dense_bias"])
+            if given["dense_bias"].shape[-2] > 1:  # each shard has its own rows
+                return dbias
+        if not self.sums_shared:
+            return dbias
+        return jax.lax.psum(dbias.astype(given["lse"].dtype), self.axis).astype(dbias.dtype)
 
     # ---- keys -------------------------------------------------------------------------------------------------------
 
@@ -215,8 +247,58 @@ def in_shard_map(native: Any, dims: Dims, call: Any, operands: Sequence[Any]) ->
     """
     local = dataclasses.replace(call, visits=None, axis=None)
     shards = jax.lax.axis_size(call.axis)
-    parts = SequenceShards(call, dims, call.axis, shards, True, lambda bind, x: bind(call, x), sums_gates=False)
+    parts = SequenceShards(call, dims, call.axis, shards, True, lambda bind, x: bind(call, x), sums_shared=False)
     return parts.within(lambda _, x: native(local, *x), [jnp.asarray(x) for x in operands])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """The queries and keys of a shard's call, as a part of the whole sequence's.
+
+    Attributes:
+      shards: Number of shards.
+      queries: Number of queries, the same of each shard.
+      keys: Number of keys.
+      first_query: Position of the first query, a multiple of 32.
+      first_key: Position of the first key, where positions are kept.
+    """
+
+    shards: int
+    queries: int
+    keys: int
+    first_query: Any
+    first_key: Any
+
+    def operands(self, given: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """What depends on positions, for queries and keys that are counted from the window's first ones."""
+        found = {}
+        if _is_given(given, "distance_bias"):
+            length = self.queries + self.keys - 1
+            found["distance_bias"] = jax.lax.dynamic_slice_in_dim(
+                given["distance_bias"], self._first_distance, length, axis=-1
+            )
+        if _is_given(given, "dense_bias") and given["dense_bias"].shape[-1] not in (1, self.keys):
+            found["dense_bias"] = jax.lax.dynamic_slice_in_dim(given["dense_bias"], self.first_key, self.keys, axis=-1)
+        if _is_given(given, "dropout_keys"):
+            found["dropout_keys"] = dropout.keys_from(given["dropout_keys"], self.first_query)
+        return found
+
+    def distances_of_all(self, dbias: jax.Array, distances: jax.Array) -> jax.Array:
+        """The gradient of all numbers by distance, [.., 2, T + S - 1]."""
+        zeros = jnp.zeros((*dbias.shape[:-1], distances.shape[-1]), dbias.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(zeros, dbias, self._first_distance, axis=-1)
+
+    def dense_of_all(self, dbias: jax.Array, dense: jax.Array) -> jax.Array:
+        """The gradient of the dense bias of all keys."""
+        if dbias.shape[-1] == dense.shape[-1]:
+            return dbias
+        zeros = jnp.zeros((*dbias.shape[:-1], dense.shape[-1]), dbias.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(zeros, dbias, self.first_key, axis=-1)
+
+    @property
+    def _first_distance(self) -> Any:
+        """Where the numbers of its distances begin: of key s and query t of all, number s - t + T - 1 is the bias."""
+        return self.first_key - self.first_query + (self.shards - 1) * self.queries
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,8 +314,16 @@ class _Columns:
     source: jax.Array
 
 
-def _is_gated(given: dict[str, jax.Array]) -> bool:
-    return any(name in given and given[name].shape[-1] for name in ("gates", "row_gates"))
+def _is_given(given: dict[str, jax.Array], name: str) -> bool:
+    return name in given and given[name].shape[-1] > 0
+
+
+def _positions(given: dict[str, jax.Array]) -> Positions:
+    """What of the keys' positions a call depends on."""
+    if _is_given(given, "dropout_keys"):
+        return Positions.ABSOLUTE
+    dense = _is_given(given, "dense_bias") and given["dense_bias"].shape[-1] > 1
+    return Positions.RELATIVE if dense or _is_given(given, "distance_bias") else Positions.NONE
 
 
 def _pick_rows(offsets: jax.Array, *, order: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:

@@ -38,9 +38,7 @@ class AttentionSplitting(Splitting):
           split (a compound would make Shardy answer with sub-axes, which a NamedSharding cannot spell).
         """
         heads, kv_heads = sizes["N"], sizes["K"]
-        if call.whole_sequence:
-            keys, whole = {}, frozenset("TS")
-        elif sizes["T"] == sizes["S"]:
+        if sizes["T"] == sizes["S"]:
             keys, whole = {"S": "t"}, frozenset[str]()
         else:
             keys, whole = {}, frozenset("S")
@@ -51,10 +49,8 @@ class AttentionSplitting(Splitting):
         return Factors(names=keys, replicated=frozenset("k"), whole=whole)
 
     def splits(self, call: Any, letter: str, sizes: Mapping[str, int], shards: int) -> bool:
-        """Queries split into whole blocks, and not with a bias or dropout; batch and heads always."""
-        if letter != "T":
-            return True
-        return not call.whole_sequence and sizes["T"] % (shards * call.attributes.block_q) == 0
+        """Queries split into whole blocks; batch and heads always."""
+        return letter != "T" or sizes["T"] % (shards * call.attributes.block_q) == 0
 
     def shard(
         self, call: Any, dims: Dims, sizes: Mapping[str, int], axes: dict[str, Axes], mesh: Mesh

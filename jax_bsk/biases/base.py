@@ -101,7 +101,8 @@ class DenseBias(Bias):
         if jnp.issubdtype(array.dtype, jnp.integer):
             array = array.astype(call.stats)
         array = inputs.floating(array, "bias")
-        inputs.check_broadcasts(array.shape, call.sizes, call.unbatched, "bias")
+        sizes = call.batch, call.heads, call.own[0], call.kv_len
+        inputs.check_broadcasts(array.shape, sizes, call.unbatched, "bias")
         if array.dtype not in (call.dtype, call.stats):
             array = array.astype(call.stats)
         return Terms(dense=of_rank(array, 4))

@@ -55,13 +55,13 @@ class PositionBias(Bias):
         examples, features = (1, call.batch), of_queries.shape[-1]
         of_queries = check_dims(
             of_queries,
-            (("B|1", examples), ("T", call.q_len), ("N|1", (1, call.heads)), ("F", features)),
+            (("B|1", examples), ("T", call.own[0]), ("N|1", (1, call.heads)), ("F", features)),
             "query_features of PositionBias",
             not call.unbatched,
         )
         of_keys = check_dims(
             of_keys,
-            (("B|1", examples), ("S", call.kv_len), ("N|K|1", (1, call.kv_heads, call.heads)), ("F", features)),
+            (("B|1", examples), ("S", call.own[1]), ("N|K|1", (1, call.kv_heads, call.heads)), ("F", features)),
             "key_features of PositionBias",
             not call.unbatched,
         )

@@ -43,7 +43,8 @@ class Call:
     """What a bias must know of the call it is given to.
 
     Attributes:
-      batch, heads, kv_heads, q_len, kv_len: Sizes.
+      batch, heads, kv_heads, q_len, kv_len: Sizes; lengths are those of the whole sequence.
+      own: Queries and keys of the call's arrays: where a `shard_map` gives it a shard of a sequence, fewer.
       dtype: Type of the queries.
       unbatched: Whether the call's arrays have no batch dimension.
       mask: The `BlockMask` that the user gave, or None where the mask is another.
@@ -54,6 +55,7 @@ class Call:
     kv_heads: int
     q_len: int
     kv_len: int
+    own: tuple[int, int]
     dtype: Any
     unbatched: bool
     mask: BlockMask | None

@@ -14,11 +14,15 @@ gradients of queries have the same bits.
 
 Where few rows visit others' keys, they are a `Part` of their own, with the own blocks that they visit and what came.
 The other rows need nothing that travels, and their keys are not copied.
+
+What depends on positions (biases, dropout) wants keys at the `Positions` that they have in the sequence. As much
+travels; the blocks are then copied to their places among blocks that nobody visits.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -39,6 +43,14 @@ STEP_BLOCKS = 10
 # Rows that visit other shards' keys are computed apart from the rest where they, and the own keys that they visit, are
 # together at most this share of the shard's: it costs a copy of these, and spares one of all keys.
 TWO_PARTS_TO = 1.0
+
+
+class Positions(enum.Enum):
+    """What a shard's keys keep of their positions in the sequence."""
+
+    NONE = "none"  # the shard's own keys come first, then the others', each packed
+    RELATIVE = "relative"  # their distances: all positions are less by the same number, that of the first key
+    ABSOLUTE = "absolute"  # the positions: there is room for the keys of all shards
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,6 +152,8 @@ class Exchange:
       returned: int32 [shards, count], the shard's own blocks that travel; past their end `m`.
       parts: All rows of a shard; or the rows that visit the shard's own keys alone, and the others.
       kept: int32 [shards, count], own blocks that the second of two parts visits; past their end `m`. None of one part.
+      spread: Where keys keep their positions, int32 [shards, count], for each place among the keys of the one part the
+        slot of its block; of a block that does not come, any. None where the slots are the places.
     """
 
     shards: int
@@ -149,6 +163,7 @@ class Exchange:
     returned: np.ndarray
     parts: tuple[Part, ...] = ()
     kept: np.ndarray | None = None
+    spread: np.ndarray | None = None
 
     def received(self) -> np.ndarray:
         """int64 [shards]: key blocks that each shard receives from others, padding included."""
@@ -173,8 +188,17 @@ class Exchange:
     def bring(self, arrays: Sequence[jax.Array], axis: Axes, shard: jax.Array) -> list[jax.Array]:
         """The keys and values that a shard needs, [.., S', K, H], from its own, [.., S / n, K, H].
 
-        They travel together. Of two parts, these are those of the second one.
+        They travel together. Of two parts, these are those of the second one. Where positions are kept, blocks that
+        the shard does not need hold any keys.
         """
+        found = self._packed(arrays, axis, shard)
+        if self.spread is None:
+            return found
+        places = jnp.asarray(self.spread)[shard]
+        size = arrays[0].shape[-3] // self.own
+        return [_tokens(jnp.take(_blocks(x, size), places, axis=-4, mode="clip")) for x in found]
+
+    def _packed(self, arrays: Sequence[jax.Array], axis: Axes, shard: jax.Array) -> list[jax.Array]:
         if not self.steps:
             return list(arrays)
         blocks = [self._blocks(x) for x in arrays]
@@ -216,6 +240,11 @@ class Exchange:
           shard: Number of the shard.
           near: Of two parts, the gradients that the first one has of the shard's own keys and values.
         """
+        if self.spread is not None:
+            (part,) = self.parts
+            size = gradients[0].shape[-3] // part.keys.shape[1]
+            places = jnp.asarray(np.take_along_axis(part.slots, np.maximum(self.keys, 0), axis=1))[shard]
+            gradients = [_tokens(jnp.take(_blocks(x, size), places, axis=-4, mode="clip")) for x in gradients]
         if not self.steps:
             return list(gradients)
         counts = [self.own if self.kept is None else self.kept.shape[1], *(step.count for step in self.steps)]
@@ -250,8 +279,13 @@ class Exchange:
         ]
 
     def _blocks(self, x: jax.Array) -> jax.Array:
-        """[.., m blocks, K, H] to [.., m, block, K, H]."""
-        return x.reshape(*x.shape[:-3], self.own, x.shape[-3] // self.own, *x.shape[-2:])
+        """A shard's own blocks, [.., m blocks, K, H] to [.., m, block, K, H]."""
+        return _blocks(x, x.shape[-3] // self.own)
+
+
+def _blocks(x: jax.Array, size: int) -> jax.Array:
+    """[.., n size, K, H] to [.., n, size, K, H]."""
+    return x.reshape(*x.shape[:-3], -1, size, *x.shape[-2:])
 
 
 def _tokens(x: jax.Array) -> jax.Array:
@@ -265,17 +299,22 @@ def _or_outside(inside: jax.Array, places: jax.Array, size: int) -> jax.Array:
 
 
 @functools.lru_cache(64)
-def exchange_of(visits: Visits, shards: int, *, two_parts: bool = True) -> Exchange | None:
+def exchange_of(
+    visits: Visits, shards: int, *, two_parts: bool = True, positions: Positions = Positions.NONE
+) -> Exchange | None:
     """The exchange of a host mask's keys, or None where all are better gathered.
 
     Args:
       visits: Visits of the mask.
       shards: Number of shards.
-      two_parts: Whether the rows may be computed in two parts.
+      two_parts: Whether the rows may be computed in two parts, where positions are not kept.
+      positions: What the keys keep of their positions.
     """
     found = min((exchange(visits.needs(shards), popular) for popular in (False, True)), key=cost)
     if cost(found) > GATHER_FROM * (shards - 1) * found.own + STEP_BLOCKS:
         return None
+    if positions is not Positions.NONE:
+        return _in_place(found, visits, positions)
     whole = Part.of(visits, np.ones(visits.rows, bool), found.keys)
     if not found.steps or not two_parts:
         return dataclasses.replace(found, parts=(whole,))
@@ -293,6 +332,22 @@ def exchange_of(visits: Visits, shards: int, *, two_parts: bool = True) -> Excha
         kept=kept,
         returned=_union(found.returned, kept, found.own),
     )
+
+
+def _in_place(found: Exchange, visits: Visits, positions: Positions) -> Exchange:
+    """The exchange with a shard's keys at their positions: all of them, or those from the first to the last it has."""
+    columns = visits.columns
+    first, width = np.zeros(found.shards, np.int64), columns
+    if positions is Positions.RELATIVE:
+        there = found.slots >= 0
+        first, end = there.argmax(1), columns - there[:, ::-1].argmax(1)
+        width = int((end - first).max())
+        first = np.minimum(first, columns - width)
+    keys = (first[:, None] + np.arange(width)).astype(np.int32)
+    spread = np.take_along_axis(found.slots, keys, axis=1)
+    same = spread.shape == found.keys.shape and (spread == np.arange(width)).all()
+    part = Part.of(visits, np.ones(visits.rows, bool), keys)
+    return dataclasses.replace(found, parts=(part,), spread=None if same else np.maximum(spread, 0))
 
 
 def _union(a: np.ndarray, b: np.ndarray, fill: int) -> np.ndarray:
