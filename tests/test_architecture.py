@@ -88,8 +88,9 @@ LAYERS = {
         ["api"],
         ["derivatives"],
         ["native", "xla"],
-        ["ffi", "refusals", "sharding", "schedule", "dropout"],
+        ["refusals", "sharding", "schedule"],
         ["sequence"],
+        ["ffi", "dropout"],
     ],
     "decode": [
         ["ragged", "cache"],
