@@ -73,7 +73,8 @@ LAYERS = {
     ],
     "biases": [
         ["lowering", "_export"],
-        ["distances", "entries", "features"],
+        ["distances"],
+        ["entries", "features"],
         ["base"],
         ["terms"],
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Self
 
@@ -14,8 +15,12 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jax_bsk.biases.base import Bias
+from jax_bsk.biases.entries import TileBias
 from jax_bsk.biases.terms import Call, Terms, check_dims
 from jax_bsk.core import inputs
+from jax_bsk.core.arrays import known
+from jax_bsk.masks import BlockMask
+from jax_bsk.masks.orders.column_lists import rows_of_entries
 
 # Elements of the matrix that sums a table's gradient in a fixed order; a larger one is a scatter.
 _SUMMED = 1 << 26
@@ -210,6 +215,67 @@ class RelativeBias(Bias):
             )
         return cls(table, ClippedBuckets(rows // 2))
 
+    def in_order(self, mask: BlockMask, positions: ArrayLike) -> TileBias:
+        """The same bias of tokens that are in another order, such as that of `context.plan`.
+
+        It is a tile per visited block, for the distances of this block's tokens in the sequence. Blocks with the same
+        buckets share a tile: T5's buckets and clipped distances have few different ones, as all far blocks are equal.
+        Where each distance has a bucket of its own, there are about two tiles for each block of the sequence.
+
+        Args:
+          mask: Mask of the call, of tokens in the new order and of whole blocks: `plan.mask`.
+          positions: Integers [T], where each token stands in the sequence, in the new order: `plan.positions`. The
+            tokens of a block are neighbours there.
+
+        Returns:
+          A `TileBias` for calls with this mask.
+
+        Raises:
+          ValueError: The positions are not those of the mask's tokens, or known ones separate tokens of a block.
+
+        Examples:
+          >>> import jax, jax.numpy as jnp, jax_bsk
+          >>> from jax_bsk.biases import RelativeBias
+          >>> from jax_bsk.masks import CausalMask
+          >>> plan = jax_bsk.context.plan(CausalMask().bind(1024, block_size=64), 4)
+          >>> bias = RelativeBias.t5(jnp.zeros((32, 2)), bidirectional=False).in_order(plan.mask, plan.positions)
+          >>> bias.tiles.shape
+          (1, 2, 5, 64, 64)
+        """
+        length, blocks = mask.q_len, (mask.block_q, mask.block_kv)
+        if mask.kv_len != length or any(length % block for block in blocks) or np.shape(positions) != (length,):
+            raise ValueError(
+                "in_order takes a mask of as many queries as keys, in whole blocks, and a position per token, got "
+                f"{length} queries and {mask.kv_len} keys in blocks of {blocks}, and positions of shape "
+                f"{np.shape(positions)}; give it plan.mask and plan.positions"
+            )
+        values = known(positions)
+        if values is not None:
+            for block in blocks:
+                split = values.reshape(-1, block)
+                if (split != split[:, :1] + np.arange(block)).any():
+                    raise ValueError(
+                        f"positions of the {block} tokens of a block are neighbours in the sequence, got "
+                        f"{split[(split != split[:, :1] + np.arange(block)).any(1)][0]}; give it plan.mask and "
+                        "plan.positions"
+                    )
+        # ---- one tile for all first distances with the same buckets
+        step, inside = math.gcd(*blocks), np.arange(1 - blocks[0], blocks[1])
+        first = np.arange(step - length, length, step)
+        buckets = self._numbers((first[:, None] + inside[None]).reshape(-1)).reshape(first.size, inside.size)
+        different, tile_of = np.unique(buckets, axis=0, return_inverse=True)
+        table = jnp.asarray(self.table)
+        diagonals = _looked_up(table, different.reshape(-1)).T.reshape(table.shape[1], *different.shape)
+        # ---- the tile of each entry
+        known_lists = values is not None and mask.is_host
+        xp: Any = np if known_lists else jnp
+        starts = [xp.asarray(positions if values is None else values)[::block] for block in blocks]
+        rows, columns = _rows_of_entries(mask), xp.clip(mask.kv_blocks, 0, mask.nk - 1)
+        apart = starts[1][columns] - starts[0][xp.maximum(rows, 0)]
+        tile_of = xp.asarray(tile_of.reshape(-1).astype(np.int32))
+        numbers = tile_of[xp.clip((apart + length) // step - 1, 0, first.size - 1)]
+        return TileBias(_tiles_of_diagonals(diagonals, blocks)[None], xp.where(rows < 0, np.int32(-1), numbers))
+
     def _terms(self, call: Call) -> Terms:
         table = jnp.asarray(self.table)
         if table.ndim != 2 or table.shape[1] not in (1, call.heads):
@@ -233,6 +299,34 @@ class RelativeBias(Bias):
                 f"{numbers.shape}; return the numbers of the table's rows, an array of the shape it is given"
             )
         return numbers
+
+
+def _rows_of_entries(mask: BlockMask) -> Any:
+    """int32 of the shape of the mask's lists: the row of each entry, -1 past the end."""
+    if mask.is_host:
+        offsets = np.asarray(mask.row_offsets)
+        found = [rows_of_entries(offsets[at], mask.capacity) for at in np.ndindex(offsets.shape[:2])]
+        return np.stack(found).reshape(*offsets.shape[:2], mask.capacity)
+    entry = jnp.arange(mask.capacity, dtype=np.int32)
+
+    def rows(offsets: jax.Array) -> jax.Array:
+        found = jnp.searchsorted(offsets[1:], entry, side="right").astype(np.int32)
+        return jnp.where(entry < offsets[-1], found, -1)
+
+    return jax.vmap(jax.vmap(rows))(jnp.asarray(mask.row_offsets))
+
+
+def _tiles_of_diagonals(diagonals: jax.Array, blocks: tuple[int, int]) -> jax.Array:
+    """Tiles [.., block_q, block_kv] of the numbers [.., block_q + block_kv - 1] along their diagonals.
+
+    Rows of one number more than there are, read on as rows of as many, are each shifted by one more place. The
+    gradient is a sum over rows.
+    """
+    *lead, size = diagonals.shape
+    longer = jnp.pad(diagonals, [(0, 0)] * len(lead) + [(0, 1)])
+    rows = jnp.broadcast_to(longer[..., None, :], (*lead, blocks[0], size + 1))
+    rows = rows.reshape(*lead, -1)[..., : blocks[0] * size].reshape(*lead, blocks[0], size)
+    return rows[..., blocks[0] - 1 :]
 
 
 def _rows(table: Any) -> int:

@@ -23,13 +23,24 @@ def lower(bias: Any, call: Call, lists: BlockMask) -> tuple[Terms, BlockMask]:
 
     Returns:
       The terms, and the lists: each head's or example's own where only the tile numbers are.
+
+    Raises:
+      ValueError: The bias is one of distances, and the mask that of a plan.
     """
     if bias is None:
         return Terms(), lists
     bias = as_bias(bias)
     terms = Terms()
     for part in bias.parts if isinstance(bias, BiasSum) else (bias,):
-        terms = _plus(terms, part._terms(call), call)
+        found = part._terms(call)
+        if lists.planned and found.distances is not None:
+            raise ValueError(
+                f"{type(part).__name__} counts the tokens of the call, and context.plan has put these into another "
+                "order than the sequence's; give RelativeBias as bias.in_order(plan.mask, plan.positions), and "
+                "AlibiBias under a causal mask as the array jnp.outer(slopes, plan.positions)[:, None], which has the "
+                "same differences in each row"
+            )
+        terms = _plus(terms, found, call)
     if 0 in call.sizes:  # no pair
         terms = terms._replace(dense=None, distances=None, tiles=None, numbers=None)
     if terms.tiles is None or lists.capacity == 0 or terms.tiles.shape[2] == 0:  # no tile that an entry could add

@@ -136,7 +136,7 @@ def plan(
         unit = blocks // mask.block_q
         assigned, size = balance.assign(visits, shards, unit, chunk=rows, exchange_cost=exchange_cost)
         order, size = assigned.reshape(-1).astype(np.int32), size * mask.block_q
-        plans[key] = Plan(mask.with_rows(permuted(mask, order, size)), order, size, shards)
+        plans[key] = Plan(mask.with_rows(permuted(mask, order, size), planned=True), order, size, shards)
     return plans[key]
 
 

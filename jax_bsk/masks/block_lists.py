@@ -59,6 +59,7 @@ class BlockLists:
     block_kv: int
     q_len: int
     kv_len: int
+    planned: bool = False
 
     # Names of the arrays it holds, which are its pytree's leaves (or None), and of the numbers beside them.
     _stored: ClassVar[tuple[str, ...]] = (
@@ -66,7 +67,7 @@ class BlockLists:
         *("col_offsets", "q_blocks", "col_tiles"),
     )
     _row_names: ClassVar[tuple[str, ...]] = _stored[:3]
-    _size_names: ClassVar[tuple[str, ...]] = ("block_q", "block_kv", "q_len", "kv_len")
+    _size_names: ClassVar[tuple[str, ...]] = ("block_q", "block_kv", "q_len", "kv_len", "planned")
 
     # ---- sizes --------------------------------------------------------------------------------------------------
 
@@ -226,8 +227,8 @@ class BlockLists:
             self.__dict__["_copies"] = (device,), copies
         return self.__dict__["_copies"][1]
 
-    def _sizes(self) -> tuple[int, ...]:
-        """The numbers beside the arrays: what decides the structure of the pytree."""
+    def _sizes(self) -> tuple[Any, ...]:
+        """What is beside the arrays and decides the structure of the pytree."""
         return tuple(getattr(self, name) for name in self._size_names)
 
     def __getstate__(self) -> dict[str, Any]:

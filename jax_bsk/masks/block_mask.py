@@ -49,6 +49,8 @@ class BlockMask(BlockLists):
       col_offsets, q_blocks, col_tiles: the same lists by key block; None until `transpose()`.
       block_q, block_kv: tokens of a block.
       q_len, kv_len: tokens.
+      planned: whether `context.plan` has put the tokens into another order, in which distances are not those of the
+        sequence.
 
     Examples:
       Row 0 visits block 0 with bit tile 0. Row 1 visits block 1 with the same tile, then the full block 0.
@@ -258,14 +260,14 @@ class BlockMask(BlockLists):
             max_tiles=max_tiles if traced else None,
         )
 
-    def with_rows(self, lists: RowLists | RowRuns) -> BlockMask:
+    def with_rows(self, lists: RowLists | RowRuns, *, planned: bool = False) -> BlockMask:
         """The mask of these query-major lists, of the same lengths and block sizes; nothing is checked."""
-        return BlockMask._of(lists, self._grid)
+        return BlockMask._of(lists, self._grid, planned)
 
     @classmethod
-    def _of(cls, lists: RowLists | RowRuns, grid: Grid) -> Any:
+    def _of(cls, lists: RowLists | RowRuns, grid: Grid, planned: bool = False) -> Any:
         if isinstance(lists, RowRuns):
-            return RunBlockMask.of_runs(lists, grid)
+            return RunBlockMask.of_runs(lists, grid, planned)
         return cls(
             lists.row_offsets,
             lists.kv_blocks,
@@ -278,6 +280,7 @@ class BlockMask(BlockLists):
             grid.block_kv,
             grid.q_len,
             grid.kv_len,
+            planned,
         )
 
     # ---- densities ----------------------------------------------------------------------------------------------
@@ -317,7 +320,9 @@ class BlockMask(BlockLists):
         return self._and_mask(other)
 
     def _and_mask(self, other: object) -> BlockMask:
+        planned = self.planned
         if isinstance(other, BlockMask):
+            planned |= other.planned
             sizes = [(x.q_len, x.kv_len, x.block_q, x.block_kv) for x in (self, other)]
             if sizes[0] != sizes[1]:
                 raise ValueError(
@@ -327,7 +332,7 @@ class BlockMask(BlockLists):
             other = _combine.ListedMask(other)
         elif not isinstance(other, Mask):
             raise TypeError(f"cannot combine a BlockMask with {described(other)} by `&`: {remedy_for(other, '&')}")
-        return BlockMask._of(_combine.combine(self, other), self._grid)
+        return BlockMask._of(_combine.combine(self, other), self._grid, planned)
 
     def _refused(self, operator: str, other: object) -> NoReturn:
         raise TypeError(

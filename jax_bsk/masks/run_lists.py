@@ -49,7 +49,7 @@ class RunLists(BlockLists):
 
     _stored = (*_ROWS, "bit_tiles", *_COLUMNS)
     _row_names = _ROWS
-    _size_names = ("block_q", "block_kv", "q_len", "kv_len", "capacity")
+    _size_names = ("block_q", "block_kv", "q_len", "kv_len", "planned", "capacity")
 
     row_starts: Array
     row_blocks: Array
@@ -73,10 +73,10 @@ class RunLists(BlockLists):
         return mask
 
     @classmethod
-    def of_runs(cls, runs: RowRuns, grid: Grid) -> Self:
+    def of_runs(cls, runs: RowRuns, grid: Grid, planned: bool = False) -> Self:
         """A mask with the runs that the host's builder made."""
-        sizes = {name: getattr(grid, name) for name in cls._size_names[:-1]}
-        return cls.of_fields(**runs._asdict(), **dict.fromkeys(_COLUMNS), **sizes)
+        sizes = {name: getattr(grid, name) for name in cls._size_names[:4]}
+        return cls.of_fields(**runs._asdict(), **dict.fromkeys(_COLUMNS), **sizes, planned=planned)
 
     @property
     def holds_runs(self) -> bool:
