@@ -77,7 +77,7 @@ class SequenceShards:
         by_entry = [name for name in _BY_ENTRY if name in given and given[name].shape[-1]]
         exchange = None
         if self.keys_split and call.visits is not None:
-            plain = positions is Positions.NONE and not by_entry
+            plain = positions is Positions.NONE and not by_entry and not _is_given(given, "dense_bias")
             exchange = exchange_of(call.visits, self.shards, two_parts=plain, positions=positions)
         if exchange and len(exchange.parts) == 2:
             return self._in_two(bind, call, given, exchange, shard)
