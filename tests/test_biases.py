@@ -680,18 +680,3 @@ def test_refusals():
         TileBias(jnp.ones((1, 1, 1, 32, 32)), np.ones(3))
     with pytest.raises(TypeError, match="slopes is a floating-point array"):
         AlibiBias(jnp.arange(4))
-
-
-def test_axis_name_is_refused():
-    mesh = jax.make_mesh((8,), ("sequence",), axis_types=(AxisType.Auto,))
-    x = jnp.zeros((1, 256, 2, 16))
-
-    def attend(x, **options):
-        return sparse_attention(x, x, x, mask=CausalMask(), axis_name="sequence", **options)
-
-    for options in ({"bias": AlibiBias(alibi_slopes(2))}, {"dropout_rate": 0.5, "dropout_rng": jax.random.key(0)}):
-        sharded = jax.shard_map(
-            functools.partial(attend, **options), mesh=mesh, in_specs=P(None, "sequence"), out_specs=P(None, "sequence")
-        )
-        with pytest.raises(jax_bsk.UnsupportedError, match="axis_name takes neither a bias nor dropout"):
-            sharded(x)

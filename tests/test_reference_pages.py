@@ -357,9 +357,6 @@ RAISED: dict[str, Callable[[], Any]] = {
         logits_soft_cap=2.0,
         implementation="cpu",
     ),
-    "axis_name takes neither a bias nor dropout: a device has only its own part of the sequence.": lambda: attend(
-        bias=np.zeros((64, 64)), axis_name="sequence"
-    ),
     "Its kernels take ..., got ...; cast the inputs.": on_a_gpu(
         lambda: attend(*[X.astype(jnp.float8_e4m3fn)] * 3, implementation="cuda"), "9.0"
     ),

@@ -172,7 +172,7 @@ def sparse_attention(
         rounded rate.
       dropout_rng: Key of `jax.random`, needed where dropout_rate > 0. The dropped pairs are a function of this key, the
         rate, the example, the head, and the positions of query and key. They are the same in every implementation, in
-        the backward, and on every mesh.
+        the backward, and on every mesh. Inside a `shard_map` all devices of a sequence are given one key.
       score_function: Function of (logits, example, head, query, key) whose result takes the logits' place, after the
         soft cap and the bias and before the mask. Its arguments are six-dimensional arrays of some blocks, which
         broadcast against each other; the last four are int32 (example and head count from 0; query and key may be past

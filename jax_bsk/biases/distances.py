@@ -57,7 +57,7 @@ class AlibiBias(Bias):
     """Attention with linear biases (ALiBi, arXiv 2108.12409): -slope * |key - query| is added to the logits.
 
     Under a causal mask that is slope * (key - query), as in the paper; otherwise it is symmetric. Positions count from
-    the beginning of the call's queries and keys.
+    the beginning of the call's queries and keys, also where a mesh shards these.
 
     Args:
       slopes: Floating [N] or [B|1, N|1], a slope per query head; traced ones are differentiable. `alibi_slopes` gives

@@ -280,14 +280,12 @@ def test_a_plan_orders_tokens_and_not_distances():
 
     # A causal row's biases may all be more by one number.
     of_keys = jnp.outer(slopes, jnp.asarray(plan.positions, jnp.float32))[:, None]
-    found = plan.undispatch(attention(*map(plan.dispatch, (q, k, v)), of_keys, plan.mask))
+    found = plan.undispatch(attention(*placed, of_keys, plan.mask))
     assert_close(found, attention(q, k, v, AlibiBias(slopes), mask))
 
     for planned in (plan.mask, plan.mask & LocalMask((100, 0)), jax.device_put(plan.mask), plan.mask.padded()):
         for bias in (AlibiBias(slopes), RelativeBias.t5(table) + jnp.ones(1)):
-            with pytest.raises(
-                ValueError, match=r"counts the tokens of the call, and context\.plan has put"
-            ):
+            with pytest.raises(ValueError, match=r"counts the tokens of the call, and context\.plan has put"):
                 attention(q, k, v, bias, planned)
     with pytest.raises(ValueError, match="positions of the 32 tokens of a block are neighbours in the sequence"):
         RelativeBias.t5(table).in_order(plan.mask, plan.positions[::-1])
