@@ -280,7 +280,7 @@ def test_a_plan_orders_tokens_and_not_distances():
 
     # A causal row's biases may all be more by one number.
     of_keys = jnp.outer(slopes, jnp.asarray(plan.positions, jnp.float32))[:, None]
-    found = plan.undispatch(attention(*placed, of_keys, plan.mask))
+    found = plan.undispatch(attention(*placed, bias=of_keys, mask=plan.mask))
     assert_close(found, attention(q, k, v, AlibiBias(slopes), mask))
 
     for planned in (plan.mask, plan.mask & LocalMask((100, 0)), jax.device_put(plan.mask), plan.mask.padded()):
