@@ -35,10 +35,10 @@ def lower(bias: Any, call: Call, lists: BlockMask) -> tuple[Terms, BlockMask]:
         found = part._terms(call)
         if lists.planned and found.distances is not None:
             raise ValueError(
-                f"{type(part).__name__} counts the tokens of the call, and context.plan has put these into another "
-                "order than the sequence's; give RelativeBias as bias.in_order(plan.mask, plan.positions), and "
-                "AlibiBias under a causal mask as the array jnp.outer(slopes, plan.positions)[:, None], which has the "
-                "same differences in each row"
+                f"{type(part).__name__} counts the tokens of the call, which are in the order of context.plan and not "
+                "in the sequence's; give RelativeBias as bias.in_order(plan.mask, plan.positions), and AlibiBias under "
+                "a causal mask as the array jnp.outer(slopes, plan.positions)[:, None], which has the same differences "
+                "in each row"
             )
         terms = _plus(terms, found, call)
     if 0 in call.sizes:  # no pair

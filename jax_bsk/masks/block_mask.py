@@ -49,8 +49,7 @@ class BlockMask(BlockLists):
       col_offsets, q_blocks, col_tiles: the same lists by key block; None until `transpose()`.
       block_q, block_kv: tokens of a block.
       q_len, kv_len: tokens.
-      planned: whether `context.plan` has put the tokens into another order, in which distances are not those of the
-        sequence.
+      planned: whether the tokens are in the order of `context.plan`, in which distances are not those of the sequence.
 
     Examples:
       Row 0 visits block 0 with bit tile 0. Row 1 visits block 1 with the same tile, then the full block 0.

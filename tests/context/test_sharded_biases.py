@@ -285,7 +285,7 @@ def test_a_plan_orders_tokens_and_not_distances():
 
     for planned in (plan.mask, plan.mask & LocalMask((100, 0)), jax.device_put(plan.mask), plan.mask.padded()):
         for bias in (AlibiBias(slopes), RelativeBias.t5(table) + jnp.ones(1)):
-            with pytest.raises(ValueError, match=r"counts the tokens of the call, and context\.plan has put"):
+            with pytest.raises(ValueError, match=r"which are in the order of context\.plan and not in the sequence's"):
                 attention(q, k, v, bias, planned)
     with pytest.raises(ValueError, match="positions of the 32 tokens of a block are neighbours in the sequence"):
         RelativeBias.t5(table).in_order(plan.mask, plan.positions[::-1])
