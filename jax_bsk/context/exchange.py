@@ -285,7 +285,7 @@ class Exchange:
 
 def _blocks(x: jax.Array, size: int) -> jax.Array:
     """[.., n size, K, H] to [.., n, size, K, H]."""
-    return x.reshape(*x.shape[:-3], -1, size, *x.shape[-2:])
+    return x.reshape(*x.shape[:-3], x.shape[-3] // size, size, *x.shape[-2:])
 
 
 def _tokens(x: jax.Array) -> jax.Array:
