@@ -50,8 +50,8 @@ struct ForwardConfig : FeaturesConfig<kFeatures> {
   // Queries as register operands: a quarter less shared memory traffic, +3 to 4.5 % (H200).
   static constexpr bool kQueryInRegisters = kDim <= 128;
   // With queries in registers their buffer is free for the next tile's, whose first product then runs during this one's
-  // epilogue.
-  static constexpr bool kOverlapTiles = kQueryInRegisters;
+  // epilogue. (What that product is added to, a bias, would spill there.)
+  static constexpr bool kOverlapTiles = kQueryInRegisters && kFeatures != Features::kPlainExtras;
   static constexpr int kCtas = kConsumers == 2 || kDim > 128 ? 1 : 2;  // a multiprocessor
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
   // The producer is two warps, in a warpgroup of their own because registers move between warpgroups.

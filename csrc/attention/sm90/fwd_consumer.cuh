@@ -77,7 +77,7 @@ class ForwardConsumer {
   // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
-  // True if references may lag (fwd_softmax.cuh).
+  // True if references may lag (fwd_softmax.cuh), without a bias: one by distance would raise them at every step.
   static constexpr bool kLazy = Config::kPlain;
 
   using Headers = Ring<Shared::kHeaders>;
@@ -320,7 +320,7 @@ class ForwardConsumer {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
     }
-    bool raised = !kLazy || fresh || wary_;
+    bool raised = !kLazy || fresh || (Config::kExtras && HasBias(params_.bias));
     if (flags_ & StepInfo::kMasked) {
       ApplyMask(x);
       raised = true;
@@ -328,7 +328,6 @@ class ForwardConsumer {
     Release(shared_.empty_key[Keys().Stage()]);
     if (raised) {
       softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
-      if constexpr (Config::kExtras) wary_ = !fresh && RowSoftmax::RaisedFar(rescale);
     }
     float total[2];
     softmax_.Exponentials(x, plan_.logits.multiplier, total);
@@ -453,12 +452,8 @@ class ForwardConsumer {
   // been released: with mma.sync, whose operands lie in registers as those of wgmma do. Rare, and so written for
   // registers and not for speed: all loops, and addresses computed where they are used. Anything else would spill.
   __device__ __forceinline__ void RecomputeProducts(float (&x)[kLogits]) {
-    if constexpr (Config::kExtras) {
-      StartLogits(x);
-    } else {
 #pragma unroll
-      for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
-    }
+    for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
 #pragma unroll 1
     for (int n = 0; n < kTileKv / 8; ++n) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
@@ -470,7 +465,7 @@ class ForwardConsumer {
       }
 #pragma unroll
       for (int i = 0; i < kLogits; ++i)
-        if (i / 4 == n) x[i] += sums[i % 4];
+        if (i / 4 == n) x[i] = sums[i % 4];
     }
   }
 
@@ -628,7 +623,6 @@ class ForwardConsumer {
   uint32_t query_[Config::kQueryInRegisters ? kDim / 4 : 4];
   RowSoftmax softmax_;
   int flags_ = 0;
-  bool wary_ = false;  // with a bias: the step before raised a reference far, as a bias by distance does at every step
   uint32_t step_ = 0;  // of the CTA: the next to start
 };
 

@@ -73,10 +73,6 @@ struct RowSoftmax {
   __device__ __forceinline__ static bool Lags(const float (&total)[2]) {
     return __any_sync(0xFFFFFFFFu, fmaxf(total[0], total[1]) > kSlack);
   }
-  // True if references of the warp that lag would have had to be raised by so much.
-  __device__ __forceinline__ static bool RaisedFar(const float (&rescale)[2]) {
-    return __any_sync(0xFFFFFFFFu, fminf(rescale[0], rescale[1]) < 1.f / kSlack);
-  }
   __device__ __forceinline__ void Add(const float (&total)[2]) {
     sum[0] += total[0];
     sum[1] += total[1];
