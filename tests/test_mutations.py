@@ -1,8 +1,8 @@
 """The mutation check (tests/csrc/mutations.py): its table fits the kernels, and every seeded bug is found.
 
 Without a GPU a mutant of each room of the CPU's kernels is built and run (all of them with JAX_BSK_ALL_MUTANTS=1: four
-minutes of a core), and of the others the table alone is checked. Set JAX_BSK_MUTANTS to a folder with the built programs
-to skip the build of all of them (some five minutes on two cores).
+minutes of a core), and of the others the table alone is checked. Set JAX_BSK_MUTANTS to a folder with the built
+programs to skip the build of all of them (some five minutes on two cores).
 """
 
 from __future__ import annotations
