@@ -246,6 +246,13 @@ def gpu_cases(seed: int) -> list[Case]:
     ]
     small: list[Sizes] = [(1, 8, 512, 64), (1, 16, 1024, 64), (1, 32, 2048, 64), (1, 8, 512, 128)]
     cases += [make.half(sizes, block, calls=50) for sizes in small for block in (64, 128)]
+    # Blocks of 64, short sequences in large batches (others of them are among the small calls below), and long ones.
+    cases += [
+        make.half((64, 12, 384, 64), 64, calls=20),
+        make.case((16, 96, 512, 64), "dense", DENSE, 128, calls=20),
+        make.exact((4, 32, 8192, 64), 0.2, "random .2 of 64-blocks", 64),
+        make.exact((4, 32, 8192, 128), 0.2, "random .2 of 64-blocks", 64),
+    ]
     # The same number of tokens as in the table's case of 8,192.
     return cases + make.lengths([(32768 // s, 32, s, 128) for s in (2048, 4096, 16384, 32768)], 0.237)
 

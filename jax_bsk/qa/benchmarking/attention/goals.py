@@ -47,6 +47,8 @@ FORWARD: dict[str, Goal] = {
     "B1 H32 S2048 D64 half of 128-blocks": Goal(seconds=35e-6),
     "B1 H8 S512 D128 half of 64-blocks": Goal(seconds=8e-6),
     "B1 H8 S512 D128 half of 128-blocks": Goal(seconds=8e-6),
+    "B64 H12 S384 D64 half of 64-blocks": Goal(ratios={"flex": 1.1, "cudnn unmasked": 1.5}),
+    "B16 H96 S512 D64 dense": Goal(ratios={"cudnn": 1.0}),
     "B4 H32 S8192 D128 documents, mask in jit": Goal(seconds=0.59e-3, ratios={"fa4-jax": 10}),
 }
 # The goals of the Hopper backward, which is deterministic.
