@@ -55,6 +55,8 @@ PORTABLE_FORWARD = ("attention/sm80/fwd_f32_64_any.cu",)
 PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_ungated.cu",)
 EXTENDED_PORTABLE_FORWARD = ("attention/sm80/fwd_bf16_64_extended.cu",)
 EXTENDED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_extended.cu",)
+EXTRAS_FORWARD = ("attention/sm90/fwd_bf16_64_plainextras.cu",)
+EXTRAS_BACKWARD = ("attention/sm90/bwd_bf16_64_plainextras.cu",)
 BIAS_GRADIENT = ("attention/bias_gradient.cu",)
 PREPARE = ("attention/prepare.cu",)
 CHOOSE = ("lists/choose.cu",)
@@ -787,6 +789,45 @@ BIASES = (
     ),
 )
 
+HOPPER_BIASES = (
+    Mutation(
+        name="hopper-bias-second-row",
+        what="a thread's second row has the first row's numbers by distance",
+        file="attention/sm90/bias.cuh",
+        before="add(n, 1, e, before[e]);",
+        after="add(n, 1, e, value);",
+        instances=EXTRAS_FORWARD,
+        cases=("bias-distances-0", "bias-distances-3"),
+    ),
+    Mutation(
+        name="hopper-bias-left-out",
+        what="steps of keys after a tile's first have no bias",
+        file="attention/sm90/fwd_consumer.cuh",
+        before="if (HasBias(params_.bias)) AddBias(x);",
+        after="if (HasBias(params_.bias) && step_ == 0) AddBias(x);",
+        instances=EXTRAS_FORWARD,
+        cases=("bias-dense-7", "bias-dense-15", "bias-lengths"),
+    ),
+    Mutation(
+        name="hopper-dropout-parity",
+        what="both keys of a pair are dropped where the first is",
+        file="attention/dropout.cuh",
+        before="(12 | byte) * 0x1100",
+        after="(8 | byte) * 0x1100",
+        instances=EXTRAS_FORWARD,
+        cases=("bias-dropout", "bias-dropout-b128"),
+    ),
+    Mutation(
+        name="hopper-dropout-sixteens",
+        what="the backward keeps the flags of four times sixteen queries in one place",
+        file="attention/sm90/bwd_consumer.cuh",
+        before="& 0x80808080u) >> m;",
+        after="& 0x80808080u);",
+        instances=EXTRAS_BACKWARD,
+        cases=("bias-dropout", "bias-dropout-b128"),
+    ),
+)
+
 # The plainest instruction set stands for all: it is the same code, and every machine has it.
 CPU_KERNELS = (
     Mutation(
@@ -1334,7 +1375,18 @@ DECODE_KERNELS = (
     ),
 )
 
-MUTATIONS = FORWARD + BACKWARD + GATES + LISTS_KERNELS + MATMUL + DECODE_KERNELS + PORTABLE + BIASES + CPU_KERNELS
+MUTATIONS = (
+    FORWARD
+    + BACKWARD
+    + GATES
+    + LISTS_KERNELS
+    + MATMUL
+    + DECODE_KERNELS
+    + PORTABLE
+    + BIASES
+    + HOPPER_BIASES
+    + CPU_KERNELS
+)
 
 
 # ---- Copies
