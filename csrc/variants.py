@@ -36,7 +36,7 @@ class Kernels:
     kernel: str
     types: tuple[str, ...]
     sizes: tuple[int, ...]
-    tiles: tuple[int, ...]
+    tiles: tuple[int | str, ...]
     features: tuple[str, ...]
 
 
@@ -52,6 +52,7 @@ ATTENTION = (
     Kernels("sm80", "Backward", ("float",), (64,), (64,), ("Any",)),
     Kernels("sm80", "Backward", ("float",), (128, 256), (64,), EXTRAS_APART),
     Kernels("sm90", "Forward", HALVES, (64, 96, 128, 256), (64, 128), HOPPER),
+    Kernels("sm90", "Forward", HALVES, (64,), ("64Feeder",), ("Plain", "SoftCap", "PlainGated")),
     Kernels("sm90", "Backward", HALVES, (64, 96, 128), (64, 128), HOPPER),
     Kernels("sm90", "Backward", HALVES, (256,), (64,), HOPPER),
 )

@@ -7,6 +7,8 @@
 |----------|------------------------------------------------------------------------|-----------------------------|
 | forward  | deadlocks: sequences of all lengths of seven kinds of tiles;           | everything: 12 tiles        |
 |          | everything: all of up to 9 tiles (2 * kHeaders + 1) of three kinds     |                             |
+| feeder   | deadlocks: sequences of all lengths of six kinds of tiles;             | everything: 12 tiles        |
+|          | everything: all of up to 4 tiles                                       |                             |
 | backward | deadlocks: sequences of all lengths of six kinds of items;             | everything: 12 items        |
 |          | everything: all of up to 4 items of three kinds                        | (more than 2 * kItems)      |
 | launches | all ways to give up to 8 items to 1 or 2 CTAs, and 6 to 3           | larger plans, up to 3 CTAs  |
@@ -29,8 +31,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.rings import agreement, backward, forward, narrow, products
-from tests.rings.alphabets import backward_items, few_backward_items, few_tiles, product_tiles, tiles
+from tests.rings import agreement, backward, feeder, forward, narrow, products
+from tests.rings.alphabets import backward_items, fed_tiles, few_backward_items, few_tiles, product_tiles, tiles
 from tests.rings.backward import KEYS, QUERIES, Backward, Item, Launch, Plan
 from tests.rings.checker import (
     DEADLOCK,
@@ -48,6 +50,7 @@ from tests.rings.checker import (
     check,
     explore,
 )
+from tests.rings.feeder import Feeder
 from tests.rings.forward import EMPTY, Forward, Tile
 from tests.rings.narrow import COPIED, WRONG, Narrow
 from tests.rings.products import PAIRS, ROWS, SAMPLED, SAMPLED_64, Products
@@ -62,6 +65,10 @@ SAMPLES = 30
 def random_tiles(rng: random.Random) -> list[Tile]:
     steps = rng.choices((0, 1, 2, 3, 5, 9), (6, 4, 2, 2, 1, 1), k=12)
     return [Tile(n, cut=tuple(i for i in range(n) if rng.random() < 0.2)) for n in steps]
+
+
+def random_fed_tiles(rng: random.Random) -> list[Tile]:
+    return [tile if tile.steps > 0 else Tile(1) for tile in random_tiles(rng)]
 
 
 def random_items(rng: random.Random) -> list[Item]:
@@ -80,12 +87,13 @@ def random_pairs(rng: random.Random) -> list[tuple[int, ...]]:
 # ---- The forward
 
 # Of 96 dimensions the rings are those of 128, and of one consumer those of 64: `test_shapes_stand_for_all`.
-FORWARD_SHAPES = [(64, 2), (64, 1), (128, 2), (256, 2), (256, 1)]
-ALL_FORWARD_SHAPES = list(itertools.product((64, 96, 128, 256), (1, 2)))
+# With extras the first product of a tile does not run under the output of the one before.
+FORWARD_SHAPES = [(64, 2), (64, 1), (128, 2), (256, 2), (256, 1), (64, 2, True), (64, 1, True), (128, 2, True)]
+ALL_FORWARD_SHAPES = list(itertools.product((64, 96, 128, 256), (1, 2), (False, True)))
 
 
-def forward_rings(dim: int, consumers: int) -> tuple:
-    model = Forward(dim, consumers)
+def forward_rings(dim: int, consumers: int, extras: bool = False) -> tuple:
+    model = Forward(dim, consumers, extras)
     return (consumers, model.full_key.size, model.full_value.size, model.overlap, model.in_registers)
 
 
@@ -129,11 +137,30 @@ def test_forward_sampled(shape):
 
 def test_old_forward_hangs_on_a_live_tile_and_three_empty_ones():
     """The finding that this package began with, and that states do not hide anything: every sequence is run here."""
-    model = Forward(128, 2, "empty tiles are skipped before the tile is stored")
+    model = Forward(128, 2, mistake="empty tiles are skipped before the tile is stored")
     for length in range(1, 6):
         for items in itertools.product((EMPTY, Tile(1)), repeat=length):
             hangs = "1000" in "".join(str(tile) for tile in items)
             assert {finding.kind for finding in check(model, items)} == ({DEADLOCK} if hangs else set()), items
+
+
+# ---- The forward with a feeder
+
+
+def test_feeder_never_hangs():
+    model = Feeder()
+    coverage = explore(model, fed_tiles(model), order=False)
+    assert not coverage.findings, coverage.findings[0]
+    assert coverage.complete
+
+
+def test_feeder():
+    model = Feeder()
+    coverage = explore(model, fed_tiles(model), length=4)
+    assert not coverage.findings, coverage.findings[0]
+    rng = random.Random(0)
+    for _ in range(SAMPLES):
+        assert check(model, random_fed_tiles(rng)) == []
 
 
 # ---- The backward
@@ -290,6 +317,22 @@ def test_forward_mistake(shape, mistake, kind):
     assert kind in {finding.kind for finding in coverage.findings}, coverage
 
 
+FEEDER_MISTAKES = [
+    ("queries are asked for as soon as the tile is known", DEADLOCK),
+    ("values are asked for without waiting", OVERWRITTEN),
+    ("keys are asked for without waiting", OVERWRITTEN),
+    ("as many headers as buffers of keys", OVERWRITTEN),
+    ("queries are released before they are in registers", OVERWRITTEN),
+]
+
+
+@pytest.mark.parametrize(("mistake", "kind"), FEEDER_MISTAKES)
+def test_feeder_mistake(mistake, kind):
+    model = Feeder(mistake)
+    coverage = explore(model, fed_tiles(model), length=6, order=kind != DEADLOCK)
+    assert kind in {finding.kind for finding in coverage.findings}, coverage
+
+
 BACKWARD_MISTAKES = [
     ((64, False), "the loader of keys and values does not wait for open items", OVERWRITTEN),
     ((256, True), "the loader of keys and values does not wait for open items", OVERWRITTEN),
@@ -377,6 +420,7 @@ def test_narrow_mistake(mistake, finding):
 
 def test_every_mistake_is_looked_for():
     assert {x[1] for x in FORWARD_MISTAKES} == set(forward.MISTAKES)
+    assert {x[0] for x in FEEDER_MISTAKES} == set(feeder.MISTAKES)
     assert {x[1] for x in BACKWARD_MISTAKES} == set(backward.MISTAKES)
     assert {x[0] for x in LAUNCH_MISTAKES} == set(backward.LAUNCH_MISTAKES)
     assert {x[1] for x in PRODUCT_MISTAKES} == set(products.MISTAKES)
@@ -430,6 +474,7 @@ def test_checker(count, programs, kinds):
 SIMULATED = [
     (Forward(128, 2), random_tiles),
     (Forward(256, 1), random_tiles),
+    (Feeder(), random_fed_tiles),
     (Backward(128, False), random_items),
     (Backward(64, True), random_items),
     (Products(PAIRS), random_pairs),
@@ -447,7 +492,7 @@ def test_simulated(model, items):
 def test_simulator_finds():
     mistake = "empty tiles are skipped before the tile is stored"
     items = [Tile(1), EMPTY, EMPTY, EMPTY]
-    assert {simulate(Forward(128, 2, mistake), items, seed) for seed in range(5)} == {DEADLOCK}
+    assert {simulate(Forward(128, 2, mistake=mistake), items, seed) for seed in range(5)} == {DEADLOCK}
     model = Products(PAIRS, 1, "stages are released to the own CTA alone, and counted so")
     found = {simulate(model, [(1, 2) * 5], seed) for seed in range(20)}
     assert found >= {OVERWRITTEN, STALE}
@@ -473,7 +518,7 @@ def test_constants_are_read_from_the_sources():
     assert values == {
         (0, 0, 2): 3, (0, 0, 3): 5, (0, 1, 2): 2, (0, 1, 3): 5, (1, 0, 2): 1, (1, 0, 3): 1, (1, 1, 2): 2, (1, 1, 3): 5,
     }  # fmt: skip
-    constants = Constants(FORWARD, "ForwardConfig", kDim=128, kConsumers=2)
+    constants = Constants(FORWARD, "ForwardConfig", kDim=128, kConsumers=2, kFeeder=False, kFeatures=0, kPlainExtras=1)
     expected = {"kHeaders": 4, "kKeyStages": 3, "kValueStages": 2, "kTileQ": 128, "kOverlapTiles": True}
     assert {name: constants[name] for name in expected} == expected
     assert (constants.count("empty_header"), constants.count("full_key"), constants.size("empty_key")) == (9, 1, 3)

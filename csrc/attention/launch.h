@@ -14,9 +14,9 @@ namespace jax_bsk::attention::cuda {
 
 // Which forward kernel. The choice is a matter of speed alone: each takes every problem that is not refused, kRows128
 // only blocks of 128 queries, the Hopper kernels only 16-bit types on compute capability 9.0. Checks name them. Where
-// the named kernel has no variant for a call's gates, soft cap, biases and dropout, the portable one runs. kFewQueries
-// is what few_queries.h says, and kPortable for other problems.
-enum class ForwardKernel { kAutomatic, kPortable, kRows64, kRows128, kFewQueries };
+// the named kernel has no variant for a call's head size, gates, soft cap, biases and dropout, the portable one runs.
+// kFewQueries is what few_queries.h says, and kPortable for other problems.
+enum class ForwardKernel { kAutomatic, kPortable, kRows64, kRows64Feeder, kRows128, kFewQueries };
 
 // Which backward kernels, likewise: kKeys64 and kKeys128 are Hopper's with tiles of as many keys; kKeys128 takes
 // key/value blocks of 128 and head sizes up to 128 only.

@@ -4,8 +4,9 @@
 
 namespace jax_bsk::attention::cuda {
 
-// Rows that stay with a CTA: queries of the forward, keys of the backward.
-enum class Tile { k64, k128 };
+// Rows that stay with a CTA: queries of the forward, keys of the backward. k64Feeder: 64 queries, with one producer
+// warp (attention/sm90/fwd_feeder.cuh).
+enum class Tile { k64, k128, k64Feeder };
 
 // What a variant takes besides queries, keys and values: a soft cap (the word stands for a scale below
 // kLeastPlainScale, too), gates, and extras, which are biases and dropout. "Or not" is a branch at run time.

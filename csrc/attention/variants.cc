@@ -86,6 +86,29 @@ auto* Find(const Table& table, const Params& params, Target target, Tile tile) {
 
 // ---- The choice
 
+// Whether the kernel with a feeder (sm90/fwd_feeder.cuh) is faster: where its three CTAs a multiprocessor have two
+// tiles each, or, of longer rows, so many that it matters little if some have one less. Microseconds on one H200, in a
+// CUDA graph, 64 dimensions, tiles of 64, against the kernel with a producer warpgroup:
+//
+//   batch, heads, tokens; blocks attended to    tiles    steps a row   producer warpgroup   feeder
+//   1, 8, 512; half                                64              4                  6.8      7.3
+//   1, 16, 1024; half                             256              8                  9.9     11.9
+//   16, 8, 512; half                             1024              4                 26.1     20.9
+//   1, 32, 2048; half                            1024             16                 52.9     55.0
+//   16, 32, 512; half                            4096              4                102.4     62.7
+//   64, 12, 384; half                            4608              3                123.0     61.0
+//   256, 12, 256; half                         12,288              2                239.6    121.8
+//   16, 96, 512; all                           12,288              8                390.8    295.9
+//   16, 128, 512; half                         16,384              4                402.8    232.9
+//   4, 32, 8192; a fifth                       16,384           25.6               1134.9   1101.0
+bool FeederIsFaster(const ForwardParams& params, const DeviceFacts& facts) {
+  constexpr int64_t kFewSteps = 8;  // of 64 keys a row, on average as far as the lists have room
+  const Shape& shape = params.shape;
+  const int64_t tiles = shape.batch * shape.heads * CeilDiv(shape.q_len, 64);
+  const bool few_steps = params.rows.capacity * (shape.block_kv / 64) <= kFewSteps * params.rows.rows;
+  return shape.block_q == 64 && tiles >= (few_steps ? 6 : 32) * int64_t{facts.multiprocessors};
+}
+
 const ForwardVariant* Choose(const ForwardParams& params, const DeviceFacts& facts, ForwardKernel kernel) {
   const Shape& shape = params.shape;
   if (kernel == ForwardKernel::kAutomatic && facts.capability == 90) {
@@ -93,6 +116,11 @@ const ForwardVariant* Choose(const ForwardParams& params, const DeviceFacts& fac
     // idle.
     const int64_t tiles = shape.batch * shape.heads * CeilDiv(shape.q_len, 128);
     kernel = shape.block_q == 128 && tiles >= facts.multiprocessors ? ForwardKernel::kRows128 : ForwardKernel::kRows64;
+    const auto* feeder = Find(kForward, params, Target::kHopper, Tile::k64Feeder);
+    if (feeder != nullptr && FeederIsFaster(params, facts)) return feeder;
+  }
+  if (kernel == ForwardKernel::kRows64Feeder) {
+    if (const auto* feeder = Find(kForward, params, Target::kHopper, Tile::k64Feeder); feeder != nullptr) return feeder;
   }
   if (kernel == ForwardKernel::kRows64 || kernel == ForwardKernel::kRows128) {
     const Tile tile = kernel == ForwardKernel::kRows128 ? Tile::k128 : Tile::k64;

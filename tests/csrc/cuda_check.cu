@@ -582,6 +582,8 @@ std::vector<Named<cuda::ForwardKernel>> ForwardKernels(const Case& c) {
   std::vector<Named<cuda::ForwardKernel>> kernels = {{"portable", cuda::ForwardKernel::kPortable}};
   if (HasHopperKernels(c)) {
     kernels.push_back({"rows64", cuda::ForwardKernel::kRows64});
+    if (std::max(c.head_dim, c.value_dim) <= 64)
+      kernels.push_back({"rows64feeder", cuda::ForwardKernel::kRows64Feeder});
     if (c.block_q == 128) kernels.push_back({"rows128", cuda::ForwardKernel::kRows128});
   }
   return kernels;
@@ -1213,6 +1215,7 @@ std::vector<Case> Cases() {
   add("empty", [](Case& c) { c.pattern = P::kEmpty; });
   add("one-query", [](Case& c) { c.q_len = 1, c.pattern = P::kFull; });
   add("one-one", [](Case& c) { c.q_len = 1, c.kv_len = 1, c.pattern = P::kFull; });
+  add("long-rows", [](Case& c) { c.batch = 1, c.heads = 2, c.q_len = 130, c.kv_len = 4480, c.pattern = P::kFull; });
   add("tail-64", [](Case& c) { c.q_len = c.kv_len = 320, c.block_q = c.block_kv = 128; });
   // Three tiles in a row without work, behind live ones and before more: of every head of the first example.
   add("padded", [](Case& c) { c.lengths = true, c.block_q = c.block_kv = 128, c.q_len = 1200; });

@@ -32,7 +32,7 @@ def main():
         agreement.agree()
         return
     if args.pipeline == "forward":
-        model = forward.Forward(args.dim, args.consumers, args.mistake)
+        model = forward.Forward(args.dim, args.consumers, mistake=args.mistake)
         alphabet = tiles(model)
     elif args.pipeline == "backward":
         model = backward.Backward(args.dim, args.split, args.mistake)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.rings.backward import KEYS, QUERIES, Backward, Item
+from tests.rings.feeder import Feeder
 from tests.rings.forward import EMPTY, Forward, Tile
 from tests.rings.products import PAIRS, Products
 
@@ -13,6 +14,12 @@ def tiles(model: Forward) -> list[Tile]:
     return [
         EMPTY, Tile(1), Tile(2), Tile(1, cut=(0,)), Tile(3, cut=(0, 2)), Tile(wraps_twice), Tile(2 * wraps_twice - 1)
     ]  # fmt: skip
+
+
+def fed_tiles(model: Feeder) -> list[Tile]:
+    """Tiles of one, two and three steps, and enough to wrap both rings."""
+    wraps = max(model.full_key.size, model.full_value.size) + 1
+    return [Tile(1), Tile(1, cut=(0,)), Tile(2), Tile(3, cut=(0, 2)), Tile(wraps), Tile(2 * wraps, cut=(wraps,))]
 
 
 def few_tiles(model: Forward) -> list[Tile]:

@@ -60,10 +60,13 @@ class Forward(Model):
     """`ForwardShared` in fwd_shared.cuh, and `ForwardKernel` in sm90/fwd.cuh, for one `ForwardConfig` in
     attention/sm90/config.h."""
 
-    def __init__(self, dim: int, consumers: int, mistake: str = ""):
+    def __init__(self, dim: int, consumers: int, extras: bool = False, mistake: str = ""):
         assert not mistake or mistake in MISTAKES, mistake
         self.mistake = mistake
-        self.constants = constants = Constants(FORWARD, "ForwardConfig", kDim=dim, kConsumers=consumers)
+        arguments = {"kDim": dim, "kConsumers": consumers, "kFeeder": False}
+        self.constants = constants = Constants(
+            FORWARD, "ForwardConfig", **arguments, kFeatures=int(extras), kPlainExtras=1
+        )
         self.consumers = consumers
         self.overlap, self.in_registers = constants["kOverlapTiles"], constants["kQueryInRegisters"]
         assert constants["kWarpgroup"] == 4 * 32

@@ -22,7 +22,7 @@ def text(path: str) -> str:
 
 def python_of(expression: str) -> str:
     """A C++ expression of integers and truth values as one of Python."""
-    expression = re.sub(r"\b(?:Config|Shared)::|\bint64_t\b", "", expression)
+    expression = re.sub(r"\b(?:Config|Shared|Features)::|\bint64_t\b", "", expression)
     expression = re.sub(r"!(?!=)", " not ", expression.replace("&&", " and ").replace("||", " or ").replace("/", "//"))
     expression = expression.replace("true", "True").replace("false", "False").strip()
     return _conditional(expression)

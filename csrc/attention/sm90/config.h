@@ -32,30 +32,34 @@ struct FeaturesConfig {
 // engine. kConsumers: warpgroups that share a tile of 64 * kConsumers queries, keys and values:
 //   2  one persistent CTA a multiprocessor; the warpgroups take turns at the tensor cores. For blocks of 128 queries.
 //   1  two CTAs a multiprocessor, one tile each: for blocks of 64 queries, and where 128-query tiles are too few to
-//      fill the chip.
+//      fill the chip. kFeeder: three persistent CTAs a multiprocessor, each with one producer warp and steps of 64
+//      keys, for many tiles, above all of short rows: those mostly wait for their list, their first keys and their
+//      output, and the other CTAs' products hide that.
 template <typename Element_, int kDim_, Tile kTile, Features kFeatures>
 struct ForwardConfig : FeaturesConfig<kFeatures> {
   using Element = Element_;
   static constexpr int kDim = kDim_;
   static constexpr int kConsumers = kTile == Tile::k128 ? 2 : 1;
+  static constexpr bool kFeeder = kTile == Tile::k64Feeder;
+  static_assert(!kFeeder || kDim == 64, "three CTAs have 128 registers a thread, and 75 KB of shared memory each");
 
   static constexpr int kChunks = (kDim + kChunk - 1) / kChunk;
   static constexpr int kTileQ = kWarpgroupRows * kConsumers;
   // At 256 dimensions 128 keys do not fit beside the output in registers; for two CTAs of 128 not in shared memory.
-  static constexpr int kTileKv = kDim > 128 || (kConsumers == 1 && kDim > 64) ? 64 : 128;
+  static constexpr int kTileKv = kFeeder || kDim > 128 || (kConsumers == 1 && kDim > 64) ? 64 : 128;
   // Buffers of keys and of values. The keys' latency is what a step waits for, so they get the shared memory that is
   // left (three at 128 dimensions, where random blocks come from L2).
-  static constexpr int kKeyStages = kDim == 64 && kConsumers == 2 ? 4 : kDim > 128 ? 2 : 3;
-  static constexpr int kValueStages = kDim == 64 && kConsumers == 2 ? 4 : 2;
+  static constexpr int kKeyStages = kFeeder || (kDim == 64 && kConsumers == 2) ? 4 : kDim > 128 ? 2 : 3;
+  static constexpr int kValueStages = kFeeder ? 3 : kDim == 64 && kConsumers == 2 ? 4 : 2;
   // Queries as register operands: a quarter less shared memory traffic, +3 to 4.5 % (H200).
   static constexpr bool kQueryInRegisters = kDim <= 128;
   // With queries in registers their buffer is free for the next tile's, whose first product then runs during this one's
   // epilogue. (What that product is added to, a bias, would spill there.)
   static constexpr bool kOverlapTiles = kQueryInRegisters && kFeatures != Features::kPlainExtras;
-  static constexpr int kCtas = kConsumers == 2 || kDim > 128 ? 1 : 2;  // a multiprocessor
+  static constexpr int kCtas = kFeeder ? 3 : kConsumers == 2 || kDim > 128 ? 1 : 2;  // a multiprocessor
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
-  // The producer is two warps, in a warpgroup of their own because registers move between warpgroups.
-  static constexpr int kThreads = kConsumerThreads + kWarpgroup;
+  // The producer is two warps, in a warpgroup of their own because registers move between warpgroups; or the feeder.
+  static constexpr int kThreads = kConsumerThreads + (kFeeder ? 32 : kWarpgroup);
   // A lone consumer of one CTA has registers enough from the start.
   static constexpr bool kMoveRegisters = kConsumers == 2 || kCtas == 2;
   static constexpr int kConsumerRegisters = kConsumers == 1 ? 200 : kDim > 96 ? 232 : 216;
@@ -68,7 +72,7 @@ template <typename Config>
 constexpr int ForwardSharedBytes() {
   constexpr int kRow = Config::kChunks * kChunk * 2;
   return Config::kTileQ * kRow + (Config::kKeyStages + Config::kValueStages) * Config::kTileKv * kRow +
-         Config::kKeyStages * Config::kTileQ * 16 + 1024;
+         Config::kKeyStages * Config::kTileQ * 16 + (Config::kFeeder ? 2048 : 1024);
 }
 
 // The backward. One persistent CTA a multiprocessor; two consumer warpgroups, and one of four producer warps. A CTA

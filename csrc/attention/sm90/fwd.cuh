@@ -1,8 +1,9 @@
-// Forward attention over a block list on Hopper (sm_90a): copy engine, mbarrier pipelines, warpgroup products, two
-// producer warps and one or two consumer warpgroups.
+// Forward attention over a block list on Hopper (sm_90a): copy engine, mbarrier pipelines, warpgroup products, one or
+// two producer warps and one or two consumer warpgroups.
 #pragma once
 
 #include "attention/sm90/fwd_consumer.cuh"
+#include "attention/sm90/fwd_feeder.cuh"
 #include "attention/sm90/fwd_producer.cuh"
 #include "attention/sm90/tensor_map.h"
 #include "device/ptx/bulk_copy.cuh"
@@ -25,7 +26,13 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   }
   __syncthreads();
 
-  if (warpgroup == Config::kConsumers) {
+  if constexpr (Config::kFeeder) {
+    if (warpgroup == Config::kConsumers) {
+      ForwardFeeder<Config>(shared, params, plan).Run();
+    } else {
+      ForwardConsumer<Config>(shared, params, plan, 0).RunFed();
+    }
+  } else if (warpgroup == Config::kConsumers) {
     if constexpr (Config::kMoveRegisters) device::sm90::LowerRegisters<Config::kProducerRegisters>();
     const int warp = threadIdx.x / 32 - Config::kConsumerThreads / 32;
     if (warp == 0) {
@@ -63,7 +70,7 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
 
   cudaError_t error = cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  plan.past_end = static_cast<int>(shape.kv_blocks * shape.block_kv);
+  plan.past_end = static_cast<int>(std::max<int64_t>(shape.kv_blocks * shape.block_kv, 1));  // 1: maps have a row
   plan.bit_bytes = Config::kTileQ * static_cast<int>(shape.block_kv) / 8;
   plan.bit_words = shape.block_q * shape.block_kv / 32;
   const int64_t q_tiles = (shape.q_len + Config::kTileQ - 1) / Config::kTileQ;
@@ -72,6 +79,11 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   plan.group = Divider(shape.heads / shape.kv_heads);
   plan.tiles = static_cast<int>(q_tiles * shape.heads * shape.batch);
   unsigned grid = static_cast<unsigned>(plan.tiles);
+  if (Config::kFeeder) {
+    // Persistent, too, but each CTA has the same number of tiles: what a counter balances is less than what clearing
+    // it before the launch costs short rows.
+    grid = std::min(grid, static_cast<unsigned>(Config::kCtas * multiprocessors));
+  }
   if (Config::kConsumers == 2 && plan.tiles > multiprocessors) {
     // Persistent CTAs that take the next tile when they are done: +5 % to +22 % over one tile a CTA for random lists.
     grid = static_cast<unsigned>(multiprocessors);

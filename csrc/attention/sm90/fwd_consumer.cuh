@@ -43,6 +43,9 @@ namespace jax_bsk::attention::cuda::sm90 {
 //   compute                               '-> softmax n, release key n (P V runs)  '-> release value n-1, rescale O,
 //                                                                                      P n to 16 bits
 //
+// Where there is a feeder (fwd_feeder.cuh), one warp is scheduler and loader, and headers have no barriers: a header is
+// there with the keys of its tile's first step.
+//
 // A tile's first step has no P V to run beside its softmax; its last P V runs beside the first Q K^T of the next tile
 // (FinishTile), and the rows are stored while that product runs.
 template <typename Config>
@@ -67,10 +70,17 @@ class ForwardConsumer {
       } while (FinishTile(tile));
     } while (SkipEmptyTiles(tile));
 
-    device::sm90::SyncNamed(kMeeting, Config::kConsumerThreads);
-    for (int inexact = shared_.last_inexact; inexact >= 0; inexact = plan_.inexact_tiles[inexact]) {
-      FixRows<Config>(params_, plan_, inexact, group_ * kWarpgroupRows + Thread() / 32 * 16);
-    }
+    FixInexactTiles();
+  }
+
+  // The same with a feeder, which announces no headers: every tile has a step.
+  __device__ __forceinline__ void RunFed() {
+    Headers tile;
+    FirstStep(tile);
+    do {
+      while (!(flags_ & StepInfo::kLast)) Step();
+    } while (FinishTile(tile));
+    FixInexactTiles();
   }
 
  private:
@@ -153,7 +163,7 @@ class ForwardConsumer {
     const bool poisoned = flags_ & StepInfo::kRowPoisoned;
     next = tile;
     next.Advance();
-    if (!Config::kOverlapTiles || WaitForHeader(next) != TileHeader::kLive) {
+    if (!Config::kOverlapTiles || !IsLive(next)) {
       if constexpr (!Config::kQueryInRegisters) Release(shared_.empty_query);  // its products are done
       LastProduct();
       StoreTile(tile, poisoned);
@@ -208,6 +218,11 @@ class ForwardConsumer {
   __device__ __forceinline__ int WaitForHeader(Headers place) {
     device::sm90::Wait(shared_.full_header[place.Stage()], place.Full());
     return Uniform(shared_.headers[place.Stage()].kind);
+  }
+  // Whether the tile of the header after this one's has steps; with a feeder its keys say that it is there.
+  __device__ __forceinline__ bool IsLive(Headers next) {
+    if constexpr (Config::kFeeder) return !(flags_ & StepInfo::kFinal);
+    return WaitForHeader(next) == TileHeader::kLive;
   }
   // Goes on from `tile` to the first with something to attend to, writing the results of those without; false at the
   // end. To be called with no other header held: see FinishTile.
@@ -548,7 +563,7 @@ class ForwardConsumer {
     const int first = group_ * kWarpgroupRows;
     StoreRows(out_, finish, static_cast<int>(shape.q_len) - tile.q_start - first, OutRow(tile, first),
               shape.heads * shape.value_dim, static_cast<int>(shape.value_dim), thread);
-    ReleaseHeader(place);
+    if constexpr (!Config::kFeeder) ReleaseHeader(place);
   }
 
   // Enters the tile into the CTA's list of those to be put right in the end (fwd_exact_rows.cuh), once: the number of
@@ -558,6 +573,14 @@ class ForwardConsumer {
     const int tile = shared_.headers[place.Stage()].tile;
     if (atomicExch(&shared_.inexact_noted[place.Stage()], tile) == tile) return;
     plan_.inexact_tiles[tile] = atomicExch(&shared_.last_inexact, tile);
+  }
+
+  // In the end, when no product needs registers.
+  __device__ __forceinline__ void FixInexactTiles() {
+    device::sm90::SyncNamed(kMeeting, Config::kConsumerThreads);
+    for (int inexact = shared_.last_inexact; inexact >= 0; inexact = plan_.inexact_tiles[inexact]) {
+      FixRows<Config>(params_, plan_, inexact, group_ * kWarpgroupRows + Thread() / 32 * 16);
+    }
   }
 
   // Rows with nothing to attend to: 0 and the sink; NaN where the list cannot be read or the sink is NaN.

@@ -44,6 +44,9 @@ class ForwardScheduler {
   }
 
  private:
+  template <typename>
+  friend class ForwardFeeder;
+
   // For lane 0.
   __device__ __forceinline__ int TakeTile() {
     return device::ThreadHere() % 32 == 0 ? atomicAdd(plan_.tile_counter, 1) : 0;
@@ -51,11 +54,14 @@ class ForwardScheduler {
   __device__ __forceinline__ static int Share(int x, int lane = 0) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 
   __device__ __forceinline__ TileHeader Look(int tile) {
-    TileHeader header = PositionOf<Config>(tile, plan_);
-    const bool large = params_.shape.block_q == 128;
-    const int block_kv = static_cast<int>(params_.shape.block_kv), row = header.q_start >> (large ? 7 : 6);
+    const int word = __ldg(WordOf(tile));
+    return HeaderOf(tile, [&](int i) { return Share(word, i); });
+  }
 
-    // Each lane reads one word of what the tile needs: one round trip to memory and not one after the other.
+  // Each lane reads one word of what a tile needs: one round trip to memory and not one after the other.
+  __device__ __forceinline__ const int32_t* WordOf(int tile) {
+    const TileHeader header = PositionOf<Config>(tile, plan_);
+    const int row = header.q_start >> (params_.shape.block_q == 128 ? 7 : 6);
     const int64_t table = lists::TableIndex(params_.rows.batch, params_.rows.heads, header.batch, header.head);
     const int lane = device::ThreadHere() % 32;
     const int32_t* source = params_.rows.offsets + table * (params_.rows.rows + 1) + row + (lane & 1);
@@ -65,10 +71,19 @@ class ForwardScheduler {
       source = static_cast<const int32_t*>(params_.sinks) +
                lists::TableIndex(params_.sinks_batch, params_.sinks_heads, header.batch, header.head);
     }
-    const int word = __ldg(source);
-    header.row = lists::MakeRow(params_.rows, table, Share(word), Share(word, 1));
-    SetLimits<Config>(header, params_.shape, Share(word, 2), Share(word, 3));
-    const float sink = __int_as_float(Share(word, 4));
+    return source;
+  }
+
+  // The header of a tile whose words are those.
+  template <typename Words>
+  __device__ __forceinline__ TileHeader HeaderOf(int tile, const Words& word) {
+    TileHeader header = PositionOf<Config>(tile, plan_);
+    const bool large = params_.shape.block_q == 128;
+    const int block_kv = static_cast<int>(params_.shape.block_kv);
+    const int64_t table = lists::TableIndex(params_.rows.batch, params_.rows.heads, header.batch, header.head);
+    header.row = lists::MakeRow(params_.rows, table, word(0), word(1));
+    SetLimits<Config>(header, params_.shape, word(2), word(3));
+    const float sink = __int_as_float(word(4));
     header.sink = params_.sinks != nullptr ? sink : -device::Infinity();
     // Also where no key is within the length the list is followed: an entry that cannot be true poisons its row. With
     // no keys at all none can be.
@@ -134,6 +149,9 @@ class ForwardLoader {
   }
 
  private:
+  template <typename>
+  friend class ForwardFeeder;
+
   // A step's keys are of one block, or of two of 64: where each begins, and its bit tile or -1.
   struct Blocks {
     int start[kMaxPieces];
@@ -178,7 +196,7 @@ class ForwardLoader {
       }
       int flags = headers_.count % headers_.kPeriod << StepInfo::kHeader;
       if (!more) flags |= walker.poisoned() ? StepInfo::kLast | StepInfo::kRowPoisoned : StepInfo::kLast;
-      LoadKeys(now, header, flags);
+      LoadKeys(step_, now, header, flags);
       if (!first) LoadValues(step_ - 1, header);
       ++step_;
     }
@@ -215,8 +233,8 @@ class ForwardLoader {
     }
   }
 
-  __device__ __forceinline__ void LoadKeys(const Blocks& blocks, const TileHeader& header, int flags) {
-    const Ring<Config::kKeyStages> place{step_};
+  __device__ __forceinline__ void LoadKeys(uint32_t step, const Blocks& blocks, const TileHeader& header, int flags) {
+    const Ring<Config::kKeyStages> place{step};
     const int stage = place.Stage(), limit = header.key_limit;
     if (ReachesPast(blocks.start, limit)) flags |= StepInfo::kMasked;
     if (blocks.tile[0] >= 0) flags |= StepInfo::kMasked | StepInfo::kBits;
@@ -224,13 +242,13 @@ class ForwardLoader {
     device::sm90::Wait(shared_.empty_key[stage], place.Empty());
     if (device::sm90::ElectLane()) {
       Barrier& full = shared_.full_key[stage];
-      shared_.Step(step_) = StepInfo{{blocks.start[0], blocks.start[1]}, limit, flags};
+      shared_.Step(step) = StepInfo{{blocks.start[0], blocks.start[1]}, limit, flags};
       if constexpr (Config::kGated) {
-        float (&gates)[kMaxPieces] = shared_.gates[step_ % (2 * Shared::kKeyStages)];
+        float (&gates)[kMaxPieces] = shared_.gates[step % (2 * Shared::kKeyStages)];
         gates[0] = blocks.gate[0], gates[1] = blocks.gate[1];
       }
       if constexpr (Config::kExtras) {
-        int (&bias_tiles)[kMaxPieces] = shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)];
+        int (&bias_tiles)[kMaxPieces] = shared_.bias_tiles[step % (2 * Shared::kKeyStages)];
         bias_tiles[0] = blocks.bias_tile[0], bias_tiles[1] = blocks.bias_tile[1];
       }
       if (flags & StepInfo::kBits) LoadBits(stage, 0, blocks.tile[0], header, full);

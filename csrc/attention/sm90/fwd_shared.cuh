@@ -40,10 +40,21 @@ struct TileHeader {
 // One step: a tile of keys and values of at most kMaxPieces blocks.
 struct alignas(16) StepInfo {
   static constexpr int kLast = 1, kRowPoisoned = 2, kMasked = 4, kBits = 8;  // kBits << piece: it has a bit tile
+  static constexpr int kFinal = 32;  // the CTA's last, where no header says so (fwd_feeder.cuh)
   static constexpr int kHeader = 8;  // shift: the place of the tile's header in its ring, as far as a ring needs it
   int start[kMaxPieces];             // first key of each 64 keys of the tile
   int limit;                         // the example's key/value length
   int flags;
+};
+
+// What ForwardFeeder, where there is one, copies of lists before it needs them.
+template <bool kFeeder>
+struct ListAhead {};
+template <>
+struct ListAhead<true> {
+  static constexpr int kEntries = 32, kWords = 5;
+  int words[kWords];         // that say where the next tile's row lies, and its lengths and sink
+  int entries[2][kEntries];  // ids and bit tiles of the row: a ring, of which a half is asked for at a time
 };
 
 template <typename Config>
@@ -52,7 +63,8 @@ struct ForwardShared {
   static constexpr int kKeyStages = Config::kKeyStages, kValueStages = Config::kValueStages;
   static constexpr int kQueryElements = Config::kChunks * Config::kTileQ * kChunk;
   static constexpr int kKeyElements = Config::kChunks * Config::kTileKv * kChunk;
-  static constexpr int kHeaders = 4;  // the consumers' tile, the loader's, and two that are known beforehand
+  // The consumers' tile, the loader's, and two that are known beforehand; for a feeder, see there.
+  static constexpr int kHeaders = Config::kFeeder ? 8 : 4;
 
   // Tiles are [chunk][row][64 columns], swizzled.
   alignas(1024) Element query[kQueryElements];
@@ -65,6 +77,7 @@ struct ForwardShared {
   float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];      // of each 64 keys of a step, likewise
   int bias_tiles[Config::kExtras ? 2 * kKeyStages : 1][kMaxPieces];  // likewise: see Bias
   TileHeader headers[kHeaders];
+  ListAhead<Config::kFeeder> ahead;
   int last_inexact;             // see ForwardConsumer::NoteInexact
   int inexact_noted[kHeaders];  // number of the tile that a header's place last noted
   Barrier full_query, empty_query;
