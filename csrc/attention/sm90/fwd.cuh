@@ -2,6 +2,8 @@
 // two producer warps and one or two consumer warpgroups.
 #pragma once
 
+#include <numeric>
+
 #include "attention/sm90/fwd_consumer.cuh"
 #include "attention/sm90/fwd_feeder.cuh"
 #include "attention/sm90/fwd_producer.cuh"
@@ -82,7 +84,11 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   if (Config::kFeeder) {
     // Persistent, too, but each CTA has the same number of tiles: what a counter balances is less than what clearing
     // it before the launch costs short rows.
-    grid = std::min(grid, static_cast<unsigned>(Config::kCtas * multiprocessors));
+    if (grid > static_cast<unsigned>(Config::kCtas * multiprocessors)) {
+      grid = static_cast<unsigned>(Config::kCtas * multiprocessors);
+      // Otherwise a CTA's tiles would be the same few of every head: under a causal mask all long, or all short.
+      while (std::gcd(static_cast<int64_t>(grid), q_tiles) > 1) --grid;
+    }
   }
   if (Config::kConsumers == 2 && plan.tiles > multiprocessors) {
     // Persistent CTAs that take the next tile when they are done: +5 % to +22 % over one tile a CTA for random lists.
