@@ -110,7 +110,9 @@ __device__ __forceinline__ void AddBiases(typename ForwardThread<Config>::Logits
     }
 }
 
-// Probabilities become the factors of values: after the softmax, so that the log-sum-exp knows nothing of it.
+// Probabilities become the factors of values: after the softmax, so that the log-sum-exp knows nothing of it. What
+// dropout leaves is scaled in StoreForward: times a factor, a row's largest probability, 1, would not be exact in 16
+// bits.
 template <typename Config>
 __device__ __forceinline__ void Weigh(typename ForwardThread<Config>::Logits& probs, const ForwardParams& params,
                                       const QueryTile<typename Config::Element, Config::kTileQ>& tile,
@@ -128,7 +130,6 @@ __device__ __forceinline__ void Weigh(typename ForwardThread<Config>::Logits& pr
   }
   if (HasDropout<Config>(params.dropout)) {
     const int threshold = params.dropout.threshold;
-    const float kept = DropoutScale(threshold);
     const uint32_t head_key = __ldg(params.dropout.keys + tile.batch * params.shape.heads + tile.head);
 #pragma unroll
     for (int m = 0; m < Config::kRowTiles; ++m) {
@@ -137,7 +138,8 @@ __device__ __forceinline__ void Weigh(typename ForwardThread<Config>::Logits& pr
 #pragma unroll
       for (int n = 0; n < Config::kTileKv / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) probs[m][n][e] = words.IsDropped(n, e, threshold) ? 0.f : probs[m][n][e] * kept;
+        for (int e = 0; e < 4; ++e)
+          if (words.IsDropped(n, e, threshold)) probs[m][n][e] = 0.f;
     }
   }
 }
@@ -189,6 +191,7 @@ __device__ __forceinline__ void StoreForward(const ForwardParams& params,
       const int row = own.Row(m, half);
       const RowEnd end(softmax[m].max[half], softmax[m].sum[half], sink_logit, row < tile.q_rows, poisoned);
       finish[half] = end.finish;
+      if (HasDropout<Config>(params.dropout)) finish[half].scale *= DropoutScale(params.dropout.threshold);
       if (own.t == 0 && row < rows) {
         static_cast<float*>(params.lse)[statistics + row] = end.lse;
         static_cast<float*>(params.lse_rest)[statistics + row] = end.lse_rest;
