@@ -41,6 +41,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="what to measure: the forward (default), the gradients alone, or both together",
     )
     parser.add_argument("--only", metavar="TEXT", default="", help="cases whose name contains TEXT")
+    parser.add_argument("--short", action="store_true", help="short sequences and blocks of 64 (forward, on a GPU)")
     parser.add_argument("--no-peers", "--ours-only", action="store_true", dest="no_peers", help="measure jax_bsk alone")
     suite.add_options(parser)
     return parser.parse_args(argv)
@@ -51,7 +52,8 @@ def run(argv: Sequence[str]) -> int:
     args = parse(argv)
     suite.share_the_gpu()
     on_gpu = compat.default_platform() == "cuda"
-    chosen = [case for case in cases.table(args.measured, args.seed, on_gpu) if args.only in case.name]
+    table = cases.short(args.seed) if args.short else cases.table(args.measured, args.seed, on_gpu)
+    chosen = [case for case in table if args.only in case.name]
     if not chosen:
         print(f"attention.py: no case's name contains {args.only!r}; --list prints them", file=sys.stderr)
         return 2
@@ -61,7 +63,8 @@ def run(argv: Sequence[str]) -> int:
         print(f"attention.py: {implementation} cannot run: {' '.join(reasons)}", file=sys.stderr)
         return 2
     output = args.output
-    if output is None and on_gpu and not (args.only or args.quick or args.no_peers or args.implementation):
+    a_part = args.only or args.short or args.quick or args.no_peers
+    if output is None and on_gpu and not (a_part or args.implementation):
         output = suite.results_path(RESULTS, args.measured.value)
     rounds = suite.QUICK_ROUNDS if args.quick else suite.ROUNDS
     dtype = chosen[0].dtype

@@ -93,6 +93,13 @@ def test_the_gpu_table():
     np.testing.assert_array_equal(again.pattern.blocks, blocks)
 
 
+def test_short_sequences_and_small_blocks():
+    short = cases.short(0)
+    assert len({case.name for case in short}) == len(short) >= 16
+    assert all(case.length <= 2048 or case.block_size == 64 for case in short)
+    assert {"B16 H32 S512 D64 half of 64-blocks", "B16 H96 S512 D64 dense"} <= {case.name for case in short}
+
+
 @pytest.mark.parametrize("wrong", ["nan", "mask", "a head", "raises"])
 def test_wrong_results_are_told(wrong, script, monkeypatch, capsys, tmp_path):
     right = ours.sparse_attention

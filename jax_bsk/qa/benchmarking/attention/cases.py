@@ -341,6 +341,12 @@ def micro(seed: int) -> list[Case]:
     return [make.half((16, heads, 512, 64), 64, calls=20) for heads in MICRO_HEADS]
 
 
+def short(seed: int) -> list[Case]:
+    """The forward's short sequences and blocks of 64, where a dense call is hard to beat."""
+    table = [case for case in gpu_cases(seed) if case.series is None and (case.length <= 2048 or case.block_size == 64)]
+    return [*micro(seed), *table]
+
+
 def grid(seed: int, measured: Pass) -> list[Case]:
     """Every length with every sparsity, as long as a pass takes them."""
     make = Maker("bfloat16", seed, measured)
