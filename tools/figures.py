@@ -221,6 +221,44 @@ def few_columns() -> str:
     return "\n\n".join([text, *(f"Goal, {goal}: {verdict}." for goal, verdict in found["goals"].items())])
 
 
+def biases() -> str:
+    """What a bias or dropout costs: times, and those over the same call without; and which goals they reach."""
+    found = read(RESULTS / "biases-nvidia-h200.json")
+    cases = {case["name"]: case for case in found["cases"] if "refused" not in case}
+    rows = []
+    for name, case in cases.items():
+        beside = cases["dense, cudnn" if name == "dense" else "causal"]
+        both = name not in ("causal", "dense, cudnn")
+        ratios = [f", {case[what] / beside[what]:.2f}x" if both else "" for what in ("forward", "backward")]
+        rows.append([name, *(milliseconds(case[w]) + r for w, r in zip(("forward", "backward"), ratios, strict=True))])
+    text = table(["", "forward", "backward"], rows)
+    return "\n\n".join([text, *(f"Goal, {goal}: {verdict}." for goal, verdict in found["goals"].items())])
+
+
+def packed() -> str:
+    """Packed causal documents: how fast lists made in the call are beside prebuilt ones and FlexAttention."""
+    found = read(RESULTS / "packed-nvidia-h200.json")
+    return table(["", ""], [[name, f"{ratio:.3g}"] for name, ratio in found["ratios"].items()])
+
+
+def short_attention() -> str:
+    """Short sequences and blocks of 64: times of jax_bsk, and of its peers as multiples of it."""
+    path = RESULTS / "short-nvidia-h200.json"
+    if not path.exists():
+        return "not measured yet"
+    rows = []
+    for case in read(path)["cases"]:
+        mine = case["jax_bsk"]
+        peers = (case["peers"].get(name, {}) for name in ("flex", "cudnn unmasked"))
+        if case["pattern"] == "dense":
+            peers = (case["peers"].get(name, {}) for name in ("flex", "cudnn"))
+        ratios = [f"{one['ratio']:.2f}x" if "ratio" in one else "-" for one in peers]
+        shape = f"{case['batch']}, {case['heads']}, {case['length']}, {case['head_dim']}"
+        rate = f"{mine['useful_flops_per_second'] / 1e12:.0f} TFLOP/s"
+        rows.append([shape, pattern(case), milliseconds(mine["seconds"]), rate, *ratios])
+    return table(["", "pattern", "jax_bsk", "", "FlexAttention (torch)", "cuDNN, nothing skipped"], rows)
+
+
 def attention_cpu() -> str:
     """Attention on CPU cores: a row per share of blocks, beside XLA with the dense mask."""
     rows: dict[float, list[str]] = {}
@@ -644,6 +682,9 @@ FIGURES: dict[str, Callable[[], str]] = {
     "matmul-grid": matmul_grid,
     "matmul-cpu": matmul_cpu,
     "few-columns": few_columns,
+    "biases": biases,
+    "packed": packed,
+    "short-attention": short_attention,
     "selection": selection,
     "long-context": long_context,
     "training-step": training_step,
