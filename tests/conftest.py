@@ -47,6 +47,8 @@ def pytest_generate_tests(metafunc):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
+        if "slow" in item.keywords and not os.environ.get("JAX_BSK_SLOW_TESTS"):
+            item.add_marker(pytest.mark.skip(reason="slow: JAX_BSK_SLOW_TESTS=1 runs it"))
         if "gpu" in item.keywords and jax.default_backend() != "gpu":
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 

@@ -41,7 +41,10 @@ def drawn(path: Path) -> bool:
 PACKED = "--length 256 --rows 2 --documents 3 --longest 128 --layers 1 --heads 1 --head-dim 32 --steps 10"
 
 
-@pytest.mark.parametrize("library", ["nnx", "linen", "equinox"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("library", ["nnx", pytest.param("linen", marks=SLOW), pytest.param("equinox", marks=SLOW)])
 def test_packed_training_equals_padded_training(example, library, tmp_path, capsys):
     run = example("packed_training").main([*PACKED.split(), "--library", library, "--output", str(tmp_path)])
     losses = {name: np.array(way["losses"]) for name, way in run["ways"].items()}

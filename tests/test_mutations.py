@@ -1,6 +1,6 @@
 """The mutation check (tests/csrc/mutations.py): its table fits the kernels, and every seeded bug is found.
 
-Without a GPU a mutant of each room of the CPU's kernels is built and run (all of them with JAX_BSK_ALL_MUTANTS=1: four
+Without a GPU a mutant of each room of the CPU's kernels is built and run (all of them with JAX_BSK_SLOW_TESTS=1: four
 minutes of a core), and of the others the table alone is checked. Set JAX_BSK_MUTANTS to a folder with the built
 programs to skip the build of all of them (some five minutes on two cores).
 """
@@ -168,9 +168,9 @@ def test_the_command_says_what_survives_and_what_is_unsound(programs, monkeypatc
 
 
 def test_the_cpu_check_finds_mutants(tmp_path):
-    """The first mutant of each room; with JAX_BSK_ALL_MUTANTS every one, as in `validate --full` on a GPU."""
+    """The first mutant of each room; with JAX_BSK_SLOW_TESTS every one, as in `validate --full` on a GPU."""
     chosen = tuple(mutation for mutation in MUTATIONS if mutation.program == "cpu_check")
-    if not os.environ.get("JAX_BSK_ALL_MUTANTS"):
+    if not os.environ.get("JAX_BSK_SLOW_TESTS"):
         chosen = tuple({mutation.instances: mutation for mutation in reversed(chosen)}.values())
     build(tmp_path, ["cpu_check", *(f"mutant_{mutation.name}" for mutation in chosen)])
     assert_all_caught(tmp_path, chosen)

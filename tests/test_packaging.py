@@ -194,6 +194,7 @@ def test_nothing_is_installed_from_where_it_is_not():
 # ---- 64-bit ARM
 
 
+@pytest.mark.slow
 def test_cpu_kernels_on_arm():
     """Compiles the kernels for arm64 and checks them under qemu: some 40 s of one core."""
     missing = [tool for tool in ("aarch64-linux-gnu-g++", "qemu-aarch64", "cmake") if not shutil.which(tool)]
