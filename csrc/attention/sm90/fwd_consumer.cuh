@@ -372,8 +372,9 @@ class ForwardConsumer {
     for (int i = 0; i < kOut; ++i) out_[i] *= factor[i % 4 / 2];
   }
 
-  // What the products of a step are added to: its biases, in their units, or nothing. Before the products, and not
-  // after them, the logits' own registers take what is loaded (2.2 times the time of a call without a bias became @@).
+  // What the products of a step are added to: its biases, in their units, or nothing. Before the products the logits'
+  // own registers take what is loaded: a bias by distance costs 1.9 times a causal call without one, 2.2 behind them
+  // (H200, 128 dimensions).
   __device__ __forceinline__ void StartLogits(float (&x)[kLogits]) {
     if constexpr (Config::kExtras) {
 #pragma unroll
