@@ -238,7 +238,8 @@ def biases() -> str:
 def packed() -> str:
     """Packed causal documents: how fast lists made in the call are beside prebuilt ones and FlexAttention."""
     found = read(RESULTS / "packed-nvidia-h200.json")
-    return table(["", ""], [[name, f"{ratio:.3g}"] for name, ratio in found["ratios"].items()])
+    text = table(["", ""], [[name, f"{ratio:.3g}"] for name, ratio in found["ratios"].items()])
+    return "\n\n".join([text, *(f"Goal, {goal}: {verdict}." for goal, verdict in found["goals"].items())])
 
 
 def short_attention() -> str:

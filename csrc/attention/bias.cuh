@@ -2,8 +2,9 @@
 // of a tensor core's product, be its rows queries or keys.
 //
 // A logit with a bias is x' = BiasedLogit(x, bias, BiasFactor(map)) in the units of LogitMap, and goes through
-// fmaf(x', map.multiplier, -shift) as x alone does. Forward and backward use this one formula: where logits are large,
-// another order of roundings would change probabilities. The soft cap's slope is that of x, without the bias.
+// fmaf(x', map.multiplier, -shift) as x alone does. Forward and backward use one formula: where logits are large,
+// another order of roundings would change probabilities. (Hopper's add the products to the bias in both.) The soft
+// cap's slope is that of x, without the bias.
 #pragma once
 
 #include <cstdint>

@@ -88,7 +88,8 @@ auto* Find(const Table& table, const Params& params, Target target, Tile tile) {
 
 // Whether the kernel with a feeder (sm90/fwd_feeder.cuh) is faster: where its three CTAs a multiprocessor have two
 // tiles each, or, of longer rows, so many that it matters little if some have one less. Microseconds on one H200, in a
-// CUDA graph, 64 dimensions, tiles of 64, against the kernel with a producer warpgroup:
+// CUDA graph, 64 dimensions, tiles of 64, against the kernel with a producer warpgroup (the feeder's bookkeeping was in
+// shared memory then, and is in registers now):
 //
 //   batch, heads, tokens; blocks attended to    tiles    steps a row   producer warpgroup   feeder
 //   1, 8, 512; half                                64              4                  6.8      7.3
