@@ -28,22 +28,25 @@ void Take(const Sizes& sizes, std::initializer_list<std::pair<const char*, int64
   if (sizes.size() != wanted.size()) throw std::invalid_argument("jax_bsk: the workspace does not depend on all sizes");
 }
 
+// distance_tables: of a bias by distance, 0 without one.
 int64_t AttentionForward(const Sizes& sizes) {
   attention::Shape shape{};
+  int64_t distance_tables = 0;
   Take(sizes, {{"batch", &shape.batch},
                {"heads", &shape.heads},
                {"kv_heads", &shape.kv_heads},
                {"q_len", &shape.q_len},
                {"kv_len", &shape.kv_len},
                {"value_dim", &shape.value_dim},
-               {"block_q", &shape.block_q}});
-  return 4 * attention::cuda::ForwardWorkspace(shape);
+               {"block_q", &shape.block_q},
+               {"distance_tables", &distance_tables}});
+  return 4 * attention::cuda::ForwardWorkspace(shape, distance_tables);
 }
 
-// tables: block lists, of `capacity` entries each. gates: numbers in them, 0 for none.
+// tables: block lists, of `capacity` entries each. gates: numbers in them, 0 for none. distance_tables: as above.
 int64_t AttentionBackward(const Sizes& sizes) {
   attention::Shape shape{};
-  int64_t tables = 0, capacity = 0, gates = 0;
+  int64_t tables = 0, capacity = 0, gates = 0, distance_tables = 0;
   Take(sizes, {{"batch", &shape.batch},
                {"heads", &shape.heads},
                {"kv_heads", &shape.kv_heads},
@@ -54,9 +57,10 @@ int64_t AttentionBackward(const Sizes& sizes) {
                {"block_kv", &shape.block_kv},
                {"tables", &tables},
                {"capacity", &capacity},
-               {"gates", &gates}});
+               {"gates", &gates},
+               {"distance_tables", &distance_tables}});
   shape.q_blocks = BlocksOf(shape.q_len, shape.block_q);
-  return attention::cuda::sm90::RecommendedBackwardBytes(shape, tables, capacity, gates);
+  return attention::cuda::sm90::RecommendedBackwardBytes(shape, tables, capacity, gates, distance_tables);
 }
 
 // positions: keys that a sequence can visit at most, all of its pages or those selected.

@@ -105,6 +105,9 @@ def test_workspaces_have_these_sizes():
     """Values of the formulas in C++, worked out once; sizes that Python and a handler see differently are refused."""
     blocks = (128, 128)
     assert attention_ffi.forward_workspace((2, 1000, 8, 64), (2, 900, 8, 64), 64, blocks) == 4 * (1 + 2 * 8 * 16)
+    # A bias by distance: two words for each 64 distances of a table, and once more for those across a border.
+    by_distance = attention_ffi.forward_workspace((2, 1000, 8, 64), (2, 900, 8, 64), 64, blocks, (1, 8, 1899))
+    assert by_distance == 4 * (1 + 2 * 8 * 16 + 2 * 8 * (16 + 15 - 1))
     # Few queries on many keys: four parts of each row, each of an output and two statistics.
     few = attention_ffi.forward_workspace((8, 1, 32, 128), (8, 8192, 8, 128), 128, blocks)
     assert few == 8 * 32 * 4 * (128 + 2) * 4
@@ -115,9 +118,9 @@ def test_workspaces_have_these_sizes():
     assert library.workspace(lists_ffi.LISTS_TRANSPOSE) == 0
 
     # The scores' part: of all heads; three times as many as are enough; as many as 2 GiB hold; three, however large.
-    def backward(batch, length, heads, capacity, gates=attention_ffi.NO_GATES):
+    def backward(batch, length, heads, capacity, gates=attention_ffi.NO_GATES, distances=attention_ffi.NO_DISTANCE_BIAS):
         query = batch, length, heads, 128
-        return attention_ffi.backward_workspace(query, query, (1, 1, capacity), (128, 128), gates)
+        return attention_ffi.backward_workspace(query, query, (1, 1, capacity), (128, 128), gates, distances)
 
     def without_scores(rows, length, capacity):
         return 4 * (34 + 2 * rows + rows * (length // 64) * (3 + 193) + 2 * capacity) + 1024
@@ -128,6 +131,7 @@ def test_workspaces_have_these_sizes():
     assert backward(1, 16384, 64, 8192) == without_scores(64, 16384, 8192) + 8 * 8192 * head
     assert backward(1, 262144, 4, 2097152) == without_scores(4, 262144, 2097152) + 3 * 2097152 * head
     assert backward(1, 256, 4, 3, (1, 4, 3)) == backward(1, 256, 4, 3) + 4 * (4 * 4 * 12)
+    assert backward(1, 256, 4, 3, distances=(1, 4, 511)) == backward(1, 256, 4, 3) + 4 * 2 * 4 * 7
 
 
 @pytest.mark.parametrize("sizes", [{}, {"list_batch": 1}, {"list_batch": 1, "capacity": 1, "depth": 1}])

@@ -17,7 +17,8 @@ ffi::Error Forward(const WithWorkspace<ForwardBuffers>& call, cudaStream_t strea
   JAX_BSK_RETURN_IF_ERROR(ReadForward(call.buffers, attributes, &params));
   if (std::string reason = cuda::ForwardRefusal(params, device); !reason.empty()) return Refusal(reason);
   JAX_BSK_RETURN_IF_ERROR(CheckType("workspace", call.workspace, ffi::S32));
-  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", call.workspace, {{cuda::ForwardWorkspace(params.shape)}}));
+  const int64_t words = cuda::ForwardWorkspace(params.shape, cuda::sm90::DistanceTables(params.bias));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("workspace", call.workspace, {{words}}));
   return LaunchResult("the forward", cuda::LaunchForward(params, call.workspace.typed_data<int32_t>(), device, stream));
 }
 

@@ -35,7 +35,8 @@ namespace {
 
 sm90::BackwardLayout Layout(const BackwardParams& params, Tile tile, int64_t bytes) {
   const int tile_kv = tile == Tile::k128 ? 128 : 64;
-  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv, GateSumCount(params), bytes);
+  return sm90::BackwardLayout(params.shape, params.rows, params.cols, tile_kv, GateSumCount(params),
+                              sm90::DistanceTables(params.bias), bytes);
 }
 
 // The Hopper kernels: preparation, the gradients, and what could not be exact there once more by the portable ones.

@@ -30,7 +30,7 @@ std::string BiasGradientRefusal(const BiasGradientParams& params, int device);
 // Launch on a stream of `device`, for params that are not refused. Nothing is allocated and nothing waits; launches and
 // grids depend on shapes only, so calls can be captured in CUDA graphs. Problems without elements launch nothing; those
 // with results but nothing to attend to get zeros (-inf in lse) from the kernels. `workspace` is
-// ForwardWorkspace(shape) words of device memory for the launch to use, written before they are read.
+// ForwardWorkspace's words of device memory for the launch to use, written before they are read.
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int device, cudaStream_t stream,
                           ForwardKernel kernel = ForwardKernel::kAutomatic);
 

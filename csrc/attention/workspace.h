@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "attention/params.h"
+#include "attention/sm90/bias_lines.h"
 #include "sizes.h"
 
 namespace jax_bsk::attention::cuda {
@@ -41,12 +42,14 @@ struct FewQueriesLayout {
   }
 };
 
-// Words of the forward's workspace: a counter that hands out tiles, and a list of tiles of 64 queries or more that are
-// computed once more (sm90/fwd_exact_rows.cuh); or, of few queries, the parts.
-inline int64_t ForwardWorkspace(const Shape& shape) {
+// Words of the forward's workspace: the lines of a bias by distance with so many tables (sm90/bias_lines.h), a counter
+// that hands out tiles, and a list of tiles of 64 queries or more that are computed once more
+// (sm90/fwd_exact_rows.cuh); or, of few queries, the parts.
+inline int64_t ForwardWorkspace(const Shape& shape, int64_t distance_tables) {
   const int64_t tiles = 1 + shape.batch * shape.heads * BlocksOf(shape.q_len, 64);
+  const int64_t words = sm90::BiasLineWords(shape, distance_tables) + tiles;
   const int64_t parts = FewQueries(shape) ? FewQueriesLayout(shape).bytes / 4 : 0;
-  return tiles > parts ? tiles : parts;
+  return words > parts ? words : parts;
 }
 
 }  // namespace jax_bsk::attention::cuda

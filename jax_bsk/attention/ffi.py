@@ -164,8 +164,17 @@ class AttentionAttributes:
         }
 
 
+def _distance_tables(shape: Sequence[int]) -> int:
+    """Tables of a bias by distance, 0 without one."""
+    return math.prod(shape[:-1]) if shape[-1] else 0
+
+
 def forward_workspace(
-    query_shape: Sequence[int], key_shape: Sequence[int], value_dim: int, block_size: tuple[int, int]
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+    value_dim: int,
+    block_size: tuple[int, int],
+    distances_shape: Sequence[int] = NO_DISTANCE_BIAS,
 ) -> int:
     """Bytes of the forward's workspace on CUDA."""
     *lead, q_len, heads, _ = query_shape
@@ -179,6 +188,7 @@ def forward_workspace(
         kv_len=kv_len,
         value_dim=value_dim,
         block_q=block_size[0],
+        distance_tables=_distance_tables(distances_shape),
     )
 
 
@@ -188,6 +198,7 @@ def backward_workspace(
     ids_shape: Sequence[int],
     block_size: tuple[int, int],
     gates_shape: Sequence[int] = NO_GATES,
+    distances_shape: Sequence[int] = NO_DISTANCE_BIAS,
 ) -> int:
     """Bytes of the backward's workspace on CUDA: what the kernels need at least, and more for speed."""
     *lead, q_len, heads, head_dim = query_shape
@@ -205,6 +216,7 @@ def backward_workspace(
         tables=math.prod(ids_shape[:-1]),
         capacity=ids_shape[-1],
         gates=math.prod(gates_shape),
+        distance_tables=_distance_tables(distances_shape),
     )
 
 

@@ -40,6 +40,8 @@ class AttentionCall:
 
 
 _COL_GATES = list(ffi.BACKWARD.operands).index("col_gates")
+_FORWARD_DISTANCES = list(ffi.FORWARD.operands).index("distance_bias")
+_BACKWARD_DISTANCES = list(ffi.BACKWARD.operands).index("distance_bias")
 
 
 def _forward_shapes(query: Any, key: Any, value: Any, *others: Any, call: AttentionCall) -> tuple[Any, ...]:
@@ -83,13 +85,15 @@ def _refusals(platform: str, query: Any, value: Any, call: AttentionCall) -> lis
 
 def _forward_workspace(avals: Avals, call: AttentionCall) -> int:
     query, key, value = (x.shape for x in avals[:3])
-    return ffi.forward_workspace(query, key, value[-1], (call.attributes.block_q, call.attributes.block_kv))
+    blocks = call.attributes.block_q, call.attributes.block_kv
+    return ffi.forward_workspace(query, key, value[-1], blocks, avals[_FORWARD_DISTANCES].shape)
 
 
 def _backward_workspace(avals: Avals, call: AttentionCall) -> int:
     _, query, key, *_ = (x.shape for x in avals)
     blocks = call.attributes.block_q, call.attributes.block_kv
-    return ffi.backward_workspace(query, key, avals[8].shape, blocks, avals[_COL_GATES].shape)
+    gates, distances = avals[_COL_GATES].shape, avals[_BACKWARD_DISTANCES].shape
+    return ffi.backward_workspace(query, key, avals[8].shape, blocks, gates, distances)
 
 
 FORWARD = NativeCall(

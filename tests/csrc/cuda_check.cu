@@ -61,6 +61,7 @@ struct Case {
   // Terms of the bias: -1 for none, else which of their dimensions are not 1, as sums of
   static constexpr int kBatch = 1, kHeads = 2, kQueries = 4, kKeys = 8;
   int dense = -1, distances = -1, bias_tiles = -1;
+  int distance_kind = -1;                           // see Extras; -1: all
   bool dense_wide = false, minus_infinity = false;  // the latter: in some of the dense bias, and in all of some rows
   int bias_tile_count = 0;                          // 0: a tile for each entry
   int dropout = 0;                                  // in 256ths
@@ -326,8 +327,22 @@ struct Extras {
       dense_bytes = Encode(dense, c->dense_wide ? DType::kF32 : c->dtype);
     }
     if (c->distances >= 0) {
-      distances = any(size_t(Extent(c->distances, Case::kBatch)) * Extent(c->distances, Case::kHeads) *
-                      (c->q_len + c->kv_len - 1));
+      const size_t tables = size_t(Extent(c->distances, Case::kBatch)) * Extent(c->distances, Case::kHeads);
+      const int count = c->q_len + c->kv_len - 1;
+      distances = any(tables * count);
+      // Tables of any numbers (kind 0); of a slope, gentle or steep, to both sides or on through 0 (1, 2); and like
+      // T5's, whose far distances share a bucket (3). One after the other, unless the case wants one kind.
+      for (size_t table = 0, first = rng(); table < tables; ++table) {
+        const size_t kind = c->distance_kind < 0 ? first + table : c->distance_kind;
+        float* numbers = &distances[table * count];
+        const float slope = kind % 8 < 4 ? 0.7f : 0.013f;
+        for (int i = 0; i < count; ++i) {
+          const int distance = i - (c->q_len - 1);
+          if (kind % 4 == 1) numbers[i] = -slope * std::abs(distance);
+          if (kind % 4 == 2) numbers[i] = slope * distance;
+          if (kind % 4 == 3 && std::abs(distance) > 70) numbers[i] = distance < 0 ? 0.8f : -2.5f;
+        }
+      }
     }
     if (c->bias_tiles >= 0) {
       tiles_count = c->bias_tile_count > 0 ? c->bias_tile_count : m.capacity;
@@ -399,6 +414,11 @@ struct Extras {
   }
 };
 
+// Tables of a term that is kept for each example, each head, both or neither; -1: it is not given.
+int64_t TablesOf(int kept, const Case& c) {
+  return kept < 0 ? 0 : int64_t{kept & Case::kBatch ? c.batch : 1} * (kept & Case::kHeads ? c.heads : 1);
+}
+
 // Everything a case has on the device.
 struct Problem {
   Problem(const Case& c, const Mask& m, const std::vector<uint8_t>& q, const std::vector<uint8_t>& k,
@@ -425,7 +445,8 @@ struct Problem {
         row_bias_tiles(x.row_tiles),
         col_bias_tiles(x.col_tiles),
         dropout_keys(x.keys),
-        workspace(4 * cuda::ForwardWorkspace(ShapeOf(c)), 0x7F),  // garbage, as XLA hands it out
+        workspace(4 * cuda::ForwardWorkspace(ShapeOf(c), TablesOf(c.distances, c)),
+                  0x7F),  // garbage, as XLA hands it out
         out(size_t(c.batch) * c.q_len * c.heads * c.value_dim * SizeOf(c.dtype), 0xFF),
         lse(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
         lse_rest(size_t(c.batch) * c.q_len * c.heads * 4, 0xFF),
@@ -523,6 +544,10 @@ struct Problem {
     params.rows.batch = params.cols.batch = m.batch;
     params.rows.heads = params.cols.heads = m.heads;
     params.rows.capacity = params.cols.capacity = m.capacity;
+    if (c.distances >= 0) {
+      params.bias.distances = &somewhere;
+      params.bias.distances_batch = TablesOf(c.distances, c), params.bias.distances_heads = 1;
+    }
     const int64_t roomy = int64_t{64} << 20;
     return cuda::BackwardWorkspace(params) + roomy;
   }
@@ -1115,7 +1140,7 @@ bool RunHuge() {
   p.forward.shape = ShapeOf(c);
   p.forward.query = query.data(), p.forward.out = out.data(), p.forward.lse = lse.data();
   p.forward.lse_rest = lse_rest.data();
-  const Device workspace(4 * cuda::ForwardWorkspace(p.forward.shape), 0x7F);
+  const Device workspace(4 * cuda::ForwardWorkspace(p.forward.shape, 0), 0x7F);
   CUDA_OK(cuda::LaunchForward(p.forward, static_cast<int32_t*>(workspace.data()), 0, nullptr));
   CUDA_OK(cudaDeviceSynchronize());
   Comparison compare;
@@ -1375,6 +1400,31 @@ std::vector<Case> Cases() {
       if (kept % 2 == 0) large(c);
     });
   }
+  // Numbers by distance that lie on lines, of every kind (see Extras), alone and with what else there may be.
+  for (const int kind : {1, 2, 3, 5, 6})
+    for (const bool wide : {false, true}) {
+      biased("lines-" + std::to_string(kind) + (wide ? "-d128-b128" : ""), [&](Case& c) {
+        c.distances = kN, c.distance_kind = kind, c.pattern = kind % 2 == 1 ? P::kCausal : P::kRandom;
+        c.q_len = 500, c.kv_len = kind == 6 ? 900 : 500;
+        if (wide) c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 128;
+      });
+    }
+  for (const int jump : {8, 200, 2000})
+    for (const int kind : {3, 6}) {
+      biased("lines-" + std::to_string(kind) + "-jump-" + std::to_string(jump), [&](Case& c) {
+        c.distances = kN, c.distance_kind = kind, c.jump = static_cast<float>(jump), c.pattern = P::kFull;
+        c.q_len = 400, c.kv_len = 900;
+        if (jump == 200) c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 128;
+      });
+    }
+  biased("lines-terms", [&](Case& c) { all_terms(c), c.distance_kind = 5, c.lengths = true, c.q_len = 700; });
+  biased("lines-dropout-d128-b128", [&](Case& c) {
+    large(c), c.distances = kB | kN, c.distance_kind = 1, c.dropout = 40, c.head_dim = c.value_dim = 128;
+  });
+  biased("lines-d256", [&](Case& c) { c.distances = kN, c.distance_kind = 5, c.head_dim = c.value_dim = 256; });
+  biased("lines-d96-v40-b128", [&](Case& c) {
+    large(c), c.distances = 0, c.distance_kind = 6, c.head_dim = 96, c.value_dim = 40, c.lengths = c.sinks = true;
+  });
   biased("dense-minus-infinity", [](Case& c) { c.dense = kN | kT | kS, c.minus_infinity = true; });
   biased("dense-minus-infinity-d128-b128", [&](Case& c) {
     large(c), c.dense = kB | kT | kS, c.minus_infinity = c.dense_wide = true, c.head_dim = c.value_dim = 128;
@@ -1511,7 +1561,9 @@ std::vector<Timing> Timings() {
   };
   add_extras("time-bias-dense", [](Case& c) { c.dense = Case::kHeads | Case::kQueries | Case::kKeys; });
   add_extras("time-bias-keys", [](Case& c) { c.dense = Case::kBatch | Case::kKeys; });
-  add_extras("time-bias-distances", [](Case& c) { c.distances = Case::kHeads; });
+  add_extras("time-bias-distances", [](Case& c) { c.distances = Case::kHeads, c.distance_kind = 0; });
+  add_extras("time-bias-lines", [](Case& c) { c.distances = Case::kHeads, c.distance_kind = 5; });
+  add_extras("time-bias-buckets", [](Case& c) { c.distances = Case::kHeads, c.distance_kind = 3; });
   add_extras("time-bias-tiles",
              [](Case& c) { c.bias_tiles = Case::kHeads | Case::kQueries | Case::kKeys, c.bias_tile_count = 8; });
   add_extras("time-bias-entries", [](Case& c) { c.bias_tiles = Case::kHeads; });

@@ -10,7 +10,7 @@
 
 namespace jax_bsk::attention::cuda::sm90 {
 
-constexpr int kBiasTerms = 3;
+constexpr int kBiasTerms = 3, kDistanceTerm = 1;
 
 __device__ __forceinline__ bool HasTerm(const Bias& bias, int which) {
   return (which == 0 ? bias.dense : which == 1 ? bias.distances : bias.tiles) != nullptr;
@@ -46,6 +46,48 @@ struct BiasAxis {
   int start, first, length;
   __device__ __forceinline__ bool Inside() const { return start + 64 <= length; }
 };
+
+// The lines of a bias by distance: see bias_lines.h. Numbers of the host's, for a launch.
+struct BiasLines {
+  const float2* lines;  // x is the bias in the middle, y what it gains per key, NaN where there is no line; null: none
+  int of_table, zero;
+};
+
+// The line of the 64 queries and the 64 keys from `query` and `key` on. One that is read past the end is of no pair.
+__device__ __forceinline__ float2 FindBiasLine(const BiasLines& lines, const Bias& bias, int batch, int head, int query,
+                                               int key) {
+  if (lines.lines == nullptr) return {0.f, device::QuietNan()};
+  const int64_t table = lists::TableIndex(bias.distances_batch, bias.distances_heads, batch, head);
+  const int number = min(max((key - query) / 64 + lines.zero, 0), lines.of_table - 1);
+  return __ldg(lines.lines + table * lines.of_table + number);
+}
+__device__ __forceinline__ bool IsBiasLine(const float2& line) { return line.y == line.y; }
+
+// factor * bias of a thread's pairs in an accumulator of 64 x 64, as AddBiasTile has them, from those of a line. `row`
+// and `column` are the thread's first ones in the tile.
+struct LinePairs {
+  float first, step;
+
+  template <bool kKeyRows>
+  __device__ static __forceinline__ LinePairs Of(const float2& line, int row, int column, float factor) {
+    const float step = factor * (kKeyRows ? -line.y : line.y);
+    return {fmaf(step, static_cast<float>(column - row), factor * line.x), step};
+  }
+  // Pair i of the eight columns number n.
+  __device__ __forceinline__ float operator()(int n, int i) const {
+    return fmaf(step, static_cast<float>(8 * n + i % 2 - 8 * (i / 2)), first);
+  }
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void Set(float (&x)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) x[kFirst + i] = (*this)(i / 4, i % 4);
+  }
+};
+template <int kFirst, int kCount>
+__device__ __forceinline__ void SetNoBias(float (&x)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < 32; ++i) x[kFirst + i] = 0.f;
+}
 
 __device__ __forceinline__ float2 LoadBiasPair(const float* element) {
   return __ldg(reinterpret_cast<const float2*>(element));

@@ -1,6 +1,7 @@
 // Backward attention over block lists on Hopper (sm_90a), bit-equal from run to run: bwd_plan.h says how.
 #pragma once
 
+#include "attention/sm90/bias_lines.h"
 #include "attention/sm90/bwd_consumer.cuh"
 #include "attention/sm90/bwd_producer.cuh"
 #include "attention/sm90/tensor_map.h"
@@ -92,6 +93,13 @@ cudaError_t LaunchBackward(const BackwardParams& params, const BackwardLayout& l
 
   cudaError_t error = cudaFuncSetAttribute(BackwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  if (Config::kExtras && params.bias.distances != nullptr) {
+    auto* lines = static_cast<float*>(workspace) + layout.lines_offset;
+    error = LaunchBiasLines(params.bias, shape, lines, stream);
+    if (error != cudaSuccess) return error;
+    plan.bias_lines = {reinterpret_cast<const float2*>(lines), static_cast<int>(BiasLinesOfTable(shape)),
+                       static_cast<int>(BiasLineOfZero(shape))};
+  }
   const int grid = std::min(plan.work_count, multiprocessors);
   BackwardKernel<Config><<<grid, Config::kThreads, kBytes, stream>>>(params, plan);
   return cudaGetLastError();

@@ -440,18 +440,25 @@ class BackwardConsumer {
 
   // What the products of a step are added to: its biases, in their units, or nothing.
   __device__ __forceinline__ void StartLogits(const BackwardItem& item, float (&x)[kScores]) {
-#pragma unroll
-    for (int i = 0; i < kScores; ++i) x[i] = 0.f;
-    if (HasBias(params_.bias)) AddBias(item, x);
+    const PairStep& step = shared_.pairs[Stages().Stage()];
+    const float2 line = FindBiasLine(plan_.bias_lines, params_.bias, item.batch, ReadShared(step.head),
+                                     ReadShared(step.query), item.start + kOwnRows * group_);
+    if (IsBiasLine(line)) {
+      LinePairs::Of<true>(line, RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor).template Set<0>(x);
+    } else {
+      SetNoBias<0>(x);
+    }
+    const bool read = params_.bias.distances != nullptr && !IsBiasLine(line);
+    if (read || params_.bias.dense != nullptr || params_.bias.tiles != nullptr) AddBias(item, x, read);
     device::sm90::Pin(x);
   }
 
-  // Adds the terms of the bias that are given.
-  __device__ __forceinline__ void AddBias(const BackwardItem& item, float (&x)[kScores]) {
+  // Adds the terms of the bias that are given, that by distance if it is to be `read`.
+  __device__ __forceinline__ void AddBias(const BackwardItem& item, float (&x)[kScores], bool read) {
     const PairStep& step = shared_.pairs[Stages().Stage()];
 #pragma unroll 1
     for (int term = 0; term < kBiasTerms; ++term) {
-      if (!HasTerm(params_.bias, term)) continue;
+      if (!HasTerm(params_.bias, term) || (term == kDistanceTerm && !read)) continue;
       const int start = ReadShared(step.query);
       const BiasTermView view = TermView(params_.bias, params_.shape, term, item.batch, ReadShared(step.head),
                                          ReadShared(step.bias_tile), start, item.start);

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "attention/params.h"
+#include "attention/sm90/bias_lines.h"
 #include "sizes.h"
 
 namespace jax_bsk::attention::cuda::sm90 {
@@ -45,6 +46,7 @@ struct BackwardLayout {
   int64_t inexact_keys_offset;  // one word for each 64 keys of a head
   int64_t inexact_queries_offset;
   int64_t matches_offset;     // two words for each entry of the query-major lists
+  int64_t lines_offset;       // of a bias by distance: bias_lines.h
   int64_t statistics_offset;  // kStatisticsWords for each 64 queries of a head
   int64_t order_offset;       // one word for each item of keys
   int64_t gate_sums_offset;   // what gates.h says
@@ -54,14 +56,15 @@ struct BackwardLayout {
 
   // Slices are as large as a workspace of `bytes` allows.
   BackwardLayout(const Shape& shape, const BlockList& rows, const BlockList& cols, int tile_kv, int64_t gate_sums,
-                 int64_t bytes) {
+                 int64_t distance_tables, int64_t bytes) {
     const auto ceil_div = [](int64_t a, int64_t b) { return (a + b - 1) / b; };
     const int64_t kv_rows = shape.batch * shape.kv_heads, query_rows = shape.batch * shape.heads;
     key_tiles = ceil_div(shape.kv_len, tile_kv);
     inexact_keys_offset = counters_offset + 1 + 2 * kv_rows;
     inexact_queries_offset = inexact_keys_offset + kv_rows * ceil_div(shape.kv_len, 64);
     matches_offset = ceil_div(inexact_queries_offset + query_rows * ceil_div(shape.q_len, 64), 2) * 2;
-    statistics_offset = ceil_div(matches_offset + 2 * rows.batch * rows.heads * rows.capacity, 32) * 32;
+    lines_offset = matches_offset + 2 * rows.batch * rows.heads * rows.capacity;
+    statistics_offset = ceil_div(lines_offset + BiasLineWords(shape, distance_tables), 32) * 32;
     gate_sums_offset = statistics_offset + query_rows * ceil_div(shape.q_len, 64) * kStatisticsWords;
     order_offset = gate_sums_offset + gate_sums;
     // The order is of whole slices, which have fewer than twice the heads there are.
@@ -85,16 +88,18 @@ struct BackwardLayout {
 constexpr int64_t kPlentyBytes = int64_t{2} << 30;
 
 // Bytes of the workspace that Python allocates: what BackwardLayout needs at least, and more for speed, for lists of
-// `capacity` entries in `tables` tables, with `gates` numbers in them (0 for none). It has room for as many heads in
+// `capacity` entries in `tables` tables, with `gates` numbers in them (0 for none) and a bias by distance with
+// `distance_tables` (likewise). It has room for as many heads in
 // each slice as BackwardLayout calls enough, as far as that is kPlentyBytes. So it grows as the inputs and the visited
 // blocks do.
-inline int64_t RecommendedBackwardBytes(const Shape& shape, int64_t tables, int64_t capacity, int64_t gates) {
+inline int64_t RecommendedBackwardBytes(const Shape& shape, int64_t tables, int64_t capacity, int64_t gates,
+                                        int64_t distance_tables) {
   const int64_t kv_rows = shape.batch * shape.kv_heads, query_rows = shape.batch * shape.heads;
   const int64_t q_tiles = BlocksOf(shape.q_len, 64), kv_tiles = BlocksOf(shape.kv_len, 64);
   const int64_t gate_sums = 4 * gates * BlocksOf(shape.block_q, 64) * BlocksOf(shape.block_kv, 64);
   // BackwardLayout's parts without its roundings, which take up to 33 words and 1024 bytes more.
   const int64_t words = 1 + 2 * kv_rows + 3 * kv_rows * kv_tiles + query_rows * q_tiles * (1 + kStatisticsWords) +
-                        2 * tables * capacity + 33 + gate_sums;
+                        2 * tables * capacity + BiasLineWords(shape, distance_tables) + 33 + gate_sums;
   const int64_t group = shape.heads / std::max<int64_t>(shape.kv_heads, 1);
   const int64_t head_bytes = std::max<int64_t>(1, 2 * shape.block_q * shape.block_kv * capacity * group);
   const int64_t plenty = std::max(8 * query_rows * shape.q_len * shape.head_dim, kPlentyBytes);

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "attention/sm90/bias.cuh"
 #include "attention/sm90/bwd_plan.h"
 #include "attention/sm90/config.h"
 #include "attention/softmax.cuh"
@@ -25,6 +26,7 @@ using device::sm90::Ring;
 struct BackwardPlan {
   CUtensorMap query, dout, key, value;  // boxes of 64 positions
   LogitMap logits;
+  BiasLines bias_lines;
   float bias_factor;  // as in ForwardPlan
   float kept_scale;
   int work_count;

@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "attention/sm90/bias_lines.h"
 #include "attention/sm90/fwd_consumer.cuh"
 #include "attention/sm90/fwd_feeder.cuh"
 #include "attention/sm90/fwd_producer.cuh"
@@ -58,6 +59,8 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   const void* key = shape.kv_len > 0 ? params.key : params.query;
   const void* value = shape.kv_len > 0 ? params.value : params.query;
   ForwardPlan plan{};
+  auto* lines = reinterpret_cast<float*>(workspace);
+  workspace += BiasLineWords(shape, DistanceTables(params.bias));
   plan.inexact_tiles = workspace + 1;
   plan.logits = LogitMap(params.scale, params.soft_cap);
   plan.bias_factor = device::kLog2E / plan.logits.multiplier;
@@ -72,6 +75,12 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
 
   cudaError_t error = cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
+  if (Config::kExtras && params.bias.distances != nullptr) {
+    error = LaunchBiasLines(params.bias, shape, lines, stream);
+    if (error != cudaSuccess) return error;
+    plan.bias_lines = {reinterpret_cast<const float2*>(lines), static_cast<int>(BiasLinesOfTable(shape)),
+                       static_cast<int>(BiasLineOfZero(shape))};
+  }
   plan.past_end = static_cast<int>(std::max<int64_t>(shape.kv_blocks * shape.block_kv, 1));  // 1: maps have a row
   plan.bit_bytes = Config::kTileQ * static_cast<int>(shape.block_kv) / 8;
   plan.bit_words = shape.block_q * shape.block_kv / 32;

@@ -87,8 +87,11 @@ class ForwardConsumer {
   // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
-  // True if references may lag (fwd_softmax.cuh), without a bias: one by distance would raise them at every step.
+  // True if references may lag (fwd_softmax.cuh): with a bias, at steps where StartLogits has not found it steep.
   static constexpr bool kLazy = Config::kPlain;
+  // In units of log2: what a bias may gain from a step to the next without being called steep. A reference of lagging
+  // rows is raised once it is behind by more than RowSoftmax::kSlack, 2^10.
+  static constexpr float kSteep = 2.f;
 
   using Headers = Ring<Shared::kHeaders>;
 
@@ -112,7 +115,7 @@ class ForwardConsumer {
   __device__ __forceinline__ void Step() {
     float logits[kLogits];
     device::sm90::Wait(shared_.full_key[Keys().Stage()], Keys().Full());
-    StartLogits(logits);
+    const bool steep = StartLogits(logits);
     TakeTurn();
     device::sm90::Pin(out_);
     device::sm90::Pin(probs_);
@@ -129,13 +132,13 @@ class ForwardConsumer {
     device::sm90::CommitProducts();
     PassTurn();
     flags_ = ReadShared(shared_.Step(step_).flags);
-    const bool fresh = softmax_.Fresh();
+    const bool raise = steep || softmax_.Fresh();
 
     device::sm90::WaitForProducts<1>();
     device::sm90::Pin(logits);
     float rescale[2];
     bool lags = false;
-    const bool raised = Softmax(logits, fresh, rescale, lags);
+    const bool raised = Softmax(logits, raise, rescale, lags);
     device::sm90::Pin(logits);
     device::sm90::Pin(softmax_.sum);
     // Never blocks: a branch that keeps ptxas from moving the next wait up above the exponentials, which would undo the
@@ -329,13 +332,13 @@ class ForwardConsumer {
 
   // Products to probabilities relative to the reference, in place, and their sums; releases the keys. Returns whether
   // the references moved, and so the outputs so far must be rescaled. `lags`: the references lag too far; the sums are
-  // left to CatchUp. `fresh`: some reference is -inf.
-  __device__ __forceinline__ bool Softmax(float (&x)[kLogits], bool fresh, float (&rescale)[2], bool& lags) {
+  // left to CatchUp. `raise`: they are to move, for example because one is -inf.
+  __device__ __forceinline__ bool Softmax(float (&x)[kLogits], bool raise, float (&rescale)[2], bool& lags) {
     if constexpr (!Config::kPlain) {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
     }
-    bool raised = !kLazy || fresh || (Config::kExtras && HasBias(params_.bias));
+    bool raised = !kLazy || raise;
     if (flags_ & StepInfo::kMasked) {
       ApplyMask(x);
       raised = true;
@@ -373,22 +376,68 @@ class ForwardConsumer {
   }
 
   // What the products of a step are added to: its biases, in their units, or nothing. Before the products the logits'
-  // own registers take what is loaded: a bias by distance costs 1.9 times a causal call without one, 2.2 behind them
-  // (H200, 128 dimensions).
-  __device__ __forceinline__ void StartLogits(float (&x)[kLogits]) {
+  // own registers take what is loaded: a bias by distance that is read costs 1.9 times a causal call without one, 2.2
+  // behind them (H200, 128 dimensions). Returns whether it may gain so much from step to step that references are to
+  // follow: of what is read nothing is known.
+  __device__ __forceinline__ bool StartLogits(float (&x)[kLogits]) {
     if constexpr (Config::kExtras) {
+      int read = 0;  // pieces whose biases by distance lie on no line
+      float gain = 0.f;
+      if (params_.bias.distances != nullptr) {
+        read = SetBiasLines(x, gain);
+      } else {
 #pragma unroll
-      for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
-      if (HasBias(params_.bias)) AddBias(x);
+        for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
+      }
+      const bool reads = read != 0 || params_.bias.dense != nullptr || params_.bias.tiles != nullptr;
+      if (reads) AddBias(x, read);
       device::sm90::Pin(x);
+      return reads || gain > kSteep;
     }
+    return false;
   }
 
-  // Adds the terms of the bias that are given, 64 keys at a time.
-  __device__ __forceinline__ void AddBias(float (&x)[kLogits]) {
-    const StepInfo& info = shared_.Step(step_);
+  // The header of the tile of the step that is about to start.
+  __device__ __forceinline__ const TileHeader& NextHeader(const StepInfo& info) const {
     const Headers place{static_cast<uint32_t>(ReadShared(info.flags)) >> StepInfo::kHeader};
-    const TileHeader& tile = shared_.headers[place.Stage()];
+    return shared_.headers[place.Stage()];
+  }
+
+  // Biases by distance where they lie on lines, 0 elsewhere; returns the pieces that are left, a bit each. `gain` is
+  // the most that a line gains over the keys of a step.
+  __device__ __forceinline__ int SetBiasLines(float (&x)[kLogits], float& gain) {
+    const StepInfo& info = shared_.Step(step_);
+    const TileHeader& tile = NextHeader(info);
+    const int query = tile.q_start + group_ * kWarpgroupRows;
+    int left = 0;
+#pragma unroll
+    for (int piece = 0; piece < kTileKv / 64; ++piece) {
+      const float2 line =
+          FindBiasLine(plan_.bias_lines, params_.bias, tile.batch, tile.head, query, ReadShared(info.start[piece]));
+      if (IsBiasLine(line)) {
+        gain = fmaxf(gain, fabsf(line.y) * (device::kLog2E * kTileKv));
+        const auto pairs = LinePairs::Of<false>(line, RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor);
+        if (piece == 0) {
+          pairs.template Set<0>(x);
+        } else {
+          pairs.template Set<kLogits - 32>(x);
+        }
+      } else {
+        left |= 1 << piece;
+        if (piece == 0) {
+          SetNoBias<0>(x);
+        } else {
+          SetNoBias<kLogits - 32>(x);
+        }
+      }
+    }
+    return left;
+  }
+
+  // Adds the terms of the bias that are given, 64 keys at a time; those by distance of the pieces `read`.
+  __device__ __forceinline__ void AddBias(float (&x)[kLogits], int read) {
+    const StepInfo& info = shared_.Step(step_);
+    const TileHeader& tile = NextHeader(info);
     const BiasAxis queries{tile.q_start + group_ * kWarpgroupRows, RowOf(Thread()),
                            static_cast<int>(params_.shape.q_len)};
 #pragma unroll 1
@@ -396,6 +445,7 @@ class ForwardConsumer {
       if (!HasTerm(params_.bias, term)) continue;
 #pragma unroll
       for (int piece = 0; piece < kTileKv / 64; ++piece) {
+        if (term == kDistanceTerm && (read >> piece & 1) == 0) continue;
         const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
         const int start = ReadShared(info.start[piece]);
         const BiasTermView view =
@@ -473,6 +523,7 @@ class ForwardConsumer {
 #pragma unroll 1
     for (int n = 0; n < kTileKv / 8; ++n) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
+      if constexpr (Config::kExtras) StartSums(sums, n);
 #pragma unroll 1
       for (int k = 0; k < kDim; k += 16) {
         uint32_t a[4], b[2];
@@ -483,6 +534,19 @@ class ForwardConsumer {
       for (int i = 0; i < kLogits; ++i)
         if (i / 4 == n) x[i] = sums[i % 4];
     }
+  }
+
+  // What the products with keys 8 n .. 8 n + 7 are added to. A step whose references lag has its biases on lines, or
+  // none.
+  __device__ __forceinline__ void StartSums(float (&sums)[4], int n) {
+    const StepInfo& info = shared_.Step(step_);
+    const TileHeader& tile = NextHeader(info);
+    const float2 line = FindBiasLine(plan_.bias_lines, params_.bias, tile.batch, tile.head,
+                                     tile.q_start + group_ * kWarpgroupRows, ReadShared(info.start[n / 8]));
+    if (!IsBiasLine(line)) return;
+    const auto pairs = LinePairs::Of<false>(line, RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sums[i] = pairs(n % 8, i);
   }
 
   // This thread's part of this warp's queries, and of keys 8 n .. 8 n + 7 of the step: dimensions k .. k + 15.

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "attention/sm90/bias.cuh"
 #include "attention/sm90/config.h"
 #include "attention/softmax.cuh"
 #include "device/ptx/barrier.cuh"
@@ -119,6 +120,7 @@ struct ForwardShared {
 struct ForwardPlan {
   CUtensorMap query, key, value;
   LogitMap logits;
+  BiasLines bias_lines;
   float bias_factor;       // of a bias, in units of a plain logit's product
   float kept_scale;        // of the probabilities that dropout leaves
   int tiles;               // of queries, over all heads and examples
