@@ -57,9 +57,10 @@ struct BiasLines {
 __device__ __forceinline__ float2 FindBiasLine(const BiasLines& lines, const Bias& bias, int batch, int head, int query,
                                                int key) {
   if (lines.lines == nullptr) return {0.f, device::QuietNan()};
-  const int64_t table = lists::TableIndex(bias.distances_batch, bias.distances_heads, batch, head);
+  // There are fewer than 2^31: the numbers of so many would take 500 GB.
+  const int table = static_cast<int>(lists::TableIndex(bias.distances_batch, bias.distances_heads, batch, head));
   const int number = min(max((key - query) / 64 + lines.zero, 0), lines.of_table - 1);
-  return __ldg(lines.lines + table * lines.of_table + number);
+  return __ldg(lines.lines + (table * lines.of_table + number));
 }
 __device__ __forceinline__ bool IsBiasLine(const float2& line) { return line.y == line.y; }
 

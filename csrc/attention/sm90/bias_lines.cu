@@ -1,7 +1,6 @@
-#include <limits>
-
 #include "attention/sm90/bias_lines.h"
 #include "attention/sm90/config.h"
+#include "device/numbers.cuh"
 
 namespace jax_bsk::attention::cuda::sm90 {
 namespace {
@@ -33,7 +32,7 @@ __global__ void __launch_bounds__(kThreads)
         fabsf(fmaf(step, static_cast<float>(distance - middle), at_middle) - __ldg(numbers + distance)) <= bound;
   }
   straight = __all_sync(0xFFFFFFFFu, straight);
-  if (lane == 0) lines[line] = make_float2(at_middle, straight ? step : std::numeric_limits<float>::quiet_NaN());
+  if (lane == 0) lines[line] = make_float2(at_middle, straight ? step : device::QuietNan());
 }
 
 }  // namespace

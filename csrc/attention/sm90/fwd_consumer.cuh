@@ -92,6 +92,8 @@ class ForwardConsumer {
   // In units of log2: what a bias may gain from a step to the next without being called steep. A reference of lagging
   // rows is raised once it is behind by more than RowSoftmax::kSlack, 2^10.
   static constexpr float kSteep = 2.f;
+  // False where registers are short (one would spill): every bias is then as good as steep.
+  static constexpr bool kLagWithBias = Config::kExtras && (kDim != 96 || Config::kConsumers == 2);
 
   using Headers = Ring<Shared::kHeaders>;
 
@@ -381,21 +383,22 @@ class ForwardConsumer {
   // follow: of what is read nothing is known.
   __device__ __forceinline__ bool StartLogits(float (&x)[kLogits]) {
     if constexpr (Config::kExtras) {
-      int read = 0;  // pieces whose biases by distance lie on no line
-      float gain = 0.f;
+      int found = params_.bias.dense != nullptr || params_.bias.tiles != nullptr ? kBiasOther : 0;
       if (params_.bias.distances != nullptr) {
-        read = SetBiasLines(x, gain);
+        found |= SetBiasLines(x);
       } else {
 #pragma unroll
         for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
       }
-      const bool reads = read != 0 || params_.bias.dense != nullptr || params_.bias.tiles != nullptr;
-      if (reads) AddBias(x, read);
+      if (found & ~kBiasSteep) AddBias(x, found);
       device::sm90::Pin(x);
-      return reads || gain > kSteep;
+      return kLagWithBias ? found != 0 : HasBias(params_.bias);
     }
     return false;
   }
+  // What a step has beside gentle lines: pieces, a bit each, whose biases by distance are to be read, other terms, or a
+  // line that is steep.
+  static constexpr int kBiasOther = 1 << kMaxPieces, kBiasSteep = kBiasOther << 1;
 
   // The header of the tile of the step that is about to start.
   __device__ __forceinline__ const TileHeader& NextHeader(const StepInfo& info) const {
@@ -403,19 +406,18 @@ class ForwardConsumer {
     return shared_.headers[place.Stage()];
   }
 
-  // Biases by distance where they lie on lines, 0 elsewhere; returns the pieces that are left, a bit each. `gain` is
-  // the most that a line gains over the keys of a step.
-  __device__ __forceinline__ int SetBiasLines(float (&x)[kLogits], float& gain) {
+  // Biases by distance where they lie on lines, 0 elsewhere; returns what is left, and whether a line is steep.
+  __device__ __forceinline__ int SetBiasLines(float (&x)[kLogits]) {
     const StepInfo& info = shared_.Step(step_);
     const TileHeader& tile = NextHeader(info);
     const int query = tile.q_start + group_ * kWarpgroupRows;
-    int left = 0;
+    int found = 0;
 #pragma unroll
     for (int piece = 0; piece < kTileKv / 64; ++piece) {
       const float2 line =
           FindBiasLine(plan_.bias_lines, params_.bias, tile.batch, tile.head, query, ReadShared(info.start[piece]));
       if (IsBiasLine(line)) {
-        gain = fmaxf(gain, fabsf(line.y) * (device::kLog2E * kTileKv));
+        if (fabsf(line.y) > kSteep / (device::kLog2E * kTileKv)) found |= kBiasSteep;
         const auto pairs = LinePairs::Of<false>(line, RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor);
         if (piece == 0) {
           pairs.template Set<0>(x);
@@ -423,7 +425,7 @@ class ForwardConsumer {
           pairs.template Set<kLogits - 32>(x);
         }
       } else {
-        left |= 1 << piece;
+        found |= 1 << piece;
         if (piece == 0) {
           SetNoBias<0>(x);
         } else {
@@ -431,11 +433,11 @@ class ForwardConsumer {
         }
       }
     }
-    return left;
+    return found;
   }
 
-  // Adds the terms of the bias that are given, 64 keys at a time; those by distance of the pieces `read`.
-  __device__ __forceinline__ void AddBias(float (&x)[kLogits], int read) {
+  // Adds the terms of the bias that are given, 64 keys at a time; those by distance of the pieces in `found`.
+  __device__ __forceinline__ void AddBias(float (&x)[kLogits], int found) {
     const StepInfo& info = shared_.Step(step_);
     const TileHeader& tile = NextHeader(info);
     const BiasAxis queries{tile.q_start + group_ * kWarpgroupRows, RowOf(Thread()),
@@ -445,7 +447,7 @@ class ForwardConsumer {
       if (!HasTerm(params_.bias, term)) continue;
 #pragma unroll
       for (int piece = 0; piece < kTileKv / 64; ++piece) {
-        if (term == kDistanceTerm && (read >> piece & 1) == 0) continue;
+        if (term == kDistanceTerm && (found >> piece & 1) == 0) continue;
         const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
         const int start = ReadShared(info.start[piece]);
         const BiasTermView view =
@@ -523,7 +525,7 @@ class ForwardConsumer {
 #pragma unroll 1
     for (int n = 0; n < kTileKv / 8; ++n) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
-      if constexpr (Config::kExtras) StartSums(sums, n);
+      if constexpr (kLagWithBias) StartSums(sums, n);
 #pragma unroll 1
       for (int k = 0; k < kDim; k += 16) {
         uint32_t a[4], b[2];
