@@ -208,6 +208,21 @@ def backward_workspace(
     )
 
 
+def backward_dlogits(group: int, capacity: int, block_size: tuple[int, int]) -> int:
+    """Bytes of the backward's workspace on CUDA that any number of key/value heads needs for dS at most.
+
+    It is what `backward_workspace` allocates for many heads without tokens, where nothing but the lists counts: the
+    least that kernels need, or about 2 GiB where that is less. Room for more heads at a time is not part of it.
+
+    Args:
+      group: Query heads per key/value head.
+      capacity: Entries of each list.
+      block_size: (block_q, block_kv).
+    """
+    kv_heads = 8
+    return backward_workspace((1, 0, group * kv_heads, 0), (1, 0, kv_heads, 0), (1, 1, capacity), block_size)
+
+
 def no_bias(dtype: Any) -> tuple[np.ndarray, ...]:
     """What stands for the three terms of a bias that is not given."""
     stats = statistics_dtype(dtype)
