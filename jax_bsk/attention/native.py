@@ -102,7 +102,7 @@ def _backward_workspace(avals: Avals, call: AttentionCall) -> int:
 
 def _backward_in_parts(platform: str, avals: Avals, call: AttentionCall) -> Callable[..., list[jax.Array]] | None:
     """The same backward as calls of parts, where one call would need more memory than it should."""
-    if platform not in parts.BOUNDS:
+    if call.is_part or platform not in parts.BOUNDS:
         return None
     shapes = {name: x.shape for name, x in zip(ffi.BACKWARD.operands, avals, strict=True)}
     group = shapes["query"][-2] // max(1, shapes["key"][-2])
