@@ -16,7 +16,7 @@ import jax_bsk
 from jax_bsk import sparse_attention
 from jax_bsk.attention import ffi, parts
 from jax_bsk.biases import AlibiBias, TileBias
-from jax_bsk.masks import BlockMask, CausalMask
+from jax_bsk.masks import BlockMask, CausalMask, LocalMask
 from jax_bsk.qa.testing import battery
 from jax_bsk.qa.testing.cases import Case
 from tests.util import assert_close, collectives, random_inputs, text_of
@@ -173,10 +173,11 @@ def test_of_queries_they_are_those_of_one_call(bound, divisions, monkeypatch):
 
 
 def test_under_vmap_and_remat(divisions, monkeypatch):
-    masks = [CausalMask().bind(LENGTH, block_size=BLOCK).padded(max_blocks=40), CAUSAL.padded(max_blocks=40)]
+    window = CausalMask() & LocalMask((100, 0))
+    masks = [m.bind(LENGTH, block_size=BLOCK).padded(max_blocks=40, max_tiles=4) for m in (window, CausalMask())]
     operands = [jnp.stack([x, x + 0.5]) for x in operands_of_everything(masks[0], batch=1)]
     lists = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *masks)
-    mapped = jax.vmap(jax.checkpoint(everything))  # type: ignore[arg-type]
+    mapped = jax.vmap(jax.checkpoint(everything))
     found = gradients(mapped, *operands, lists)
     assert divisions[0].parts > 1
     monkeypatch.delitem(parts.BOUNDS, "cpu")
@@ -219,7 +220,7 @@ def test_a_sharded_sequence(manual, traced, divisions, monkeypatch):
             return attention(*x)
         mask = x[3] if traced else CAUSAL
         local = lambda q, k, v: attention(q, k, v, mask, axis_name="sequence")  # noqa: E731
-        return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)(*x[:3])
+        return jax.shard_map(local, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec)(*x[:3])
 
     lists = (CAUSAL,) if traced else ()
     found = gradients(function, *sharded, *lists)
@@ -227,17 +228,20 @@ def test_a_sharded_sequence(manual, traced, divisions, monkeypatch):
     assert_close(found, gradients(lambda *x: attention(*x[:3]), *operands))
 
 
-def test_lists_that_cannot_be_read_make_nan_of_their_rows_alone(divisions):
+@pytest.mark.parametrize(
+    ("changes", "rows"),
+    [({8: 41}, [7]), ({3: 2}, [2, 3]), ({0: -1}, [0])],
+    ids=["overflowing", "decreasing", "negative"],
+)
+def test_lists_that_cannot_be_read_make_nan_of_their_rows_alone(changes, rows, divisions):
     offsets = np.array(CAUSAL.row_offsets)
-    overflowing, falling = offsets.copy(), offsets.copy()
-    overflowing[..., -1] = CAUSAL.capacity + 5
-    falling[..., 3] = 2  # ends row 2 before it begins; row 3 is that of more blocks
-    for wrong, rows in ((overflowing, [7]), (falling, [2, 3])):
-        mask = BlockMask(wrong, CAUSAL.kv_blocks, CAUSAL.tiles, CAUSAL.bit_tiles, None, None, None, *[64] * 2, 512, 512)
-        lists = jax.tree.map(jnp.asarray, mask)
-        query, key, value = inputs(batch=1)
-        found = jax.jit(lambda q, m: jax.grad(lambda q: attention(q, key, value, m)[:, ::-1].sum())(q))(query, lists)
-        bad = np.isnan(np.asarray(found)).reshape(8, -1).all(1)
-        assert np.flatnonzero(bad).tolist() == rows
-        assert not np.isnan(np.asarray(found)).reshape(8, -1)[~bad].any()
-    assert {cut.parts > 1 for cut in divisions} == {True}
+    offsets[..., list(changes)] = list(changes.values())
+    key, value = inputs(batch=1)[1:]
+
+    def loss(query: jax.Array, offsets: jax.Array) -> jax.Array:
+        return attention(query, key, value, CAUSAL._with_arrays(row_offsets=offsets)).sum()
+
+    found = jax.jit(jax.grad(loss))(inputs(batch=1)[0], jnp.asarray(offsets))
+    bad = np.isnan(np.asarray(found)).reshape(8, -1)
+    assert np.flatnonzero(bad.all(1)).tolist() == np.flatnonzero(bad.any(1)).tolist() == rows
+    assert divisions[0].parts > 1
