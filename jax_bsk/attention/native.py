@@ -17,7 +17,7 @@ import numpy as np
 from jax_bsk.attention import ffi, parts, refusals
 from jax_bsk.attention.sharding import AttentionSplitting, BiasGradientSplitting
 from jax_bsk.context.visits import Visits
-from jax_bsk.core import compat, library
+from jax_bsk.core import library
 from jax_bsk.core.dims import Axes, Dims
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import Avals, NativeCall, like
@@ -113,10 +113,7 @@ def _backward_in_parts(platform: str, avals: Avals, call: AttentionCall) -> Call
         return None
     bind = functools.partial(BACKWARD.bind, dataclasses.replace(call, is_part=True))
 
-    def divided(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        return parts.run(bind, ffi.BACKWARD, cut, operands)
-
-    return lambda *operands: list(compat.call_without_mesh(divided, *operands))
+    return lambda *operands: parts.run(bind, ffi.BACKWARD, cut, operands)
 
 
 FORWARD = NativeCall(

@@ -94,7 +94,7 @@ def division(
     return None if group == 1 else Division(1, 1, capacity, capacity)
 
 
-def run(bind: Bind, dims: Dims, cut: Division, operands: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+def run(bind: Bind, dims: Dims, cut: Division, operands: Sequence[jax.Array]) -> list[jax.Array]:
     """The results of a backward call, from calls of its parts.
 
     Args:
@@ -116,7 +116,7 @@ def run(bind: Bind, dims: Dims, cut: Division, operands: Sequence[jax.Array]) ->
     first[1:3] = [x.astype(statistics_dtype(x.dtype)) for x in first[1:3]]
     found = _repeat(heads.count, of_members, _Gradients(*first))
     dtype = given["key"].dtype
-    return found.dquery, found.dkey.astype(dtype), found.dvalue.astype(dtype), found.dgates
+    return [found.dquery, found.dkey.astype(dtype), found.dvalue.astype(dtype), found.dgates]
 
 
 class _Gradients(NamedTuple):
