@@ -209,10 +209,10 @@ def backward_workspace(
 
 
 def backward_dlogits(group: int, capacity: int, block_size: tuple[int, int]) -> int:
-    """Bytes of the backward's workspace on CUDA that any number of key/value heads needs for dS at most.
+    """Bytes of the backward's workspace on CUDA for dS: what kernels need for any number of key/value heads.
 
-    It is what `backward_workspace` allocates for many heads without tokens, where nothing but the lists counts: the
-    least that kernels need, or about 2 GiB where that is less. Room for more heads at a time is not part of it.
+    It is what `backward_workspace` allocates for many heads without tokens, where nothing but the lists counts. Where
+    kernels need less than 2 GiB, room for more heads at a time is part of it, up to those 2 GiB.
 
     Args:
       group: Query heads per key/value head.
