@@ -89,7 +89,7 @@ LAYERS = {
         ["api"],
         ["derivatives"],
         ["native", "xla"],
-        ["refusals", "sharding", "schedule"],
+        ["refusals", "sharding", "schedule", "parts"],
         ["sequence"],
         ["ffi", "dropout"],
     ],

@@ -111,7 +111,7 @@ class Case:
         return self.mask.q_len
 
 
-GROUPED = "causal, grouped heads"  # a quarter of the length, twice the heads on a quarter of the key/value heads
+GROUPED = "causal, grouped heads"  # twice the heads on a quarter of the key/value heads
 MASKS = ("causal", "documents", "window", "window and global", "random 10 %", GROUPED)
 DEFAULT_MASKS = MASKS[:5]
 
@@ -120,7 +120,7 @@ def case(name: str, length: int, batch: int, heads: int, sizes: Sizes) -> Case:
     """The case of one of `MASKS`."""
     kv_heads = heads
     if name == GROUPED:
-        length, heads, kv_heads = length // 4, 2 * heads, max(1, heads // 4)
+        heads, kv_heads = 2 * heads, max(1, heads // 4)
     mask, attends = _mask(name, length, sizes)
     return Case(name, mask, attends, batch, heads, kv_heads)
 

@@ -143,7 +143,7 @@ def measured(results: Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]]
     for found in results["cases"]:
         batch, heads, kv_heads, length, size = found["shape"]
         name = GROUPED if kv_heads < heads else found["case"]
-        # Of grouped heads the case has a quarter of the length.
+        # That of grouped heads has a length of its own.
         sizes = Sizes(lengths=(length,))
         mask = case("causal" if name == GROUPED else name, length, batch, heads, sizes).mask
         visited = batch * heads * mask.nq * mask.nk * float(mask.density)

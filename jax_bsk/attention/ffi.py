@@ -220,6 +220,21 @@ def backward_workspace(
     )
 
 
+def backward_dlogits(group: int, capacity: int, block_size: tuple[int, int]) -> int:
+    """Bytes of the backward's workspace on CUDA for dS: what kernels need for any number of key/value heads.
+
+    It is what `backward_workspace` allocates for many heads without tokens, where nothing but the lists counts. Where
+    kernels need less than 2 GiB, room for more heads at a time is part of it, up to those 2 GiB.
+
+    Args:
+      group: Query heads per key/value head.
+      capacity: Entries of each list.
+      block_size: (block_q, block_kv).
+    """
+    kv_heads = 8
+    return backward_workspace((1, 0, group * kv_heads, 0), (1, 0, kv_heads, 0), (1, 1, capacity), block_size)
+
+
 def no_bias(dtype: Any) -> tuple[np.ndarray, ...]:
     """What stands for the three terms of a bias that is not given."""
     stats = statistics_dtype(dtype)

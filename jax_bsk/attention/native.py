@@ -7,11 +7,14 @@ them over a mesh.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 import numpy as np
 
-from jax_bsk.attention import ffi, refusals
+from jax_bsk.attention import ffi, parts, refusals
 from jax_bsk.attention.sharding import AttentionSplitting, BiasGradientSplitting
 from jax_bsk.context.visits import Visits
 from jax_bsk.core import library
@@ -30,6 +33,8 @@ class AttentionCall:
       visits: Which key blocks the lists visit, or None where that is not known, or no shard may rely on it.
       axis: Mesh axes of the `shard_map` around the call along which its arrays are shards of a sequence, or None.
       term: The term of the bias whose gradient a call computes, or None for other calls.
+      is_part: Whether it is one of several calls that compute a backward, whose workspace is what kernels need at
+        least (or 2 GiB).
     """
 
     attributes: ffi.AttentionAttributes
@@ -37,6 +42,7 @@ class AttentionCall:
     visits: Visits | None = None
     axis: Axes = None
     term: ffi.BiasTerm | None = None
+    is_part: bool = False
 
 
 _COL_GATES = list(ffi.BACKWARD.operands).index("col_gates")
@@ -91,9 +97,27 @@ def _forward_workspace(avals: Avals, call: AttentionCall) -> int:
 
 def _backward_workspace(avals: Avals, call: AttentionCall) -> int:
     _, query, key, *_ = (x.shape for x in avals)
+    if call.is_part:
+        query = (*query[:-1], 0)  # of which kernels would have twice the gradient in float32
     blocks = call.attributes.block_q, call.attributes.block_kv
     gates, distances = avals[_COL_GATES].shape, avals[_BACKWARD_DISTANCES].shape
     return ffi.backward_workspace(query, key, avals[8].shape, blocks, gates, distances)
+
+
+def _backward_in_parts(platform: str, avals: Avals, call: AttentionCall) -> Callable[..., list[jax.Array]] | None:
+    """The same backward as calls of parts, where one call would need more memory than it should."""
+    if call.is_part or platform not in parts.BOUNDS:
+        return None
+    shapes = {name: x.shape for name, x in zip(ffi.BACKWARD.operands, avals, strict=True)}
+    group = shapes["query"][-2] // max(1, shapes["key"][-2])
+    blocks = shapes["row_offsets"][-1] - 1, shapes["col_offsets"][-1] - 1
+    sizes = call.attributes.block_q, call.attributes.block_kv
+    cut = parts.division(parts.BOUNDS[platform], group, blocks, shapes["kv_blocks"][-1], sizes)
+    if cut is None:
+        return None
+    bind = functools.partial(BACKWARD.bind, dataclasses.replace(call, is_part=True))
+
+    return lambda *operands: parts.run(bind, ffi.BACKWARD, cut, operands)
 
 
 FORWARD = NativeCall(
@@ -113,6 +137,7 @@ BACKWARD = NativeCall(
     workspace=_backward_workspace,
     workspace_dtype=np.uint8,
     refusals=lambda platform, avals, call: _refusals(platform, avals[1], avals[3], call),
+    adapt=_backward_in_parts,
     splitting=AttentionSplitting(),
 )
 BIAS_GRADIENT = NativeCall(

@@ -106,7 +106,7 @@ class SequenceShards:
         x |= columns.lists
         for name in by_entry:
             if name in _OF_COLUMNS:
-                x[name] = _take(given[name], columns.source)
+                x[name] = take_entries(given[name], columns.source)
         dquery, dkey, dvalue, dgates = bind(call, list(x.values()))
         if exchange:
             dkey, dvalue = exchange.give_back([dkey, dvalue], self.axis, shard)
@@ -169,12 +169,12 @@ class SequenceShards:
             for _ in range(offsets.ndim - 1):
                 pick = jax.vmap(pick)
             offsets, entry = pick(offsets)
-            ids, tiles = (_take(given[name], entry) for name in ("kv_blocks", "tiles"))
+            ids, tiles = (take_entries(given[name], entry) for name in ("kv_blocks", "tiles"))
             return {"row_offsets": offsets, "kv_blocks": part.ids(ids, shard), "tiles": tiles}
         entry = offsets[..., :1] + of_rank(_count(self._capacity(given)), offsets.ndim)
         entry = jnp.minimum(entry, given["kv_blocks"].shape[-1] - 1)
         others = [name for name in _OF_ROWS if name in given and given[name].shape[-1]]
-        found = {name: _take(given[name], entry) for name in ("kv_blocks", "tiles", *others)}
+        found = {name: take_entries(given[name], entry) for name in ("kv_blocks", "tiles", *others)}
         return {"row_offsets": offsets - offsets[..., :1], **found}
 
     def _columns(self, given: dict[str, jax.Array], part: Part | None, shard: jax.Array) -> _Columns:
@@ -184,7 +184,7 @@ class SequenceShards:
         order = _count(columns) if part is None else jnp.asarray(part.keys)[shard]
         places = _count(rows) if part is None else jnp.asarray(part.places)[shard]
         capacity = self._capacity(given) if part is None else part.capacity
-        pick = functools.partial(_pick, first=shard * rows, places=places, order=order, capacity=capacity)
+        pick = functools.partial(pick_columns, first=shard * rows, places=places, order=order, capacity=capacity)
         names = ("col_offsets", "q_blocks", "col_tiles")
         for _ in range(given["q_blocks"].ndim - 1):
             pick = jax.vmap(pick)
@@ -333,7 +333,7 @@ def _pick_rows(offsets: jax.Array, *, order: jax.Array, capacity: int) -> tuple[
     return new_offsets, jnp.where(place < new_offsets[-1], offsets[order[row]] + place - new_offsets[row], 0)
 
 
-def _pick(
+def pick_columns(
     offsets: jax.Array,
     ids: jax.Array,
     tiles: jax.Array,
@@ -410,7 +410,7 @@ def _count(size: int) -> jax.Array:
     return jnp.arange(size, dtype=jnp.int32)
 
 
-def _take(numbers: jax.Array, entries: jax.Array) -> jax.Array:
+def take_entries(numbers: jax.Array, entries: jax.Array) -> jax.Array:
     """numbers[.., entries[..]], of which either may be shared along leading dimensions."""
     shape = np.broadcast_shapes(numbers.shape[:-1], entries.shape[:-1])
     numbers = jnp.broadcast_to(numbers, (*shape, numbers.shape[-1]))

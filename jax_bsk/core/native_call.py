@@ -129,7 +129,7 @@ class NativeCall:
             return self._lower_fallback(ctx, *operands, call=call)
         adapted = self._adapt(platform, ctx.avals_in, call)
         if adapted is not None:
-            return compat.mlir.lower_fun(adapted, multiple_results=True)(ctx, *operands)
+            return compat.lower_without_mesh(adapted, ctx, *operands)
         results = list(ctx.avals_out)
         if platform == "cuda" and self._workspace is not None:
             words = self._workspace(ctx.avals_in, call) // self._workspace_dtype.itemsize
