@@ -2,10 +2,10 @@
 
 Stands between `api`, which validates, builds the block mask and picks an implementation, and the native calls
 (`native`), or `xla` for derivatives that kernels lack. `attend` saves out and log-sum-exp (as two numbers: what
-rounding took from it counts where logits are large). In reverse mode a native call computes the row sums `delta`, which
-every other one is given. Here are the sinks' gradient, a sum that XLA makes of them, and the way of gates to the
-key-major order and of their gradient back. So every native backward sees the same small set of operands. The tangents become the native backward in reverse mode and plain JAX in
-forward mode (`core.forward_mode`).
+rounding took from it counts where logits are large). In reverse mode a native call of its own computes the row sums
+`delta`, which the others are given; the sinks' gradient, a sum over rows, is XLA's. Gates are taken to the key-major
+order and their gradient back. So every native backward sees the same small set of operands. The tangents become the
+native backward in reverse mode and plain JAX in forward mode (`core.forward_mode`).
 """
 
 from __future__ import annotations
@@ -295,10 +295,10 @@ def _native_gradients(
     out, lse, lse_rest = results
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
-    # dS = P o (dP - delta). With gates and dropout, of which O knows, the same: dS = P o (m g dP - delta). A native call
-    # sums the rows, in a fixed order: XLA does so in one that depends on shapes and on the program around it, and the
-    # gradients of query and key would have other bits on two devices than on one. (It needs only a shard's own rows, so
-    # that inside a `shard_map` it is called as it is.)
+    # dS = P o (dP - delta). With gates and dropout, of which O knows, the same: dS = P o (m g dP - delta). A native
+    # call sums the rows in a fixed order. XLA's order depends on shapes and on the program around it, and gradients of
+    # query and key had other bits on two devices than on one. A row needs nothing of other rows, so that inside a
+    # `shard_map` the call is the same.
     if not static.lse_used:
         dlse = np.zeros(ffi.NO_LSE_COTANGENT, lse.dtype)
     (delta,) = DELTA(DeltaCall(call.platform), dout, out, dlse)
