@@ -11,7 +11,7 @@ macro(jax_bsk_write_variants folder)
                   COMMAND_ERROR_IS_FATAL ANY)
   include("${folder}/variants.cmake")
   set(JAX_BSK_PORTABLE_SOURCES ${JAX_BSK_PORTABLE_INSTANCES})
-  foreach(source attention/bias_gradient.cu attention/few_queries.cc attention/gates.cu attention/launch.cc attention/refusals.cc attention/variants.cc decode/launch.cc decode/variants.cc lists/choose.cu
+  foreach(source attention/bias_gradient.cu attention/delta.cu attention/few_queries.cc attention/gates.cu attention/launch.cc attention/refusals.cc attention/variants.cc decode/launch.cc decode/variants.cc lists/choose.cu
                  lists/transpose.cu matmul/launch.cu)
     list(APPEND JAX_BSK_PORTABLE_SOURCES "${JAX_BSK_CUDA_CSRC}/${source}")
   endforeach()

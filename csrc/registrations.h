@@ -16,6 +16,7 @@ namespace jax_bsk {
 // compares when it loads a library.
 inline constexpr const char* kAttentionForward = "jax_bsk_attention_forward";
 inline constexpr const char* kAttentionBackward = "jax_bsk_attention_backward";
+inline constexpr const char* kAttentionDelta = "jax_bsk_attention_delta";
 inline constexpr const char* kAttentionBiasGradient = "jax_bsk_attention_bias_gradient";
 inline constexpr const char* kDecodeForward = "jax_bsk_decode_forward";
 inline constexpr const char* kListsChoose = "jax_bsk_lists_choose";

@@ -56,6 +56,7 @@ def tables() -> dict[str, Dims]:
     sampled = matmul_ffi.SampledAttributes(False, False, (1, 1), "float32")
     return {
         attention_ffi.ATTENTION_FORWARD: attention_ffi.FORWARD,
+        attention_ffi.ATTENTION_DELTA: attention_ffi.DELTA,
         attention_ffi.ATTENTION_BACKWARD: attention_ffi.BACKWARD,
         attention_ffi.ATTENTION_BIAS_GRADIENT: attention_ffi.BIAS_GRADIENT[attention_ffi.BiasTerm.DENSE],
         lists_ffi.LISTS_TRANSPOSE: lists_ffi.TRANSPOSE,
@@ -72,12 +73,13 @@ def test_buffers_are_named_alike_on_both_sides(platform):
     assert buffers.keys() == set(library.targets()) == tables().keys()
     for target, dims in tables().items():
         assert buffers[target]["operands"] == list(dims.operands)
-        without = lists_ffi.LISTS_TRANSPOSE, attention_ffi.ATTENTION_BIAS_GRADIENT
+        without = lists_ffi.LISTS_TRANSPOSE, attention_ffi.ATTENTION_DELTA, attention_ffi.ATTENTION_BIAS_GRADIENT
         results = [*dims.results, *["workspace"] * (platform == "cuda" and target not in without)]
         assert buffers[target]["results"] == results
     bias = ["dense_bias", "distance_bias", "bias_tiles", "row_bias_tiles"]
     dropout = ["dropout_keys"]
     assert buffers[attention_ffi.ATTENTION_FORWARD]["optional"] == ["sinks", "gates", *bias, *dropout]
+    assert buffers[attention_ffi.ATTENTION_DELTA]["optional"] == ["dlse"]
     assert buffers[decode_ffi.DECODE_FORWARD]["optional"] == ["value", "selection", "tree", "sinks"]
     assert buffers[attention_ffi.ATTENTION_BACKWARD]["optional"] == (
         ["row_gates", "col_gates", *bias, "col_bias_tiles", *dropout, "dgates"]
@@ -118,7 +120,9 @@ def test_workspaces_have_these_sizes():
     assert library.workspace(lists_ffi.LISTS_TRANSPOSE) == 0
 
     # The scores' part: of all heads; three times as many as are enough; as many as 2 GiB hold; three, however large.
-    def backward(batch, length, heads, capacity, gates=attention_ffi.NO_GATES, distances=attention_ffi.NO_DISTANCE_BIAS):
+    no_gates, no_distances = attention_ffi.NO_GATES, attention_ffi.NO_DISTANCE_BIAS
+
+    def backward(batch, length, heads, capacity, gates=no_gates, distances=no_distances):
         query = batch, length, heads, 128
         return attention_ffi.backward_workspace(query, query, (1, 1, capacity), (128, 128), gates, distances)
 

@@ -12,7 +12,7 @@
 
 namespace jax_bsk::attention {
 
-// Attributes of both calls; their names are at the end of this file.
+// Attributes of the forward and the backward; their names are at the end of this file.
 struct Attributes {
   int64_t block_q;
   int64_t block_kv;
@@ -28,6 +28,9 @@ struct BiasGradientAttributes {
   double soft_cap;
   int64_t dropout;
   int64_t term;  // a BiasTerm
+  std::string_view version;
+};
+struct DeltaAttributes {
   std::string_view version;
 };
 
@@ -51,6 +54,13 @@ struct BiasGradientAttributes {
   X(kResult, lse)                     /* [B, N, T] */                                    \
   X(kResult, lse_rest)                /* [B, N, T] */
 JAX_BSK_BUFFERS(ForwardBuffers, JAX_BSK_ATTENTION_FORWARD_BUFFERS);
+
+#define JAX_BSK_ATTENTION_DELTA_BUFFERS(X)      \
+  X(kOperand, dout)         /* [B, T, N, Hv] */ \
+  X(kOperand, out)          /* [B, T, N, Hv] */ \
+  X(kOptionalOperand, dlse) /* [B, N, T] */     \
+  X(kResult, delta)         /* [B, N, T] */
+JAX_BSK_BUFFERS(DeltaBuffers, JAX_BSK_ATTENTION_DELTA_BUFFERS);
 
 #define JAX_BSK_ATTENTION_BACKWARD_BUFFERS(X)                                           \
   X(kOperand, dout)                   /* [B, T, N, Hv] */                               \
@@ -132,8 +142,8 @@ ffi::Error ReadAttributes(const Attributes& attributes, Params* params) {
   return ffi::Error::Success();
 }
 
-inline ffi::Error ReadDType(const Operand& query, DType* dtype, ffi::DataType* stats) {
-  JAX_BSK_RETURN_IF_ERROR(jax_bsk::ReadDType("query", query, dtype));
+inline ffi::Error ReadDType(const char* name, const Operand& buffer, DType* dtype, ffi::DataType* stats) {
+  JAX_BSK_RETURN_IF_ERROR(jax_bsk::ReadDType(name, buffer, dtype));
   *stats = *dtype == DType::kF64 ? ffi::F64 : ffi::F32;
   return ffi::Error::Success();
 }
@@ -312,7 +322,7 @@ inline ffi::Error ReadForward(const ForwardBuffers& buffers, const Attributes& a
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
-  JAX_BSK_RETURN_IF_ERROR(ReadDType(buffers.query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType("query", buffers.query, &params->dtype, &stats));
   JAX_BSK_RETURN_IF_ERROR(ReadShape(buffers.query, buffers.key, buffers.value, &shape));
   JAX_BSK_RETURN_IF_ERROR(ReadList({buffers.row_offsets, buffers.kv_blocks, buffers.tiles}, shape, shape.q_blocks,
                                    shape.kv_blocks, &params->rows));
@@ -343,13 +353,37 @@ inline ffi::Error ReadForward(const ForwardBuffers& buffers, const Attributes& a
   return ffi::Error::Success();
 }
 
+inline ffi::Error ReadDelta(const DeltaBuffers& buffers, const DeltaAttributes& attributes, DeltaParams* params) {
+  ffi::DataType stats;
+  JAX_BSK_RETURN_IF_ERROR(CheckVersion(attributes.version));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType("out", buffers.out, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("out", buffers.out, 4));
+  const auto dims = MergeLeading(buffers.out, 3);
+  params->batch = dims[0], params->q_len = dims[1], params->heads = dims[2], params->value_dim = dims[3];
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dout", buffers.dout, buffers.out.element_type()));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("dout", buffers.dout, {{dims[0]}, {dims[1]}, {dims[2]}, {dims[3]}}));
+  JAX_BSK_RETURN_IF_ERROR(CheckType("dlse", buffers.dlse, stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckRank("dlse", buffers.dlse, 3));
+  params->dlse = nullptr;
+  if (IsGiven(buffers.dlse)) {
+    JAX_BSK_RETURN_IF_ERROR(CheckShape("dlse", buffers.dlse, {{dims[0]}, {dims[2]}, {dims[1]}}));
+    params->dlse = buffers.dlse.untyped_data();
+  }
+  JAX_BSK_RETURN_IF_ERROR(CheckType("delta", buffers.delta, stats));
+  JAX_BSK_RETURN_IF_ERROR(CheckShape("delta", buffers.delta, {{dims[0]}, {dims[2]}, {dims[1]}}));
+  params->dout = buffers.dout.untyped_data();
+  params->out = buffers.out.untyped_data();
+  params->delta = buffers.delta.untyped_data();
+  return ffi::Error::Success();
+}
+
 inline ffi::Error ReadBackward(const BackwardBuffers& buffers, const Attributes& attributes, BackwardParams* params) {
   const ListOperands rows{buffers.row_offsets, buffers.kv_blocks, buffers.tiles};
   const ListOperands cols{buffers.col_offsets, buffers.q_blocks, buffers.col_tiles};
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
-  JAX_BSK_RETURN_IF_ERROR(ReadDType(buffers.query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType("query", buffers.query, &params->dtype, &stats));
   JAX_BSK_RETURN_IF_ERROR(ReadShape(buffers.query, buffers.key, buffers.value, &shape));
   JAX_BSK_RETURN_IF_ERROR(ReadList(rows, shape, shape.q_blocks, shape.kv_blocks, &params->rows));
   JAX_BSK_RETURN_IF_ERROR(ReadList(cols, shape, shape.kv_blocks, shape.q_blocks, &params->cols));
@@ -406,7 +440,7 @@ inline ffi::Error ReadBiasGradient(const BiasGradientBuffers& buffers, const Bia
   Shape& shape = params->shape;
   ffi::DataType stats;
   JAX_BSK_RETURN_IF_ERROR(ReadAttributes(attributes, params));
-  JAX_BSK_RETURN_IF_ERROR(ReadDType(buffers.query, &params->dtype, &stats));
+  JAX_BSK_RETURN_IF_ERROR(ReadDType("query", buffers.query, &params->dtype, &stats));
   JAX_BSK_RETURN_IF_ERROR(ReadShape(buffers.query, buffers.key, buffers.value, &shape));
   JAX_BSK_RETURN_IF_ERROR(ReadList({buffers.row_offsets, buffers.kv_blocks, buffers.tiles}, shape, shape.q_blocks,
                                    shape.kv_blocks, &params->rows));
@@ -467,6 +501,7 @@ XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::attention::Attributes, StructMemb
                                       StructMember<int64_t>("block_kv"), StructMember<double>("scale"),
                                       StructMember<double>("soft_cap"), StructMember<int64_t>("dropout"),
                                       StructMember<std::string_view>("version"));
+XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::attention::DeltaAttributes, StructMember<std::string_view>("version"));
 XLA_FFI_REGISTER_STRUCT_ATTR_DECODING(jax_bsk::attention::BiasGradientAttributes, StructMember<int64_t>("block_q"),
                                       StructMember<int64_t>("block_kv"), StructMember<double>("scale"),
                                       StructMember<double>("soft_cap"), StructMember<int64_t>("dropout"),

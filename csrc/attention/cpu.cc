@@ -39,6 +39,10 @@ std::string Refusal(const Shape& shape) {
 
 int64_t ForwardTasks(const ForwardParams& params) { return QueryTasks(params.shape) / HeadsOfTask(params); }
 
+int64_t DeltaTasks(const DeltaParams& params) {
+  return params.heads == 0 ? 0 : params.batch * DeltaTasksOfExample(params);
+}
+
 int64_t BackwardTasks(const BackwardParams& params) { return KeyTasks(params) + QueryTasks(params.shape); }
 
 int64_t BiasGradientTasks(const BiasGradientParams& params) {
@@ -53,6 +57,12 @@ bool RunForwardTasks(const ForwardParams& params, std::atomic<int64_t>& next) no
   const Kernels& kernels = Chosen();
   return jax_bsk::cpu::TakeTasks(kernels.forward_scratch(params), ForwardTasks(params), next,
                                  [&](int64_t task, void* scratch) { kernels.forward_task(params, task, scratch); });
+}
+
+bool RunDeltaTasks(const DeltaParams& params, std::atomic<int64_t>& next) noexcept {
+  const Kernels& kernels = Chosen();
+  return jax_bsk::cpu::TakeTasks(0, DeltaTasks(params), next,
+                                 [&](int64_t task, void*) { kernels.delta_task(params, task); });
 }
 
 bool RunBackwardTasks(const BackwardParams& params, std::atomic<int64_t>& next) noexcept {

@@ -1,4 +1,5 @@
-// Block-sparse attention on the CPU: forward, the backward split into dQ and dK/dV, and the bias's gradient. Every task
+// Block-sparse attention on the CPU: forward, the row sums that the backward is given, the backward split into dQ and
+// dK/dV, and the bias's gradient. Every task
 // owns the part of the results it writes, so tasks run in any order on any number of threads and give the same bits;
 // nothing is accumulated across tasks.
 //
@@ -27,12 +28,14 @@ std::string Refusal(const Shape& shape);
 
 // Number of independent tasks; 0 when there is nothing to write.
 int64_t ForwardTasks(const ForwardParams& params);
+int64_t DeltaTasks(const DeltaParams& params);
 int64_t BackwardTasks(const BackwardParams& params);
 int64_t BiasGradientTasks(const BiasGradientParams& params);
 
 // One worker: takes task numbers from `next` until none is left, with scratch memory of its own (a few hundred KiB).
 // False when that memory could not be had: then the results are incomplete unless other workers finished the tasks.
 bool RunForwardTasks(const ForwardParams& params, std::atomic<int64_t>& next) noexcept;
+bool RunDeltaTasks(const DeltaParams& params, std::atomic<int64_t>& next) noexcept;
 bool RunBackwardTasks(const BackwardParams& params, std::atomic<int64_t>& next) noexcept;
 bool RunBiasGradientTasks(const BiasGradientParams& params, std::atomic<int64_t>& next) noexcept;
 

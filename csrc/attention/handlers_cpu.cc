@@ -15,6 +15,12 @@ ffi::Future Forward(const ForwardBuffers& buffers, ffi::ThreadPool pool, Attribu
   return RunOnPool(pool, params, cpu::ForwardTasks(params), &cpu::RunForwardTasks);
 }
 
+ffi::Future Delta(const DeltaBuffers& buffers, ffi::ThreadPool pool, DeltaAttributes attributes) {
+  DeltaParams params{};
+  if (ffi::Error error = ReadDelta(buffers, attributes, &params); error.failure()) return Completed(error);
+  return RunOnPool(pool, params, cpu::DeltaTasks(params), &cpu::RunDeltaTasks);
+}
+
 ffi::Future Backward(const BackwardBuffers& buffers, ffi::ThreadPool pool, Attributes attributes) {
   BackwardParams params{};
   ffi::Error error = ReadBackward(buffers, attributes, &params);
@@ -34,6 +40,7 @@ ffi::Future BiasGradient(const BiasGradientBuffers& buffers, ffi::ThreadPool poo
 auto Bind() { return ffi::Ffi::Bind().Ctx<ffi::ThreadPool>(); }
 
 XLA_FFI_DEFINE_HANDLER(kForward, ByName(Forward), (BindCall<ForwardBuffers, Attributes>(Bind())));
+XLA_FFI_DEFINE_HANDLER(kDelta, ByName(Delta), (BindCall<DeltaBuffers, DeltaAttributes>(Bind())));
 XLA_FFI_DEFINE_HANDLER(kBackward, ByName(Backward), (BindCall<BackwardBuffers, Attributes>(Bind())));
 XLA_FFI_DEFINE_HANDLER(kBiasGradient, ByName(BiasGradient),
                        (BindCall<BiasGradientBuffers, BiasGradientAttributes>(Bind())));
@@ -41,11 +48,15 @@ XLA_FFI_DEFINE_HANDLER(kBiasGradient, ByName(BiasGradient),
 }  // namespace
 
 Handlers Registrations() {
-  return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}, {kAttentionBiasGradient, kBiasGradient}};
+  return {{kAttentionForward, kForward},
+          {kAttentionDelta, kDelta},
+          {kAttentionBackward, kBackward},
+          {kAttentionBiasGradient, kBiasGradient}};
 }
 
 CallBuffers Buffers() {
   return {{kAttentionForward, NamesOf<ForwardBuffers>()},
+          {kAttentionDelta, NamesOf<DeltaBuffers>()},
           {kAttentionBackward, NamesOf<BackwardBuffers>()},
           {kAttentionBiasGradient, NamesOf<BiasGradientBuffers>()}};
 }

@@ -22,6 +22,13 @@ ffi::Error Forward(const WithWorkspace<ForwardBuffers>& call, cudaStream_t strea
   return LaunchResult("the forward", cuda::LaunchForward(params, call.workspace.typed_data<int32_t>(), device, stream));
 }
 
+ffi::Error Delta(const DeltaBuffers& buffers, cudaStream_t stream, int32_t device, DeltaAttributes attributes) {
+  DeltaParams params{};
+  JAX_BSK_RETURN_IF_ERROR(ReadDelta(buffers, attributes, &params));
+  if (std::string reason = cuda::DeltaRefusal(params, device); !reason.empty()) return Refusal(reason);
+  return LaunchResult("the row sums of the backward", cuda::LaunchDelta(params, device, stream));
+}
+
 ffi::Error Backward(const WithWorkspace<BackwardBuffers>& call, cudaStream_t stream, int32_t device,
                     Attributes attributes) {
   BackwardParams params{};
@@ -47,6 +54,8 @@ ffi::Error BiasGradient(const BiasGradientBuffers& buffers, cudaStream_t stream,
 
 XLA_FFI_DEFINE_HANDLER(kForward, ByName(Forward), (BindCudaCall<ForwardBuffers, Attributes>()),
                        {ffi::Traits::kCmdBufferCompatible});
+XLA_FFI_DEFINE_HANDLER(kDelta, ByName(Delta), (BindCall<DeltaBuffers, DeltaAttributes>(BindCudaContext())),
+                       {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kBackward, ByName(Backward), (BindCudaCall<BackwardBuffers, Attributes>()),
                        {ffi::Traits::kCmdBufferCompatible});
 XLA_FFI_DEFINE_HANDLER(kBiasGradient, ByName(BiasGradient),
@@ -56,11 +65,15 @@ XLA_FFI_DEFINE_HANDLER(kBiasGradient, ByName(BiasGradient),
 }  // namespace
 
 Handlers Registrations() {
-  return {{kAttentionForward, kForward}, {kAttentionBackward, kBackward}, {kAttentionBiasGradient, kBiasGradient}};
+  return {{kAttentionForward, kForward},
+          {kAttentionDelta, kDelta},
+          {kAttentionBackward, kBackward},
+          {kAttentionBiasGradient, kBiasGradient}};
 }
 
 CallBuffers Buffers() {
   return {{kAttentionForward, NamesOf<ForwardBuffers>(true)},
+          {kAttentionDelta, NamesOf<DeltaBuffers>()},
           {kAttentionBackward, NamesOf<BackwardBuffers>(true)},
           {kAttentionBiasGradient, NamesOf<BiasGradientBuffers>()}};
 }

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "attention/bias_gradient.h"
+#include "attention/delta.h"
 #include "attention/few_queries.h"
 #include "attention/gates.h"
 #include "attention/prepare.h"
@@ -88,6 +89,12 @@ cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_
   error = hopper ? LaunchHopper(params, *variant, *portable, resources) : portable->launch(params, resources);
   if (error != cudaSuccess) return error;
   return LaunchSumGates(params, gate_sums, stream);
+}
+
+cudaError_t LaunchDelta(const DeltaParams& params, int device, cudaStream_t stream) {
+  const DeviceScope scope(device);
+  if (scope.error() != cudaSuccess) return scope.error();
+  return LaunchDeltaKernel(params, stream);
 }
 
 cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream) {

@@ -24,6 +24,7 @@ enum class BackwardKernel { kAutomatic, kPortable, kKeys64, kKeys128 };
 
 // Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
 std::string ForwardRefusal(const ForwardParams& params, int device);
+std::string DeltaRefusal(const DeltaParams& params, int device);
 std::string BackwardRefusal(const BackwardParams& params, int device);
 std::string BiasGradientRefusal(const BiasGradientParams& params, int device);
 
@@ -39,6 +40,9 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int d
 int64_t BackwardWorkspace(const BackwardParams& params);
 cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_t bytes, int device,
                            cudaStream_t stream, BackwardKernel kernel = BackwardKernel::kAutomatic);
+
+// The row sums that the backward is given, which need no workspace.
+cudaError_t LaunchDelta(const DeltaParams& params, int device, cudaStream_t stream);
 
 // The gradient of one term of the bias, which needs no workspace.
 cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream);

@@ -65,6 +65,20 @@ struct ForwardParams {
   double soft_cap_f64;
 };
 
+// delta = rowsum(dO o O) - dlse, which the backward is given: a row's products are added up in an order that depends on
+// value_dim and the type alone, so that gradients have the same bits whatever else is in the call or around it.
+struct DeltaParams {
+  int64_t batch;
+  int64_t q_len;
+  int64_t heads;
+  int64_t value_dim;
+  DType dtype;
+  const void* dout;  // [B, T, N, value_dim], dtype
+  const void* out;   // [B, T, N, value_dim], dtype
+  const void* dlse;  // stats [B, N, T]; null: 0
+  void* delta;       // stats [B, N, T]
+};
+
 struct BackwardParams {
   Shape shape;
   DType dtype;

@@ -18,9 +18,12 @@ using device::DeviceFacts;
 using device::DeviceScope;
 using device::kMaxInt;
 
+constexpr const char* kNoFloat64 = "the CUDA kernels take float16, bfloat16 and float32, not float64";
+constexpr const char* kTooLarge = "the CUDA kernels take lengths, and heads times head size, below 2^31";
+
 // What forward and backward refuse alike.
 std::string ShapeRefusal(const Shape& shape, DType dtype, std::initializer_list<const void*> pointers) {
-  if (dtype == DType::kF64) return "the CUDA kernels take float16, bfloat16 and float32, not float64";
+  if (dtype == DType::kF64) return kNoFloat64;
   for (const int64_t dim : {shape.head_dim, shape.value_dim}) {
     if (dim < Limits::kHeadDimMultiple || dim % Limits::kHeadDimMultiple != 0 || dim > Limits::kMaxHeadDim) {
       return "the CUDA kernels take head sizes that are multiples of " + std::to_string(Limits::kHeadDimMultiple) +
@@ -35,7 +38,7 @@ std::string ShapeRefusal(const Shape& shape, DType dtype, std::initializer_list<
   // Positions are 32-bit in the kernels; offsets in memory are 64-bit.
   if (std::max(shape.q_len, shape.kv_len) > kMaxInt - 256 ||
       shape.heads * std::max(shape.head_dim, shape.value_dim) > kMaxInt) {
-    return "the CUDA kernels take lengths, and heads times head size, below 2^31";
+    return kTooLarge;
   }
   const int64_t tiles = CeilDiv(shape.q_len, sm80::kTile) + CeilDiv(shape.kv_len, sm80::kTile);
   if (Product({shape.batch, shape.heads, tiles}) > kMaxInt) {
@@ -101,6 +104,13 @@ std::string ForwardRefusal(const ForwardParams& params, int device) {
   if (reason.empty()) reason = ListRefusal(params.tiles, {&params.rows}, gates);
   if (reason.empty()) reason = BiasRefusal(params.bias);
   return reason.empty() ? DeviceRefusal(params, device, ForwardKernel::kAutomatic) : reason;
+}
+
+std::string DeltaRefusal(const DeltaParams& params, int device) {
+  if (params.dtype == DType::kF64) return kNoFloat64;
+  if (params.q_len > kMaxInt - 256 || Product({params.heads, params.value_dim}) > kMaxInt) return kTooLarge;
+  DeviceFacts facts;
+  return FindDevice(device, &facts);
 }
 
 std::string BackwardRefusal(const BackwardParams& params, int device) {

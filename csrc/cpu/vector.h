@@ -160,6 +160,25 @@ JAX_BSK_INLINE Vec<C> Reverse(Vec<C> a) {
   }
 }
 
+// The sum of all lanes: one half is added to the other until one lane is left.
+template <class C>
+JAX_BSK_INLINE C LaneSum(Vec<C> v) {
+  constexpr int n = kLanes<C>;
+  if constexpr (n == 16) {
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+  } else if constexpr (n == 8) {
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+  } else if constexpr (n == 4) {
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+  } else {
+    static_assert(n == 2, "one vector holds 2, 4, 8 or 16 numbers");
+  }
+  return v[0] + v[1];
+}
+
 // Transposes a square of lanes x lanes in registers: after each of the log2(lanes) rounds of interleaving row i with
 // row i + lanes / 2, the position bits of an element have turned by one place.
 template <class C>

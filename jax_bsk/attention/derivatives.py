@@ -1,11 +1,11 @@
 """The differentiable native attention operation.
 
-Stands between `api`, which validates, builds the block mask and picks an implementation, and the two native calls
+Stands between `api`, which validates, builds the block mask and picks an implementation, and the native calls
 (`native`), or `xla` for derivatives that kernels lack. `attend` saves out and log-sum-exp (as two numbers: what
-rounding took from it counts where logits are large). It computes the row sums `delta` and the sinks' gradient, which
-are cheap row-wise sums that XLA fuses, and takes gates to the key-major order and their gradient back. So every native
-backward sees the same small set of operands. The tangents become the native backward in reverse mode and plain JAX in
-forward mode (`core.forward_mode`).
+rounding took from it counts where logits are large). In reverse mode a native call of its own computes the row sums
+`delta`, which the others are given; the sinks' gradient, a sum over rows, is XLA's. Gates are taken to the key-major
+order and their gradient back. So every native backward sees the same small set of operands. The tangents become the
+native backward in reverse mode and plain JAX in forward mode (`core.forward_mode`).
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType
 
 from jax_bsk.attention import ffi
-from jax_bsk.attention.native import BACKWARD, BIAS_GRADIENT, FORWARD, AttentionCall
+from jax_bsk.attention.native import BACKWARD, BIAS_GRADIENT, DELTA, FORWARD, AttentionCall, DeltaCall
 from jax_bsk.attention.sequence import in_shard_map
 from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.biases.terms import Terms
@@ -136,11 +136,13 @@ class _Static:
       call: The call.
       lists: Structure of `_Lists`, whose arrays are arguments.
       asked: Of each input, whether its gradient is wanted. A gradient of the bias costs a call of its own.
+      lse_used: Whether the log-sum-exp's cotangent may be anything but zeros, which are not made otherwise.
     """
 
     call: AttentionCall
     lists: Any
     asked: tuple[bool, ...] = (True,) * INPUTS
+    lse_used: bool = True
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -211,10 +213,14 @@ def _pushforward(static_and_tree: tuple[_Static, Any], residuals: Sequence[Any],
 
 
 def _pullback(
-    static_and_tree: tuple[_Static, Any], residuals: Sequence[Any], present: Sequence[bool], cotangents: Sequence[Any]
+    static_and_tree: tuple[_Static, Any],
+    residuals: Sequence[Any],
+    present: Sequence[bool],
+    cotangents: Sequence[Any],
+    zero: Sequence[bool],
 ) -> list[Any]:
     static, tree = static_and_tree
-    static = dataclasses.replace(static, asked=tuple(present))
+    static = dataclasses.replace(static, asked=tuple(present), lse_used=not zero[1])
     gradients = _gradients((static, tree), *residuals, *cotangents)
     return [x for x, there in zip(gradients, present, strict=True) if there]
 
@@ -289,8 +295,13 @@ def _native_gradients(
     out, lse, lse_rest = results
     dout, dlse = cotangents
     # delta = rowsum(dO o O) - dlse turns the log-sum-exp's gradient into part of the usual backward:
-    # dS = P o (dP - delta). With gates and dropout, of which O knows, the same: dS = P o (m g dP - delta).
-    delta = _row_products(dout, out, lse.dtype) - dlse
+    # dS = P o (dP - delta). With gates and dropout, of which O knows, the same: dS = P o (m g dP - delta). A native
+    # call sums the rows in a fixed order. XLA's order depends on shapes and on the program around it, and gradients of
+    # query and key had other bits on two devices than on one. A row needs nothing of other rows, so that inside a
+    # `shard_map` the call is the same.
+    if not static.lse_used:
+        dlse = np.zeros(ffi.NO_LSE_COTANGENT, lse.dtype)
+    (delta,) = DELTA(DeltaCall(call.platform), dout, out, dlse)
     dout = _marked(call, dout)
     common = dout, query, key, value, lse, lse_rest, delta
     bias = _bias_operands(query, terms)
@@ -348,16 +359,6 @@ def _marked(call: AttentionCall, x: Any) -> Any:
     if call.visits is None:
         return x
     return jax.lax.optimization_barrier((x, jax.lax.full((), call.visits.mark, np.int32)))[0]
-
-
-def _row_products(dout: jax.Array, out: jax.Array, dtype: np.dtype) -> jax.Array:
-    """rowsum(dO o O), [B, T, N, H] twice to [B, N, T]."""
-    if out.dtype != dtype:
-        return jnp.einsum("btnh,btnh->bnt", dout, out, preferred_element_type=dtype)
-    # In float32 XLA's CPU compiler runs the fused product and sum on one thread, element by element: 20 ms at
-    # 4,096 x 8 x 64, against 1 ms for a product with ones (jax 0.10.2; a barrier between the two is optimised away).
-    ones = jnp.ones(out.shape[-1], dtype)
-    return jnp.einsum("btnh,h->bnt", dout * out, ones, precision=jax.lax.Precision.HIGHEST)
 
 
 def _sinks_gradient(sinks: jax.Array, lse: jax.Array, lse_rest: jax.Array, delta: jax.Array) -> jax.Array:

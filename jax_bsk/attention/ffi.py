@@ -19,12 +19,14 @@ from jax_bsk.core.dims import Dims
 from jax_bsk.core.dtypes import statistics_dtype
 
 ATTENTION_FORWARD = "jax_bsk_attention_forward"
+ATTENTION_DELTA = "jax_bsk_attention_delta"
 ATTENTION_BACKWARD = "jax_bsk_attention_backward"
 ATTENTION_BIAS_GRADIENT = "jax_bsk_attention_bias_gradient"
 
 # Shapes of what stands for an operand that is not given.
 NO_GATES = (1, 1, 0)
 NO_SINKS = (1, 0)
+NO_LSE_COTANGENT = (1, 1, 0)
 NO_DENSE_BIAS = (1, 1, 1, 0)
 NO_DISTANCE_BIAS = (1, 1, 0)
 NO_BIAS_TILES = (1, 1, 0, 1, 0)
@@ -60,6 +62,12 @@ FORWARD = Dims(
     results={"out": "BTN.", "lse": "BNT", "lse_rest": "BNT"},
     shared=((*_ROWS, *_ROW_BIAS), ("bit_tiles",), ("lengths",), ("sinks",), *_BIAS_SHARED),
     follow=("query",),
+)
+# A row sum depends on nothing but its row, so that batch, queries and heads split wherever they lie.
+DELTA = Dims(
+    operands={"dout": "BTN.", "out": "BTN.", "dlse": "bnt"},
+    results={"delta": "BNT"},
+    follow=("out", "dout"),
 )
 BACKWARD = Dims(
     operands={

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from jax_bsk.attention import ffi, parts, refusals
-from jax_bsk.attention.sharding import AttentionSplitting, BiasGradientSplitting
+from jax_bsk.attention.sharding import AttentionSplitting, BiasGradientSplitting, DeltaSplitting
 from jax_bsk.context.visits import Visits
 from jax_bsk.core import library
 from jax_bsk.core.dims import Axes, Dims
@@ -45,6 +45,17 @@ class AttentionCall:
     is_part: bool = False
 
 
+@dataclasses.dataclass(frozen=True)
+class DeltaCall:
+    """Static part of the call that computes row sums; hashable.
+
+    Attributes:
+      platform: As in `AttentionCall`.
+    """
+
+    platform: str | None = None
+
+
 _COL_GATES = list(ffi.BACKWARD.operands).index("col_gates")
 _FORWARD_DISTANCES = list(ffi.FORWARD.operands).index("distance_bias")
 _BACKWARD_DISTANCES = list(ffi.BACKWARD.operands).index("distance_bias")
@@ -57,6 +68,18 @@ def _forward_shapes(query: Any, key: Any, value: Any, *others: Any, call: Attent
     out = like(query, (*lead, t, n, value.shape[-1]), query.dtype, [*dims[:-1], -1])
     lse = like(query, (*lead, n, t), statistics_dtype(query.dtype), [*dims[:-3], dims[-2], dims[-3]])
     return out, lse, lse
+
+
+def _delta_shapes(dout: Any, out: Any, dlse: Any, *, call: DeltaCall) -> tuple[Any, ...]:
+    del dout, dlse, call
+    *lead, t, n, _ = out.shape
+    dims = list(range(out.ndim))
+    return (like(out, (*lead, n, t), statistics_dtype(out.dtype), [*dims[:-3], dims[-2], dims[-3]]),)
+
+
+def _delta_refusals(platform: str, avals: Avals, call: DeltaCall) -> list[str]:
+    del call
+    return refusals.type_problems(avals[1].dtype.name, library.limits(platform))
 
 
 def _backward_shapes(*operands: Any, call: AttentionCall) -> tuple[Any, ...]:
@@ -128,6 +151,14 @@ FORWARD = NativeCall(
     workspace=_forward_workspace,
     refusals=lambda platform, avals, call: _refusals(platform, avals[0], avals[2], call),
     splitting=AttentionSplitting(),
+)
+DELTA = NativeCall(
+    ffi.ATTENTION_DELTA,
+    dims=lambda call: ffi.DELTA,
+    shapes=_delta_shapes,
+    attributes=lambda call: {},
+    refusals=_delta_refusals,
+    splitting=DeltaSplitting(),
 )
 BACKWARD = NativeCall(
     ffi.ATTENTION_BACKWARD,

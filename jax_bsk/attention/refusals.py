@@ -10,6 +10,13 @@ from typing import Any
 LEAST_SCALE_OF_FEATURES = 1e-6
 
 
+def type_problems(dtype: str, info: Mapping[str, Any]) -> list[str]:
+    """Why a native library's kernels cannot take inputs of a type, from what the library says of itself."""
+    if not info or dtype in info["dtypes"]:
+        return []
+    return [f"Its kernels take {', '.join(info['dtypes'])}, got {dtype}; cast the inputs."]
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionFacts:
     """A call of attention.
@@ -49,8 +56,7 @@ class AttentionFacts:
             )
         if not info:
             return reasons
-        if self.dtype not in info["dtypes"]:
-            reasons.append(f"Its kernels take {', '.join(info['dtypes'])}, got {self.dtype}; cast the inputs.")
+        reasons += type_problems(self.dtype, info)
         for name, size in (("query's", self.head_dim), ("value's", self.value_dim)):
             if size > info["max_head_dim"]:
                 reasons.append(f"The {name} head size is at most {info['max_head_dim']}, got {size}.")

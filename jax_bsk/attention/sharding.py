@@ -76,6 +76,14 @@ class AttentionSplitting(Splitting):
         return axes, SharedHeads(call, dims, axes["N"], shards).run
 
 
+class DeltaSplitting(Splitting):
+    """Row sums split in every dimension, and need nothing from elsewhere."""
+
+    def splits(self, call: Any, letter: str, sizes: Mapping[str, int], shards: int) -> bool:
+        """Queries split into equal parts: of a length that was cut, such as `x[:, :-1]`, the compiler's are not."""
+        return letter != "T" or sizes["T"] % shards == 0
+
+
 class BiasGradientSplitting(AttentionSplitting):
     """The same of the gradient of a bias: shards that share a term sum its gradients."""
 

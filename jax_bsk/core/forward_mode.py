@@ -25,8 +25,8 @@ def define(name: str, pushforward: Callable[..., Any], pullback: Callable[..., A
     Args:
       name: Name of the primitive.
       pushforward: `pushforward(static, residuals, tangents)`, the tangents of the results, in plain JAX.
-      pullback: `pullback(static, residuals, present, cotangents)`, the cotangents of the tangents that `present` says
-        are there.
+      pullback: `pullback(static, residuals, present, cotangents, zero)`, the cotangents of the tangents that `present`
+        says are there; `zero` says which of the cotangents are known to be zeros.
 
     Returns:
       `apply(static, residuals, results, tangents)`, with residuals a list of arrays, the last of which are the results,
@@ -82,10 +82,11 @@ def define(name: str, pushforward: Callable[..., Any], pullback: Callable[..., A
     ) -> list[Any]:
         del ranks
         count = len(args) - sum(present)
+        zero = tuple(type(x) is compat.ad.Zero for x in cotangents)
         cotangents = [compat.ad.instantiate_zeros(x) for x in cotangents]
 
         def function(*args: Any) -> Sequence[Any]:
-            return pullback(static, args[:count], present, args[count:])
+            return pullback(static, args[:count], present, args[count:], zero)
 
         for size, in_axes in axes:
             function = _mapped_pullback(function, size, in_axes, count, len(cotangents))

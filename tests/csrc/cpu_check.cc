@@ -965,8 +965,8 @@ int main(int argc, char** argv) {
   }
   int64_t failed = !CheckKeptBytes();
   for (int64_t n = 0; n < cases; ++n) {
-    failed += !Check(seed + n) + !CheckChoose(seed + n) + !CheckDecode(seed + n) + !CheckLists(seed + n) +
-              !CheckMatmul(seed + n);
+    failed += !Check(seed + n) + !CheckChoose(seed + n) + !CheckDecode(seed + n) + !CheckDelta(seed + n) +
+              !CheckLists(seed + n) + !CheckMatmul(seed + n);
   }
   std::printf("%ld cases, %ld failed\n", cases, failed);
   return failed != 0;

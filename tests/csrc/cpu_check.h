@@ -184,10 +184,11 @@ double BestSeconds(const Run& run) {
   return best;
 }
 
-// --- Operations beside attention, which is in cpu_check.cc itself
+// --- What is beside attention's forward and backward, which are in cpu_check.cc itself
 
 bool CheckChoose(uint64_t seed);
 bool CheckDecode(uint64_t seed);
+bool CheckDelta(uint64_t seed);
 bool CheckLists(uint64_t seed);
 bool CheckMatmul(uint64_t seed);
 void TimeDecode();

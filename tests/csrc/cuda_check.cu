@@ -1581,6 +1581,7 @@ bool Run(const std::string& name, bool& known) {
     if (name == t.name) return TimeCase(t.c, t.density);
   if (name.rfind("regimes", 0) == 0) return RunRegimes(name, known);
   if (name.rfind("choose", 0) == 0) return RunChoose(name, known);
+  if (name.rfind("delta", 0) == 0 || name.rfind("time-delta", 0) == 0) return RunDelta(name, known);
   if (name.rfind("decode", 0) == 0 || name.rfind("time-decode", 0) == 0) return RunDecode(name, known);
   if (name.rfind("lists", 0) == 0) return RunLists(name, known);
   return RunMatmul(name, known);
@@ -1596,6 +1597,7 @@ int main(int argc, char** argv) {
   }
   for (const Timing& t : Timings()) all.push_back(t.name);
   for (const std::string& name : ChooseNames()) all.push_back(name);
+  for (const std::string& name : DeltaNames()) all.push_back(name);
   for (const std::string& name : DecodeNames()) all.push_back(name);
   for (const std::string& name : ListsNames()) all.push_back(name);
   for (const std::string& name : MatmulNames()) all.push_back(name);

@@ -230,11 +230,13 @@ inline Milliseconds Time(const std::function<void()>& launch) {
   return {times[5], times[0]};
 }
 
-// ---- Operations beside attention, which is in cuda_check.cu itself
+// ---- What is beside attention's forward and backward, which are in cuda_check.cu itself
 
 // Cases that are not run but timed have names that begin with time-.
 std::vector<std::string> ChooseNames();
 bool RunChoose(const std::string& name, bool& known);
+std::vector<std::string> DeltaNames();
+bool RunDelta(const std::string& name, bool& known);
 std::vector<std::string> DecodeNames();
 bool RunDecode(const std::string& name, bool& known);
 std::vector<std::string> ListsNames();

@@ -58,6 +58,7 @@ EXTENDED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_extended.cu",)
 EXTRAS_FORWARD = ("attention/sm90/fwd_bf16_64_plainextras.cu",)
 EXTRAS_BACKWARD = ("attention/sm90/bwd_bf16_64_plainextras.cu",)
 BIAS_GRADIENT = ("attention/bias_gradient.cu",)
+DELTA = ("attention/delta.cu",)
 PREPARE = ("attention/prepare.cu",)
 CHOOSE = ("lists/choose.cu",)
 LISTS = ("lists/transpose.cu",)
@@ -769,6 +770,15 @@ PORTABLE = (
         instances=PORTABLE_BACKWARD,
         cases=("basic", "full", "mqa"),
     ),
+    Mutation(
+        name="delta-rest",
+        what="row sums leave out what is behind the last whole 16 bytes of a row",
+        file="attention/delta.cu",
+        before=" + (dim % kPerChunk<Element> != 0);",
+        after=";",
+        instances=DELTA,
+        cases=("delta-bf16", "delta-f32"),
+    ),
 )
 
 BIASES = (
@@ -940,6 +950,16 @@ CPU_KERNELS = (
         file="attention/cpu/block_list.h",
         before="BroadcastWord<C>(Lane<C>(1) << (key & 31))",
         after="BroadcastWord<C>(Lane<C>(1) << (31 - (key & 31)))",
+        instances=CPU,
+        cases=("seeds-0-19", "seeds-20-59"),
+        program="cpu_check",
+    ),
+    Mutation(
+        name="cpu-delta-rest",
+        what="row sums leave out what is behind the last whole vector",
+        file="attention/cpu/delta.h",
+        before="if (d < dim) sum",
+        after="if (d > dim) sum",
         instances=CPU,
         cases=("seeds-0-19", "seeds-20-59"),
         program="cpu_check",

@@ -4,6 +4,7 @@
 
 #include "backward.h"
 #include "bias_gradient.h"
+#include "delta.h"
 #include "forward.h"
 #include "kernels.h"
 
@@ -81,9 +82,22 @@ inline void RunBiasGradient(const BiasGradientParams& p, int64_t task, void* scr
   }
 }
 
+inline void RunDelta(const DeltaParams& p, int64_t task) {
+  switch (p.dtype) {
+    case DType::kF16:
+      return DeltaTask<float, F16>(p, task);
+    case DType::kBF16:
+      return DeltaTask<float, BF16>(p, task);
+    case DType::kF32:
+      return DeltaTask<float, float>(p, task);
+    case DType::kF64:
+      return DeltaTask<double, double>(p, task);
+  }
+}
+
 constexpr Kernels kKernels = {
-    JAX_BSK_CPU_ISA_NAME, Scratch<ForwardParams>, Scratch<BackwardParams>,     RunForward,
-    RunBackwardQuery,     RunBackwardKey,         Scratch<BiasGradientParams>, RunBiasGradient,
+    JAX_BSK_CPU_ISA_NAME, Scratch<ForwardParams>,      Scratch<BackwardParams>, RunForward, RunBackwardQuery,
+    RunBackwardKey,       Scratch<BiasGradientParams>, RunBiasGradient,         RunDelta,
 };
 
 }  // namespace jax_bsk::attention::cpu::JAX_BSK_CPU_ISA

@@ -18,6 +18,7 @@ struct Kernels {
   void (*backward_key_task)(const BackwardParams&, int64_t task, void* scratch);    // [0, B * K * kv_blocks)
   size_t (*bias_gradient_scratch)(const BiasGradientParams&);
   void (*bias_gradient_task)(const BiasGradientParams&, int64_t task, void* scratch);  // [0, BiasGradientTasks)
+  void (*delta_task)(const DeltaParams&, int64_t task);                                // [0, DeltaTasks)
 };
 
 // Null when this build has no code for the instruction set; whether the machine has it is the caller's question.
@@ -35,6 +36,19 @@ __attribute__((always_inline)) inline int64_t HeadsOfTask(const ForwardParams& p
   const bool shared = p.rows.heads == 1 && (p.tiles.heads == 1 || p.tiles.count == 0) && p.gates == nullptr &&
                       !HasBias(p.bias) && !Drops(p.dropout);
   return shared && s.q_blocks == 1 && s.q_len * group <= s.block_q ? group : 1;
+}
+
+// Queries of a task of the row sums, of all heads of an example: as many as have some 32,768 products, which take about
+// 20 us, and whole cache lines of the results.
+__attribute__((always_inline)) inline int64_t DeltaQueries(const DeltaParams& p) {
+  constexpr int64_t kProducts = 32768, kLine = 16;
+  const int64_t of_query = p.heads * p.value_dim;
+  const int64_t queries = kProducts / (of_query > 0 ? of_query : 1);
+  return (queries / kLine + 1) * kLine;
+}
+__attribute__((always_inline)) inline int64_t DeltaTasksOfExample(const DeltaParams& p) {
+  const int64_t queries = DeltaQueries(p);
+  return (p.q_len + queries - 1) / queries;
 }
 
 // Tasks of the bias gradient for each example and head of the term (bias_gradient.h says what each owns). As many as

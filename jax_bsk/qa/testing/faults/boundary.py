@@ -135,6 +135,21 @@ BACKWARD_RESULTS: Changes = {
 }
 
 
+DELTA: Changes = {
+    "out rank": {"out": shape("float32", T, N, H)},
+    "out type": {"out": shape("int32", B, T, N, H)},
+    "dout shape": {"dout": shape("float32", B, T, N, H - 1)},
+    "dout type": {"dout": shape("bfloat16", B, T, N, H)},
+    "dlse shape": {"dlse": shape("float32", B, T, N)},
+    "dlse type": {"dlse": shape("bfloat16", B, N, T)},
+    "no dlse operand": {"dlse": None},
+    "delta shape": {"delta": shape("float32", B, T, N)},
+    "delta type": {"delta": shape("bfloat16", B, N, T)},
+    "another version": {"version": "0.0.0"},
+    "a number for a version": {"version": np.int64(1)},
+}
+
+
 def check_refused(call: DirectCall, faults: Changes) -> None:
     """Each fault is refused by the handler, or by XLA's decoding in front of it."""
     for what, changes in faults.items():
@@ -165,6 +180,16 @@ def wrong_workspace(implementation: str) -> None:
     check_refused(backward, {**either, "16 bytes": {"workspace": shape("uint8", 16)}})
     check_refused(backward, {"type": {"workspace": shape("int32", size // 4)}})
     direct.check_unchanged(implementation)
+
+
+@scenario("wrong-row-sums", FAULT, EXPECTED, platforms=NATIVE, may_crash=True)
+def wrong_row_sums(implementation: str) -> None:
+    """Of the backward's row sums: operands, results and attributes."""
+    del implementation
+    call = direct.delta_call()
+    check_refused(call, DELTA)
+    checks.check_close("delta", call()["delta"], H - 1.0)
+    checks.check_close("delta without dlse", call(dlse=shape("float32", 1, 1, 0))["delta"], float(H))
 
 
 @scenario("bad-sizes-of-a-product", FAULT, EXPECTED, platforms=("cpu",), may_crash=True)
@@ -284,6 +309,7 @@ SCENARIOS = (
         "wrong-operand", "wrong operand shape or dtype at the native boundary", FORWARD_OPERANDS, BACKWARD_OPERANDS
     ),
     wrong_workspace,
+    wrong_row_sums,
     bad_sizes_of_a_product,
     misaligned_pointer,
 )

@@ -123,6 +123,12 @@ def forward_call(implementation: str) -> DirectCall:
     return DirectCall(ffi.ATTENTION_FORWARD, operands, results, _attributes())
 
 
+def delta_call() -> DirectCall:
+    """The row sums of ones, whose log-sum-exps have cotangents of ones, too."""
+    operands = {"dout": _ones(B, T, N, H), "out": _ones(B, T, N, H), "dlse": _ones(B, N, T)}
+    return DirectCall(ffi.ATTENTION_DELTA, operands, {"delta": shape("float32", B, N, T)}, {"version": __version__})
+
+
 def _backward_bytes(gates: tuple[int, ...], capacity: int = CAPACITY) -> int:
     return ffi.backward_workspace((B, T, N, H), (B, S, N, H), (1, 1, capacity), (BLOCK, BLOCK), gates)
 
