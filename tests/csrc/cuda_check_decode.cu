@@ -175,8 +175,8 @@ bool RunInstance(const Instance& instance) {
   return passed;
 }
 
-// 134 MB of keys and values in long rows, for which every CTA waits at every step: one that begins before its copies are
-// there reads others. (Those of smaller problems come from L2, and between short rows there is time: they are there
+// 134 MB of keys and values in long rows, for which every CTA waits at every step: one that begins before its copies
+// are there reads others. (Those of smaller problems come from L2, and between short rows there is time: they are there
 // without a wait.)
 constexpr const char* kFar = "decode-far-bf16-d128";
 
