@@ -230,7 +230,14 @@ def _verdict(row: dict[str, Any]) -> str:
     equal = [name for name, same in row.get("bit_equal", {}).items() if same]
     bits = f"bits of one device: {', '.join(equal) or 'none'}; " if "bit_equal" in row else ""
     again = row["repeats"]
-    return f"{bits}{again['count']} repeats {'equal' if again['equal'] else 'DIFFER'}; {'ok' if row['ok'] else 'WRONG'}"
+    repeats = "equal" if again["equal"] else f"DIFFER{' in ' * bool(again.get('different'))}{_few(again)}"
+    return f"{bits}{again['count']} repeats {repeats}; {'ok' if row['ok'] else 'WRONG'}"
+
+
+def _few(repeats: dict[str, Any]) -> str:
+    """Names of the first results that differed, where a row has them, and how many there were."""
+    names = repeats.get("different", [])
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
