@@ -57,9 +57,7 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Layer(config, attend, rngs, place) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def features(
-        self, tokens: jax.Array, operand: Any, shards: int = 1, place: Place = lambda x: x
-    ) -> jax.Array:
+    def features(self, tokens: jax.Array, operand: Any, shards: int = 1, place: Place = lambda x: x) -> jax.Array:
         if self.config.ordered_embedding:
             table, dtype = self.tokens.embedding[...], jnp.dtype(self.config.dtype)
             x = _look_up(table, tokens, dtype, lambda y: self.in_steps(place(y), shards))

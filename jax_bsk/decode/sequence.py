@@ -79,7 +79,7 @@ def of_first(axis_name: Any, sinks: jax.Array | None) -> jax.Array | None:
 def merge(axis_name: Any, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What all devices attend to, in their order; every device has the same result.
 
-    One array travels: the outputs in the log-sum-exps' type, which holds them exactly, and the log-sum-exps behind them.
+    One array travels: the outputs, in the type of the log-sum-exps, which holds them exactly, and these behind them.
     """
     packed = jnp.concatenate([out.astype(lse.dtype), lse[..., None]], axis=-1)
     parts = list(jax.lax.all_gather(packed, axis_name, to="invarying"))
