@@ -66,13 +66,17 @@ def test_all_parts_on_two_devices(script, tmp_path, capsys):
     assert decode["efficiency"] == pytest.approx(decode["one"]["seconds"] / 2 / decode["seconds"])
     assert set(decode["collectives"]) == {"all-gather"}
 
-    # The page's tables are made of such a file.
+    # The model is compared with it, and the page's tables are made of it.
+    (again,) = importlib.import_module("parallel.model").measured_again(result)
+    assert (again.name, again.order) == ("window", attention["order"])
+    assert again.seconds == (1e-3 * attention["forward_ms"], 1e-3 * attention["both_ms"])
     figures = runpy.run_path(str(BENCHMARKS.parent / "tools" / "figures.py"))
     figures["scaling_step"].__globals__["SCALED"] = path
     for name, lines in {"scaling_attention": 3, "scaling_decoding": 2, "scaling_step": 3}.items():
         text = figures[name]()
         assert len(re.findall(r"^\| .*", text, re.MULTILINE)) == 2 + lines
         assert "rows passed their checks" in text
+        assert ("Not measured: causal" in text) == (name != "scaling_decoding")
     # A later run keeps the rows of cases that it does not measure: here it has time for none.
     capsys.readouterr()
     assert script["main"]([*command, "--seconds", "0"]) == 0
@@ -155,6 +159,9 @@ def test_the_fit_finds_the_constants_that_made_the_times(model):
     found = model.fit(blocks, rows, 4e12)
     assert found.bytes_per_second == 250e9
     assert found.constants == pytest.approx(true.constants)
+    errors = model.errors(blocks, rows, 4e12, rows[:1])
+    assert errors["errors_again"]["largest"] == pytest.approx(0, abs=1e-6)
+    assert "errors_again" not in model.errors(blocks, rows, 4e12)
 
 
 def test_the_committed_table(model):
