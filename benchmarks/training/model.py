@@ -60,7 +60,7 @@ class Decoder(nnx.Module):
     def features(self, tokens: jax.Array, operand: Any, shards: int = 1, place: Place = lambda x: x) -> jax.Array:
         if self.config.ordered_embedding:
             table, dtype = self.tokens.embedding[...], jnp.dtype(self.config.dtype)
-            x = _look_up(table, tokens, dtype, lambda y: self.in_steps(place(y), shards))
+            x: Any = _look_up(table, tokens, dtype, lambda y: self.in_steps(place(y), shards))
         else:
             x = self.tokens(tokens)
         if self.config.learned_positions:
