@@ -76,9 +76,9 @@ def collective_bytes(program: str, devices: int) -> int:
 def _group(line: str, devices: int) -> int:
     """Number of devices that take part in a collective together."""
     if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # axes of a mesh, and those of a group
-        sizes = dict(re.findall(r"'(\w+)'=(\d+)", found[1]))
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
         # A part of an axis is written as 'axis':(size before it)size.
-        axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", found[2])
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
         return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
