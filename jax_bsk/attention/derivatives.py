@@ -28,7 +28,6 @@ from jax_bsk.attention.sequence import in_shard_map
 from jax_bsk.attention.xla import sparse_attention_xla
 from jax_bsk.biases.terms import Terms
 from jax_bsk.core import compat, forward_mode
-from jax_bsk.core.arrays import staged
 from jax_bsk.core.dims import Dims
 from jax_bsk.core.dtypes import statistics_dtype
 from jax_bsk.core.native_call import NativeCall, like
@@ -96,9 +95,9 @@ def attend(
             mask, order = with_entry_order(mask)
     inputs = query, key, value, sinks, gates, bias.dense, bias.distances, bias.tiles
     leaves, tree = jax.tree.flatten(inputs)
-    inputs = tree.unflatten(compat.match_varying(*(jnp.asarray(staged(x)) for x in leaves)))
+    inputs = tree.unflatten(compat.match_varying(*(jnp.asarray(compat.staged(x)) for x in leaves)))
     lists, tree = jax.tree.flatten(_Lists(mask, lengths, order, bias.numbers, dropout_keys))
-    return _attend(_Static(call, tree), *inputs, *map(staged, lists))[:2]
+    return _attend(_Static(call, tree), *inputs, *map(compat.staged, lists))[:2]
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices

@@ -24,7 +24,7 @@ import numpy as np
 from jax_bsk.attention import dropout, ffi
 from jax_bsk.context.exchange import Exchange, Part, Positions, exchange_of, gather, sum_of_shards
 from jax_bsk.core import compat
-from jax_bsk.core.arrays import of_rank, staged
+from jax_bsk.core.arrays import of_rank
 from jax_bsk.core.dims import Axes, Bind, Dims, Run
 from jax_bsk.core.dtypes import statistics_dtype
 
@@ -248,7 +248,7 @@ def in_shard_map(native: Any, dims: Dims, call: Any, operands: Sequence[Any]) ->
     local = dataclasses.replace(call, visits=None, axis=None)
     shards = jax.lax.axis_size(call.axis)
     parts = SequenceShards(call, dims, call.axis, shards, True, lambda bind, x: bind(call, x), sums_shared=False)
-    return parts.within(lambda _, x: native(local, *x), [jnp.asarray(staged(x)) for x in operands])
+    return parts.within(lambda _, x: native(local, *x), [jnp.asarray(compat.staged(x)) for x in operands])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jax_bsk.core import compat
-
 # A host array, or one of JAX, which may be traced.
 Array = np.ndarray | jax.Array
 
@@ -37,17 +35,6 @@ def as_array(x: Any) -> Array:
 def is_traced(x: Any) -> bool:
     """Whether `x` has no value yet: it is an argument of the function being traced."""
     return isinstance(x, Tracer)
-
-
-def staged(x: Any) -> Any:
-    """`x` as it is, but an array without elements as one that the program being traced makes, if there is one.
-
-    Around a `shard_map` a constant is an operand of it, and with jax 0.11.2 XLA dies of one without elements: it takes
-    it out of the program, and Shardy then goes past the end of the operands (ManualComputationUnusedInputsPattern).
-    """
-    if 0 not in np.shape(x) or isinstance(x, Tracer) or compat.outside_traces():
-        return x
-    return jnp.zeros(np.shape(x), x.dtype)
 
 
 def known(x: Any) -> np.ndarray | None:

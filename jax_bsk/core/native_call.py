@@ -24,7 +24,6 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_bsk.core import compat, library
-from jax_bsk.core.arrays import staged
 from jax_bsk.core.dims import Dims, Splitting, local_call, sharding_rule
 from jax_bsk.core.errors import UnsupportedError
 from jax_bsk.core.version import __version__
@@ -106,7 +105,7 @@ class NativeCall:
 
     def __call__(self, call: Any, *operands: Any) -> tuple[jax.Array, ...]:
         """Results of the call, in the order of `dims(call).results`."""
-        return self._mapped(call)(tuple(jax.numpy.asarray(staged(x)) for x in operands))
+        return self._mapped(call)(tuple(jax.numpy.asarray(compat.staged(x)) for x in operands))
 
     def attributes(self, call: Any) -> dict[str, Any]:
         """Attributes of the custom call. The version makes a cached executable of an older library miss."""

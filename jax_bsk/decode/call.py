@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 
 from jax_bsk.core import compat, dispatch
-from jax_bsk.core.arrays import staged
 from jax_bsk.core.errors import UnsupportedError
 from jax_bsk.decode import ffi, parts
 from jax_bsk.decode.ffi import DecodeAttributes
@@ -91,7 +90,7 @@ def attend(
         "tree": ffi.no_tree(),
         "sinks": ffi.no_sinks(),
     }
-    filled = [staged(nothing[name] if x is None else x) for name, x in operands._asdict().items()]
+    filled = [compat.staged(nothing[name] if x is None else x) for name, x in operands._asdict().items()]
     # What has no leading dimension is one for all.
     ranks = [len(letters) for letters in ffi.FORWARD.operands.values()]
     axes = [0 if x.ndim > rank else None for x, rank in zip(filled, ranks, strict=True)]
