@@ -230,7 +230,14 @@ def _verdict(row: dict[str, Any]) -> str:
     equal = [name for name, same in row.get("bit_equal", {}).items() if same]
     bits = f"bits of one device: {', '.join(equal) or 'none'}; " if "bit_equal" in row else ""
     again = row["repeats"]
-    return f"{bits}{again['count']} repeats {'equal' if again['equal'] else 'DIFFER'}; {'ok' if row['ok'] else 'WRONG'}"
+    repeats = "equal" if again["equal"] else f"DIFFER{' in ' * bool(again.get('different'))}{_few(again)}"
+    return f"{bits}{again['count']} repeats {repeats}; {'ok' if row['ok'] else 'WRONG'}"
+
+
+def _few(repeats: dict[str, Any]) -> str:
+    """Names of the first results that differed, where a row has them, and how many there were."""
+    names = repeats.get("different", [])
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def goals(rows: Sequence[dict[str, Any]]) -> list[str]:
@@ -252,12 +259,19 @@ def simulate(args: argparse.Namespace) -> int:
     """Writes and prints the table of simulated shards."""
     results = json.loads((RESULTS / "context-nvidia-h200-x2.json").read_text())
     copy_rate = json.loads((RESULTS / "decode-nvidia-h200.json").read_text())["copy_bytes_per_second"]
+    path = RESULTS / "scaling-nvidia-h200-x2.json"
+    again = json.loads(path.read_text()) if path.exists() else None
     counts, lengths = SIMULATED
-    found = model.table(results, copy_rate, tuple(args.lengths or lengths), counts, masks=args.masks)
+    found = model.table(results, copy_rate, tuple(args.lengths or lengths), counts, masks=args.masks, again=again)
     output = args.output or RESULTS / "scaling-simulated.json"
     report.write(found, output)
-    error = found["model"]["errors"]
-    print(f"error on two GPUs: {error['median']:.1%} in the median, {error['largest']:.1%} at most")
+    for key, what in (
+        ("errors", "on two GPUs"),
+        ("errors_again", f"on the rows of {path.name}, to which it is not fitted"),
+    ):
+        if key in found["model"]:
+            error = found["model"][key]
+            print(f"error {what}: {error['median']:.1%} in the median, {error['largest']:.1%} at most")
     names = ("mask", "tokens", "shards", "order", "balance", "MB received", "forward ms", "both ms", "efficiency")
     cells = [
         [

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -45,7 +46,8 @@ def test_all_parts_on_two_devices(script, tmp_path, capsys):
     assert list(rows) == [*(("attention", s) for s in splits), ("decode", "cache"), *(("step", s) for s in splits)]
     for (part, split), row in rows.items():
         assert row["ok"]
-        assert row["repeats"] == {"count": 2, "equal": True}
+        compared = {"attention": "out, dquery, dkey, dvalue", "decode": "out", "step": "new parameters, loss"}[part]
+        assert row["repeats"] == {"count": 2, "equal": True, "of": compared, "different": []}
         for key in {"attention": ("forward", "both"), "step": ("step",)}.get(part, ()):
             assert row["one"]["what"] == "the same problem"
             assert row[f"{key}_efficiency"] == pytest.approx(row["one"][f"{key}_ms"] / 2 / row[f"{key}_ms"])
@@ -64,13 +66,17 @@ def test_all_parts_on_two_devices(script, tmp_path, capsys):
     assert decode["efficiency"] == pytest.approx(decode["one"]["seconds"] / 2 / decode["seconds"])
     assert set(decode["collectives"]) == {"all-gather"}
 
-    # The page's tables are made of such a file.
+    # The model is compared with it, and the page's tables are made of it.
+    (again,) = importlib.import_module("parallel.model").measured_again(result)
+    assert (again.name, again.order) == ("window", attention["order"])
+    assert again.seconds == (1e-3 * attention["forward_ms"], 1e-3 * attention["both_ms"])
     figures = runpy.run_path(str(BENCHMARKS.parent / "tools" / "figures.py"))
     figures["scaling_step"].__globals__["SCALED"] = path
     for name, lines in {"scaling_attention": 3, "scaling_decoding": 2, "scaling_step": 3}.items():
         text = figures[name]()
         assert len(re.findall(r"^\| .*", text, re.MULTILINE)) == 2 + lines
         assert "rows passed their checks" in text
+        assert ("Not measured: causal" in text) == (name != "scaling_decoding")
     # A later run keeps the rows of cases that it does not measure: here it has time for none.
     capsys.readouterr()
     assert script["main"]([*command, "--seconds", "0"]) == 0
@@ -104,11 +110,27 @@ def test_splits_that_the_devices_do_not_divide_say_so(script):
         ("%a = f32[8]{0} collective-permute(f32[8] %x), source_target_pairs={{0,1}}", 32),
         ("%a = (f32[8]{0}, f32[4]{0}) all-reduce(f32[8] %x, f32[4] %y), replica_groups=[1,2]<=[2]", 48),
         ("%a = f32[2]{0} reduce-scatter(f32[8] %x), replica_groups=[1,4]<=[4]", 24),
+        ("%a = f32[8]{0} all-reduce(%x), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}, to_apply=%f", 32),
+        ("%a = f32[8]{0} all-gather(%x), replica_groups=mesh['axis_0'=8] {'axis_0':(2)4}, dimensions={0}", 24),
         ("%a = f32[8]{0} add(f32[8] %x, f32[8] %y)", 0),
     ],
 )
 def test_bytes_of_collectives(script, line, expected):
     assert importlib.import_module("parallel.measuring").collective_bytes(line, 4) == expected
+
+
+def test_the_gradient_of_ordered_rows_is_that_of_the_lookup(script):
+    look_up = importlib.import_module("training.model")._look_up
+    table, dx = (jax.random.normal(jax.random.key(n), shape) for n, shape in enumerate([(7, 4), (2, 6, 4)]))
+    tokens = np.array([[0, 3, 3, 6, 3, 1], [6, 6, 6, 6, 6, 0]])
+
+    def in_steps(x):  # three steps of a token per example and device, of which there are two
+        return jnp.moveaxis(x.reshape(2, 2, 3, 1, *x.shape[2:]), 2, 0)
+
+    got, back = jax.vjp(lambda table: look_up(table, tokens, table.dtype, in_steps), table)
+    want, scattered = jax.vjp(lambda table: jnp.take(table, tokens, axis=0), table)
+    np.testing.assert_array_equal(got, want)
+    np.testing.assert_allclose(back(dx)[0], scattered(dx)[0], rtol=1e-6, atol=1e-6)
 
 
 # ---- The model
@@ -137,6 +159,9 @@ def test_the_fit_finds_the_constants_that_made_the_times(model):
     found = model.fit(blocks, rows, 4e12)
     assert found.bytes_per_second == 250e9
     assert found.constants == pytest.approx(true.constants)
+    errors = model.errors(blocks, rows, 4e12, rows[:1])
+    assert errors["errors_again"]["largest"] == pytest.approx(0, abs=1e-6)
+    assert "errors_again" not in model.errors(blocks, rows, 4e12)
 
 
 def test_the_committed_table(model):

@@ -68,6 +68,12 @@ def text_of(compiled) -> str:
     return text
 
 
+def operands_of_shard_maps(lowered) -> list[str]:
+    """Types of the operands of the `shard_map`s of a lowered program."""
+    found = re.findall(r"sdy\.manual_computation.*?\n *\} : \((.*?)\) ->", lowered.as_text(), re.DOTALL)
+    return re.findall(r"tensor<(.*?)>", " ".join(found))
+
+
 def collectives(compiled) -> list[str]:
     """Names of the collective operations in a compiled program."""
     names = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"

@@ -318,15 +318,16 @@ def scaled(part: str) -> list[dict[str, Any]]:
     """Rows of one part of `benchmarks/scaling.py` on two GPUs; none before it was run."""
     if not SCALED.exists():
         return []
-    return [row for row in read(SCALED)["rows"] if row["part"] == part and "refused" not in row]
+    return [row for row in read(SCALED)["rows"] if row["part"] == part]
 
 
-NOT_SCALED = "No run of this part on GPUs is committed yet."
+NOT_SCALED = "This part was not measured on GPUs yet."
+SCALED_MASKS = ("causal", "documents", "window", "window and global", "random 10 %")
 
 
 def scaling_attention() -> str:
     """Attention alone over two GPUs beside one, and what of it was bit-equal."""
-    found = scaled("attention")
+    found = [row for row in scaled("attention") if "refused" not in row]
     if not found:
         return NOT_SCALED
     rows = []
@@ -351,7 +352,7 @@ def scaling_attention() -> str:
             ]
         )
     names = ["mask", "split over", "one GPU", "two GPUs", "efficiency", "MB predicted", "MB in the program", "peak"]
-    return f"{table(names, rows)}\n\n{values_of(found)}"
+    return f"{table(names, rows)}\n\n{values_of(found)}{left_out('attention')}"
 
 
 def values_of(rows: list[dict[str, Any]]) -> str:
@@ -367,12 +368,44 @@ def values_of(rows: list[dict[str, Any]]) -> str:
     if of_bits:
         same = sum(all(row["bit_equal"].values()) for row in of_bits)
         text += f" Over data and heads {same} of {len(of_bits)} have the bits of one GPU."
+    wrong: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if not row["ok"]:
+            wrong.setdefault((row["split"], ", ".join(why(row))), []).append(row.get("mask", "decoding"))
+    if wrong:
+        failures = (f"over {split} {reason} ({', '.join(masks)})" for (split, reason), masks in wrong.items())
+        text += f" What failed: {'; '.join(failures)}."
     return text
+
+
+def why(row: dict[str, Any]) -> list[str]:
+    """Why a row failed its checks."""
+    found = []
+    if not row["repeats"]["equal"]:
+        names = row["repeats"].get("different", [])
+        found.append("repeats differ" + (f" in {len(names)} results, of them {names[0]}" if names else ""))
+    bits = [f"`{name}`" for name, same in row.get("bit_equal", {}).items() if not same]
+    if "order" not in row and bits:
+        found.append(f"other bits than on one GPU in {' and '.join(bits)}")
+    far = [f"`{name}`" for name, one in row.get("close", {}).items() if not one["ok"]]
+    if "order" in row and far:
+        found.append(f"too far from one GPU's result in {' and '.join(far)}")
+    return found or ["see the committed result"]
+
+
+def left_out(part: str) -> str:
+    """Masks of a part that were not measured, and splits that could not be."""
+    rows = scaled(part)
+    measured = {row["mask"] for row in rows}
+    missing = [mask for mask in SCALED_MASKS if mask not in measured]
+    text = f"\n\nNot measured: {', '.join(missing)}." if missing else ""
+    refused = [f"{row['mask']} over {row['split']} ({row['refused']})" for row in rows if "refused" in row]
+    return text + (f"\n\nCould not be measured: {'; '.join(refused)}." if refused else "")
 
 
 def scaling_step() -> str:
     """The training step over two GPUs beside one."""
-    found = scaled("step")
+    found = [row for row in scaled("step") if "refused" not in row]
     if not found:
         return NOT_SCALED
     rows = []
@@ -382,10 +415,11 @@ def scaling_step() -> str:
         alone += "" if one is None or one["share"] == 1 else f" ({one['what']})"
         efficiency = f"{row['step_efficiency'] * 100:.0f} %" if "step_efficiency" in row else "-"
         split = row["split"] + (", planned" if row.get("order") == "plan" else "")
-        cells = [alone, f"{row['step_ms']:.0f} ms", efficiency, f"{row['peak_bytes'] / 1e9:.1f} GB"]
-        rows.append([row["mask"], split, *cells, f"{row['loss']:.4f}"])
-    names = ["mask", "split over", "one GPU", "two GPUs", "efficiency", "peak", "loss"]
-    return f"{table(names, rows)}\n\n{values_of(found)}"
+        cells = [alone, f"{row['step_ms']:.0f} ms", efficiency, f"{row['step_program_bytes'] / 1e6:,.0f}"]
+        losses = "-" if one is None else f"{one['loss']:.4f}"
+        rows.append([row["mask"], split, *cells, f"{row['peak_bytes'] / 1e9:.1f} GB", f"{losses} / {row['loss']:.4f}"])
+    names = ["mask", "split over", "one GPU", "two GPUs", "efficiency", "MB in the program", "peak", "loss, one / two"]
+    return f"{table(names, rows)}\n\n{values_of(found)}{left_out('step')}"
 
 
 def scaling_decoding() -> str:
@@ -434,6 +468,10 @@ def simulated_model() -> str:
         apart = [" / ".join(f"{100 * x:+.1f}" for x in one[key]) + " %" for key in ("errors", "errors_left_out")]
         rows.append([one["mask"] + (", planned" if one["order"] == "plan" else ""), *cells, *apart])
     constants, model = result["constants"], result["model"]
+    for one in model.get("again", ()):
+        label = one["mask"] + (", planned" if one["order"] == "plan" else "") + ", another run"
+        cells = [" / ".join(f"{x:.2f}" for x in one[key]) + " ms" for key in ("measured_ms", "predicted_ms")]
+        rows.append([label, *cells, "-", " / ".join(f"{100 * x:+.1f}" for x in one["errors"]) + " %"])
     forward, both = constants["pass_ms"]
     text = (
         f"Fitted: {constants['bytes_per_second'] / 1e9:.0f} GB/s, {forward:.2f} ms per forward and {both:.2f} ms per "
@@ -441,6 +479,12 @@ def simulated_model() -> str:
         f"{100 * model['errors']['largest']:.1f} % at most; {100 * model['errors_left_out']['median']:.1f} % and "
         f"{100 * model['errors_left_out']['largest']:.1f} % where the mask's own rows are left out of the fit."
     )
+    if "errors_again" in model:
+        error = model["errors_again"]
+        text += (
+            f" On the rows of another run ([attention](#attention)), to which it is not fitted: "
+            f"{100 * error['median']:.1f} % in the median and {100 * error['largest']:.1f} % at most."
+        )
     names = ["mask", "measured", "predicted", "error", "error, left out of the fit"]
     return f"{table(names, rows)}\n\n{text}"
 

@@ -82,7 +82,7 @@ def measure(
         checks[way.split] = {
             "bit_equal": {n: measuring.same_bits(a, b)[0] for n, a, b in pairs},
             "close": {n: measuring.judge(a, b, rounding) for n, a, b in pairs},
-            "repeats": measuring.repeats(calls[way.split, name], effort),
+            "repeats": measuring.repeats(calls[way.split, name], effort, [n for n, _, _ in pairs]),
         }
         del got, pairs
     del want

@@ -75,6 +75,11 @@ def collective_bytes(program: str, devices: int) -> int:
 
 def _group(line: str, devices: int) -> int:
     """Number of devices that take part in a collective together."""
+    if found := re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", line):  # axes of a mesh, and those of a group
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+        # A part of an axis is written as 'axis':(size before it)size.
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     if found := re.search(r"replica_groups=\[(\d+),(\d+)\]", line):
         return int(found[2])
     if found := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
@@ -165,10 +170,21 @@ def judge(a: jax.Array, b: jax.Array, rounding: float) -> dict[str, Any]:
     }
 
 
-def repeats(call: Callable[[], Any], effort: Effort) -> dict[str, Any]:
-    """Whether repeated calls have the bits of the first, and how many there were."""
-    start, first, count, equal = time.perf_counter(), call(), 0, True
+def repeats(call: Callable[[], Any], effort: Effort, names: Sequence[str]) -> dict[str, Any]:
+    """Whether repeated calls have the bits of the first, how many there were, and which results differed in any.
+
+    Args:
+      call: What is repeated.
+      effort: Number of repeats.
+      names: Names of the results.
+    """
+    start, first, count, different = time.perf_counter(), call(), 0, set()
     while count < effort.repeats and (count == 0 or time.perf_counter() - start < effort.repeat_seconds):
-        equal &= all(same_bits(call(), first))
+        different |= differing(names, call(), first)
         count += 1
-    return {"count": count, "equal": equal}
+    return {"count": count, "equal": not different, "of": ", ".join(names), "different": sorted(different)}
+
+
+def differing(names: Sequence[str], a: Any, b: Any) -> set[str]:
+    """Names of the arrays of two trees whose bits are not the same."""
+    return {name for name, same in zip(names, same_bits(a, b), strict=True) if not same}

@@ -157,6 +157,22 @@ def measured(results: Mapping[str, Any]) -> tuple[dict[str, tuple[float, float]]
     return blocks, rows
 
 
+def measured_again(results: Mapping[str, Any]) -> list[Measured]:
+    """Rows of attention over the sequence, from results of `benchmarks/scaling.py` on as many devices."""
+    rows = []
+    for found in results["rows"]:
+        if found["part"] != "attention" or found["split"] != "sequence" or "both_ms" not in found:
+            continue
+        batch, heads, kv_heads, length, size = found["shape"]
+        mask = case(found["mask"], length, batch, heads, Sizes(lengths=(length,))).mask
+        if found["order"] == "plan":
+            mask = context.plan(mask, found["devices"], exchange_cost=exchange_cost(heads, kv_heads)).mask
+        loads = Loads.of(mask, found["devices"], batch, heads, kv_heads, size)
+        seconds = 1e-3 * found["forward_ms"], 1e-3 * found["both_ms"]
+        rows.append(Measured(found["mask"], found["order"], loads, seconds))
+    return rows
+
+
 def fit(blocks: Mapping[str, tuple[float, float]], rows: Sequence[Measured], copy_rate: float) -> TimeModel:
     """The rate of bytes and the constants with the least squares of relative errors, of both passes apart."""
     best, least = None, np.inf
@@ -175,8 +191,20 @@ def fit(blocks: Mapping[str, tuple[float, float]], rows: Sequence[Measured], cop
     return best
 
 
-def errors(blocks: Mapping[str, tuple[float, float]], rows: Sequence[Measured], copy_rate: float) -> dict[str, Any]:
-    """Relative errors of the fitted model, and of each mask's rows where the others alone were fitted."""
+def errors(
+    blocks: Mapping[str, tuple[float, float]],
+    rows: Sequence[Measured],
+    copy_rate: float,
+    again: Sequence[Measured] = (),
+) -> dict[str, Any]:
+    """Relative errors of the fitted model, and of each mask's rows where the others alone were fitted.
+
+    Args:
+      blocks: Seconds of a block, by mask.
+      rows: What the model is fitted to.
+      copy_rate: Bytes per second that a copy reads and writes.
+      again: Rows of another run, to which it is not fitted.
+    """
     model = fit(blocks, rows, copy_rate)
     others = {
         name: fit(blocks, [row for row in rows if row.name != name], copy_rate) for name in {row.name for row in rows}
@@ -186,25 +214,25 @@ def errors(blocks: Mapping[str, tuple[float, float]], rows: Sequence[Measured], 
         pairs = zip(model.seconds(row.name, row.loads), row.seconds, strict=True)
         return [predicted / seconds - 1 for predicted, seconds in pairs]
 
-    records = [
-        {
+    def record(row: Measured) -> dict[str, Any]:
+        return {
             "mask": row.name,
             "order": row.order,
             "measured_ms": [1e3 * x for x in row.seconds],
             "predicted_ms": [1e3 * x for x in model.seconds(row.name, row.loads)],
             "errors": error(model, row),
-            "errors_left_out": error(others[row.name], row),
         }
-        for row in rows
-    ]
-    summary = {
-        key: {
-            "median": float(np.median(np.abs([one[key] for one in records]))),
-            "largest": float(np.abs([one[key] for one in records]).max()),
-        }
-        for key in ("errors", "errors_left_out")
-    }
-    return {"rows": records, **summary}
+
+    def summary(errors: Sequence[list[float]]) -> dict[str, float]:
+        return {"median": float(np.median(np.abs(errors))), "largest": float(np.abs(errors).max())}
+
+    records = [record(row) | {"errors_left_out": error(others[row.name], row)} for row in rows]
+    found: dict[str, Any] = {"rows": records}
+    found |= {key: summary([one[key] for one in records]) for key in ("errors", "errors_left_out")}
+    if again:
+        found["again"] = [record(row) for row in again]
+        found["errors_again"] = summary([one["errors"] for one in found["again"]])
+    return found
 
 
 def simulate(
@@ -253,8 +281,19 @@ def table(
     counts: Sequence[int] = (2, 4, 8, 64, 512),
     heads: int = 16,
     masks: Sequence[str] = DEFAULT_MASKS,
+    again: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """The constants, the model's errors on what was measured, and the simulated rows."""
+    """The constants, the model's errors on what was measured, and the simulated rows.
+
+    Args:
+      results: What `benchmarks/results/context-nvidia-h200-x2.json` holds; the model is fitted to it.
+      copy_rate: Bytes per second that a copy reads and writes.
+      lengths: Lengths of a sequence.
+      counts: Numbers of shards.
+      heads: Number of heads.
+      masks: Names of the masks.
+      again: Results of `benchmarks/scaling.py` on as many devices; the fitted model is compared with them.
+    """
     blocks, rows = measured(results)
     sizes, model = Sizes(), fit(blocks, rows, copy_rate)
     return {
@@ -269,6 +308,6 @@ def table(
             "step_us": 1e6 * STEP_SECONDS,
             "multiprocessors": MULTIPROCESSORS,
         },
-        "model": errors(blocks, rows, copy_rate),
+        "model": errors(blocks, rows, copy_rate, measured_again(again) if again else ()),
         "rows": list(simulate(model, lengths, counts, sizes, heads, masks)),
     }

@@ -20,6 +20,8 @@ class Config:
       global_tokens: first tokens of the sequence, seen by all of their document.
       learned_positions: whether positions have an embedding; without one the mask alone tells them apart.
       remat: whether a layer is computed again in the backward. The output of jax_bsk's attention is kept even so.
+      ordered_embedding: whether the gradient of the tokens' embedding is summed in a fixed order, at the cost of a
+        product with one-hot rows.
       loss_chunk: tokens whose logits exist at a time: all of them, in float32, would outweigh everything else.
     """
 
@@ -36,6 +38,7 @@ class Config:
     block_size: int = 128
     learned_positions: bool = True
     remat: bool = False
+    ordered_embedding: bool = False
     loss_chunk: int = 2048
     learning_rate: float = 3e-4
     steps: int = 20

@@ -5,6 +5,7 @@ On several devices also `place`: what is done to the features between layers, a 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,8 +57,12 @@ class Decoder(nnx.Module):
         self.layers = nnx.List([Layer(config, attend, rngs, place) for _ in range(config.layers)])
         self.norm = nnx.RMSNorm(config.width, dtype=dtype, rngs=rngs)
 
-    def features(self, tokens: jax.Array, operand: Any) -> jax.Array:
-        x = self.tokens(tokens)
+    def features(self, tokens: jax.Array, operand: Any, shards: int = 1, place: Place = lambda x: x) -> jax.Array:
+        if self.config.ordered_embedding:
+            table, dtype = self.tokens.embedding[...], jnp.dtype(self.config.dtype)
+            x: Any = _look_up(table, tokens, dtype, lambda y: self.in_steps(place(y), shards))
+        else:
+            x = self.tokens(tokens)
         if self.config.learned_positions:
             x = x + self.positions(jnp.arange(tokens.shape[1]))
         x = self.place(x)
@@ -77,11 +82,8 @@ class Decoder(nnx.Module):
           shards: Number of devices that the sequence is split over in the loss. Each goes through its own tokens.
           place: What is done to the features [B, S, width] before the loss.
         """
-        x = place(self.features(tokens, operand))
-        batch, length = targets.shape
-        chunk = min(max(1, self.config.loss_chunk // (batch * shards)), length // shards)
-        # [steps, batch, shards, chunk]: a step has as many tokens of each example and device.
-        x, targets = (jnp.moveaxis(y.reshape(batch, shards, -1, chunk, *y.shape[2:]), 2, 0) for y in (x, targets))
+        x = self.in_steps(place(self.features(tokens, operand, shards, place)), shards)
+        targets = self.in_steps(targets, shards)
         embedding = self.tokens.embedding[...].astype(x.dtype)
 
         @jax.checkpoint
@@ -93,6 +95,48 @@ class Decoder(nnx.Module):
 
         total, _ = jax.lax.scan(some, jnp.float32(0), (x, targets))
         return total / targets.size
+
+    def in_steps(self, x: jax.Array, shards: int) -> jax.Array:
+        """Tokens [B, S, ...] as [steps, B, shards, chunk, ...]: a step has as many of each example and device."""
+        batch, length = x.shape[:2]
+        chunk = min(max(1, self.config.loss_chunk // (batch * shards)), length // shards)
+        return jnp.moveaxis(x.reshape(batch, shards, -1, chunk, *x.shape[2:]), 2, 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _look_up(table: jax.Array, tokens: jax.Array, dtype: Any, in_steps: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Rows of the table, whose gradient is a product with one-hot rows: its sums have a fixed order on every device.
+
+    The gradient of `jnp.take` is a scatter, which XLA adds with atomics on a GPU, in whatever order they come. Told to
+    be deterministic (xla_gpu_exclude_nondeterministic_ops), it sorts every element of all rows.
+
+    Args:
+      table: [vocabulary, width].
+      tokens: int32 [B, S].
+      dtype: Type of the result.
+      in_steps: From [B, S, ...] to [steps, B, shards, chunk, ...], so that few one-hot rows exist at a time.
+    """
+    return jnp.take(table.astype(dtype), tokens, axis=0)
+
+
+def _look_up_forward(table: jax.Array, tokens: jax.Array, dtype: Any, in_steps: Any) -> tuple[jax.Array, Any]:
+    return _look_up(table, tokens, dtype, in_steps), (table, tokens)
+
+
+def _look_up_backward(dtype: Any, in_steps: Any, kept: Any, dx: jax.Array) -> tuple[jax.Array, None]:
+    table, tokens = kept
+
+    def some(total: jax.Array, both: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        tokens, dx = both
+        rows = jax.nn.one_hot(tokens, len(table), dtype=dtype)
+        return total + jnp.einsum("bscv,bscw->bsvw", rows, dx, preferred_element_type=jnp.float32), None
+
+    steps = in_steps(tokens), in_steps(dx)
+    total, _ = jax.lax.scan(some, jnp.zeros((*steps[0].shape[1:3], *table.shape), jnp.float32), steps)
+    return total.sum((0, 1)).astype(table.dtype), None
+
+
+_look_up.defvjp(_look_up_forward, _look_up_backward)
 
 
 def _again(layer: Layer, x: jax.Array, operand: Any) -> jax.Array:

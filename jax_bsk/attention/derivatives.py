@@ -95,9 +95,9 @@ def attend(
             mask, order = with_entry_order(mask)
     inputs = query, key, value, sinks, gates, bias.dense, bias.distances, bias.tiles
     leaves, tree = jax.tree.flatten(inputs)
-    inputs = tree.unflatten(compat.match_varying(*map(jnp.asarray, leaves)))
+    inputs = tree.unflatten(compat.match_varying(*(jnp.asarray(compat.staged(x)) for x in leaves)))
     lists, tree = jax.tree.flatten(_Lists(mask, lengths, order, bias.numbers, dropout_keys))
-    return _attend(_Static(call, tree), *inputs, *lists)[:2]
+    return _attend(_Static(call, tree), *inputs, *map(compat.staged, lists))[:2]
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices

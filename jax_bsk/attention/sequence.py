@@ -248,7 +248,7 @@ def in_shard_map(native: Any, dims: Dims, call: Any, operands: Sequence[Any]) ->
     local = dataclasses.replace(call, visits=None, axis=None)
     shards = jax.lax.axis_size(call.axis)
     parts = SequenceShards(call, dims, call.axis, shards, True, lambda bind, x: bind(call, x), sums_shared=False)
-    return parts.within(lambda _, x: native(local, *x), [jnp.asarray(x) for x in operands])
+    return parts.within(lambda _, x: native(local, *x), [jnp.asarray(compat.staged(x)) for x in operands])
 
 
 @dataclasses.dataclass(frozen=True)

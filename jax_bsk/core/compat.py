@@ -70,6 +70,17 @@ def outside_traces() -> bool:
     return trace_state_clean()
 
 
+def staged(x: Any) -> Any:
+    """An operand as it is, but an array without elements as one that the program being traced makes, if there is one.
+
+    Around a `shard_map` a constant is an operand of it, and XLA of jax 0.11.2 dies while it compiles one without
+    elements, in Shardy's ManualComputationUnusedInputsPattern.
+    """
+    if isinstance(x, jax.core.Tracer) or 0 not in getattr(x, "shape", ()) or outside_traces():
+        return x
+    return jax.numpy.zeros(x.shape, x.dtype)
+
+
 def varying_axes(x: Any) -> frozenset[str]:
     """Manual mesh axes (of an enclosing `shard_map` that checks them) along which `x` differs between devices."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)

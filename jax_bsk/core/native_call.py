@@ -105,7 +105,7 @@ class NativeCall:
 
     def __call__(self, call: Any, *operands: Any) -> tuple[jax.Array, ...]:
         """Results of the call, in the order of `dims(call).results`."""
-        return self._mapped(call)(tuple(map(jax.numpy.asarray, operands)))
+        return self._mapped(call)(tuple(jax.numpy.asarray(compat.staged(x)) for x in operands))
 
     def attributes(self, call: Any) -> dict[str, Any]:
         """Attributes of the custom call. The version makes a cached executable of an older library miss."""

@@ -90,7 +90,7 @@ def attend(
         "tree": ffi.no_tree(),
         "sinks": ffi.no_sinks(),
     }
-    filled = [nothing[name] if x is None else x for name, x in operands._asdict().items()]
+    filled = [compat.staged(nothing[name] if x is None else x) for name, x in operands._asdict().items()]
     # What has no leading dimension is one for all.
     ranks = [len(letters) for letters in ffi.FORWARD.operands.values()]
     axes = [0 if x.ndim > rank else None for x, rank in zip(filled, ranks, strict=True)]

@@ -77,6 +77,10 @@ def of_first(axis_name: Any, sinks: jax.Array | None) -> jax.Array | None:
 
 
 def merge(axis_name: Any, out: jax.Array, lse: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What all devices attend to, in their order; every device has the same result."""
-    outs, lses = (jax.lax.all_gather(x, axis_name, to="invarying") for x in (out, lse))
-    return merge_partials(list(outs), list(lses))
+    """What all devices attend to, in their order; every device has the same result.
+
+    One array travels: the outputs, in the type of the log-sum-exps, which holds them exactly, and these behind them.
+    """
+    packed = jnp.concatenate([out.astype(lse.dtype), lse[..., None]], axis=-1)
+    parts = list(jax.lax.all_gather(packed, axis_name, to="invarying"))
+    return merge_partials([x[..., :-1].astype(out.dtype) for x in parts], [x[..., -1] for x in parts])

@@ -11,9 +11,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jax_bsk import UnsupportedError, context, sparse_attention
+from jax_bsk import BlockMask, UnsupportedError, context, sparse_attention
 from jax_bsk.masks import CausalMask, GlobalMask, LocalMask, MultiHeadMask, SegmentMask
-from tests.util import assert_close, collectives, random_inputs
+from tests.util import assert_close, collectives, operands_of_shard_maps, random_inputs
 
 LENGTH, BLOCK = 512, 32
 WINDOW = CausalMask() & LocalMask((64, 0))
@@ -61,6 +61,28 @@ def test_bits_of_one_device(name, check_vma):
     np.testing.assert_array_equal(found[0], expected[0])
     np.testing.assert_array_equal(found[1], expected[1])
     assert_close(found, expected)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_no_operand_of_the_shard_map_lacks_elements(inside):
+    """XLA of jax 0.11.2 dies of one: sinks, gates, a bias, and bit tiles where all blocks are full.
+
+    Without bit tiles a gradient that is taken outside still keeps these for the backward's `shard_map`.
+    """
+    mask = CausalMask().bind(LENGTH, block_size=BLOCK)
+    if inside:
+        mask = BlockMask.from_block_mask(np.tri(16, dtype=bool), q_len=LENGTH, block_size=BLOCK)
+        assert 0 in mask.bit_tiles.shape
+    attend = functools.partial(attention, mask=mask, axis_name="sequence")
+    split = P(None, "sequence")
+
+    def sharded(f, outs):
+        return jax.shard_map(f, mesh=mesh_of(sequence=8), in_specs=(split,) * 3, out_specs=outs)
+
+    program = sharded(both(attend), (split,) * 4) if inside else both(sharded(attend, split))
+    found = operands_of_shard_maps(jax.jit(program).lower(*random_inputs(0, q_len=LENGTH, kv_len=LENGTH)))
+    assert len(found) > 3
+    assert not [one for one in found if "0" in one.split("x")]
 
 
 def test_a_plan_with_positions_beside_data():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import types
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from jax_bsk.attention.xla import sparse_attention_xla
+from jax_bsk.core.errors import UnsupportedError
 from jax_bsk.masks import BlockMask
 from jax_bsk.qa.testing import __main__ as command_line
 from jax_bsk.qa.testing.battery import Mismatch, run_case
@@ -257,3 +259,16 @@ def test_command_line_repeats_a_case(capsys, monkeypatch):
         assert (
             "repro: python -m jax_bsk.qa.testing --seed 3 --implementation xla --max-len 64" in capsys.readouterr().out
         )
+
+
+def test_command_line_counts_refused_cases(capsys, monkeypatch):
+    def judge(case, *_, **__):
+        if case.seed == 3:
+            raise UnsupportedError("cuda", ["The head size is odd; pad it."])
+        return types.SimpleNamespace(report=lambda _: "fine")
+
+    monkeypatch.setattr(command_line.battery, "judge_case", judge)
+    assert command_line.main(["--seed", "3", "--count", "2"]) == 0
+    lines = ["refused seed-3: The head size is odd; pad it.", "seed-4 ok", "1 of 2 cases passed, 1 refused"]
+    assert capsys.readouterr().out.splitlines() == lines
+    assert command_line.main(["--seed", "3"]) == 1, "nothing was judged"
