@@ -636,7 +636,9 @@ def block_sizes_attention() -> str:
             shape = f"{case['batch']}, {case['heads']}, {case['length']}, {case['head_dim']}"
             times.setdefault(shape, {})[case["block_size"]] = case["jax_bsk"]["seconds"]
     rows = [
-        [shape, milliseconds(of[64]), milliseconds(of[128]), f"{of[64] / of[128]:.2f}"] for shape, of in times.items()
+        [shape, milliseconds(of[64]), milliseconds(of[128]), f"{of[64] / of[128]:.2f}"]
+        for shape, of in times.items()
+        if len(of) == 2
     ]
     return table(["batch, heads, length, head size", "blocks of 64", "blocks of 128", "time ratio 64 / 128"], rows)
 
