@@ -150,7 +150,7 @@ class NativeCall:
         axes = [None if name in dims.unmapped else 0 for name in dims.operands]
         for _ in dims.lead([x.shape for x in ctx.avals_in]):
             function = jax.vmap(function, axes)
-        return compat.mlir.lower_fun(function, multiple_results=True)(ctx, *operands)
+        return compat.lower_without_mesh(function, ctx, *operands)
 
     # ---- custom_partitioning --------------------------------------------------------------------------------------
 
