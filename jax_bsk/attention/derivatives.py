@@ -96,8 +96,21 @@ def attend(
     inputs = query, key, value, sinks, gates, bias.dense, bias.distances, bias.tiles
     leaves, tree = jax.tree.flatten(inputs)
     inputs = tree.unflatten(compat.match_varying(*(jnp.asarray(compat.staged(x)) for x in leaves)))
-    lists, tree = jax.tree.flatten(_Lists(mask, lengths, order, bias.numbers, dropout_keys))
+    lists, tree = jax.tree.flatten(_Lists(_with_a_tile(mask), lengths, order, bias.numbers, dropout_keys))
     return _attend(_Static(call, tree), *inputs, *map(compat.staged, lists))[:2]
+
+
+def _with_a_tile(mask: BlockMask) -> BlockMask:
+    """The mask; within a `shard_map` one without bit tiles has one that no entry refers to.
+
+    A gradient that is taken outside keeps the tiles between the two passes, as an operand of the backward's `shard_map`:
+    XLA of jax 0.11.2 dies of one without elements (`compat.staged`).
+    """
+    if mask.bit_tiles.shape[2] or not compat.manual_axes():
+        return mask
+    shape = list(mask.bit_tiles.shape)
+    shape[2] = 1
+    return dataclasses.replace(mask, bit_tiles=np.zeros(shape, mask.bit_tiles.dtype))
 
 
 @functools.partial(jax.jit, keep_unused=True)  # eager gates may be on one device: the query says which devices

@@ -81,6 +81,11 @@ def staged(x: Any) -> Any:
     return jax.numpy.zeros(x.shape, x.dtype)
 
 
+def manual_axes() -> tuple[str, ...]:
+    """Mesh axes of the `shard_map` that is being traced, if any."""
+    return tuple(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def varying_axes(x: Any) -> frozenset[str]:
     """Manual mesh axes (of an enclosing `shard_map` that checks them) along which `x` differs between devices."""
     return frozenset(jax.typeof(x).manual_axis_type.varying)
