@@ -103,8 +103,8 @@ def attend(
 def _with_a_tile(mask: BlockMask) -> BlockMask:
     """The mask; within a `shard_map` one without bit tiles has one that no entry refers to.
 
-    A gradient that is taken outside keeps the tiles between the two passes, as an operand of the backward's `shard_map`:
-    XLA of jax 0.11.2 dies of one without elements (`compat.staged`).
+    A gradient that is taken outside keeps the tiles between the two passes as an operand of the backward's `shard_map`,
+    and XLA of jax 0.11.2 dies of one without elements (`compat.staged`).
     """
     if mask.bit_tiles.shape[2] or not compat.manual_axes():
         return mask
