@@ -1,6 +1,7 @@
 // Backward attention over block lists on Hopper (sm_90a), bit-equal from run to run: bwd_plan.h says how.
 #pragma once
 
+#include "attention/bias_lines.h"
 #include "attention/sm90/bias_lines.h"
 #include "attention/sm90/bwd_consumer.cuh"
 #include "attention/sm90/bwd_producer.cuh"

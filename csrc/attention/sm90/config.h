@@ -128,9 +128,6 @@ constexpr int BackwardSharedBytes() {
 template <typename Config>
 cudaError_t LaunchForward(const ForwardParams& params, int32_t* tile_counter, int multiprocessors, cudaStream_t stream);
 
-// The lines of a bias by distance (bias_lines.h), two words each. Defined in bias_lines.cu.
-cudaError_t LaunchBiasLines(const Bias& bias, const Shape& shape, float* lines, cudaStream_t stream);
-
 // The same for the backward, in bwd.cuh: what prepare.h and gates.h put into the workspace must be there, and what the
 // inexact tiles and the sums of gates that it leaves call for comes after it.
 template <typename Config>

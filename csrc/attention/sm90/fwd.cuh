@@ -4,6 +4,7 @@
 
 #include <numeric>
 
+#include "attention/bias_lines.h"
 #include "attention/sm90/bias_lines.h"
 #include "attention/sm90/fwd_consumer.cuh"
 #include "attention/sm90/fwd_feeder.cuh"

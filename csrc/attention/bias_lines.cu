@@ -1,8 +1,8 @@
+#include "attention/bias_lines.h"
 #include "attention/sm90/bias_lines.h"
-#include "attention/sm90/config.h"
 #include "device/numbers.cuh"
 
-namespace jax_bsk::attention::cuda::sm90 {
+namespace jax_bsk::attention::cuda {
 namespace {
 
 constexpr int kThreads = 256;
@@ -38,14 +38,14 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 cudaError_t LaunchBiasLines(const Bias& bias, const Shape& shape, float* lines, cudaStream_t stream) {
-  const int64_t of_table = BiasLinesOfTable(shape), count = DistanceTables(bias) * of_table;
+  const int64_t of_table = sm90::BiasLinesOfTable(shape), count = sm90::DistanceTables(bias) * of_table;
   if (count == 0 || shape.q_len == 0 || shape.kv_len == 0) return cudaSuccess;
   const auto grid = static_cast<unsigned>((count * 32 + kThreads - 1) / kThreads);
   BiasLinesKernel<<<grid, kThreads, 0, stream>>>(static_cast<const float*>(bias.distances) + shape.q_len - 1,
                                                  reinterpret_cast<float2*>(lines), count, static_cast<int>(of_table),
-                                                 static_cast<int>(BiasLineOfZero(shape)), static_cast<int>(shape.q_len),
-                                                 static_cast<int>(shape.kv_len));
+                                                 static_cast<int>(sm90::BiasLineOfZero(shape)),
+                                                 static_cast<int>(shape.q_len), static_cast<int>(shape.kv_len));
   return cudaGetLastError();
 }
 
-}  // namespace jax_bsk::attention::cuda::sm90
+}  // namespace jax_bsk::attention::cuda
