@@ -62,19 +62,19 @@ __device__ __forceinline__ void MultiplyRows(float (&acc)[kM][kN8][4], const Til
   } else {
     // A's four matrices: rows 0-7 and 8-15 of the first eight columns, then of the next eight. B's (columns of the
     // product are rows here): columns 0-7 and 8-15 of the first eight rows, then of the next eight.
-    const uint32_t a_lane = SharedAddress(a.data) + TileA::ChunkOffset(a_row + lane % 16, lane / 16);
-    const uint32_t b_lane = SharedAddress(b.data) + TileB::ChunkOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    const typename TileA::Lane a_lane(a, a_row + lane % 16, lane / 16);
+    const typename TileB::Lane b_lane(b, lane % 8 + lane / 16 * 8, lane / 8 % 2);
     // Unrolled whole, the loads of 256 columns move so far ahead of their use that the compiler spills.
     constexpr int kUnroll = TileA::kDim > 128 ? 4 : TileA::kDim / 16;
 #pragma unroll kUnroll
     for (int k = 0; k < TileA::kDim / 16; ++k) {
       uint32_t left[kM][4];
 #pragma unroll
-      for (int m = 0; m < kM; ++m) LoadMatrices(left[m], a_lane + m * 16 * TileA::kPitch + k * 32);
+      for (int m = 0; m < kM; ++m) LoadMatrices(left[m], a_lane.At(16 * m, 2 * k));
 #pragma unroll
       for (int n = 0; n < kN8; n += 2) {
         uint32_t right[4];
-        LoadMatrices(right, b_lane + n * 8 * TileB::kPitch + k * 32);
+        LoadMatrices(right, b_lane.At(8 * n, 2 * k));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           MultiplyAccumulate<Element>(acc[m][n], left[m], right[0], right[1]);
@@ -122,7 +122,7 @@ __device__ __forceinline__ void MultiplyColumns(float (&acc)[kM][kN8][4], const 
         }
   } else {
     // The accumulator layout of two neighbouring column tiles is the left operand's layout for 16 columns.
-    const uint32_t b_lane = SharedAddress(b.data) + TileB::ChunkOffset(lane % 16, lane / 16);
+    const typename TileB::Lane b_lane(b, lane % 16, lane / 16);
 #pragma unroll
     for (int k = 0; k < kK8 / 2; ++k) {
       uint32_t left[kM][4];
@@ -136,7 +136,7 @@ __device__ __forceinline__ void MultiplyColumns(float (&acc)[kM][kN8][4], const 
 #pragma unroll
       for (int n = 0; n < kN8; n += 2) {
         uint32_t right[4];
-        LoadMatricesTransposed(right, b_lane + k * 16 * TileB::kPitch + n * 16);
+        LoadMatricesTransposed(right, b_lane.At(16 * k, n));
 #pragma unroll
         for (int m = 0; m < kM; ++m) {
           MultiplyAccumulate<Element>(acc[m][n], left[m], right[0], right[1]);

@@ -28,7 +28,55 @@ struct alignas(16) Tile {
   __device__ char* Chunk(int row, int chunk) { return data + ChunkOffset(row, chunk); }
   __device__ const char* Chunk(int row, int chunk) const { return data + ChunkOffset(row, chunk); }
 
+  // Where a lane's matrices begin: it has chunks in one row of each eight.
+  class Lane {
+   public:
+    __device__ __forceinline__ Lane(const Tile& tile, int row, int chunk)
+        : address_(SharedAddress(tile.data) + ChunkOffset(row, chunk)) {}
+    // `rows` (a multiple of 8) further down and `chunks` (an even number) to the right.
+    __device__ __forceinline__ uint32_t At(int rows, int chunks) const { return address_ + rows * kPitch + chunks * 16; }
+
+   private:
+    uint32_t address_;
+  };
+
   char data[kRows * kPitch];
+};
+
+// The same as the copy engine lays it out: panels of 128 bytes of every row, one behind another, in which the chunks of
+// row r lie at their number xor r % 8. Aligned to 1,024 bytes. kRows rows of a tile that has kPanelRows of them: from a
+// multiple of 8 on they are a tile of their own.
+template <typename Element_, int kRows_, int kDim_, int kPanelRows = kRows_>
+struct SwizzledTile {
+  using Element = Element_;
+  static constexpr int kRows = kRows_;
+  static constexpr int kDim = kDim_;
+  static constexpr int kPerChunk = 16 / sizeof(Element);
+  static constexpr int kChunks = kDim / kPerChunk;
+  static constexpr int kPanelBytes = kPanelRows * 128;
+  static constexpr int kPanels = kChunks / 8;
+  static_assert(kChunks % 8 == 0 && kRows % 8 == 0);
+
+  __device__ static int ChunkOffset(int row, int chunk) {
+    return chunk / 8 * kPanelBytes + row * 128 + (chunk ^ row) % 8 * 16;
+  }
+  __device__ char* Chunk(int row, int chunk) { return data + ChunkOffset(row, chunk); }
+  __device__ const char* Chunk(int row, int chunk) const { return data + ChunkOffset(row, chunk); }
+
+  // As Tile's; `chunk` is below 2, so that adding an even number does not carry.
+  class Lane {
+   public:
+    __device__ __forceinline__ Lane(const SwizzledTile& tile, int row, int chunk)
+        : address_(SharedAddress(tile.data) + ChunkOffset(row, chunk)) {}
+    __device__ __forceinline__ uint32_t At(int rows, int chunks) const {
+      return (address_ ^ (chunks % 8 * 16)) + chunks / 8 * kPanelBytes + rows * 128;
+    }
+
+   private:
+    uint32_t address_;
+  };
+
+  char data[kPanels * kPanelBytes];
 };
 
 // Starts copying rows [0, rows) of `dim` elements, `stride` elements apart; zeros fill the rest of the tile, so that

@@ -207,6 +207,7 @@ bool RunFar() {
 struct Timing {
   const char* name;
   int64_t batch, kv_len, queries, heads, kv_heads, dim, page_size, part;  // page_size 0: a contiguous cache
+  decode::CacheType cache = decode::CacheType::kSame;
 };
 
 const Timing kTimings[] = {
@@ -219,13 +220,16 @@ const Timing kTimings[] = {
     {"time-decode-256-2k", 256, 2048, 1, 32, 8, 128, 0, 1024},
     {"time-decode-64-8k-p16", 64, 8192, 1, 32, 8, 128, 16, 1024},
     {"time-decode-64-8k-p64", 64, 8192, 1, 32, 8, 128, 64, 1024},
+    {"time-decode-64-8k-e4m3", 64, 8192, 1, 32, 8, 128, 0, 2048, decode::CacheType::kE4M3},
+    {"time-decode-64-8k-int8", 64, 8192, 1, 32, 8, 128, 0, 2048, decode::CacheType::kInt8},
+    {"time-decode-8-8k-e4m3", 8, 8192, 1, 32, 8, 128, 0, 2048, decode::CacheType::kE4M3},
     {"time-decode-prefill-2k-32k", 1, 32768, 2048, 32, 8, 128, 64, 8192},
 };
 
 bool RunTiming(Timing t, int64_t part = 0) {
   if (part > 0) t.part = part;
   const int64_t positions = t.batch * t.kv_len, row = t.kv_heads * t.dim;
-  const int64_t bytes = positions * row * 2 * 2;
+  const int64_t bytes = positions * row * 2 * (t.cache == decode::CacheType::kSame ? 2 : 1);
   DecodeProblem p;
   auto& s = p.shape;
   const bool paged = t.page_size > 0;
@@ -261,7 +265,7 @@ bool RunTiming(Timing t, int64_t part = 0) {
   OnDevice arrays(p, DType::kBF16);
   Device workspace(decode::PartialLayout(s, t.part, 8192).bytes);
   ForwardParams params = arrays.Params(p, DType::kBF16);
-  params.short_part = t.part, params.long_part = 8192;
+  params.short_part = t.part, params.long_part = 8192, params.cache = t.cache;
   const auto* first = static_cast<const char*>(cache.data());
   params.key.first = first, params.value.first = paged ? first + t.dim * 2 : first + bytes / 2;
   const auto launch = [&] { CUDA_OK(decode::cuda::LaunchForward(params, workspace.data(), 0, cudaStreamPerThread)); };

@@ -2,10 +2,12 @@
 // reads it, too.
 #pragma once
 
+#include <cuda.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "decode/params.h"
 #include "decode/partials.h"
@@ -20,6 +22,10 @@ namespace jax_bsk::decode::cuda {
 // that lie in a row (attention/params.h), of which an example is one sequence.
 enum class Keys { kPaged, kListed };
 
+#ifndef QCTAS
+#define QCTAS 2
+#endif
+constexpr int kQuantisedCtas = QCTAS;
 // A CTA of four warps takes steps of 64 keys. Of 16 rows or fewer, each warp has all of them and 16 of the keys; of
 // more, each warp has 16 rows and all keys. The products are mma.sync: memory is what bounds decoding.
 template <typename Element_, typename Cache_, int kDim_, Keys kKeys>
@@ -27,6 +33,8 @@ struct Config {
   using Element = Element_;  // of queries and output
   using Cache = Cache_;      // of keys and values: the same, or one of a byte, which the products widen
   static constexpr bool kQuantised = sizeof(Cache) == 1;
+  // Bytes widen to float16 in half of the instructions that bfloat16 takes, and exactly: their products are float16's.
+  using Product = std::conditional_t<kQuantised, device::Float16, Element>;
   static constexpr int kDim = kDim_;  // of rows in shared memory: head_dim and value_dim, zero-padded
   static constexpr bool kListed = kKeys == Keys::kListed;
   static constexpr int kThreads = 128;
@@ -39,11 +47,19 @@ struct Config {
   static constexpr bool kQueriesInRegisters = kHalf && kDim <= 128;
   // Steps on their way and the one that is computed. Three where two CTAs of a multiprocessor have room for them.
   static constexpr int kStages = kHalf && kDim <= 128 ? 3 : 2;
-  static constexpr int kCtas = kDim * sizeof(Element) <= 256 ? 2 : 1;  // of a multiprocessor
-  // Rows of the output on their way out go through the stage that was used last, if it is large enough.
-  static constexpr int kOutPitch = kDim + 8;  // in floats: no two of eight rows share a bank
-  static constexpr int kOutFloats = 64 * kOutPitch;
+  static constexpr int kCtas = kQuantised ? kQuantisedCtas : kDim * sizeof(Element) <= 256 ? 2 : 1;  // of a multiprocessor
+  // Rows of the output on their way out go through the stage that was used last, so many of their columns at a time.
+  static constexpr int kStageBytes = 2 * kTileKv * kDim * static_cast<int>(sizeof(Cache));
+  static constexpr int kOutColumns = kStageBytes / 4 / 64 < kDim ? kStageBytes / 4 / 64 : kDim;
+  static_assert(kDim % kOutColumns == 0 && kOutColumns % 32 == 0);
   static_assert(!kQuantised || kQueriesInRegisters, "queries in shared memory are multiplied as they lie");
+};
+
+// Keys and values as the copy engine of sm_90 sees them: rows of bytes, of which it copies `rows` at a time, 128 bytes
+// wide. 0 rows: the threads copy.
+struct CacheMaps {
+  CUtensorMap key, value;
+  int rows;
 };
 
 // What the kernels are given: the call's parameters, and what the host makes of them.
@@ -74,10 +90,7 @@ struct KernelParams : ForwardParams {
 template <typename Config>
 constexpr int SharedBytesAtMost() {
   constexpr int kPitch = Config::kDim * static_cast<int>(sizeof(typename Config::Element)) + 16;
-  constexpr int kCachePitch = Config::kDim * static_cast<int>(sizeof(typename Config::Cache)) + 16;
-  return Config::kStages * 2 * Config::kTileKv * kCachePitch +
-         (Config::kQueriesInRegisters ? 1 : Config::kWideRows) * kPitch +
-         (Config::kQuantised ? 4 * Config::kOutFloats : 0) + 2560;
+  return Config::kStages * Config::kStageBytes + (Config::kQueriesInRegisters ? 1 : Config::kWideRows) * kPitch + 3840;
 }
 
 template <typename Config>

@@ -5,6 +5,8 @@
 
 #include "decode/cuda/config.h"
 #include "decode/cuda/sequence.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/bulk_copy.cuh"
 #include "device/ptx/copy_async.cuh"
 #include "device/ptx/thread.cuh"
 #include "device/tile.cuh"
@@ -17,7 +19,7 @@ constexpr int kNoKey = static_cast<int>(0x80000000u);
 
 template <typename Config>
 struct Stage {
-  device::Tile<typename Config::Cache, Config::kTileKv, Config::kDim> key, value;
+  device::SwizzledTile<typename Config::Cache, Config::kTileKv, Config::kDim> key, value;
 };
 
 // What a thread finds out about a row of a step.
@@ -66,9 +68,6 @@ __device__ __forceinline__ FoundRow FindListed(const KernelParams& params, int g
 __device__ __forceinline__ int RowOfLane(int warp, int lane) { return 2 * warp + lane % 2 + lane % 16 / 2 * 8; }
 
 // Starts a thread's part of the copies of a step whose rows its warp found: kChunks lanes take a row at a time.
-//
-// On Hopper the copy engine could take whole rows (cp.async.bulk): a fourth of the instructions, and slower: 561 us
-// against 526 for 64 sequences of 8,192 positions, 8 heads of 128 (H200).
 template <typename T>
 __device__ __forceinline__ void CopyRows(T& tile, const Rows& rows, const FoundRow& found, int kv_head, int dim) {
   constexpr int kLanes = T::kChunks < 32 ? T::kChunks : 32, kRowsAtOnce = 32 / kLanes;
@@ -91,5 +90,29 @@ __device__ __forceinline__ void CopyRows(T& tile, const Rows& rows, const FoundR
     }
   }
 }
+
+#if __CUDA_ARCH__ >= 900
+// The same by the copy engine: starts the copies of a step, in boxes of rows that follow each other in the cache. A box
+// whose first row is none is not read, and its part of the tiles keeps what it has; the rows of a box behind the
+// sequence's last are whatever follows there. Both are masked: what is not finite in them is cleaned. One warp calls it,
+// that of the rows at which boxes begin.
+template <typename Config>
+__device__ __forceinline__ void StartBoxes(Stage<Config>& stage, device::sm90::Barrier& full, const CacheMaps& maps,
+                                           const FoundRow& found, int kv_head) {
+  using Tile = decltype(stage.key);
+  const int lane = static_cast<int>(threadIdx.x), at = RowOfLane(0, lane);
+  const bool begins = lane < 16 && (at & (maps.rows - 1)) == 0 && found.key >= 0;
+  const int boxes = __popc(__ballot_sync(0xFFFFFFFFu, begins));
+  if (lane == 0) device::sm90::ArriveExpecting(full, boxes * maps.rows * 2 * Tile::kPanels * 128);
+  __syncwarp();
+  if (!begins) return;
+#pragma unroll
+  for (int panel = 0; panel < Tile::kPanels; ++panel) {
+    const int offset = panel * Tile::kPanelBytes + at * 128;
+    device::sm90::LoadBox(stage.key.data + offset, maps.key, full, panel * 128, found.row, kv_head, 0);
+    device::sm90::LoadBox(stage.value.data + offset, maps.value, full, panel * 128, found.row, kv_head, 0);
+  }
+}
+#endif
 
 }  // namespace jax_bsk::decode::cuda

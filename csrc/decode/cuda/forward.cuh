@@ -16,9 +16,12 @@
 #include "device/ptx/convert.cuh"
 #include "device/ptx/copy_async.cuh"
 #include "device/ptx/dependent_launch.cuh"
+#include "device/ptx/barrier.cuh"
+#include "device/ptx/fence.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/thread.cuh"
 #include "device/softmax.cuh"
+#include "device/tensor_map.h"
 #include "device/tile.cuh"
 
 namespace jax_bsk::decode::cuda {
@@ -32,12 +35,12 @@ constexpr int kUnitsKept = 4;
 template <typename Config>
 struct Shared {
   static_assert(Config::kStages < kUnitsKept, "the producer is kStages steps ahead, of as many units at most");
-  Stage<Config> stages[Config::kStages];
+  Stage<Config> stages[Config::kStages];  // first: aligned as the copy engine wants it
+  uint64_t full[Config::kStages];         // barriers, by which the copy engine says that a stage is here
   // The queries, where registers have no room for them.
   device::Tile<typename Config::Element, Config::kQueriesInRegisters ? 1 : Config::kWideRows, Config::kDim> query;
-  float out[Config::kQuantised ? Config::kOutFloats : 1];  // on its way out, where a stage has no room for it
-  int keys[Config::kStages][Config::kTileKv];              // as FoundRow has them
-  int tiles[Config::kStages];  // bit tile of listed keys, or -1, and the step's number in its block
+  int keys[Config::kStages][Config::kTileKv];  // as FoundRow has them
+  int tiles[Config::kStages];                  // bit tile of listed keys, or -1, and the step's number in its block
   int steps[Config::kStages];
   bool masked[Config::kStages][Config::kWarps];  // whether some row does not attend to a key that this warp found
   Unit units[kUnitsKept];
@@ -51,6 +54,10 @@ struct Shared {
 template <typename Config>
 struct Queries {
   uint32_t fragments[Config::kQueriesInRegisters ? Config::kDim / 16 : 1][4];
+  // Of a row's logits: bfloat16 queries become float16 times a power of two, by which their largest is 1,024 to 2,048.
+  // What is 2^-24 of it or more keeps all its bits.
+  static constexpr bool kScaled = !std::is_same_v<typename Config::Element, typename Config::Product>;
+  float scale[kScaled ? 2 : 1];
 
   // The element at (row, column) of the tile's first head and query.
   static __device__ __forceinline__ const typename Config::Element* Row(const KernelParams& params, const Unit& unit,
@@ -77,10 +84,11 @@ struct Queries {
 #pragma unroll
           for (int j = 0; j < 2; ++j) {
             // Columns in the order in which a lane's keys have them: see Multiply.
-            const int column = Config::kQuantised ? 32 * (k / 2) + 8 * t + 4 * (k % 2) + 2 * j : 16 * k + 8 * j + 2 * t;
+            const int column = 16 * k + (Config::kQuantised ? 4 * t + 2 * j : 2 * t + 8 * j);
             fragments[k][half + 2 * j] = valid && column < dim ? __ldg(from + column / 2) : 0u;
           }
         }
+        if constexpr (kScaled) Scale(half);
       }
     } else {
       using Tile = std::remove_reference_t<decltype(shared.query)>;
@@ -94,38 +102,73 @@ struct Queries {
     }
   }
 
+  // A row's fragments from bfloat16 to float16.
+  __device__ __forceinline__ void Scale(int half) {
+    constexpr uint32_t kExponent = 0x7F80;
+    uint32_t largest = 0;
+#pragma unroll
+    for (int k = 0; k < Config::kDim / 16; ++k)
+#pragma unroll
+      for (int i = half; i < 4; i += 2) {
+        const uint32_t low = fragments[k][i] & kExponent, high = fragments[k][i] >> 16 & kExponent;
+        largest = max(largest, max(low == kExponent ? 0 : low, high == kExponent ? 0 : high));
+      }
+    largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 1));
+    largest = max(largest, __shfl_xor_sync(0xFFFFFFFFu, largest, 2));
+    // Exponents of float32, biased: those of a number and its inverse have the sum 254.
+    const uint32_t exponent = min(127 + 10 + 127 - (largest >> 7), 253u);
+    const float factor = __uint_as_float(exponent << 23);
+    scale[half] = __uint_as_float((254 - exponent) << 23);
+#pragma unroll
+    for (int k = 0; k < Config::kDim / 16; ++k)
+#pragma unroll
+      for (int i = half; i < 4; i += 2) {
+        const uint32_t pair = fragments[k][i];
+        fragments[k][i] = device::PackPair<device::Float16>(__uint_as_float(pair << 16) * factor,
+                                                            __uint_as_float(pair & 0xFFFF0000u) * factor);
+      }
+  }
+
   // acc = Q K^T.
   template <int kN8, typename KeyTile>
   __device__ __forceinline__ void Multiply(float (&acc)[1][kN8][4], const Shared<Config>& shared, int warp_row,
                                            const KeyTile& key) const {
     device::Clear(acc);
-    using Element = typename Config::Element;
+    using Element = typename Config::Product;
     if constexpr (Config::kQuantised) {
-      // A lane takes eight columns in a row of each 32, in four pairs, for two products: any order of the columns will
-      // do, if the queries have the same.
-      const int lane = static_cast<int>(threadIdx.x) % 32, g = lane / 4, t = lane % 4;
+      // A lane gets four columns in a row of each 16, 4t to 4t + 3, for one product: any order of the columns will do, if
+      // the queries have the same. A word of each of four matrices: two chunks of eight rows, then of the next eight.
+      const int lane = static_cast<int>(threadIdx.x) % 32;
+      const typename KeyTile::Lane from(key, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
       for (int k = 0; k < Config::kDim / 16; k += 2) {
 #pragma unroll
-        for (int n = 0; n < kN8; ++n) {
-          const uint2 bytes = *reinterpret_cast<const uint2*>(key.Chunk(8 * n + g, k + t / 2) + t % 2 * 8);
-          const auto pair = [](uint32_t word, int half) {
-            return device::Widen<Element, typename Config::Cache>(word >> (16 * half));
-          };
-          device::MultiplyAccumulate<Element>(acc[0][n], fragments[k], pair(bytes.x, 0), pair(bytes.x, 1));
-          device::MultiplyAccumulate<Element>(acc[0][n], fragments[k + 1], pair(bytes.y, 0), pair(bytes.y, 1));
+        for (int n = 0; n < kN8; n += 2) {
+          uint32_t words[4];
+          device::LoadMatrices(words, from.At(8 * n, k));
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            uint32_t right[2];
+            device::Widen<typename Config::Cache, false>(words[i], right);
+            device::MultiplyAccumulate<Element>(acc[0][n + i / 2], fragments[k + i % 2], right[0], right[1]);
+          }
         }
+      }
+      if constexpr (kScaled) {
+#pragma unroll
+        for (int n = 0; n < kN8; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) acc[0][n][e] *= scale[e / 2];
       }
     } else if constexpr (Config::kQueriesInRegisters) {
       const int lane = static_cast<int>(threadIdx.x) % 32;
-      const uint32_t from =
-          device::SharedAddress(key.data) + KeyTile::ChunkOffset(lane % 8 + lane / 16 * 8, lane / 8 % 2);
+      const typename KeyTile::Lane from(key, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
       for (int k = 0; k < Config::kDim / 16; ++k) {
 #pragma unroll
         for (int n = 0; n < kN8; n += 2) {
           uint32_t right[4];
-          device::LoadMatrices(right, from + n * 8 * KeyTile::kPitch + k * 32);
+          device::LoadMatrices(right, from.At(8 * n, 2 * k));
           device::MultiplyAccumulate<Element>(acc[0][n], fragments[k], right[0], right[1]);
           device::MultiplyAccumulate<Element>(acc[0][n + 1], fragments[k], right[2], right[3]);
         }
@@ -139,34 +182,34 @@ struct Queries {
 // acc += A B as device::MultiplyColumns, B of one byte per element. Of each 16 columns of B the even ones go to one
 // tile of eight columns of `acc` and the odd ones to the next: a thread then has four columns in a row, 16c + 4t to 16c
 // + 4t + 3, as acc[2c][0], acc[2c + 1][0], acc[2c][1], acc[2c + 1][1].
-template <typename Element, int kK8, int kN8, typename TileB>
+template <int kK8, int kN8, typename TileB>
 __device__ __forceinline__ void MultiplyQuantisedColumns(float (&acc)[1][kN8][4], const float (&a)[1][kK8][4],
                                                          const TileB& b) {
   using Cache = typename TileB::Element;
   const int lane = static_cast<int>(threadIdx.x) % 32;
   // Four matrices of 8 rows and 16 bytes: rows 0-7 and 8-15 of one chunk, then of the next.
-  const uint32_t from = device::SharedAddress(b.data) + TileB::ChunkOffset(lane % 16, lane / 16);
+  const typename TileB::Lane from(b, lane % 16, lane / 16);
 #pragma unroll
   for (int k = 0; k < kK8 / 2; ++k) {
     uint32_t left[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float (&pair)[4] = a[0][2 * k + i / 2];
-      left[i] = device::PackPair<Element>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
+      left[i] = device::PackPair<device::Float16>(pair[i % 2 * 2], pair[i % 2 * 2 + 1]);
     }
 #pragma unroll
     for (int chunk = 0; chunk < kN8 / 2; chunk += 2) {
       // A word: two columns of one row, then of the next.
       uint32_t words[4];
-      device::LoadMatricesTransposed(words, from + k * 16 * TileB::kPitch + chunk * 16);
+      device::LoadMatricesTransposed(words, from.At(16 * k, chunk));
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
-        const uint32_t first = __byte_perm(words[2 * c], 0, 0x3120), second = __byte_perm(words[2 * c + 1], 0, 0x3120);
+        uint32_t first[2], second[2];  // eight rows, and the next
+        device::Widen<Cache, true>(words[2 * c], first);
+        device::Widen<Cache, true>(words[2 * c + 1], second);
 #pragma unroll
         for (int odd = 0; odd < 2; ++odd) {
-          device::MultiplyAccumulate<Element>(acc[0][2 * (chunk + c) + odd], left,
-                                              device::Widen<Element, Cache>(first >> (16 * odd)),
-                                              device::Widen<Element, Cache>(second >> (16 * odd)));
+          device::MultiplyAccumulate<device::Float16>(acc[0][2 * (chunk + c) + odd], left, first[odd], second[odd]);
         }
       }
     }
@@ -178,17 +221,23 @@ __device__ __forceinline__ void MultiplyQuantisedColumns(float (&acc)[1][kN8][4]
 template <typename Config>
 class Producer {
  public:
-  __device__ __forceinline__ Producer(const KernelParams& params, Shared<Config>& shared)
-      : params_(params), shared_(shared), number_(static_cast<int>(blockIdx.x)) {
+  __device__ __forceinline__ Producer(const KernelParams& params, const CacheMaps& maps, Shared<Config>& shared)
+      : params_(params), maps_(maps), shared_(shared), number_(static_cast<int>(blockIdx.x)) {
     Find();
   }
 
   // Starts the copies of the step found last into a stage, and finds the next. After the last step there are none.
   __device__ __forceinline__ void Start(int stage) {
     if (found_) {
-      CopyRows(shared_.stages[stage].key, params_.key, row_, kv_head_, params_.dim);
-      CopyRows(shared_.stages[stage].value, params_.value, row_, kv_head_, params_.value_dim);
       const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+      if (ByEngine()) {
+#if __CUDA_ARCH__ >= 900
+        if (warp == 0) StartBoxes<Config>(shared_.stages[stage], shared_.full[stage], maps_, row_, kv_head_);
+#endif
+      } else {
+        CopyRows(shared_.stages[stage].key, params_.key, row_, kv_head_, params_.dim);
+        CopyRows(shared_.stages[stage].value, params_.value, row_, kv_head_, params_.value_dim);
+      }
       const bool all =
           Config::kListed ? tile_ < 0 && row_.key >= 0 : mask_(row_.key, static_cast<int>(params_.sink_tokens));
       const bool whole = __all_sync(0xFFFFFFFFu, all);
@@ -199,10 +248,30 @@ class Producer {
       if (lane == 0) shared_.masked[stage][warp] = !whole;
       Find();
     }
-    device::CommitCopies();
+    if (!ByEngine()) device::CommitCopies();
+  }
+
+  // Waits for the copies of the oldest step on its way, which lies in `stage`; a barrier must follow.
+  __device__ __forceinline__ void Wait(int stage) {
+    if (ByEngine()) {
+#if __CUDA_ARCH__ >= 900
+      device::sm90::Wait(shared_.full[stage], phases_ >> stage & 1);
+      phases_ ^= 1u << stage;
+      device::sm90::FenceAsyncProxy();  // what this thread read and wrote before, the copy engine may write over
+#endif
+    } else {
+      device::WaitForGroups<Config::kStages - 2>();
+    }
   }
 
  private:
+  __device__ __forceinline__ bool ByEngine() const {
+#if __CUDA_ARCH__ >= 900
+    return maps_.rows > 0;
+#else
+    return false;
+#endif
+  }
   __device__ __forceinline__ void Find() {
     if (left_ == 0) NextUnit();
     found_ = left_ > 0;
@@ -252,8 +321,10 @@ class Producer {
   }
 
   const KernelParams& params_;
+  const CacheMaps& maps_;
   Shared<Config>& shared_;
-  int number_;  // of the unit after this one
+  uint32_t phases_ = 0;  // parities of the stages' barriers
+  int number_;           // of the unit after this one
   int slot_ = 0;
   bool found_ = false;
   FoundRow row_{};
@@ -273,10 +344,8 @@ struct Consumer {
   // At a time: logits of 64 keys would spill beside 256 columns of output, or beside bytes that are widened.
   static constexpr int kPasses = kNarrow ? 1 : Config::kDim > 128 || Config::kQuantised ? 4 : Config::kListed ? 2 : 1;
   static constexpr int kKeys = kWarpKeys / kPasses;
-  using KeyTile = device::Tile<typename Config::Cache, kKeys, Config::kDim>;
+  using KeyTile = device::SwizzledTile<typename Config::Cache, kKeys, Config::kDim, Config::kTileKv>;
   using Logits = float[1][kKeys / 8][4];
-  static constexpr int kPitch = Config::kOutPitch;
-  static_assert(Config::kQuantised || sizeof(Stage<Config>) >= 4 * Config::kOutFloats);
 
   const KernelParams& params;
   Shared<Config>& shared;
@@ -349,7 +418,7 @@ struct Consumer {
       }
       const auto& value = reinterpret_cast<const KeyTile&>(*tiles.value.Chunk(first, 0));
       if constexpr (Config::kQuantised) {
-        MultiplyQuantisedColumns<typename Config::Element>(out, x, value);
+        MultiplyQuantisedColumns(out, x, value);
       } else {
         device::MultiplyColumns(out, x, value);
       }
@@ -359,52 +428,60 @@ struct Consumer {
   // Stores the rows, or this part of them, by way of the stage that was used last.
   __device__ __forceinline__ void Finish(int stage, const Unit& unit) {
     const int thread = device::ThreadHere(), lane = thread % 32, warp = thread / 32, g = lane / 4, t = lane % 4;
-    auto* rows = Config::kQuantised ? shared.out : reinterpret_cast<float*>(&shared.stages[stage]);
-    __syncthreads();  // nobody reads the stage any more
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = 16 * warp + g + 8 * half;
-      if constexpr (Config::kQuantised) {
-#pragma unroll
-        for (int n = 0; n < Config::kDim / 8; n += 2) {
-          const float (&even)[4] = out[0][n], (&odd)[4] = out[0][n + 1];
-          *reinterpret_cast<float4*>(rows + row * kPitch + 8 * n + 4 * t) =
-              make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]);
-        }
-      } else {
-#pragma unroll
-        for (int n = 0; n < Config::kDim / 8; ++n) {
-          *reinterpret_cast<float2*>(rows + row * kPitch + 8 * n + 2 * t) =
-              make_float2(out[0][n][2 * half], out[0][n][2 * half + 1]);
-        }
-      }
-      const float sum = device::QuadSum(softmax.sum[half]);
-      if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);
-    }
-    __syncthreads();
+    auto* rows = reinterpret_cast<float*>(&shared.stages[stage]);
+    // Four columns of a row lie together, in an order by which neither writing nor reading meets a bank twice.
+    constexpr int kColumns = Config::kOutColumns, kChunks = kColumns / 4;
+    const auto chunk_of = [rows](int row, int chunk) {
+      return rows + row * kColumns + 4 * (chunk ^ ((row & 1) * 4 | (row & 2)));
+    };
     const RowStore<Config> store(params, unit);
-    constexpr int kChunks = Config::kDim / 4;
-    for (int i = thread; i < unit.rows * kChunks; i += Config::kThreads) {
-      const int row = i / kChunks, column = i % kChunks * 4;
-      if constexpr (kNarrow) {
-        // The four warps' shares of the keys, in their order.
-        float max = -device::Infinity();
 #pragma unroll
-        for (int w = 0; w < Config::kWarps; ++w) max = fmaxf(max, shared.stats[w][row].x);
-        const float shift = max == -device::Infinity() ? 0.f : max;
-        float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
-        float sum = 0.f;
+    for (int first = 0; first < Config::kDim; first += kColumns) {
+      __syncthreads();  // nobody reads the stage any more
 #pragma unroll
-        for (int w = 0; w < Config::kWarps; ++w) {
-          const float2 stats = shared.stats[w][row];
-          const float factor = device::Exp2(stats.x - shift);
-          AddScaled(total, *reinterpret_cast<const float4*>(rows + (16 * w + row) * kPitch + column), factor);
-          sum = fmaf(stats.y, factor, sum);
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * warp + g + 8 * half;
+        if constexpr (Config::kQuantised) {
+#pragma unroll
+          for (int n = 0; n < kColumns / 8; n += 2) {
+            const float (&even)[4] = out[0][first / 8 + n], (&odd)[4] = out[0][first / 8 + n + 1];
+            *reinterpret_cast<float4*>(chunk_of(row, 2 * n + t)) =
+                make_float4(even[2 * half], odd[2 * half], even[2 * half + 1], odd[2 * half + 1]);
+          }
+        } else {
+#pragma unroll
+          for (int n = 0; n < kColumns / 8; ++n) {
+            *reinterpret_cast<float2*>(chunk_of(row, 2 * n + t / 2) + t % 2 * 2) =
+                make_float2(out[0][first / 8 + n][2 * half], out[0][first / 8 + n][2 * half + 1]);
+          }
         }
-        store(row, column, total, max, sum);
-      } else {
-        const float2 stats = shared.stats[row / 16][row % 16];
-        store(row, column, *reinterpret_cast<const float4*>(rows + row * kPitch + column), stats.x, stats.y);
+        if (first > 0) continue;
+        const float sum = device::QuadSum(softmax.sum[half]);
+        if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);
+      }
+      __syncthreads();
+      for (int i = thread; i < unit.rows * kChunks; i += Config::kThreads) {
+        const int row = i / kChunks, chunk = i % kChunks, column = first + 4 * chunk;
+        if constexpr (kNarrow) {
+          // The four warps' shares of the keys, in their order.
+          float max = -device::Infinity();
+#pragma unroll
+          for (int w = 0; w < Config::kWarps; ++w) max = fmaxf(max, shared.stats[w][row].x);
+          const float shift = max == -device::Infinity() ? 0.f : max;
+          float4 total = make_float4(0.f, 0.f, 0.f, 0.f);
+          float sum = 0.f;
+#pragma unroll
+          for (int w = 0; w < Config::kWarps; ++w) {
+            const float2 stats = shared.stats[w][row];
+            const float factor = device::Exp2(stats.x - shift);
+            AddScaled(total, *reinterpret_cast<const float4*>(chunk_of(16 * w + row, chunk)), factor);
+            sum = fmaf(stats.y, factor, sum);
+          }
+          store(row, column, total, max, sum);
+        } else {
+          const float2 stats = shared.stats[row / 16][row % 16];
+          store(row, column, *reinterpret_cast<const float4*>(chunk_of(row, chunk)), stats.x, stats.y);
+        }
       }
     }
   }
@@ -422,7 +499,7 @@ __device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<C
 #pragma unroll 1
   for (int left = unit.steps; left > 0; --left) {
     used = stage;
-    device::WaitForGroups<kStages - 2>();
+    producer.Wait(used);
     __syncthreads();  // the step is here, and nobody reads the one before
     producer.Start((used + kStages - 1) % kStages);
     consumer.Step(used, unit, map);
@@ -433,14 +510,20 @@ __device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<C
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
-    ForwardKernel(const __grid_constant__ KernelParams params) {
-  extern __shared__ __align__(16) unsigned char shared_bytes[];
+    ForwardKernel(const __grid_constant__ KernelParams params, const __grid_constant__ CacheMaps maps) {
+  extern __shared__ __align__(1024) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<Config>*>(shared_bytes);
 
   // ---- Prologue: units are counted, and the first steps are on their way.
   if (threadIdx.x < 2) shared.bad_values[threadIdx.x] = 0;
-  CountUnits<Config>(params, shared.before);
-  Producer<Config> producer(params, shared);
+#if __CUDA_ARCH__ >= 900
+  if (threadIdx.x == 0) {
+    for (auto& full : shared.full) device::sm90::InitBarrier(full, 1);
+    device::sm90::FenceBarrierInit();
+  }
+#endif
+  CountUnits<Config>(params, shared.before);  // with barriers of the CTA
+  Producer<Config> producer(params, maps, shared);
 #pragma unroll 1
   for (int first = 0; first < Config::kStages - 1; ++first) producer.Start(first);
   const LogitMap map(params.scale, params.soft_cap);
@@ -461,14 +544,42 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   device::WaitForCopies();
 }
 
+// ---- Launch
+
+// Rows that the copy engine can take at a time: a step's, or a power of two that divides a page's, or 0. What lies
+// behind the last row of the only page of a sequence may be read as well.
+inline int BoxRows(const KernelParams& params) {
+  const int64_t page = params.by_page_size.value();
+  if ((params.max_pages == 1 && params.selection == nullptr) || page % kStepKeys == 0) return kStepKeys;
+  const int64_t rows = page & -page;
+  return rows < 8 ? 0 : static_cast<int>(rows);
+}
+
+template <typename Config>
+bool MakeMaps(const KernelParams& params, CacheMaps* maps) {
+  constexpr int64_t kBytes = sizeof(typename Config::Cache);
+  const Shape& shape = params.shape;
+  const int64_t positions = shape.groups * params.pages * int64_t{params.by_page_size.value()};
+  const auto make = [&](const Rows& rows, int dim, CUtensorMap* map) {
+    return device::sm90::MakeByteMap(
+        rows.first, dim * kBytes, {{positions, rows.stride * kBytes}, {params.kv_heads, rows.head_stride * kBytes}, {1, 16}},
+        maps->rows, map);
+  };
+  return make(params.key, params.dim, &maps->key) && make(params.value, params.value_dim, &maps->value);
+}
+
 template <typename Config>
 cudaError_t Launch(const KernelParams& params, const device::DeviceFacts& facts, cudaStream_t stream) {
   static_assert(sizeof(Shared<Config>) <= SharedBytesAtMost<Config>());
+  CacheMaps maps{};
+  const bool empty = params.shape.groups * params.shape.pages * params.shape.page_size == 0;
+  if (facts.capability == 90 && !empty) maps.rows = BoxRows(params);
+  if (maps.rows > 0 && !MakeMaps<Config>(params, &maps)) return cudaErrorNotSupported;
   const int bytes = static_cast<int>(sizeof(Shared<Config>)) + 4 * params.sequences;
   const cudaError_t error =
       cudaFuncSetAttribute(ForwardKernel<Config>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  ForwardKernel<Config><<<facts.multiprocessors * Config::kCtas, Config::kThreads, bytes, stream>>>(params);
+  ForwardKernel<Config><<<facts.multiprocessors * Config::kCtas, Config::kThreads, bytes, stream>>>(params, maps);
   if (const cudaError_t launched = cudaGetLastError(); launched != cudaSuccess) return launched;
   // Newer devices run the code of sm_80, whose merge would not wait for the forward.
   return LaunchMerge<Config>(params, facts.capability == 90, stream);

@@ -28,30 +28,29 @@ __device__ __forceinline__ float ToFloat(Float16 x) {
   return value;
 }
 
-// Two elements of a cache of one byte each, the low half of `pair`, as a word of 16-bit elements: exactly.
-template <typename Element, typename Cache>
-__device__ __forceinline__ uint32_t Widen(uint32_t pair) {
-  uint32_t halves;
+// Four elements of a cache of one byte each as float16, exactly: bytes 0 and 1, then 2 and 3; or (kAlternate) bytes 0
+// and 2, then 1 and 3.
+template <typename Cache, bool kAlternate>
+__device__ __forceinline__ void Widen(uint32_t bytes, uint32_t (&pairs)[2]) {
   if constexpr (std::is_same_v<Cache, Int8>) {
     // With the sign flipped a byte u is x + 128, and 0x64uu is 1024 + u.
-    uint32_t biased;
-    asm("prmt.b32 %0, %1, %2, 0x4140;" : "=r"(biased) : "r"(pair ^ 0x80808080u), "r"(0x64646464u));
-    asm("sub.f16x2 %0, %1, %2;" : "=r"(halves) : "r"(biased), "r"(0x64806480u));
+    const uint32_t flipped = bytes ^ 0x80808080u;
+    uint32_t first, second;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(first) : "r"(flipped), "r"(0x64646464u), "n"(kAlternate ? 0x4240 : 0x4140));
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(second) : "r"(flipped), "r"(0x64646464u), "n"(kAlternate ? 0x4341 : 0x4342));
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(pairs[0]) : "r"(first), "r"(0x64806480u));
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(pairs[1]) : "r"(second), "r"(0x64806480u));
   } else {
     static_assert(std::is_same_v<Cache, Float8E4M3>);
+    const uint32_t ordered = kAlternate ? __byte_perm(bytes, 0, 0x3120) : bytes;
 #if __CUDA_ARCH__ >= 890
-    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %1;\ncvt.rn.f16x2.e4m3x2 %0, low;\n}"
-        : "=r"(halves)
-        : "r"(pair));
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\n"
+        "cvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(pairs[0]), "=r"(pairs[1])
+        : "r"(ordered));
 #else
-    halves = 0;  // not launched there
+    pairs[0] = pairs[1] = ordered;  // not launched there
 #endif
-  }
-  if constexpr (std::is_same_v<Element, BFloat16>) {
-    const auto low = static_cast<uint16_t>(halves), high = static_cast<uint16_t>(halves >> 16);
-    return PackPair<BFloat16>(ToFloat(Float16{low}), ToFloat(Float16{high}));
-  } else {
-    return halves;
   }
 }
 
