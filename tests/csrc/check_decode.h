@@ -165,6 +165,7 @@ inline DecodeWanted DecodeReference(const DecodeProblem& p) {
 // What problems are drawn from; these are those of every kind.
 struct DecodeKinds {
   std::vector<int64_t> head_dims = {64, 64, 128, 128, 96, 40, 256};
+  int64_t least_dim = 8;
   int64_t most_positions = 900, most_queries = 90;  // of a sequence
   double faults = 0.2;                              // share of problems in which something cannot be true
 };
@@ -185,7 +186,7 @@ inline DecodeProblem DrawDecode(unsigned seed, const DecodeKinds& kinds = {}) {
   s.head_dim = pick(kinds.head_dims);
   p.both = chance(0.5);
   const int64_t largest_dim = *std::max_element(kinds.head_dims.begin(), kinds.head_dims.end());
-  s.value_dim = p.both || chance(0.7) ? s.head_dim : std::min(pick({8, 64, 128}), largest_dim);
+  s.value_dim = p.both || chance(0.7) ? s.head_dim : std::clamp(pick({8, 64, 128}), kinds.least_dim, largest_dim);
   s.seqs = upto(1, 5);
   s.page_size = pick({1, 5, 16, 16, 32, 64, 64, 100, 128, 256});
   s.max_pages = std::max<int64_t>(1, upto(1, kinds.most_positions) / s.page_size);

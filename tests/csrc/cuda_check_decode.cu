@@ -1,6 +1,8 @@
 // The CUDA kernels of decoding against a float64 loop: problems drawn at random (check_decode.h), and times beside a
 // copy of as many bytes.
 
+#include <cuda_fp8.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -17,17 +19,38 @@
 namespace jax_bsk::check {
 namespace {
 
+using decode::CacheType;
 using decode::ForwardParams;
+
+// Of int8: so many are 1.
+constexpr float kOne = 16.f;
+
+// The cache's numbers as its bytes, which are what `values` become.
+std::vector<uint8_t> EncodeCache(std::vector<float>& values, DType dtype, CacheType cache) {
+  if (cache == CacheType::kSame) return Encode(values, dtype);
+  std::vector<uint8_t> bytes(values.size());
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (cache == CacheType::kE4M3) {
+      bytes[i] = __nv_cvt_float_to_fp8(values[i], __NV_SATFINITE, __NV_E4M3);
+      values[i] = __half2float(__half(__nv_cvt_fp8_to_halfraw(bytes[i], __NV_E4M3)));
+    } else {
+      const float x = std::isnan(values[i]) ? 0.f : std::round(std::clamp(kOne * values[i], -128.f, 127.f));
+      bytes[i] = static_cast<uint8_t>(static_cast<int8_t>(x));
+      values[i] = x / kOne;
+    }
+  }
+  return bytes;
+}
 
 // Arrays of a problem on the device.
 struct OnDevice {
   Exact query, key, value, kv_lens, page_indices, cu_q_lens, num_seqs, selection, tree, sinks;
   Device out, lse, workspace;
 
-  OnDevice(DecodeProblem& p, DType dtype)
+  OnDevice(DecodeProblem& p, DType dtype, CacheType cache = CacheType::kSame)
       : query(Encode(p.query, dtype)),
-        key(Encode(p.key, dtype)),
-        value(Encode(p.value, dtype)),
+        key(EncodeCache(p.key, dtype, cache)),
+        value(EncodeCache(p.value, dtype, cache)),
         kv_lens(p.kv_lens),
         page_indices(p.page_indices),
         cu_q_lens(p.cu_q_lens),
@@ -39,14 +62,16 @@ struct OnDevice {
         lse(p.shape.groups * p.shape.tokens * p.shape.heads * 4, 0xFF),
         workspace(decode::PartialLayout(p.shape, p.short_part, p.long_part).bytes, 0x7F) {}
 
-  ForwardParams Params(const DecodeProblem& p, DType dtype) const {
+  ForwardParams Params(const DecodeProblem& p, DType dtype, CacheType cache = CacheType::kSame) const {
     ForwardParams params = p.Params();
     const auto& s = p.shape;
-    params.dtype = dtype;
+    params.dtype = dtype, params.cache = cache;
+    if (cache == CacheType::kInt8) params.scale /= kOne, params.value_scale /= kOne;
     params.query = query.data();
     if (p.both) {
       params.key = {key.data(), 2 * s.kv_heads * s.head_dim, 2 * s.head_dim};
-      params.value = {static_cast<const char*>(key.data()) + s.head_dim * SizeOf(dtype), params.key.stride,
+      const int64_t size = cache == CacheType::kSame ? SizeOf(dtype) : 1;
+      params.value = {static_cast<const char*>(key.data()) + s.head_dim * size, params.key.stride,
                       params.key.head_stride};
     } else {
       params.key = {key.data(), s.kv_heads * s.head_dim, s.head_dim};
@@ -97,9 +122,10 @@ bool Compare(const char* what, const std::vector<double>& want, const std::vecto
 }
 
 // `far`: the first launch finds nothing of the arrays in L2.
-bool RunProblem(DecodeProblem& p, DType dtype, bool repeats, bool quiet, bool far = false) {
-  OnDevice arrays(p, dtype);  // rounds the problem's numbers
-  const ForwardParams params = arrays.Params(p, dtype);
+bool RunProblem(DecodeProblem& p, DType dtype, bool repeats, bool quiet, bool far = false,
+                CacheType cache = CacheType::kSame) {
+  OnDevice arrays(p, dtype, cache);  // rounds the problem's numbers
+  const ForwardParams params = arrays.Params(p, dtype, cache);
   if (const std::string reason = decode::cuda::ForwardRefusal(params, 0); !reason.empty()) {
     const bool expected = dtype == DType::kF32 && std::max(p.shape.head_dim, p.shape.value_dim) > 128;
     if (!expected || !quiet) std::printf("  refused: \"%s\"%s\n", reason.c_str(), expected ? "" : "   <-- FAILED");
@@ -145,6 +171,7 @@ struct Instance {
   DType dtype;
   std::vector<int64_t> head_dims;  // that the same instantiation takes
   bool faults;
+  CacheType cache = CacheType::kSame;
 };
 const Instance kInstances[] = {
     {"decode-bf16-d64", DType::kBF16, {64, 40, 16}, false},
@@ -157,7 +184,20 @@ const Instance kInstances[] = {
     {"decode-f32-d128", DType::kF32, {128, 96, 72}, false},
     {"decode-faults-bf16-d64", DType::kBF16, {64, 40}, true},
     {"decode-faults-bf16-d128", DType::kBF16, {128, 96}, true},
+    {"decode-e4m3-bf16-d128", DType::kBF16, {128, 96, 16}, false, CacheType::kE4M3},
+    {"decode-e4m3-f16-d128", DType::kF16, {128, 64}, false, CacheType::kE4M3},
+    {"decode-int8-bf16-d128", DType::kBF16, {128, 112, 48}, false, CacheType::kInt8},
+    {"decode-int8-f16-d128", DType::kF16, {128, 32}, false, CacheType::kInt8},
+    {"decode-faults-e4m3-bf16-d128", DType::kBF16, {128, 80}, true, CacheType::kE4M3},
 };
+// Queries of bfloat16 that float16 does not have: rows of very large or very small numbers, with the scale that makes
+// their logits as they were.
+void Stretch(DecodeProblem& p, int number) {
+  const int exponent = number % 4 == 1 ? 100 : number % 4 == 3 ? -90 : 0;
+  for (float& x : p.query) x = std::ldexp(x, exponent);
+  p.scale = std::ldexp(p.scale, -exponent);
+}
+
 constexpr unsigned kInstanceSeed = 10000;
 constexpr int kInstanceProblems = 16, kFaultProblems = 32;
 
@@ -165,10 +205,12 @@ bool RunInstance(const Instance& instance) {
   DecodeKinds kinds;
   kinds.head_dims = instance.head_dims, kinds.most_positions = 330, kinds.most_queries = 40;
   kinds.faults = instance.faults ? 1 : 0;
+  if (instance.cache != CacheType::kSame) kinds.least_dim = 16;
   bool passed = true;
   for (int i = 0; i < (instance.faults ? kFaultProblems : kInstanceProblems); ++i) {
     DecodeProblem p = DrawDecode(kInstanceSeed + i, kinds);
-    const bool right = RunProblem(p, instance.dtype, true, true);
+    if (instance.cache != CacheType::kSame && instance.dtype == DType::kBF16) Stretch(p, i);
+    const bool right = RunProblem(p, instance.dtype, true, true, false, instance.cache);
     if (!right) std::printf("  in %s of %s\n", p.name.c_str(), instance.name);
     passed &= right;
   }

@@ -22,10 +22,6 @@ namespace jax_bsk::decode::cuda {
 // that lie in a row (attention/params.h), of which an example is one sequence.
 enum class Keys { kPaged, kListed };
 
-#ifndef QCTAS
-#define QCTAS 2
-#endif
-constexpr int kQuantisedCtas = QCTAS;
 // A CTA of four warps takes steps of 64 keys. Of 16 rows or fewer, each warp has all of them and 16 of the keys; of
 // more, each warp has 16 rows and all keys. The products are mma.sync: memory is what bounds decoding.
 template <typename Element_, typename Cache_, int kDim_, Keys kKeys>
@@ -45,9 +41,9 @@ struct Config {
   static constexpr bool kHalf = sizeof(Element) == 2;
   // Queries stay in registers where there is room (256 dimensions would spill 1,260 bytes).
   static constexpr bool kQueriesInRegisters = kHalf && kDim <= 128;
-  // Steps on their way and the one that is computed. Three where two CTAs of a multiprocessor have room for them.
-  static constexpr int kStages = kHalf && kDim <= 128 ? 3 : 2;
-  static constexpr int kCtas = kQuantised ? kQuantisedCtas : kDim * sizeof(Element) <= 256 ? 2 : 1;  // of a multiprocessor
+  // Steps on their way and those that are computed: as many as two CTAs of a multiprocessor have room for.
+  static constexpr int kStages = kQuantised ? 6 : kHalf && kDim <= 128 ? 3 : 2;
+  static constexpr int kCtas = kDim * sizeof(Element) <= 256 ? 2 : 1;  // of a multiprocessor
   // Rows of the output on their way out go through the stage that was used last, so many of their columns at a time.
   static constexpr int kStageBytes = 2 * kTileKv * kDim * static_cast<int>(sizeof(Cache));
   static constexpr int kOutColumns = kStageBytes / 4 / 64 < kDim ? kStageBytes / 4 / 64 : kDim;

@@ -74,8 +74,8 @@ __device__ __forceinline__ void CopyRows(T& tile, const Rows& rows, const FoundR
   static_assert(T::kRows == 64 && T::kChunks % kLanes == 0);
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
   const auto* first = static_cast<const typename T::Element*>(rows.first) + kv_head * rows.head_stride;
-  // Unrolled whole, the addresses would spill; at 256 dimensions on sm_80 two rows' already do.
-  constexpr int kUnroll = T::kDim > 128 ? 1 : 4;
+  // Unrolled whole, the addresses would spill; at 256 dimensions, or of bytes, two rows' already do on sm_80.
+  constexpr int kUnroll = T::kDim > 128 || sizeof(typename T::Element) == 1 ? 1 : 4;
 #pragma unroll kUnroll
   for (int i = 0; i < 16 / kRowsAtOnce; ++i) {
     const int source = i * kRowsAtOnce + lane / kLanes;
@@ -95,22 +95,26 @@ __device__ __forceinline__ void CopyRows(T& tile, const Rows& rows, const FoundR
 // The same by the copy engine: starts the copies of a step, in boxes of rows that follow each other in the cache. A box
 // whose first row is none is not read, and its part of the tiles keeps what it has; the rows of a box behind the
 // sequence's last are whatever follows there. Both are masked: what is not finite in them is cleaned. One warp calls it,
-// that of the rows at which boxes begin.
+// a lane of which has found its row and the 32nd behind it.
 template <typename Config>
 __device__ __forceinline__ void StartBoxes(Stage<Config>& stage, device::sm90::Barrier& full, const CacheMaps& maps,
-                                           const FoundRow& found, int kv_head) {
+                                           const FoundRow (&found)[2], int kv_head) {
   using Tile = decltype(stage.key);
-  const int lane = static_cast<int>(threadIdx.x), at = RowOfLane(0, lane);
-  const bool begins = lane < 16 && (at & (maps.rows - 1)) == 0 && found.key >= 0;
-  const int boxes = __popc(__ballot_sync(0xFFFFFFFFu, begins));
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const bool begins[2] = {(lane & (maps.rows - 1)) == 0 && found[0].key >= 0,
+                          (lane & (maps.rows - 1)) == 0 && maps.rows <= 32 && found[1].key >= 0};
+  const int boxes = __popc(__ballot_sync(0xFFFFFFFFu, begins[0])) + __popc(__ballot_sync(0xFFFFFFFFu, begins[1]));
   if (lane == 0) device::sm90::ArriveExpecting(full, boxes * maps.rows * 2 * Tile::kPanels * 128);
   __syncwarp();
-  if (!begins) return;
 #pragma unroll
-  for (int panel = 0; panel < Tile::kPanels; ++panel) {
-    const int offset = panel * Tile::kPanelBytes + at * 128;
-    device::sm90::LoadBox(stage.key.data + offset, maps.key, full, panel * 128, found.row, kv_head, 0);
-    device::sm90::LoadBox(stage.value.data + offset, maps.value, full, panel * 128, found.row, kv_head, 0);
+  for (int half = 0; half < 2; ++half) {
+    if (!begins[half]) continue;
+#pragma unroll
+    for (int panel = 0; panel < Tile::kPanels; ++panel) {
+      const int offset = panel * Tile::kPanelBytes + (lane + 32 * half) * 128;
+      device::sm90::LoadBox(stage.key.data + offset, maps.key, full, panel * 128, found[half].row, kv_head, 0);
+      device::sm90::LoadBox(stage.value.data + offset, maps.value, full, panel * 128, found[half].row, kv_head, 0);
+    }
   }
 }
 #endif

@@ -29,12 +29,31 @@ namespace jax_bsk::decode::cuda {
 using device::LogitMap;
 using device::OnlineSoftmax;
 
-// Descriptions of units that are kept: of the one that is computed, and of those that the producer is ahead.
-constexpr int kUnitsKept = 4;
+// Steps that are computed at once: of bytes two, which are not more bytes than one of 16 bits, and half of the waits. (On
+// sm_80 they spill.) And those that the copies are ahead.
+template <typename Config>
+#if __CUDA_ARCH__ >= 900
+constexpr int kStepsAtOnce = Config::kQuantised ? 2 : 1;
+#else
+constexpr int kStepsAtOnce = 1;
+#endif
+template <typename Config>
+constexpr int kStepsAhead = Config::kStages - kStepsAtOnce<Config>;
+
+// The stage of a number below 2 kStages.
+template <typename Config>
+__device__ __forceinline__ int Wrap(int stage) {
+  return stage < Config::kStages ? stage : stage - Config::kStages;
+}
+
+// Descriptions of units that are kept: of the one that is computed, and of those that the producer is ahead. It is
+// kStages steps ahead, of as many units at most.
+template <typename Config>
+constexpr int kUnitsKept = Config::kStages < 4 ? 4 : 8;
 
 template <typename Config>
 struct Shared {
-  static_assert(Config::kStages < kUnitsKept, "the producer is kStages steps ahead, of as many units at most");
+  static_assert(Config::kStages < kUnitsKept<Config>);
   Stage<Config> stages[Config::kStages];  // first: aligned as the copy engine wants it
   uint64_t full[Config::kStages];         // barriers, by which the copy engine says that a stage is here
   // The queries, where registers have no room for them.
@@ -42,8 +61,11 @@ struct Shared {
   int keys[Config::kStages][Config::kTileKv];  // as FoundRow has them
   int tiles[Config::kStages];                  // bit tile of listed keys, or -1, and the step's number in its block
   int steps[Config::kStages];
-  bool masked[Config::kStages][Config::kWarps];  // whether some row does not attend to a key that this warp found
-  Unit units[kUnitsKept];
+  union {
+    uint8_t by_warp[Config::kWarps];
+    uint32_t any;
+  } masked[Config::kStages];  // not 0: some row does not attend to a key of the step (that the warp found)
+  Unit units[kUnitsKept<Config>];
   float2 stats[Config::kWarps][Config::kNarrowRows];
   uint32_t bad_values[2];  // see device::CleanRows
   int before[1];           // units before each sequence: as many more as there are sequences
@@ -230,22 +252,22 @@ class Producer {
   __device__ __forceinline__ void Start(int stage) {
     if (found_) {
       const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-      if (ByEngine()) {
+      auto& tiles = shared_.stages[stage];
+      if (!ByEngine()) {
+        CopyRows(tiles.key, params_.key, rows_[0], kv_head_, params_.dim);
+        CopyRows(tiles.value, params_.value, rows_[0], kv_head_, params_.value_dim);
+        const bool whole = __all_sync(0xFFFFFFFFu, IsWhole(rows_[0]));
+        if (lane < 16) shared_.keys[stage][RowOfLane(warp, lane)] = rows_[0].key;
+        if (lane == 0) shared_.masked[stage].by_warp[warp] = !whole;
+        if (threadIdx.x == 0) NoteBlock(stage);
+      } else if (warp == turn_) {
 #if __CUDA_ARCH__ >= 900
-        if (warp == 0) StartBoxes<Config>(shared_.stages[stage], shared_.full[stage], maps_, row_, kv_head_);
+        StartBoxes<Config>(tiles, shared_.full[stage], maps_, rows_, kv_head_);
 #endif
-      } else {
-        CopyRows(shared_.stages[stage].key, params_.key, row_, kv_head_, params_.dim);
-        CopyRows(shared_.stages[stage].value, params_.value, row_, kv_head_, params_.value_dim);
+        const bool whole = __all_sync(0xFFFFFFFFu, IsWhole(rows_[0]) && IsWhole(rows_[1]));
+        shared_.keys[stage][lane] = rows_[0].key, shared_.keys[stage][lane + 32] = rows_[1].key;
+        if (lane == 0) shared_.masked[stage].any = !whole, NoteBlock(stage);
       }
-      const bool all =
-          Config::kListed ? tile_ < 0 && row_.key >= 0 : mask_(row_.key, static_cast<int>(params_.sink_tokens));
-      const bool whole = __all_sync(0xFFFFFFFFu, all);
-      if (Config::kListed && threadIdx.x == 0) {
-        shared_.tiles[stage] = tile_, shared_.steps[stage] = params_.block_steps == 1 ? 0 : (step_ - 1) % 2;
-      }
-      if (lane < 16) shared_.keys[stage][RowOfLane(warp, lane)] = row_.key;
-      if (lane == 0) shared_.masked[stage][warp] = !whole;
       Find();
     }
     if (!ByEngine()) device::CommitCopies();
@@ -260,7 +282,7 @@ class Producer {
       device::sm90::FenceAsyncProxy();  // what this thread read and wrote before, the copy engine may write over
 #endif
     } else {
-      device::WaitForGroups<Config::kStages - 2>();
+      device::WaitForGroups<kStepsAhead<Config> - 1>();
     }
   }
 
@@ -272,17 +294,36 @@ class Producer {
     return false;
 #endif
   }
+  // Whether all rows of queries attend to a key.
+  __device__ __forceinline__ bool IsWhole(const FoundRow& row) const {
+    return Config::kListed ? tile_ < 0 && row.key >= 0 : mask_(row.key, static_cast<int>(params_.sink_tokens));
+  }
+  __device__ __forceinline__ void NoteBlock(int stage) const {
+    if constexpr (Config::kListed) {
+      shared_.tiles[stage] = tile_, shared_.steps[stage] = params_.block_steps == 1 ? 0 : (step_ - 1) % 2;
+    }
+  }
+
+  // The rows of the next step. For the copy engine one warp finds all of them, two a lane; the warps take turns.
   __device__ __forceinline__ void Find() {
     if (left_ == 0) NextUnit();
     found_ = left_ > 0;
     if (!found_) return;
-    const int thread = static_cast<int>(threadIdx.x), at = RowOfLane(thread / 32, thread % 32);
-    if constexpr (Config::kListed) {
-      row_ = FindListed(params_, group_, kv_len_, step_, at, &tile_);
+    const int warp = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    if (!ByEngine()) {
+      rows_[0] = FindOne(RowOfLane(warp, lane));
     } else {
-      row_ = FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, at);
+      turn_ = (turn_ + 1) % Config::kWarps;
+      if (warp == turn_) rows_[0] = FindOne(lane), rows_[1] = FindOne(lane + 32);
     }
     ++step_, --left_;
+  }
+  __device__ __forceinline__ FoundRow FindOne(int at) {
+    if constexpr (Config::kListed) {
+      return FindListed(params_, group_, kv_len_, step_, at, &tile_);
+    } else {
+      return FindRow(params_, table_, group_, kv_head_, kv_len_, steps_, step_, at);
+    }
   }
 
   // Goes to the next unit that has steps, and describes it to the consumers; or says that there is none.
@@ -294,7 +335,7 @@ class Producer {
       unit = FindUnit<Config>(params_, shared_.before, number_, &steps_);
     }
     if (threadIdx.x == 0) shared_.units[slot_] = unit;
-    slot_ = (slot_ + 1) % kUnitsKept;
+    slot_ = (slot_ + 1) % kUnitsKept<Config>;
     left_ = unit.steps;
     if (left_ == 0) return;
     table_ = unit.table, group_ = unit.group, kv_head_ = unit.kv_head, kv_len_ = unit.kv_len, step_ = unit.step;
@@ -327,7 +368,8 @@ class Producer {
   int number_;           // of the unit after this one
   int slot_ = 0;
   bool found_ = false;
-  FoundRow row_{};
+  int turn_ = 0;  // the warp that has the step found last, if the engine copies
+  FoundRow rows_[2] = {};
   int tile_ = -1;  // of listed keys
   // The unit whose steps are found.
   int table_ = 0, group_ = 0, kv_head_ = 0, kv_len_ = 0, step_ = 0, left_ = 0;
@@ -344,6 +386,7 @@ struct Consumer {
   // At a time: logits of 64 keys would spill beside 256 columns of output, or beside bytes that are widened.
   static constexpr int kPasses = kNarrow ? 1 : Config::kDim > 128 || Config::kQuantised ? 4 : Config::kListed ? 2 : 1;
   static constexpr int kKeys = kWarpKeys / kPasses;
+  static constexpr int kAtOnce = kNarrow ? kStepsAtOnce<Config> : 1;  // steps
   using KeyTile = device::SwizzledTile<typename Config::Cache, kKeys, Config::kDim, Config::kTileKv>;
   using Logits = float[1][kKeys / 8][4];
 
@@ -382,45 +425,69 @@ struct Consumer {
     }
   }
 
-  // out += P V for one step.
-  __device__ __forceinline__ void Step(int stage, const Unit& unit, const LogitMap& map) {
-    auto& tiles = shared.stages[stage];
-    const bool masked =
-        shared.masked[stage][0] || shared.masked[stage][1] || shared.masked[stage][2] || shared.masked[stage][3];
-    uint64_t bad = 0;  // values that are not finite: they reach only the rows that attend to them
-    if (masked) bad = device::CleanRows<Config::kThreads>(tiles.value, shared.bad_values, device::ThreadHere());
+  // out += P V for kSteps steps, in the stages from `stage` on.
+  template <int kSteps>
+  __device__ __forceinline__ void Take(int stage, const Unit& unit, const LogitMap& map) {
+    bool masked[kSteps];
+    uint64_t bad[kSteps];  // values that are not finite: they reach only the rows that attend to them
+    const auto stage_of = [stage](int step) { return Wrap<Config>(stage + step); };
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int at = stage_of(step);
+      masked[step] = shared.masked[at].any != 0;
+      bad[step] = 0;
+      if (!masked[step]) continue;
+      auto& values = shared.stages[at].value;
+      bad[step] = device::CleanRows<Config::kThreads>(values, shared.bad_values, device::ThreadHere());
+      if (kSteps > 1) __syncthreads();  // as CleanRows wants it between two
+    }
 #pragma unroll 1
     for (int pass = 0; pass < kPasses; ++pass) {
       const int first = WarpKey() + pass * kKeys;
-      Logits x;
-      queries.Multiply(x, shared, WarpRow(), reinterpret_cast<const KeyTile&>(*tiles.key.Chunk(first, 0)));
-      if (!map.plain) {
+      float all[1][kSteps * kKeys / 8][4];
+      const auto logits_of = [&all](int step) -> Logits& { return reinterpret_cast<Logits&>(all[0][step * kKeys / 8]); };
+      const auto tile_of = [first](auto& tile) -> const KeyTile& {
+        return reinterpret_cast<const KeyTile&>(*tile.Chunk(first, 0));
+      };
 #pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
+      for (int step = 0; step < kSteps; ++step) {
+        Logits& x = logits_of(step);
+        queries.Multiply(x, shared, WarpRow(), tile_of(shared.stages[stage_of(step)].key));
+        if (!map.plain) {
 #pragma unroll
-          for (int e = 0; e < 4; ++e) x[0][n][e] = map(x[0][n][e]);
-      }
-      if (masked) {
-        ForPairs(x, stage, first, unit, [](float& logit, bool attended, int found, int) {
-          if (!attended || found < 0) logit = attended ? device::QuietNan() : -device::Infinity();
-        });
+          for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) x[0][n][e] = map(x[0][n][e]);
+        }
+        if (masked[step]) {
+          ForPairs(x, stage_of(step), first, unit, [](float& logit, bool attended, int found, int) {
+            if (!attended || found < 0) logit = attended ? device::QuietNan() : -device::Infinity();
+          });
+        }
       }
       float rescale[2];
-      softmax.Update(x[0], map.multiplier, rescale);
+      softmax.Update(all[0], map.multiplier, rescale);
+      // Rarely, once rows have seen some keys. (The vote would spill beside 256 columns.)
+      if (Config::kDim > 128 || __any_sync(0xFFFFFFFFu, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
-      for (int n = 0; n < Config::kDim / 8; ++n)
+        for (int n = 0; n < Config::kDim / 8; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) out[0][n][e] *= rescale[e / 2];
-      if (bad != 0) {
-        ForPairs(x, stage, first, unit, [bad](float& probability, bool attended, int, int column) {
-          if (attended && (bad >> column & 1) != 0) probability = device::QuietNan();
-        });
+          for (int e = 0; e < 4; ++e) out[0][n][e] *= rescale[e / 2];
       }
-      const auto& value = reinterpret_cast<const KeyTile&>(*tiles.value.Chunk(first, 0));
-      if constexpr (Config::kQuantised) {
-        MultiplyQuantisedColumns(out, x, value);
-      } else {
-        device::MultiplyColumns(out, x, value);
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        Logits& x = logits_of(step);
+        if (bad[step] != 0) {
+          ForPairs(x, stage_of(step), first, unit, [bad = bad[step]](float& probability, bool attended, int, int column) {
+            if (attended && (bad >> column & 1) != 0) probability = device::QuietNan();
+          });
+        }
+        const KeyTile& value = tile_of(shared.stages[stage_of(step)].value);
+        if constexpr (Config::kQuantised) {
+          MultiplyQuantisedColumns(out, x, value);
+        } else {
+          device::MultiplyColumns(out, x, value);
+        }
       }
     }
   }
@@ -492,20 +559,30 @@ template <typename Config, bool kNarrow>
 __device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<Config>& shared,
                                             Producer<Config>& producer, const Unit& unit, const LogitMap& map,
                                             int& stage) {
-  constexpr int kStages = Config::kStages;
   Consumer<Config, kNarrow> consumer(params, shared);
   consumer.queries.Load(params, unit, consumer.WarpRow(), shared);
-  int used = 0;
+  int left = unit.steps, last = 0;
+  // Waits for kSteps steps, starts as many further on, and computes.
+  const auto take = [&](auto steps) {
+    constexpr int kSteps = decltype(steps)::value;
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) producer.Wait(Wrap<Config>(stage + step));
+    __syncthreads();  // the steps are here, and nobody reads those before
 #pragma unroll 1
-  for (int left = unit.steps; left > 0; --left) {
-    used = stage;
-    producer.Wait(used);
-    __syncthreads();  // the step is here, and nobody reads the one before
-    producer.Start((used + kStages - 1) % kStages);
-    consumer.Step(used, unit, map);
-    stage = (used + 1) % kStages;
+    for (int step = 0; step < kSteps; ++step) producer.Start(Wrap<Config>(stage + kStepsAhead<Config> + step));
+    consumer.template Take<kSteps>(stage, unit, map);
+    last = Wrap<Config>(stage + kSteps - 1);
+    stage = Wrap<Config>(stage + kSteps);
+    left -= kSteps;
+  };
+  constexpr int kAtOnce = Consumer<Config, kNarrow>::kAtOnce;
+#pragma unroll 1
+  while (left >= kAtOnce) take(std::integral_constant<int, kAtOnce>());
+  if constexpr (kAtOnce > 1) {
+#pragma unroll 1
+    while (left > 0) take(std::integral_constant<int, 1>());
   }
-  consumer.Finish(used, unit);
+  consumer.Finish(last, unit);
 }
 
 template <typename Config>
@@ -525,7 +602,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   CountUnits<Config>(params, shared.before);  // with barriers of the CTA
   Producer<Config> producer(params, maps, shared);
 #pragma unroll 1
-  for (int first = 0; first < Config::kStages - 1; ++first) producer.Start(first);
+  for (int first = 0; first < kStepsAhead<Config>; ++first) producer.Start(first);
   const LogitMap map(params.scale, params.soft_cap);
   __syncthreads();
   device::LetNextKernelStart();
@@ -533,7 +610,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   // ---- Units. A description was written at least one barrier ago: the producer is two steps ahead or more.
   int stage = 0;
 #pragma unroll 1
-  for (int slot = 0; shared.units[slot].steps > 0; slot = (slot + 1) % kUnitsKept) {
+  for (int slot = 0; shared.units[slot].steps > 0; slot = (slot + 1) % kUnitsKept<Config>) {
     const Unit& unit = shared.units[slot];
     if (unit.narrow) {
       ComputeUnit<Config, true>(params, shared, producer, unit, map, stage);
