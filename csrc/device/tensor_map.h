@@ -59,9 +59,9 @@ inline bool MakeTensorMap(DType dtype, const void* data, int64_t columns, const 
                 swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
-// An array of any elements, whose `columns` and strides are counted in bytes: in boxes of 128 bytes x `rows` of the first
-// of the other dimensions, for data that are read once. L2 fetches sectors of 128 bytes for them: with 256, as above, a
-// cache of keys and values is read at 4.17 TB/s, with 128 at 4.54 (H200; boxes of 64 rows, 2,048 bytes apart).
+// An array of any elements, whose `columns` and strides are counted in bytes: in boxes of 128 bytes x `rows` of the
+// first of the other dimensions, for data that are read once. L2 fetches sectors of 128 bytes for them: with 256, as
+// above, a cache of keys and values is read at 4.17 TB/s, with 128 at 4.54 (H200; boxes of 64 rows, 2,048 bytes apart).
 inline bool MakeByteMap(const void* data, int64_t columns, const MapDimension (&outer)[3], int rows, CUtensorMap* map) {
   static const EncodeTiled encode = FindEncoder();
   if (encode == nullptr) return false;

@@ -34,7 +34,9 @@ struct alignas(16) Tile {
     __device__ __forceinline__ Lane(const Tile& tile, int row, int chunk)
         : address_(SharedAddress(tile.data) + ChunkOffset(row, chunk)) {}
     // `rows` (a multiple of 8) further down and `chunks` (an even number) to the right.
-    __device__ __forceinline__ uint32_t At(int rows, int chunks) const { return address_ + rows * kPitch + chunks * 16; }
+    __device__ __forceinline__ uint32_t At(int rows, int chunks) const {
+      return address_ + rows * kPitch + chunks * 16;
+    }
 
    private:
     uint32_t address_;

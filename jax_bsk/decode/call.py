@@ -79,6 +79,7 @@ def attend(
         kv_heads=kv_heads,
         value_dim=value_dim,
         positions=pages * key.shape[-3],
+        quantised=key.dtype.itemsize == 1,
     )
     short_part, long_part = parts.choose(sizes, keys_per_part)
     if one_sequence:

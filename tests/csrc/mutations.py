@@ -1360,23 +1360,57 @@ DECODE_KERNELS = (
         "unit-slot",
         "the producer describes its units in two slots by turns, the consumers look in four",
         "forward.cuh",
-        "slot_ = (slot_ + 1) % kUnitsKept;",
+        "slot_ = (slot_ + 1) % kUnitsKept<Config>;",
         "slot_ = (slot_ + 1) % 2;",
     ),
     _decode(
         "early-step",
-        "a step's copies are not waited for",
+        "a step that the copy engine brings is not waited for",
         "forward.cuh",
-        "device::WaitForGroups<kStages - 2>();",
-        "device::WaitForGroups<kStages - 1>();",
+        "device::sm90::Wait(shared_.full[stage], phases_ >> stage & 1);",
+        "",
         instances=DECODE_128,
         cases=("decode-far-bf16-d128",),
+    ),
+    _decode(
+        "early-rows",
+        "a step whose rows the threads copy is not waited for",
+        "forward.cuh",
+        "device::WaitForGroups<kStepsAhead<Config> - 1>();",
+        "device::WaitForGroups<kStepsAhead<Config>>();",
+        instances=DECODE_128,
+        cases=("decode-far-pages-bf16-d128",),
+    ),
+    _decode(
+        "box-rows",
+        "the copy engine takes a step's rows at once, though pages are smaller",
+        "forward.cuh",
+        "return rows < 8 ? 0 : static_cast<int>(rows);",
+        "return kStepKeys;",
+    ),
+    _decode(
+        "query-scale",
+        "the power of two by which queries became float16 stays in the logits",
+        "forward.cuh",
+        "scale[half] = __uint_as_float((254 - exponent) << 23);",
+        "scale[half] = 1.f;",
+        instances=("decode/cuda/quantised_bf16_128.cu",),
+        cases=("decode-e4m3-bf16-d128",),
+    ),
+    _decode(
+        "steps-of-bytes",
+        "of two steps that are taken at once the second has the first one's mask",
+        "forward.cuh",
+        "masked[step] = shared.masked[at].any != 0;",
+        "masked[step] = shared.masked[stage].any != 0;",
+        instances=("decode/cuda/quantised_bf16_128.cu",),
+        cases=("decode-e4m3-bf16-d128", "decode-int8-bf16-d128"),
     ),
     _decode(
         "no-barrier",
         "rows are stored over a stage that other warps still read",
         "forward.cuh",
-        "    __syncthreads();  // nobody reads the stage any more\n",
+        "      __syncthreads();  // nobody reads the stage any more\n",
         "",
         instances=DECODE_128,
         cases=RACING_DECODE,
@@ -1385,14 +1419,14 @@ DECODE_KERNELS = (
         "no-second-barrier",
         "rows are read from a stage before the other warps, of which one is late, have stored theirs",
         "forward.cuh",
-        "      const float sum = device::QuadSum(softmax.sum[half]);\n"
-        "      if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);\n"
-        "    }\n"
-        "    __syncthreads();\n",
-        "      const float sum = device::QuadSum(softmax.sum[half]);\n"
-        "      if (warp == 0) __nanosleep(20000);\n"
-        "      if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);\n"
-        "    }\n",
+        "        const float sum = device::QuadSum(softmax.sum[half]);\n"
+        "        if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);\n"
+        "      }\n"
+        "      __syncthreads();\n",
+        "        const float sum = device::QuadSum(softmax.sum[half]);\n"
+        "        if (warp == 0) __nanosleep(20000);\n"
+        "        if (t == 0) shared.stats[warp][g + 8 * half] = make_float2(softmax.max[half], sum);\n"
+        "      }\n",
         instances=DECODE_128,
         cases=RACING_DECODE,
     ),
@@ -1414,16 +1448,16 @@ DECODE_KERNELS = (
         "no-cleaning",
         "values that are not finite reach rows that do not attend to them",
         "forward.cuh",
-        "if (masked) bad = device::CleanRows<Config::kThreads>(tiles.value, shared.bad_values, device::ThreadHere());",
-        "(void)tiles;",
+        "bad[step] = device::CleanRows<Config::kThreads>(values, shared.bad_values, device::ThreadHere());",
+        "(void)values;",
         cases=("decode-faults-bf16-d64",),
     ),
     _decode(
         "last-mask",
         "the last step of a unit has no mask",
         "forward.cuh",
-        "shared_.masked[stage][warp] = !whole;",
-        "shared_.masked[stage][warp] = !whole && left_ > 0;",
+        "shared_.masked[stage].any = !whole,",
+        "shared_.masked[stage].any = !whole && left_ > 0,",
     ),
     _decode(
         "window",

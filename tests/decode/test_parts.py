@@ -16,6 +16,7 @@ def test_parts_of_usual_calls():
     assert of(1, 32768)[0] == 1024  # 256 workers have a part each
     assert of(8, 8192)[0] == 2048
     assert of(64, 8192) == (2048, 8192)
+    assert parts.choose(Sizes(1, 64, 64, 32, 8, 128, 8192, quantised=True)) == (4096, 8192)  # as many bytes
     assert of(64, 32768, 4096)[1] == 32768  # a prompt's partial results would not fit
     assert parts.choose(Sizes(1, 1, 1, 32, 8, 128, 1024), given=192) == (192, 192)
 

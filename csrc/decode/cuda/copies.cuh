@@ -94,8 +94,8 @@ __device__ __forceinline__ void CopyRows(T& tile, const Rows& rows, const FoundR
 #if __CUDA_ARCH__ >= 900
 // The same by the copy engine: starts the copies of a step, in boxes of rows that follow each other in the cache. A box
 // whose first row is none is not read, and its part of the tiles keeps what it has; the rows of a box behind the
-// sequence's last are whatever follows there. Both are masked: what is not finite in them is cleaned. One warp calls it,
-// a lane of which has found its row and the 32nd behind it.
+// sequence's last are whatever follows there. Both are masked: what is not finite in them is cleaned. One warp calls
+// it, a lane of which has found its row and the 32nd behind it.
 template <typename Config>
 __device__ __forceinline__ void StartBoxes(Stage<Config>& stage, device::sm90::Barrier& full, const CacheMaps& maps,
                                            const FoundRow (&found)[2], int kv_head) {

@@ -13,10 +13,10 @@
 #include "decode/cuda/units.cuh"
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
+#include "device/ptx/barrier.cuh"
 #include "device/ptx/convert.cuh"
 #include "device/ptx/copy_async.cuh"
 #include "device/ptx/dependent_launch.cuh"
-#include "device/ptx/barrier.cuh"
 #include "device/ptx/fence.cuh"
 #include "device/ptx/matrix.cuh"
 #include "device/ptx/thread.cuh"
@@ -29,8 +29,8 @@ namespace jax_bsk::decode::cuda {
 using device::LogitMap;
 using device::OnlineSoftmax;
 
-// Steps that are computed at once: of bytes two, which are not more bytes than one of 16 bits, and half of the waits. (On
-// sm_80 they spill.) And those that the copies are ahead.
+// Steps that are computed at once: of bytes two, which are not more bytes than one of 16 bits, and half of the waits.
+// (On sm_80 they spill.) And those that the copies are ahead.
 template <typename Config>
 #if __CUDA_ARCH__ >= 900
 constexpr int kStepsAtOnce = Config::kQuantised ? 2 : 1;
@@ -158,8 +158,9 @@ struct Queries {
     device::Clear(acc);
     using Element = typename Config::Product;
     if constexpr (Config::kQuantised) {
-      // A lane gets four columns in a row of each 16, 4t to 4t + 3, for one product: any order of the columns will do, if
-      // the queries have the same. A word of each of four matrices: two chunks of eight rows, then of the next eight.
+      // A lane gets four columns in a row of each 16, 4t to 4t + 3, for one product: any order of the columns will do,
+      // if the queries have the same. A word of each of four matrices: two chunks of eight rows, then of the next
+      // eight.
       const int lane = static_cast<int>(threadIdx.x) % 32;
       const typename KeyTile::Lane from(key, lane % 8 + lane / 16 * 8, lane / 8 % 2);
 #pragma unroll
@@ -273,13 +274,20 @@ class Producer {
     if (!ByEngine()) device::CommitCopies();
   }
 
+  // Between this thread's last use of a stage, a barrier, and Start: the copy engine may write over what it read or
+  // wrote.
+  __device__ __forceinline__ void Release() const {
+#if __CUDA_ARCH__ >= 900
+    if (ByEngine()) device::sm90::FenceAsyncProxy();
+#endif
+  }
+
   // Waits for the copies of the oldest step on its way, which lies in `stage`; a barrier must follow.
   __device__ __forceinline__ void Wait(int stage) {
     if (ByEngine()) {
 #if __CUDA_ARCH__ >= 900
       device::sm90::Wait(shared_.full[stage], phases_ >> stage & 1);
       phases_ ^= 1u << stage;
-      device::sm90::FenceAsyncProxy();  // what this thread read and wrote before, the copy engine may write over
 #endif
     } else {
       device::WaitForGroups<kStepsAhead<Config> - 1>();
@@ -445,14 +453,19 @@ struct Consumer {
     for (int pass = 0; pass < kPasses; ++pass) {
       const int first = WarpKey() + pass * kKeys;
       float all[1][kSteps * kKeys / 8][4];
-      const auto logits_of = [&all](int step) -> Logits& { return reinterpret_cast<Logits&>(all[0][step * kKeys / 8]); };
+      const auto logits_of = [&all](int step) -> Logits& {
+        return reinterpret_cast<Logits&>(all[0][step * kKeys / 8]);
+      };
       const auto tile_of = [first](auto& tile) -> const KeyTile& {
         return reinterpret_cast<const KeyTile&>(*tile.Chunk(first, 0));
       };
 #pragma unroll
       for (int step = 0; step < kSteps; ++step) {
+        queries.Multiply(logits_of(step), shared, WarpRow(), tile_of(shared.stages[stage_of(step)].key));
+      }
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
         Logits& x = logits_of(step);
-        queries.Multiply(x, shared, WarpRow(), tile_of(shared.stages[stage_of(step)].key));
         if (!map.plain) {
 #pragma unroll
           for (int n = 0; n < kKeys / 8; ++n)
@@ -478,9 +491,10 @@ struct Consumer {
       for (int step = 0; step < kSteps; ++step) {
         Logits& x = logits_of(step);
         if (bad[step] != 0) {
-          ForPairs(x, stage_of(step), first, unit, [bad = bad[step]](float& probability, bool attended, int, int column) {
-            if (attended && (bad >> column & 1) != 0) probability = device::QuietNan();
-          });
+          ForPairs(x, stage_of(step), first, unit,
+                   [bad = bad[step]](float& probability, bool attended, int, int column) {
+                     if (attended && (bad >> column & 1) != 0) probability = device::QuietNan();
+                   });
         }
         const KeyTile& value = tile_of(shared.stages[stage_of(step)].value);
         if constexpr (Config::kQuantised) {
@@ -567,6 +581,7 @@ __device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<C
     constexpr int kSteps = decltype(steps)::value;
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) producer.Wait(Wrap<Config>(stage + step));
+    producer.Release();
     __syncthreads();  // the steps are here, and nobody reads those before
 #pragma unroll 1
     for (int step = 0; step < kSteps; ++step) producer.Start(Wrap<Config>(stage + kStepsAhead<Config> + step));
@@ -639,8 +654,8 @@ bool MakeMaps(const KernelParams& params, CacheMaps* maps) {
   const int64_t positions = shape.groups * params.pages * int64_t{params.by_page_size.value()};
   const auto make = [&](const Rows& rows, int dim, CUtensorMap* map) {
     return device::sm90::MakeByteMap(
-        rows.first, dim * kBytes, {{positions, rows.stride * kBytes}, {params.kv_heads, rows.head_stride * kBytes}, {1, 16}},
-        maps->rows, map);
+        rows.first, dim * kBytes,
+        {{positions, rows.stride * kBytes}, {params.kv_heads, rows.head_stride * kBytes}, {1, 16}}, maps->rows, map);
   };
   return make(params.key, params.dim, &maps->key) && make(params.value, params.value_dim, &maps->value);
 }
