@@ -914,7 +914,7 @@ HOPPER_BIASES = (
     Mutation(
         name="hopper-dropout-sixteens",
         what="the backward keeps the flags of four times sixteen queries in one place",
-        file="attention/sm90/bwd_consumer.cuh",
+        file="attention/dropout.cuh",
         before="& 0x80808080u) >> m;",
         after="& 0x80808080u);",
         instances=EXTRAS_BACKWARD,
