@@ -39,9 +39,28 @@ JAX_BSK_HOST_DEVICE uint32_t DropoutQueryWord(uint32_t head_key, int query) {
 }
 JAX_BSK_HOST_DEVICE uint32_t DropoutKeyWord(int key) { return DropoutHash(DropoutPlace(key) + 0x85ebca6bU); }
 
-// The word of four pairs, and the place of a pair's byte in it: bits 8 * byte .. 8 * byte + 7.
+// The product of two words, of 64 bits.
+JAX_BSK_HOST_DEVICE uint64_t DropoutProduct(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__  // of the operator between 64 bits nvcc makes one more addition
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return static_cast<uint64_t>(a) * b;
+#endif
+}
+
+// The word of four pairs, and the place of a pair's byte in it: bits 8 * byte .. 8 * byte + 7. Both arguments are
+// hashed already, so two products mix them well enough: of 2^30 pairs, statistics of bytes, rows, columns, neighbours,
+// heads and pairs of rows are those of random numbers. One product is not enough: where two keys' words are to each
+// other as small whole numbers, the keys are dropped together more often than by chance.
+JAX_BSK_HOST_DEVICE uint64_t DropoutProducts(uint32_t query_word, uint32_t key_word) {
+  const uint64_t first = DropoutProduct(query_word, key_word);
+  return DropoutProduct(static_cast<uint32_t>(first), static_cast<uint32_t>(first >> 32));
+}
 JAX_BSK_HOST_DEVICE uint32_t DropoutWord(uint32_t query_word, uint32_t key_word) {
-  return DropoutHash(query_word + key_word);
+  const uint64_t products = DropoutProducts(query_word, key_word);
+  return static_cast<uint32_t>(products) ^ static_cast<uint32_t>(products >> 32);
 }
 JAX_BSK_HOST_DEVICE int DropoutByte(int query, int key) { return (query >> 3 & 1) + 2 * (key >> 3 & 1); }
 

@@ -434,8 +434,9 @@ double Kept(const Case& c, int64_t b, int64_t h, int64_t query, int64_t key) {
     return x ^ x >> 16;
   };
   const auto place = [](int64_t x) { return static_cast<uint32_t>(x / 16 * 8 + x % 8); };
-  const uint32_t word = mix(mix(c.dropout_keys[b * c.shape.heads + h] + 0x9e3779b9u * (place(query) + 1)) +
-                            mix(place(key) + 0x85ebca6bu));
+  const uint64_t of_query = mix(c.dropout_keys[b * c.shape.heads + h] + 0x9e3779b9u * (place(query) + 1));
+  const uint64_t first = of_query * mix(place(key) + 0x85ebca6bu), second = (first & 0xFFFFFFFFu) * (first >> 32);
+  const uint32_t word = static_cast<uint32_t>(second) ^ static_cast<uint32_t>(second >> 32);
   const int byte = static_cast<int>(query / 8 % 2 + 2 * (key / 8 % 2));
   return static_cast<int>(word >> (8 * byte) & 255) < c.dropout ? 0 : 256.0 / (256 - c.dropout);
 }
