@@ -931,7 +931,8 @@ bool CheckKeptBytes() {
       for (const uint32_t others : {0u, 255u, 128u, 255 - byte})
         for (int at = 0; at < 4; ++at) {
           const uint32_t around = others * 0x01010101u & ~(255u << 8 * at), word = around | byte << 8 * at;
-          const bool kept = KeptBytes(word, threshold) >> (8 * at + 7) & 1;
+          const auto bytes = KeptBytes::Of(threshold);
+          const bool kept = (bytes.Flags(word) ^ bytes.flip) >> (8 * at + 7) & 1;
           right &= kept == !IsDropped(word, at, threshold);
         }
   if (!right) std::printf("KeptBytes: FAILED\n");

@@ -483,18 +483,22 @@ class BackwardConsumer {
   // word of a step's query of place l (DropoutPlace), for all lanes.
   __device__ __forceinline__ void FindKept(const BackwardItem& item, int stage, KeptPairs& kept) const {
     const PairStep& step = shared_.pairs[stage];
-    const int lane = Thread() % 32, threshold = params_.dropout.threshold;
+    const uint32_t thread = static_cast<uint32_t>(device::ThreadHere()) % kWarpgroup, lane = thread % 32;
+    const auto bytes = KeptBytesHere(params_.dropout.threshold);
     const uint32_t head_key = __ldg(params_.dropout.keys + item.batch * params_.shape.heads + ReadShared(step.head));
-    const uint32_t query_word = DropoutQueryWord(head_key, ReadShared(step.query) + lane / 8 * 16 + lane % 8);
-    const uint32_t key_word = DropoutKeyWord(KeyOf(item));
+    const auto start = static_cast<uint32_t>(ReadShared(step.query));  // a multiple of 64
+    const uint32_t query_word = DropoutQueryWordOf(head_key, start / 2 + lane);
+    const auto keys = static_cast<uint32_t>(item.start + kOwnRows * group_);  // likewise, and a warp has sixteen
+    const uint32_t key_word = DropoutKeyWordOf(keys / 2 + thread / 32 * 8 + lane / 4);
     kept.Clear();
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const uint32_t word = __shfl_sync(0xFFFFFFFFu, query_word, 8 * m + lane % 4 * 2 + e);
-        kept.Add(m, e, KeptBytes(DropoutWord(word, key_word), threshold));
+        kept.Add(m, e, DropoutProducts(word, key_word), bytes);
       }
+    kept.Flip(bytes.flip);
     device::sm90::Pin(kept.parity);
   }
 

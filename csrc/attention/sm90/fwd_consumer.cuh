@@ -483,19 +483,22 @@ class ForwardConsumer {
 
   // Lane l of a warp has the word of a step's key of place l (DropoutPlace), for all lanes.
   __device__ __forceinline__ void FindKept(KeptPairs& kept) {
-    const int lane = Thread() % 32, threshold = params_.dropout.threshold;
+    const uint32_t lane = static_cast<uint32_t>(device::ThreadHere()) % 32;
+    const auto bytes = KeptBytesHere(params_.dropout.threshold);
     kept.Clear();
 #pragma unroll
     for (int piece = 0; piece < kTileKv / 64; ++piece) {
-      const uint32_t key_word = DropoutKeyWord(ReadShared(shared_.Step(step_).start[piece]) + lane / 8 * 16 + lane % 8);
+      const auto start = static_cast<uint32_t>(ReadShared(shared_.Step(step_).start[piece]));  // a multiple of 64
+      const uint32_t key_word = DropoutKeyWordOf(start / 2 + lane);
 #pragma unroll
       for (int m = 0; m < 4; ++m)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           const uint32_t word = __shfl_sync(0xFFFFFFFFu, key_word, 8 * m + lane % 4 * 2 + e);
-          kept.Add(4 * piece + m, e, KeptBytes(DropoutWord(query_word_, word), threshold));
+          kept.Add(4 * piece + m, e, DropoutProducts(query_word_, word), bytes);
         }
     }
+    kept.Flip(bytes.flip);
     device::sm90::Pin(kept.parity);
   }
 
