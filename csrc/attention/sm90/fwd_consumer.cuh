@@ -391,7 +391,8 @@ class ForwardConsumer {
   // What the products of a step are added to: its biases, in their units, or nothing. Before the products the logits'
   // own registers take what is loaded: a bias by distance that is read costs 1.9 times a causal call without one, 2.2
   // behind them (H200, 128 dimensions). Returns whether it may gain so much from step to step that references are to
-  // follow: of what is read nothing is known.
+  // follow: of what is read nothing is known. (Without a bias the first product could overwrite x, but with a predicate
+  // that is known at run time alone ptxas spills and serialises the products.)
   __device__ __forceinline__ bool StartLogits(float (&x)[kLogits]) {
     if constexpr (Config::kExtras) {
       int found = params_.bias.dense != nullptr || params_.bias.tiles != nullptr ? kBiasOther : 0;
