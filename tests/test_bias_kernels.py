@@ -169,7 +169,9 @@ def kept(keys: np.ndarray, q_len: int, kv_len: int, threshold: int) -> np.ndarra
     q, k = np.arange(q_len)[:, None], np.arange(kv_len)
     place_q, place_k = (x // 16 * 8 + x % 8 for x in (q, k))
     by_head = keys.astype(np.int64)[..., None, None]
-    word = mix(mix(by_head + 0x9E3779B9 * (place_q + 1)) + mix(place_k + 0x85EBCA6B))
+    first = mix(by_head + 0x9E3779B9 * (place_q + 1)).astype(np.uint64) * mix(place_k + 0x85EBCA6B).astype(np.uint64)
+    second = (first & np.uint64(0xFFFFFFFF)) * (first >> np.uint64(32))
+    word = (second & np.uint64(0xFFFFFFFF) ^ second >> np.uint64(32)).astype(np.int64)
     byte = word >> 8 * ((q // 8 % 2) + 2 * (k // 8 % 2)) & 255
     return np.where(byte < threshold, 0, 256 / (256 - threshold))
 

@@ -23,6 +23,7 @@ RNG = jax.random.key(7)
 HASHED = [0, 1753845952, 3507691905, 1734902346]
 QUERY_WORDS = [1675371566, 1675371566, 3114314732, 176720085, 579660883]
 KEY_WORDS = [520022130, 520022130, 1309480819, 2889670270, 3480269886]
+PAIR_WORDS = [1698886846, 1615558103, 4294967294, 0, 0]
 B, T, S, N, K, BLOCK = 2, 80, 96, 4, 2, 32
 
 
@@ -58,6 +59,9 @@ def test_the_hash_is_this_one():
     positions = jnp.asarray([0, 8, 9, 16, 1000], jnp.int32)
     assert dropout.query_words(jnp.uint32(123), positions).tolist() == QUERY_WORDS
     assert dropout.key_words(positions).tolist() == KEY_WORDS
+    of_queries = jnp.asarray([QUERY_WORDS[0], QUERY_WORDS[-1], 0xFFFFFFFF, 1, 0], jnp.uint32)
+    of_keys = jnp.asarray([KEY_WORDS[0], KEY_WORDS[-1], 0xFFFFFFFF, 0xFFFFFFFF, 5], jnp.uint32)
+    assert dropout.pair_words(of_queries, of_keys).tolist() == PAIR_WORDS
 
 
 def test_words_are_those_of_whole_numbers():
@@ -74,7 +78,9 @@ def test_words_are_those_of_whole_numbers():
         return i // 16 * 8 + i % 8
 
     def drops(q, k):
-        word = hashed(hashed(key + 0x9E3779B9 * (place(q) + 1)) + hashed(place(k) + 0x85EBCA6B))
+        first = hashed(key + 0x9E3779B9 * (place(q) + 1)) * hashed(place(k) + 0x85EBCA6B)
+        second = (first & 0xFFFFFFFF) * (first >> 32)
+        word = second & 0xFFFFFFFF ^ second >> 32
         return word >> 8 * ((q // 8 & 1) + 2 * (k // 8 & 1)) & 0xFF < threshold
 
     actual = dropout.dense_factors(jnp.full((1, 1), key, jnp.uint32), rows, columns, threshold)[0, 0]

@@ -34,17 +34,44 @@ struct DropoutWords {
   }
 };
 
-// All ones where the byte of that number has its highest bit set, else 0: for 16 bits each of `first` and `second`, and
-// for 32 bits. (prmt replicates a sign where the selector has 8.)
-__device__ __forceinline__ uint32_t KeptPair(uint32_t first, uint32_t second, int byte) {
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(mask) : "r"(first), "r"(second), "r"((8 | byte) * 0x11 | (12 | byte) * 0x1100));
-  return mask;
+// KeptBytes::Of, of which nvcc does not know that `flip` has two values: it would make branches of it.
+__device__ __forceinline__ KeptBytes KeptBytesHere(int threshold) {
+  KeptBytes bytes = KeptBytes::Of(threshold);
+  asm("" : "+r"(bytes.flip));
+  return bytes;
 }
-__device__ __forceinline__ uint32_t KeptWord(uint32_t kept, int byte) {
-  uint32_t mask;
-  asm("prmt.b32 %0, %1, %1, %2;" : "=r"(mask) : "r"(kept), "r"((8 | byte) * 0x1111));
-  return mask;
-}
+
+// Which of a thread's pairs are not dropped, of at most 128 columns: those whose bit 8 * byte + 7 - m is set, of the
+// sixteen columns number m, in the word of the column's parity. Byte as in DropoutByte. One word for each of KeptBytes
+// would be 16 registers, which no kernel of 128 dimensions has.
+struct KeptPairs {
+  uint32_t parity[2];
+
+  __device__ __forceinline__ void Clear() { parity[0] = parity[1] = 0; }
+  // Enters the four pairs of a DropoutWord, given its products, as KeptBytes says. nvcc would make five logical
+  // instructions of these three.
+  __device__ __forceinline__ void Add(int m, int e, uint64_t products, const KeptBytes& bytes) {
+    const auto low = static_cast<uint32_t>(products), high = static_cast<uint32_t>(products >> 32);
+    uint32_t byte, flags;
+    asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(byte) : "r"(low), "r"(high), "r"(bytes.flip));  // a ^ b ^ c
+    asm("lop3.b32 %0, %1, %2, %3, 0xA8;"
+        : "=r"(flags)
+        : "r"(byte), "r"(bytes.Lower(byte)), "r"(0x80808080u));  // (a | b) & c
+    parity[e] += flags >> m;
+  }
+  // After all pairs.
+  __device__ __forceinline__ void Flip(uint32_t flip) { parity[0] ^= flip, parity[1] ^= flip; }
+
+  __device__ __forceinline__ bool Stays(int m, int e, int byte) const { return parity[e] >> (8 * byte + 7 - m) & 1; }
+  // Of two columns that are neighbours, 16 bits each: all ones for a pair that stays, else 0. (prmt replicates a sign
+  // where the selector has 8.)
+  __device__ __forceinline__ uint32_t Pair(int m, int byte) const {
+    uint32_t mask;
+    asm("prmt.b32 %0, %1, %2, %3;"
+        : "=r"(mask)
+        : "r"(parity[0] << m), "r"(parity[1] << m), "r"((8 | byte) * 0x11 | (12 | byte) * 0x1100));
+    return mask;
+  }
+};
 
 }  // namespace jax_bsk::attention::cuda

@@ -84,11 +84,17 @@ def key_words(positions: jax.Array) -> jax.Array:
     return hash_word(_place(positions) + np.uint32(0x85EBCA6B))
 
 
+def pair_words(of_queries: jax.Array, of_keys: jax.Array) -> jax.Array:
+    """The words of pairs, `DropoutWord` in C++; both arguments broadcast to the pairs."""
+    low, high = _product(*_product(of_queries, of_keys))
+    return low ^ high
+
+
 def factors(
     of_queries: jax.Array, of_keys: jax.Array, queries: jax.Array, keys: jax.Array, threshold: int, dtype: Any
 ) -> jax.Array:
     """The factor of each pair's probability, 0 where it is dropped; all arguments broadcast to the pairs."""
-    word = hash_word(of_queries + of_keys)
+    word = pair_words(of_queries, of_keys)
     byte = (queries >> 3 & 1) + 2 * (keys >> 3 & 1)
     dropped = (word >> (8 * byte).astype(np.uint32)) & np.uint32(0xFF) < np.uint32(threshold)
     return jnp.where(dropped, jnp.zeros((), dtype), jnp.asarray(DROPPED_OF / (DROPPED_OF - threshold), dtype))
@@ -100,6 +106,15 @@ def dense_factors(keys: jax.Array, q_len: int, kv_len: int, threshold: int, dtyp
     positions = jnp.arange(kv_len, dtype=jnp.int32)[None, None, None]
     of_queries = query_words(keys[:, :, None, None], queries)
     return factors(of_queries, key_words(positions), queries, positions, threshold, dtype)
+
+
+def _product(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The low and the high word of x y, by products of 16 bits: without x64 JAX has no integers of 64."""
+    half, low_bits = np.uint32(16), np.uint32(0xFFFF)
+    x_low, x_high, y_low, y_high = x & low_bits, x >> half, y & low_bits, y >> half
+    middle = x_high * y_low + (x_low * y_low >> half)
+    other = x_low * y_high + (middle & low_bits)
+    return x * y, x_high * y_high + (middle >> half) + (other >> half)
 
 
 def _place(positions: jax.Array) -> jax.Array:

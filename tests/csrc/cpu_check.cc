@@ -434,8 +434,9 @@ double Kept(const Case& c, int64_t b, int64_t h, int64_t query, int64_t key) {
     return x ^ x >> 16;
   };
   const auto place = [](int64_t x) { return static_cast<uint32_t>(x / 16 * 8 + x % 8); };
-  const uint32_t word = mix(mix(c.dropout_keys[b * c.shape.heads + h] + 0x9e3779b9u * (place(query) + 1)) +
-                            mix(place(key) + 0x85ebca6bu));
+  const uint64_t of_query = mix(c.dropout_keys[b * c.shape.heads + h] + 0x9e3779b9u * (place(query) + 1));
+  const uint64_t first = of_query * mix(place(key) + 0x85ebca6bu), second = (first & 0xFFFFFFFFu) * (first >> 32);
+  const uint32_t word = static_cast<uint32_t>(second) ^ static_cast<uint32_t>(second >> 32);
   const int byte = static_cast<int>(query / 8 % 2 + 2 * (key / 8 % 2));
   return static_cast<int>(word >> (8 * byte) & 255) < c.dropout ? 0 : 256.0 / (256 - c.dropout);
 }
@@ -930,7 +931,8 @@ bool CheckKeptBytes() {
       for (const uint32_t others : {0u, 255u, 128u, 255 - byte})
         for (int at = 0; at < 4; ++at) {
           const uint32_t around = others * 0x01010101u & ~(255u << 8 * at), word = around | byte << 8 * at;
-          const bool kept = KeptBytes(word, threshold) >> (8 * at + 7) & 1;
+          const auto bytes = KeptBytes::Of(threshold);
+          const bool kept = (bytes.Flags(word) ^ bytes.flip) >> (8 * at + 7) & 1;
           right &= kept == !IsDropped(word, at, threshold);
         }
   if (!right) std::printf("KeptBytes: FAILED\n");

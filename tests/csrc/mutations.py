@@ -914,9 +914,9 @@ HOPPER_BIASES = (
     Mutation(
         name="hopper-dropout-sixteens",
         what="the backward keeps the flags of four times sixteen queries in one place",
-        file="attention/sm90/bwd_consumer.cuh",
-        before="& 0x80808080u) >> m;",
-        after="& 0x80808080u);",
+        file="attention/dropout.cuh",
+        before="parity[e] += flags >> m;",
+        after="parity[e] |= flags;",
         instances=EXTRAS_BACKWARD,
         cases=("bias-dropout", "bias-dropout-b128"),
     ),

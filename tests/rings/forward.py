@@ -250,15 +250,17 @@ class _Consumer(_ForwardAgent):
     # ---- Stages of a tile
 
     def first_step(self, tile: int):
-        """`ForwardConsumer::FirstStep` in fwd_consumer.cuh."""
+        """`ForwardConsumer::FirstStep`, `StartDropout` and `FindKept` in fwd_consumer.cuh."""
         model = self.model
         self.wait_for_first_operands(tile)
         self.begin_read(model.key, self.step)
         self.read(model.query, self.live + 1)
+        self.read(model.headers, tile)  # for dropout
+        self.read(model.steps, self.step)
         self.start_tile(tile)
 
     def middle_step(self):
-        """`ForwardConsumer::Step` in fwd_consumer.cuh."""
+        """`ForwardConsumer::Step` and `FindKept` in fwd_consumer.cuh."""
         model, step = self.model, self.step
         self.wait(model.full_key, step)
         self.take_turn()
@@ -268,7 +270,7 @@ class _Consumer(_ForwardAgent):
         self.wait(model.full_value, step - 1)
         self.begin_read(model.value, step - 1)
         self.pass_turn()
-        self.read(model.steps, step)  # flags
+        self.read(model.steps, step)  # flags, positions of keys
         if not model.in_registers:
             self.end_read(model.query, self.live)
         self.softmax()

@@ -195,6 +195,9 @@ class BackwardConsumer {
     MultiplyRows(dscores, shared_.value, shared_.second[stage]);
     device::sm90::CommitProducts();
     flags_ = ReadShared(shared_.flags[stage]);
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) FindKept(item, stage, kept);
+    }
 
     const auto load_lse = [&] {
       LoadStatistics(rows, shared_.statistics[stage][0]);
@@ -206,8 +209,8 @@ class BackwardConsumer {
       device::sm90::Pin(scores);
       Probabilities(scores, rows, stage);
       if (flags_ & StepFlag::kMasked) ApplyMask(item, scores, stage);
-      // Not earlier where the sum of a gate, or dropout, needs the registers.
-      constexpr bool kDeltaLater = Config::kGated || Config::kExtras;
+      // Not earlier where the sum of a gate needs the registers.
+      constexpr bool kDeltaLater = Config::kGated;
       if constexpr (!kDeltaLater) LoadStatistics(rows, shared_.statistics[stage][1]);
       device::sm90::Pin(scores);
       device::sm90::Pin(rows);
@@ -222,7 +225,6 @@ class BackwardConsumer {
       }
       if constexpr (Config::kExtras) {
         if (Drops(params_.dropout)) {
-          kept = FindKept(item, stage);
           DropScores(dscores, kept);
           device::sm90::Pin(dscores);
         }
@@ -273,6 +275,10 @@ class BackwardConsumer {
     const int stage = Stages().Stage();
     BeginStep<Config::kExtras>(item, scores, shared_.key, shared_.first[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
+    KeptPairs kept;
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) FindKept(item, stage, kept);
+    }
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(scores);
     if (flags_ & StepFlag::kLast) Release(shared_.empty_key[group_]);
@@ -297,7 +303,7 @@ class BackwardConsumer {
       Pack(packed, scores);
     }
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) DropPacked(packed, FindKept(item, stage));
+      if (Drops(params_.dropout)) DropPacked(packed, kept);
     }
     device::sm90::Pin(packed);
     device::sm90::Pin(dvalue);
@@ -320,6 +326,10 @@ class BackwardConsumer {
     const int stage = Stages().Stage();
     BeginStep<false>(item, dscores, shared_.value, shared_.second[stage]);
     flags_ = ReadShared(shared_.flags[stage]);
+    KeptPairs kept;
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) FindKept(item, stage, kept);
+    }
     const Ring<kProbStages> place{prob_step_++};
     device::sm90::Wait(shared_.full_probs[place.Stage()], place.Full());
     device::sm90::WaitForProducts<0>();
@@ -336,7 +346,7 @@ class BackwardConsumer {
       Scale(dscores, Gate(stage));
     }
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) DropScores(dscores, FindKept(item, stage));
+      if (Drops(params_.dropout)) DropScores(dscores, kept);
     }
     float rows[kPacked];
     LoadStatistics(rows, shared_.statistics[stage][1]);
@@ -469,43 +479,45 @@ class BackwardConsumer {
     }
   }
 
-  // Which of this thread's pairs are not dropped: those whose bit 8 * byte + 7 - m is set, of the sixteen queries
-  // number m, in the word of the pair's parity of queries. Byte as in DropoutByte.
-  struct KeptPairs {
-    uint32_t parity[2];
-  };
-  // Lane l of a warp has the word of a step's query of place l (DropoutPlace), for all lanes.
-  __device__ __forceinline__ KeptPairs FindKept(const BackwardItem& item, int stage) const {
+  // Which pairs stay does not depend on products: it is found while a step's first ones run. Lane l of a warp has the
+  // word of a step's query of place l (DropoutPlace), for all lanes.
+  __device__ __forceinline__ void FindKept(const BackwardItem& item, int stage, KeptPairs& kept) const {
     const PairStep& step = shared_.pairs[stage];
-    const int lane = Thread() % 32, threshold = params_.dropout.threshold;
+    const uint32_t thread = static_cast<uint32_t>(device::ThreadHere()) % kWarpgroup, lane = thread % 32;
+    const auto bytes = KeptBytesHere(params_.dropout.threshold);
     const uint32_t head_key = __ldg(params_.dropout.keys + item.batch * params_.shape.heads + ReadShared(step.head));
-    const uint32_t query_word = DropoutQueryWord(head_key, ReadShared(step.query) + lane / 8 * 16 + lane % 8);
-    const uint32_t key_word = DropoutKeyWord(KeyOf(item));
-    KeptPairs kept{};
+    const auto start = static_cast<uint32_t>(ReadShared(step.query));  // a multiple of 64
+    const uint32_t query_word = DropoutQueryWordOf(head_key, start / 2 + lane);
+    const auto keys = static_cast<uint32_t>(item.start + kOwnRows * group_);  // likewise, and a warp has sixteen
+    const uint32_t key_word = DropoutKeyWordOf(keys / 2 + thread / 32 * 8 + lane / 4);
+    kept.Clear();
 #pragma unroll
     for (int m = 0; m < 4; ++m)
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const uint32_t word = __shfl_sync(0xFFFFFFFFu, query_word, 8 * m + lane % 4 * 2 + e);
-        kept.parity[e] |= (KeptBytes(DropoutWord(word, key_word), threshold) & 0x80808080u) >> m;
+        kept.Add(m, e, DropoutProducts(word, key_word), bytes);
       }
-    return kept;
+    kept.Flip(bytes.flip);
+    device::sm90::Pin(kept.parity);
   }
 
   // dP of the pairs that stay, 0 for the others. SubtractDelta scales it.
   __device__ __forceinline__ void DropScores(float (&x)[kScores], const KeptPairs& kept) const {
 #pragma unroll
-    for (int i = 0; i < kScores; ++i) {
-      const int n = i / 4, byte = n % 2 + i % 4 / 2 * 2;
-      x[i] = __uint_as_float(__float_as_uint(x[i]) & KeptWord(kept.parity[i % 2] << n / 2, byte));
-    }
+    for (int e = 0; e < 2; ++e)
+#pragma unroll
+      for (int byte = 0; byte < 4; ++byte)
+#pragma unroll
+        for (int m = 0; m < 4; ++m)  // neighbouring bits, so that one instruction makes predicates of them (R2P)
+          if (!kept.Stays(m, e, byte)) x[4 * (2 * m + byte % 2) + byte / 2 * 2 + e] = 0.f;
   }
   // Of packed probabilities, which StoreValueGradient scales.
   __device__ __forceinline__ void DropPacked(uint32_t (&packed)[kPacked], const KeptPairs& kept) const {
 #pragma unroll
     for (int i = 0; i < kPacked; ++i) {
       const int n = i / 2, byte = n % 2 + i % 2 * 2;
-      packed[i] &= KeptPair(kept.parity[0] << n / 2, kept.parity[1] << n / 2, byte);
+      packed[i] &= kept.Pair(n / 2, byte);
     }
   }
 

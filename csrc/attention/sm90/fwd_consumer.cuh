@@ -107,9 +107,16 @@ class ForwardConsumer {
     device::sm90::FenceProducts();
     MultiplySharedQueries(logits);
     device::sm90::CommitProducts();
+    KeptPairs kept;
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) {
+        StartDropout(shared_.headers[tile.Stage()]);
+        FindKept(kept);
+      }
+    }
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(logits);
-    StartTile(logits);
+    StartTile(logits, kept);
   }
 
   // One step in the middle: Q K^T of this step and P V of the step before are in flight together, and this step's
@@ -135,6 +142,10 @@ class ForwardConsumer {
     PassTurn();
     flags_ = ReadShared(shared_.Step(step_).flags);
     const bool raise = steep || softmax_.Fresh();
+    KeptPairs kept;
+    if constexpr (Config::kExtras) {
+      if (Drops(params_.dropout)) FindKept(kept);
+    }
 
     device::sm90::WaitForProducts<1>();
     device::sm90::Pin(logits);
@@ -152,9 +163,9 @@ class ForwardConsumer {
     Release(shared_.empty_value[Values().Stage()]);
     if (raised) Rescale(rescale);
     if (lags) {
-      CatchUp(logits);
+      CatchUp(logits, kept);
     } else {
-      KeepProbabilities(logits);
+      KeepProbabilities(logits, kept);
     }
     ++step_;
   }
@@ -193,7 +204,7 @@ class ForwardConsumer {
     StoreTile(tile, poisoned);
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(logits);
-    StartTile(logits);
+    StartTile(logits, KeptPairs{});
     return true;
   }
 
@@ -253,7 +264,7 @@ class ForwardConsumer {
   }
 
   // After the first product of a tile.
-  __device__ __forceinline__ void StartTile(float (&logits)[kLogits]) {
+  __device__ __forceinline__ void StartTile(float (&logits)[kLogits], const KeptPairs& kept) {
     if constexpr (Config::kQueryInRegisters) LoadQueries();
     flags_ = ReadShared(shared_.Step(step_).flags);
 #pragma unroll
@@ -262,7 +273,7 @@ class ForwardConsumer {
     float rescale[2];
     bool lags;
     Softmax(logits, true, rescale, lags);
-    KeepProbabilities(logits);
+    KeepProbabilities(logits, kept);
     ++step_;
   }
 
@@ -357,16 +368,16 @@ class ForwardConsumer {
   }
 
   // Brings references that lag too far up to date, after the products: the probabilities' registers are free.
-  __device__ __forceinline__ void CatchUp(float (&x)[kLogits]) {
+  __device__ __forceinline__ void CatchUp(float (&x)[kLogits], const KeptPairs& kept) {
     float rescale[2], total[2];
     if (softmax_.Raise(x, total, rescale)) {
-      KeepProbabilities(x);
+      KeepProbabilities(x, kept);
     } else {
       float again[kLogits];
       RecomputeProducts(again);
       softmax_.RaiseToLogits(again, plan_.logits.multiplier, rescale);
       softmax_.Exponentials(again, plan_.logits.multiplier, total);
-      KeepProbabilities(again);
+      KeepProbabilities(again, kept);
     }
     softmax_.Add(total);
     Rescale(rescale);
@@ -380,7 +391,8 @@ class ForwardConsumer {
   // What the products of a step are added to: its biases, in their units, or nothing. Before the products the logits'
   // own registers take what is loaded: a bias by distance that is read costs 1.9 times a causal call without one, 2.2
   // behind them (H200, 128 dimensions). Returns whether it may gain so much from step to step that references are to
-  // follow: of what is read nothing is known.
+  // follow: of what is read nothing is known. (Without a bias the first product could overwrite x, but with a predicate
+  // that is known at run time alone ptxas spills and serialises the products.)
   __device__ __forceinline__ bool StartLogits(float (&x)[kLogits]) {
     if constexpr (Config::kExtras) {
       int found = params_.bias.dense != nullptr || params_.bias.tiles != nullptr ? kBiasOther : 0;
@@ -463,30 +475,38 @@ class ForwardConsumer {
     }
   }
 
-  // 0 for the probabilities that are dropped; StoreTile scales the others. Lane l of a warp has the word of a step's
-  // key of place l (DropoutPlace), for all lanes.
-  __device__ __forceinline__ void DropProbabilities() {
-    const TileHeader& tile = shared_.headers[TileOfStep().Stage()];
-    const int thread = Thread(), lane = thread % 32, threshold = params_.dropout.threshold;
+  // Dropout does not depend on logits: which pairs of a step stay is found while the step's products run. What is left
+  // for after the softmax, when no product of this warpgroup runs, is to apply it.
+  __device__ __forceinline__ void StartDropout(const TileHeader& tile) {
     const uint32_t head_key = __ldg(params_.dropout.keys + tile.batch * params_.shape.heads + tile.head);
-    const uint32_t query_word = DropoutQueryWord(head_key, tile.q_start + group_ * kWarpgroupRows + RowOf(thread));
+    query_word_ = DropoutQueryWord(head_key, tile.q_start + group_ * kWarpgroupRows + RowOf(Thread()));
+  }
+
+  // Lane l of a warp has the word of a step's key of place l (DropoutPlace), for all lanes.
+  __device__ __forceinline__ void FindKept(KeptPairs& kept) {
+    const uint32_t lane = static_cast<uint32_t>(device::ThreadHere()) % 32;
+    const auto bytes = KeptBytesHere(params_.dropout.threshold);
+    kept.Clear();
 #pragma unroll
     for (int piece = 0; piece < kTileKv / 64; ++piece) {
-      const uint32_t key_word = DropoutKeyWord(ReadShared(shared_.Step(step_).start[piece]) + lane / 8 * 16 + lane % 8);
+      const auto start = static_cast<uint32_t>(ReadShared(shared_.Step(step_).start[piece]));  // a multiple of 64
+      const uint32_t key_word = DropoutKeyWordOf(start / 2 + lane);
 #pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        uint32_t kept[2];
+      for (int m = 0; m < 4; ++m)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
-          const uint32_t word = __shfl_sync(0xFFFFFFFFu, key_word, 8 * m + thread % 4 * 2 + e);
-          kept[e] = KeptBytes(DropoutWord(query_word, word), threshold);
+          const uint32_t word = __shfl_sync(0xFFFFFFFFu, key_word, 8 * m + lane % 4 * 2 + e);
+          kept.Add(4 * piece + m, e, DropoutProducts(query_word_, word), bytes);
         }
-#pragma unroll
-        for (int byte = 0; byte < 4; ++byte) {
-          probs_[16 * piece + 2 * (2 * m + byte / 2) + byte % 2] &= KeptPair(kept[0], kept[1], byte);
-        }
-      }
     }
+    kept.Flip(bytes.flip);
+    device::sm90::Pin(kept.parity);
+  }
+
+  // 0 for the probabilities that are dropped; StoreTile scales the others.
+  __device__ __forceinline__ void DropProbabilities(const KeptPairs& kept) {
+#pragma unroll
+    for (int i = 0; i < kProbs; ++i) probs_[i] &= kept.Pair(i / 4, i % 4);
   }
 
   // -inf for pairs that do not attend.
@@ -578,7 +598,7 @@ class ForwardConsumer {
   }
 
   // Probabilities as the next product's operand, times their gates. Written while no product is in flight.
-  __device__ __forceinline__ void KeepProbabilities(float (&x)[kLogits]) {
+  __device__ __forceinline__ void KeepProbabilities(float (&x)[kLogits], const KeptPairs& kept) {
     if constexpr (Config::kGated) {
 #pragma unroll
       for (int piece = 0; piece < kTileKv / 64; ++piece) {
@@ -590,7 +610,7 @@ class ForwardConsumer {
 #pragma unroll
     for (int i = 0; i < kProbs; ++i) probs_[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) DropProbabilities();
+      if (Drops(params_.dropout)) DropProbabilities(kept);
     }
   }
 
@@ -712,6 +732,7 @@ class ForwardConsumer {
   uint32_t probs_[kProbs];
   uint32_t query_[Config::kQueryInRegisters ? kDim / 4 : 4];
   RowSoftmax softmax_;
+  uint32_t query_word_;  // of dropout
   int flags_ = 0;
   uint32_t step_ = 0;  // of the CTA: the next to start
 };
