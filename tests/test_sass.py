@@ -77,11 +77,11 @@ def test_what_is_read():
         (r"PlainKernelIf", "PlainKernelIN7jax_bsk6device7Float16E", ["16-bit type and has no HMMA"]),
         (r"PlainKernelIf", "PlainKernelIN7jax_bsk6device8BFloat16E", ["16-bit type and has no HMMA"]),
         (r"9attention4cuda4sm8011PlainKernelIf", "6decode4cuda11MergeKernelIf", []),
-        (r"9attention4cuda4sm8011PlainKernelIf", "6decode4cuda13ForwardKernelIf", ["no LDGSTS instruction."]),
+        (r"9attention4cuda4sm8011PlainKernelIf", "6decode4cuda13ForwardKernelIf", ["no LDGSTS", "no UTMALDG"]),
         (
             r"9attention4cuda4sm8011PlainKernelIf",
             "6decode4cuda13ForwardKernelIN7jax_bsk6device8BFloat16E",
-            ["no LDGSTS instruction.", "16-bit type and has no HMMA"],
+            ["no LDGSTS", "no UTMALDG", "16-bit type and has no HMMA"],
         ),
     ],
 )

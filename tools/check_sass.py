@@ -8,8 +8,8 @@ no test without a GPU would notice. So the built library is disassembled and eve
   copy engine may refill what is released there, and nothing but a fence makes an LDSM, whose registers only matrix
   products read, come first (wrong rows, seen on an H200);
 - in a namespace `sm80` with a 16-bit type: HMMA (mma.sync);
-- in the namespace `decode`: no LDL or STL, no stack or local memory, and in the forward LDGSTS (cp.async) and, with a
-  16-bit type, HMMA.
+- in the namespace `decode`: no LDL or STL, no stack or local memory, and in the forward LDGSTS (cp.async), for sm_90a
+  UTMALDG and that fence as well, and, with a 16-bit type, HMMA.
 
 A kernel that has no matrix product (a reduction, a merge) therefore belongs in neither `sm80` nor `sm90`.
 
@@ -115,19 +115,21 @@ def violations(kernels: Iterable[Kernel], *, require_sm90: bool = False) -> list
                 found.append(f"{kernel} has no {product} instruction{where}.")
             if not count("UTMALDG"):
                 found.append(f"{kernel} has no UTMALDG instruction{where}.")
-            if kernel.unfenced:
-                found.append(
-                    f"{kernel} releases shared memory without a fence after LDSM, in {kernel.unfenced} places; call "
-                    "FenceAsyncProxy before the release."
-                )
+        decodes = DECODE in kernel.mangled and "ForwardKernel" in kernel.mangled
+        if (SM90 in kernel.mangled or (decodes and kernel.arch == "sm_90a")) and kernel.unfenced:
+            found.append(
+                f"{kernel} releases shared memory without a fence after LDSM, in {kernel.unfenced} places; call "
+                "FenceAsyncProxy before the release."
+            )
         if SM90 in kernel.mangled or DECODE in kernel.mangled:
             if count("LDL") or count("STL"):
                 found.append(f"{kernel} has {count('LDL', 0)} LDL and {count('STL', 0)} STL instructions.")
             if kernel.local_bytes:
                 found.append(f"{kernel} has {kernel.local_bytes} bytes of stack or local memory.")
-        decodes = DECODE in kernel.mangled and "ForwardKernel" in kernel.mangled
         if decodes and not count("LDGSTS"):
             found.append(f"{kernel} has no LDGSTS instruction.")
+        if decodes and kernel.arch == "sm_90a" and not count("UTMALDG"):
+            found.append(f"{kernel} has no UTMALDG instruction.")
         if (decodes or SM80 in kernel.mangled) and any(t in kernel.mangled for t in SIXTEEN_BIT) and not count("HMMA"):
             found.append(f"{kernel} computes on a 16-bit type and has no HMMA instruction.")
     return found
