@@ -65,7 +65,7 @@ NAMES += [
 ]
 DECODE = (SOURCE / "cuda_check_decode.cu").read_text()
 NAMES += re.findall(r'{"(decode-[a-z0-9-]+)", DType::', DECODE)
-NAMES += re.findall(r'kFar = "([a-z0-9-]+)"', DECODE)
+NAMES += re.findall(r'{"(decode-far-[a-z0-9-]+)", \d+}', DECODE)
 ((PROBLEMS, EACH),) = [map(int, pair) for pair in re.findall(r"kProblems = (\d+), kProblemsEach = (\d+);", DECODE)]
 NAMES += [f"decode-{first}-{first + EACH - 1}" for first in range(0, PROBLEMS, EACH)]
 NAMES += re.findall(r'{"(delta-[a-z0-9-]+)", DType::', (SOURCE / "cuda_check_delta.cu").read_text())
@@ -82,7 +82,7 @@ NAMES += [f"regimes-{first}-{first + EACH - 1}" for first in range(0, REGIMES, E
 NAMES = [name for name in NAMES if not name.startswith("time-")]
 # What compute-sanitizer runs: every instantiation, and what is not finite or cannot be followed.
 SANITIZED = re.compile(
-    r"(gates-|bias-)?instance-|decode-(faults-)?b?f\d\d-|gates-(nan-value|bad-first-col)|choose(-(groups|many-groups|one-row))?(-bad)?$|"
+    r"(gates-|bias-)?instance-|decode-(faults-)?(e4m3-|int8-)?b?f\d\d-|gates-(nan-value|bad-first-col)|choose(-(groups|many-groups|one-row))?(-bad)?$|"
     r"lists(-bad)?$|delta-(bf16|f32|zero)|jump-200|many-nan|matmul-(product|sampled)-b?f16-|matmul-product-(whole|uneven|large-id-64)|"
     r"matmul-sampled-(whole|wild)|matmul-narrow-(bf16-|f16-128-64|one|no-columns|large-id-64)"
 )

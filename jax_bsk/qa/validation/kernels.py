@@ -23,7 +23,7 @@ SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
 # One case for each pair of instantiations of the Hopper kernels, and what is peculiar: not finite, lists, few tiles.
 SANITIZED = re.compile(
     r"instance-|jump-200$|many-nan-value|bad-col-d64|bad-first-col$|nan-dout-d256|causal-d128$|"
-    r"gates-(instance-bf16|f32$|nan-value|bad-first-col)|decode-(bf16-|f16-d128|f32-d128|faults-bf16-d64)|lists(-bad|-topk)?$|"
+    r"gates-(instance-bf16|f32$|nan-value|bad-first-col)|decode-(bf16-|f16-d128|f32-d128|faults-bf16-d64|e4m3-bf16)|lists(-bad|-topk)?$|"
     r"choose(-(topk|groups|many-groups|one-row))?(-bad)?$|"
     r"matmul-(product|sampled)-bf16-(128|64|64x128)$|matmul-product-(uneven|large-id-64)$|matmul-sampled-(singles(-128x64)?|wild)$"
 )
