@@ -65,7 +65,7 @@ NAMES += [
 ]
 DECODE = (SOURCE / "cuda_check_decode.cu").read_text()
 NAMES += re.findall(r'{"(decode-[a-z0-9-]+)", DType::', DECODE)
-NAMES += re.findall(r'{"(decode-far-[a-z0-9-]+)", \d+}', DECODE)
+NAMES += re.findall(r'{"(decode-far-[a-z0-9-]+)", \d+[,}]', DECODE)
 ((PROBLEMS, EACH),) = [map(int, pair) for pair in re.findall(r"kProblems = (\d+), kProblemsEach = (\d+);", DECODE)]
 NAMES += [f"decode-{first}-{first + EACH - 1}" for first in range(0, PROBLEMS, EACH)]
 NAMES += re.findall(r'{"(delta-[a-z0-9-]+)", DType::', (SOURCE / "cuda_check_delta.cu").read_text())

@@ -224,8 +224,14 @@ bool RunInstance(const Instance& instance) {
 struct FarCase {
   const char* name;
   int64_t page_size;
+  CacheType cache = CacheType::kSame;
 };
-constexpr FarCase kFar[] = {{"decode-far-bf16-d128", 1024}, {"decode-far-pages-bf16-d128", 4}};
+constexpr FarCase kFar[] = {
+    {"decode-far-bf16-d128", 1024},
+    {"decode-far-pages-bf16-d128", 4},
+    {"decode-far-e4m3-bf16-d128", 1024, CacheType::kE4M3},
+    {"decode-far-pages-e4m3-bf16-d128", 4, CacheType::kE4M3},
+};
 
 bool RunFar(const FarCase& far) {
   constexpr int64_t kSequences = 128, kPositions = 1024, kHeads = 4, kKvHeads = 2, kDim = 128;
@@ -247,7 +253,7 @@ bool RunFar(const FarCase& far) {
     array->resize(kSequences * (array == &p.query ? kHeads : kPositions * kKvHeads) * kDim);
     for (float& x : *array) x = some[rng() % some.size()];
   }
-  return RunProblem(p, DType::kBF16, false, true, true);
+  return RunProblem(p, DType::kBF16, false, true, true, far.cache);
 }
 
 // ---- Times

@@ -282,15 +282,21 @@ class Producer {
 #endif
   }
 
-  // Waits for the copies of the oldest step on its way, which lies in `stage`; a barrier must follow.
-  __device__ __forceinline__ void Wait(int stage) {
+  // Waits for the copies of the oldest kSteps steps on their way, which lie in the stages from `first` on; a barrier
+  // must follow. Before, kStepsAhead of them are on their way.
+  template <int kSteps>
+  __device__ __forceinline__ void Wait(int first) {
     if (ByEngine()) {
 #if __CUDA_ARCH__ >= 900
-      device::sm90::Wait(shared_.full[stage], phases_ >> stage & 1);
-      phases_ ^= 1u << stage;
+#pragma unroll
+      for (int step = 0; step < kSteps; ++step) {
+        const int stage = Wrap<Config>(first + step);
+        device::sm90::Wait(shared_.full[stage], phases_ >> stage & 1);
+        phases_ ^= 1u << stage;
+      }
 #endif
     } else {
-      device::WaitForGroups<kStepsAhead<Config> - 1>();
+      device::WaitForGroups<kStepsAhead<Config> - kSteps>();
     }
   }
 
@@ -579,8 +585,7 @@ __device__ __forceinline__ void ComputeUnit(const KernelParams& params, Shared<C
   // Waits for kSteps steps, starts as many further on, and computes.
   const auto take = [&](auto steps) {
     constexpr int kSteps = decltype(steps)::value;
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) producer.Wait(Wrap<Config>(stage + step));
+    producer.template Wait<kSteps>(stage);
     producer.Release();
     __syncthreads();  // the steps are here, and nobody reads those before
 #pragma unroll 1
