@@ -43,7 +43,7 @@ NAMES += [
     for block in (64, 128)
 ]
 NAMES += [f"bias-lines-{kind}{size}" for kind in (1, 2, 3, 5, 6) for size in ("", "-d128-b128")]
-NAMES += [f"bias-lines-{kind}-jump-{jump}" for kind in (3, 6) for jump in (8, 200, 2000)]
+NAMES += [f"bias-lines-{kind}-jump-{jump}" for kind in (3, 6) for jump in (8, 200, 2000)] + ["bias-lines-6-jump-keys"]
 NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000, 10_000_000) for size in ("", "-d128-b128")]
 FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)
 NAMES += [f"{fault}-d{dim}" for fault in FAULTS for dim in (64, 128, 256)]
@@ -65,7 +65,7 @@ NAMES += [
 ]
 DECODE = (SOURCE / "cuda_check_decode.cu").read_text()
 NAMES += re.findall(r'{"(decode-[a-z0-9-]+)", DType::', DECODE)
-NAMES += re.findall(r'{"(decode-far-[a-z0-9-]+)", \d+[,}]', DECODE)
+NAMES += re.findall(r'{"(decode-far-[a-z0-9-]+)", \d+,', DECODE)
 ((PROBLEMS, EACH),) = [map(int, pair) for pair in re.findall(r"kProblems = (\d+), kProblemsEach = (\d+);", DECODE)]
 NAMES += [f"decode-{first}-{first + EACH - 1}" for first in range(0, PROBLEMS, EACH)]
 NAMES += re.findall(r'{"(delta-[a-z0-9-]+)", DType::', (SOURCE / "cuda_check_delta.cu").read_text())

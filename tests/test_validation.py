@@ -26,6 +26,7 @@ from jax_bsk.qa.validation import (
     analyse,
     benchmark,
     harden,
+    kernels,
     markdown,
     numerics,
     products,
@@ -380,6 +381,27 @@ def test_programs_of_other_sources_are_no_evidence(tmp_path):
     check = programs.provide(dataclasses.replace(settings, level=Level.FULL), Clock(60), on_gpu=True)
     assert check.verdict is Verdict.FAILED
     assert "cuda_check, cuda_racecheck" in check.detail
+
+
+def test_which_comparison_of_a_check_program_failed_is_told(tmp_path):
+    program = tmp_path / "cuda_check"
+    program.write_text(f"""#!/bin/sh
+case "$1" in
+tree) echo {provenance.source_tree()} ;;
+list) echo full regimes-0-39 ;;
+full) exit 0 ;;
+*) echo " seed 3: batch 1"; echo " hopper"; echo "  dq max error 1   <-- FAILED"; echo "        got 1 want 2"
+   for i in $(seq 99); do echo "  dv right"; done; exit 1 ;;
+esac
+""")
+    program.chmod(0o755)
+    settings = Settings(tmp_path, programs=tmp_path, level=Level.FULL, jobs=1)
+    (named, regimes), data = kernels.check_cases(settings, Clock(60), "cuda")
+    assert named.verdict is Verdict.PASSED
+    assert regimes.verdict is Verdict.FAILED
+    assert "seed 3: batch 1\n  dq max error 1   <-- FAILED\n        got 1 want 2\n[...]\n" in regimes.detail
+    assert len(regimes.detail) < 1000
+    assert data["failed"] == ["regimes-0-39"]
 
 
 def test_a_benchmark_that_is_cut_short_is_not_a_pass(tmp_path, monkeypatch):

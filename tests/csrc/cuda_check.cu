@@ -56,6 +56,7 @@ struct Case {
   Fault fault = Fault::kNone;
   float amplitude = 1.f;  // of the queries
   float jump = 0.f;       // added to the logits of two keys in the middle and near the end, see RunCase
+  int jump_keys = 1;      // or of two runs of so many
   uint32_t seed = 1234;
   int copies = 1;  // of every example: more tiles, the same reference
   // Terms of the bias: -1 for none, else which of their dimensions are not 1, as sums of
@@ -721,13 +722,15 @@ bool RunCase(Case c) {
   auto value = Normal(size_t(B) * S * K * V, rng), dout = Normal(size_t(B) * T * N * V, rng);
   const float scale = c.scale != 0.f ? c.scale : 1.f / std::sqrt(float(D));
   if (c.jump != 0.f) {
-    // The first dimension of every query is 1, of every key 0 but for two, which so get a larger logit.
+    // The first dimension of every query is 1, of every key 0 but for two runs, which so get a larger logit.
     for (size_t i = 0; i < query.size(); i += D) query[i] = 1.f;
     for (size_t i = 0; i < key.size(); i += D) key[i] = 0.f;
     for (int b = 0; b < B; ++b)
       for (int k = 0; k < K; ++k) {
-        key[((size_t(b) * S + S / 2) * K + k) * D] = c.jump / scale;
-        key[((size_t(b) * S + S - 3) * K + k) * D] = 2 * c.jump / scale;
+        for (int i = 0; i < c.jump_keys; ++i) {
+          key[((size_t(b) * S + S / 2 + i) * K + k) * D] = c.jump / scale;
+          key[((size_t(b) * S + S - 3 - i) * K + k) * D] = 2 * c.jump / scale;
+        }
       }
   }
   std::vector<int32_t> lengths = {T + 5, S + 7};
@@ -1047,8 +1050,10 @@ bool RunCase(Case c) {
     launch();
     CUDA_OK(cudaStreamSynchronize(stream));
     // Where rows attend to few keys, dS is the small difference of numbers of this size, and dK sums it over all rows.
+    // Those that dropout keeps are so much larger.
     const bool cancels = c.pattern == Pattern::kRegimes;
-    const double floor = cancels ? scale * std::sqrt(double(V)) : 1e-3;
+    const double kept_scale = 256. / (256 - c.dropout);
+    const double floor = cancels ? kept_scale * scale * std::sqrt(double(V)) : 1e-3;
     const double key_floor = cancels ? 0.2 * floor * std::sqrt(double(T) * N / K) : 1e-3;
     // Rows of one probability, 1: dS is nothing but rounding, times keys of millions.
     const bool one_hot = c.jump > 1e5f;
@@ -1427,6 +1432,11 @@ std::vector<Case> Cases() {
         if (jump == 200) c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 128;
       });
     }
+  // Many keys share a row's largest logits, so that what their biases are to each other can be seen.
+  biased("lines-6-jump-keys", [&](Case& c) {
+    c.distances = kN, c.distance_kind = 6, c.jump = 200.f, c.jump_keys = 50, c.pattern = P::kFull;
+    c.q_len = 400, c.kv_len = 900;
+  });
   biased("lines-terms", [&](Case& c) { all_terms(c), c.distance_kind = 5, c.lengths = true, c.q_len = 700; });
   biased("lines-dropout-d128-b128", [&](Case& c) {
     large(c), c.distances = kB | kN, c.distance_kind = 1, c.dropout = 40, c.head_dim = c.value_dim = 128;

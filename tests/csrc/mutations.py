@@ -900,7 +900,7 @@ HOPPER_BIASES = (
         before="if constexpr (kLagWithBias) StartSums(sums, n);",
         after="",
         instances=EXTRAS_FORWARD,
-        cases=("bias-lines-3-jump-2000", "bias-lines-6-jump-2000", "bias-lines-6-jump-200"),
+        cases=("bias-lines-6-jump-keys",),
     ),
     Mutation(
         name="hopper-dropout-parity",

@@ -42,8 +42,22 @@ def _seeds(regimes: str) -> int:
     return int(last) - int(first) + 1
 
 
+def _gist(output: str) -> str:
+    """What a program says of its failure: the comparisons that failed, the seed that they are of, and the end."""
+    lines = output.splitlines()
+    kept, seed = [], ""
+    for i, line in enumerate(lines):
+        if line.startswith(" seed "):
+            seed = line
+        if "<-- FAILED" in line:
+            kept += [seed, *lines[i : i + 2]]
+            seed = ""
+    told = "\n".join(line for line in kept[:30] if line)
+    return f"{told}\n[...]\n{output[-400:]}" if told else output[-400:]
+
+
 def _each(commands: Iterable[list[str]], jobs: int, seconds: float, note: Note = unheard) -> Iterator[tuple[int, str]]:
-    """Exit status and end of the output of each, some beside each other; -1 for one that hung."""
+    """Exit status and gist of the output of each, some beside each other; -1 for one that hung."""
     commands = list(commands)
 
     def one(command: list[str]) -> tuple[int, str]:
@@ -51,7 +65,7 @@ def _each(commands: Iterable[list[str]], jobs: int, seconds: float, note: Note =
             result = subprocess.run(command, capture_output=True, text=True, timeout=seconds, check=False)
         except subprocess.TimeoutExpired:
             return -1, f"not done after {seconds:.0f} s"
-        return result.returncode, (result.stdout + result.stderr)[-400:]
+        return result.returncode, _gist(result.stdout + result.stderr)
 
     with ThreadPoolExecutor(jobs) as pool:
         for i, outcome in enumerate(pool.map(one, commands)):
@@ -85,7 +99,8 @@ def check_cases(settings: Settings, clock: Clock, implementation: str, note: Not
     def check(title: str, some: list[str], detail: str) -> Check:
         wrong = [n for n in some if outcomes[n][0]]
         if wrong:
-            detail = f"{len(wrong)} of {len(some)} programs of {detail}: {wrong[0]}: {outcomes[wrong[0]][1]}"
+            told = "; ".join(f"{n}: {outcomes[n][1]}" for n in wrong[:4])
+            detail = f"{len(wrong)} of {len(some)} programs of {detail}: {told}"
         return judged(title, not wrong, detail)
 
     limits = "bit-equal on 1, 2, 3, 7 and all multiprocessors"
