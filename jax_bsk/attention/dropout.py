@@ -109,7 +109,11 @@ def dense_factors(keys: jax.Array, q_len: int, kv_len: int, threshold: int, dtyp
 
 
 def _product(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The low and the high word of x y, by products of 16 bits: without x64 JAX has no integers of 64."""
+    """The low and the high word of x y, by products of 16 bits: without x64 JAX has no integers of 64.
+
+    `jax.lax.mulhi` would be the high one, but XLA of jax 0.10.2 and 0.11.2 cannot compile it in a program that is
+    sharded over two GPUs ("Unable to convert MHLO to StableHLO").
+    """
     half, low_bits = np.uint32(16), np.uint32(0xFFFF)
     x_low, x_high, y_low, y_high = x & low_bits, x >> half, y & low_bits, y >> half
     middle = x_high * y_low + (x_low * y_low >> half)

@@ -221,7 +221,7 @@ bool RunInstance(const Instance& instance) {
 // are there reads others. (Those of smaller problems come from L2, and between short rows there is time: they are there
 // without a wait.)
 // In one page per sequence, which the copy engine reads; and in two pages whose size is no multiple of 8, of which the
-// threads copy the rows. (In many small ones they look for the rows so long that the copies are there without a wait.)
+// threads copy the rows. (In pages of four, kernels without a wait passed.)
 struct FarCase {
   const char* name;
   int64_t pages, page_size;
