@@ -88,13 +88,16 @@ def random_pairs(rng: random.Random) -> list[tuple[int, ...]]:
 
 # Of 96 dimensions the rings are those of 128, and of one consumer those of 64: `test_shapes_stand_for_all`.
 # With extras the first product of a tile does not run under the output of the one before.
-FORWARD_SHAPES = [(64, 2), (64, 1), (128, 2), (256, 2), (256, 1), (64, 2, True), (64, 1, True), (128, 2, True)]
+FORWARD_SHAPES = [
+    (64, 2), (64, 1), (128, 2), (256, 2), (256, 1),
+    (64, 2, True), (64, 1, True), (128, 2, True), (256, 2, True), (256, 1, True),
+]  # fmt: skip
 ALL_FORWARD_SHAPES = list(itertools.product((64, 96, 128, 256), (1, 2), (False, True)))
 
 
 def forward_rings(dim: int, consumers: int, extras: bool = False) -> tuple:
     model = Forward(dim, consumers, extras)
-    return (consumers, model.full_key.size, model.full_value.size, model.overlap, model.in_registers)
+    return (consumers, model.full_key.size, model.full_value.size, model.overlap, model.in_registers, model.helpers)
 
 
 def test_shapes_stand_for_all():
@@ -306,6 +309,7 @@ FORWARD_MISTAKES = [
     ((128, 2), "steps have as many entries as there are buffers of keys", OVERWRITTEN),
     ((64, 1), "values are used before they are clean", STALE),
     ((128, 2), "headers are released before the tile is stored", OVERWRITTEN),
+    ((128, 2, True), "helpers announce biases before they have written them", STALE),
 ]
 
 

@@ -3,8 +3,9 @@
 //
 // A logit with a bias is x' = BiasedLogit(x, bias, BiasFactor(map)) in the units of LogitMap, and goes through
 // fmaf(x', map.multiplier, -shift) as x alone does. Forward and backward use one formula: where logits are large,
-// another order of roundings would change probabilities. (Hopper's add the products to the bias in both.) The soft
-// cap's slope is that of x, without the bias.
+// another order of roundings would change probabilities. (Hopper's differ in the last bits of a large bias: the forward
+// has lines among the products and adds what is read to them, the backward adds the products to both.) The soft cap's
+// slope is that of x, without the bias.
 #pragma once
 
 #include <cstdint>

@@ -98,7 +98,20 @@ __device__ __forceinline__ float ReadGate(const void* gates, int index) {
 // ahead, so that no step waits for global memory.
 //
 // `list` and `tiles` are kernel parameters: read again where they are needed, they cost no registers.
-template <int kTile>
+//
+// Order: whether the walk is from the row's beginning to its end or the other way round. In kernel parameters, it costs
+// no register either.
+struct FromBeginning {
+  __device__ __forceinline__ constexpr int64_t Step() const { return 1; }
+  __device__ __forceinline__ constexpr int FromEnd() const { return 0; }
+};
+struct EitherWay {
+  const int64_t& step;  // 1 or -1
+  const int& from_end;  // 0 or 1
+  __device__ __forceinline__ int64_t Step() const { return step; }
+  __device__ __forceinline__ int FromEnd() const { return from_end; }
+};
+template <int kTile, typename Order = FromBeginning>
 class BlockWalker {
  public:
   __device__ BlockWalker(const BlockList& list, const BitTiles& tiles, int batch, int head, int row, int block,
@@ -107,9 +120,10 @@ class BlockWalker {
     Restart(batch, head, row);
   }
 
-  // At the beginning of a row found before.
-  __device__ BlockWalker(const BlockList& list, const BitTiles& tiles, const ListRow& row, int block, int limit)
-      : list_(list), tiles_(tiles), block_(block), limit_(limit), offset_(block) {
+  // At the beginning of a row found before, or at its end.
+  __device__ BlockWalker(const BlockList& list, const BitTiles& tiles, const ListRow& row, int block, int limit,
+                         Order order = {})
+      : list_(list), tiles_(tiles), order_(order), block_(block), limit_(limit), offset_(block) {
     Restart(row);
   }
 
@@ -117,7 +131,7 @@ class BlockWalker {
   __device__ void Restart(int batch, int head, int row) { Restart(FindRow(list_, batch, head, row)); }
   __device__ void Restart(const ListRow& row) {
     left_ = row.length;
-    position_ = row.begin;
+    position_ = row.begin + order_.FromEnd() * (row.length - 1);
     offset_ = block_;
     LoadEntry();
   }
@@ -143,7 +157,8 @@ class BlockWalker {
           continue;
         }
       }
-      step = {start_ + offset_, offset_, tile_};
+      const int offset = order_.FromEnd() ? block_ - kTile - offset_ : offset_;
+      step = {start_ + offset, offset, tile_};
       offset_ += kTile;
       if (step.start < limit_) return true;
     }
@@ -152,19 +167,22 @@ class BlockWalker {
   __device__ bool poisoned() const { return left_ < 0; }
 
   // The position of the last step's entry in the list's arrays.
-  __device__ __forceinline__ int64_t position() const { return left_ > 0 ? position_ - 2 : position_ - 1; }
+  __device__ __forceinline__ int64_t position() const {
+    return position_ - (left_ > 0 ? 2 * order_.Step() : order_.Step());
+  }
 
  private:
   __device__ __forceinline__ void LoadEntry() {
     if (left_ > 0) {
       next_id_ = __ldg(list_.ids + position_);
       next_tile_ = __ldg(list_.tiles + position_);
-      ++position_;
+      position_ += order_.Step();
     }
   }
 
   const BlockList& list_;
   const BitTiles& tiles_;
+  Order order_{};
   int block_, limit_;
   int64_t position_;  // of the entry after the next
   int left_;          // entries not yet taken; -1 = poisoned

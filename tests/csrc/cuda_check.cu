@@ -54,9 +54,10 @@ struct Case {
   bool lengths = false, sinks = false, per_head = false, per_batch = false, gates = false;
   float scale = 0.f, soft_cap = 0.f;  // scale 0: 1 / sqrt(head_dim)
   Fault fault = Fault::kNone;
-  float amplitude = 1.f;  // of the queries
-  float jump = 0.f;       // added to the logits of two keys in the middle and near the end, see RunCase
-  int jump_keys = 1;      // or of two runs of so many
+  float amplitude = 1.f;   // of the queries
+  float jump = 0.f;        // added to the logits of two keys in the middle and near the end, see RunCase
+  int jump_keys = 1;       // or of two runs of so many
+  bool jump_back = false;  // near the beginning instead of the end: with a bias by distance the last keys come first
   uint32_t seed = 1234;
   int copies = 1;  // of every example: more tiles, the same reference
   // Terms of the bias: -1 for none, else which of their dimensions are not 1, as sums of
@@ -729,7 +730,7 @@ bool RunCase(Case c) {
       for (int k = 0; k < K; ++k) {
         for (int i = 0; i < c.jump_keys; ++i) {
           key[((size_t(b) * S + S / 2 + i) * K + k) * D] = c.jump / scale;
-          key[((size_t(b) * S + S - 3 - i) * K + k) * D] = 2 * c.jump / scale;
+          key[((size_t(b) * S + (c.jump_back ? 2 + i : S - 3 - i)) * K + k) * D] = 2 * c.jump / scale;
         }
       }
   }
@@ -1435,13 +1436,14 @@ std::vector<Case> Cases() {
     for (const int kind : {3, 6}) {
       biased("lines-" + std::to_string(kind) + "-jump-" + std::to_string(jump), [&](Case& c) {
         c.distances = kN, c.distance_kind = kind, c.jump = static_cast<float>(jump), c.pattern = P::kFull;
+        c.jump_back = kind == 6;
         c.q_len = 400, c.kv_len = 900;
         if (jump == 200) c.block_q = c.block_kv = 128, c.head_dim = c.value_dim = 128;
       });
     }
   // Many keys share a row's largest logits, so that what their biases are to each other can be seen.
   biased("lines-6-jump-keys", [&](Case& c) {
-    c.distances = kN, c.distance_kind = 6, c.jump = 200.f, c.jump_keys = 50, c.pattern = P::kFull;
+    c.distances = kN, c.distance_kind = 6, c.jump = 200.f, c.jump_keys = 50, c.pattern = P::kFull, c.jump_back = true;
     c.q_len = 400, c.kv_len = 900;
   });
   biased("lines-terms", [&](Case& c) { all_terms(c), c.distance_kind = 5, c.lengths = true, c.q_len = 700; });

@@ -1,4 +1,5 @@
-"""The pipeline of the Hopper forward, csrc/attention/sm90/fwd_*.cuh: a scheduler, a loader, one or two warpgroups.
+"""The pipeline of the Hopper forward, csrc/attention/sm90/fwd_*.cuh: a scheduler, a loader, one or two warpgroups, and
+with extras two helpers.
 
 An item is a `Tile` of queries as one CTA meets them, whoever handed them out: the counter of persistent CTAs, or the
 launch, of one tile a CTA. The end marker follows the last.
@@ -53,6 +54,7 @@ MISTAKES = (
     "steps have as many entries as there are buffers of keys",
     "values are used before they are clean",
     "headers are released before the tile is stored",
+    "helpers announce biases before they have written them",
 )
 
 
@@ -68,6 +70,7 @@ class Forward(Model):
             FORWARD, "ForwardConfig", **arguments, kFeatures=int(extras), kPlainExtras=1
         )
         self.consumers = consumers
+        self.helpers = constants["kHelperWarps"]
         self.overlap, self.in_registers = constants["kOverlapTiles"], constants["kQueryInRegisters"]
         assert constants["kWarpgroup"] == 4 * 32
 
@@ -76,6 +79,7 @@ class Forward(Model):
 
         self.full_header, self.empty_header = barriers("full_header", "tiles"), barriers("empty_header", "tiles")
         self.full_query, self.empty_query = barriers("full_query", "live"), barriers("empty_query", "live")
+        self.full_step = barriers("full_step", "steps")
         self.full_key, self.empty_key = barriers("full_key", "steps"), barriers("empty_key", "steps")
         self.full_value, self.empty_value = barriers("full_value", "steps"), barriers("empty_value", "steps")
         self.tail_value = barriers("tail_value", "cuts")
@@ -91,12 +95,16 @@ class Forward(Model):
         if mistake == "steps have as many entries as there are buffers of keys":
             entries //= 2
         self.steps = Memory("steps", entries, "steps")  # and the gates
+        # What helpers write for a warpgroup: its biases, and their lines' rows, which products read.
+        self.biases = [Memory(f"biases {g}", entries, "steps") for g in range(consumers)]
+        self.ramp = [Memory(f"ramp {g}", self.full_key.size, "steps") for g in range(consumers)]
         self.inexact_tiles = Memory("inexact_tiles", 1, "none")
 
     def agents(self, items: Sequence, ended: bool) -> Sequence[Agent]:
         agents: list[_ForwardAgent] = [_Scheduler(self, items, ended), _Loader(self, items, ended)]
         for group in range(self.consumers):
             agents += [_Consumer(self, items, ended, group, warp) for warp in range(MODELLED_WARPS)]
+        agents += [_Helper(self, items, ended, number) for number in range(self.helpers)]
         for agent in agents:
             agent.write_program()
         return agents
@@ -187,6 +195,8 @@ class _Loader(_ForwardAgent):
         model, step = self.model, self.step
         self.wait(model.empty_key, step - model.empty_key.size)
         self.write(model.steps, step)
+        if model.helpers:
+            self.arrive(model.full_step, step)
         self.expect(model.full_key, step)
         self.arrive(model.full_key, step)
         self.copy([(model.key, step)], (model.full_key, step))
@@ -212,6 +222,44 @@ class _Loader(_ForwardAgent):
         self.write(model.value, step)
         if model.mistake != "values are used before they are clean":
             self.arrive(model.full_value, step)
+
+
+class _Helper(_ForwardAgent):
+    """A warp that finds the biases of a warpgroup."""
+
+    def __init__(self, model: Forward, items: Sequence, ended: bool, number: int):
+        super().__init__(model, items, ended, f"helper {number}")
+        self.number = number
+        self.at = 0
+
+    def run(self):
+        """`ForwardHelper::Run` and `FindDense` in fwd_helper.cuh."""
+        model, number = self.model, 0
+        while True:
+            self.wait(model.full_header, number)
+            self.read(model.headers, number)
+            tile = self.item(number)
+            if tile is None:
+                return
+            self.arrive(model.empty_header, number)
+            for _ in range(tile.steps):
+                self.find_step()
+            number += 1
+
+    def find_step(self):
+        """`ForwardHelper::Step`, `WriteBiases` and `WriteRows` in fwd_helper.cuh."""
+        model, step = self.model, self.at
+        early = model.mistake == "helpers announce biases before they have written them"
+        self.wait(model.full_step, step)
+        self.read(model.steps, step)
+        if early:
+            self.arrive(model.full_key, step)
+        if self.number < model.consumers:
+            self.write(model.biases[self.number], step)
+            self.write(model.ramp[self.number], step)
+        if not early:
+            self.arrive(model.full_key, step)
+        self.at += 1
 
 
 class _Consumer(_ForwardAgent):
@@ -250,13 +298,11 @@ class _Consumer(_ForwardAgent):
     # ---- Stages of a tile
 
     def first_step(self, tile: int):
-        """`ForwardConsumer::FirstStep`, `StartDropout` and `FindKept` in fwd_consumer.cuh."""
+        """`ForwardConsumer::FirstStep` in fwd_consumer.cuh."""
         model = self.model
         self.wait_for_first_operands(tile)
-        self.begin_read(model.key, self.step)
+        self.begin_keys()
         self.read(model.query, self.live + 1)
-        self.read(model.headers, tile)  # for dropout
-        self.read(model.steps, self.step)
         self.start_tile(tile)
 
     def middle_step(self):
@@ -264,7 +310,7 @@ class _Consumer(_ForwardAgent):
         model, step = self.model, self.step
         self.wait(model.full_key, step)
         self.take_turn()
-        self.begin_read(model.key, step)
+        self.begin_keys()
         if not model.in_registers:
             self.begin_read(model.query, self.live)
         self.wait(model.full_value, step - 1)
@@ -312,7 +358,7 @@ class _Consumer(_ForwardAgent):
         self.wait(model.full_value, self.step - 1)
         self.take_turn()
         self.begin_read(model.value, self.step - 1)
-        self.begin_read(model.key, self.step)
+        self.begin_keys()
         self.begin_read(model.query, self.live + 1)
         self.pass_turn()
         self.release_values()
@@ -363,7 +409,7 @@ class _Consumer(_ForwardAgent):
             self.release(self.model.empty_query, self.live)
 
     def start_tile(self, tile: int):
-        """`ForwardConsumer::StartTile` and `LoadQueries` in fwd_consumer.cuh."""
+        """`ForwardConsumer::StartTile`, `LoadQueries`, `StartDropout` and `FindKept` in fwd_consumer.cuh."""
         model = self.model
         self.tile, self.live, self.left = tile, self.live + 1, self.items[tile].steps - 1
         self.context = (("tiles", tile), ("steps", self.step + self.left))
@@ -377,12 +423,17 @@ class _Consumer(_ForwardAgent):
                 self.release(model.empty_query, self.live)
         self.read(model.steps, self.step)  # flags
         self.softmax()
-        self.read(model.steps, self.step)  # the gates
+        self.read(model.headers, tile)  # for dropout
+        self.read(model.steps, self.step)  # the gates, for dropout
         self.step += 1
 
     def softmax(self):
-        """`ForwardConsumer::Softmax` and `ApplyMask` in fwd_consumer.cuh: behind the product; releases the keys."""
+        """`ForwardConsumer::Softmax`, `AddBias` and `ApplyMask` in fwd_consumer.cuh: behind the product; releases the
+        keys."""
         model = self.model
+        if model.helpers:
+            self.read(model.biases[self.group], self.step)
+            self.end_read(model.ramp[self.group], self.step)
         if model.mistake == "keys are released before the mask is read":
             self.release(model.empty_key, self.step)
             self.read(model.steps, self.step)
@@ -393,9 +444,17 @@ class _Consumer(_ForwardAgent):
         self.release(model.empty_key, self.step)
 
     def catch_up(self):
-        """`ForwardConsumer::CatchUp`, `LoadOperands` and `KeepProbabilities` in fwd_consumer.cuh: the keys are gone."""
+        """`ForwardConsumer::CatchUp`, `AddLines`, `LoadOperands` and `KeepProbabilities` in fwd_consumer.cuh: behind the
+        release of the keys."""
         self.read(self.model.steps, self.step)
+        if self.model.helpers:
+            self.read(self.model.biases[self.group], self.step)
         self.read(self.model.headers, self.tile)
+
+    def begin_keys(self):
+        self.begin_read(self.model.key, self.step)
+        if self.model.helpers:
+            self.begin_read(self.model.ramp[self.group], self.step)
 
     def release_values(self):
         self.end_read(self.model.value, self.step - 1)

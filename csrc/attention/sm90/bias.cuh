@@ -53,11 +53,16 @@ struct BiasLines {
   int of_table, zero;
 };
 
+// The index of the line of the 64 queries from `query` on and the first 64 keys. Each 64 keys more add 1.
+// There are fewer than 2^31 lines: the numbers of so many would take 500 GB.
+__device__ __forceinline__ int LineIndex(const BiasLines& lines, const Bias& bias, int batch, int head, int query) {
+  const int table = static_cast<int>(lists::TableIndex(bias.distances_batch, bias.distances_heads, batch, head));
+  return table * lines.of_table + lines.zero - query / 64;
+}
 // The line of the 64 queries and the 64 keys from `query` and `key` on. One that is read past the end is of no pair.
 __device__ __forceinline__ float2 FindBiasLine(const BiasLines& lines, const Bias& bias, int batch, int head, int query,
                                                int key) {
   if (lines.lines == nullptr) return {0.f, device::QuietNan()};
-  // There are fewer than 2^31: the numbers of so many would take 500 GB.
   const int table = static_cast<int>(lists::TableIndex(bias.distances_batch, bias.distances_heads, batch, head));
   const int number = min(max((key - query) / 64 + lines.zero, 0), lines.of_table - 1);
   return __ldg(lines.lines + (table * lines.of_table + number));
@@ -82,6 +87,11 @@ struct LinePairs {
   __device__ __forceinline__ void Set(float (&x)[kCount]) const {
 #pragma unroll
     for (int i = 0; i < 32; ++i) x[kFirst + i] = (*this)(i / 4, i % 4);
+  }
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void Add(float (&x)[kCount]) const {
+#pragma unroll
+    for (int i = 0; i < 32; ++i) x[kFirst + i] += (*this)(i / 4, i % 4);
   }
 };
 template <int kFirst, int kCount>
@@ -172,7 +182,7 @@ __device__ __forceinline__ void AddBiasTile(float (&x)[kCount], const BiasTermVi
             const float2 pair = LoadBiasPair(own + 8 * n);
             add(n, half, 0, pair.x);
             add(n, half, 1, pair.y);
-            if (n % 4 == 3) device::sm90::Pin(x);
+            if (n == 7 && half == 1) device::sm90::Pin(x);  // what is waited for is waited for once for all of them
           }
         } else {
 #pragma unroll

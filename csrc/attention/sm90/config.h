@@ -54,8 +54,10 @@ struct ForwardConfig : FeaturesConfig<kFeatures> {
   // Queries as register operands: a quarter less shared memory traffic, +3 to 4.5 % (H200).
   static constexpr bool kQueryInRegisters = kDim <= 128;
   // With queries in registers their buffer is free for the next tile's, whose first product then runs during this one's
-  // epilogue. (What that product is added to, a bias, would spill there.)
+  // epilogue. (Not with extras: there it gained nothing.)
   static constexpr bool kOverlapTiles = kQueryInRegisters && kFeatures != Features::kPlainExtras;
+  // Warps of the producer's warpgroup that have nothing else to do, and find what a step adds and drops.
+  static constexpr int kHelperWarps = kFeatures == Features::kPlainExtras ? 2 : 0;
   static constexpr int kCtas = kFeeder ? 3 : kConsumers == 2 || kDim > 128 ? 1 : 2;  // a multiprocessor
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;
   // The producer is two warps, in a warpgroup of their own because registers move between warpgroups; or the feeder.
@@ -72,7 +74,9 @@ template <typename Config>
 constexpr int ForwardSharedBytes() {
   constexpr int kRow = Config::kChunks * kChunk * 2;
   return Config::kTileQ * kRow + (Config::kKeyStages + Config::kValueStages) * Config::kTileKv * kRow +
-         Config::kKeyStages * Config::kTileQ * 16 + (Config::kFeeder ? 2048 : 1024);
+         Config::kKeyStages * Config::kTileQ * 16 +
+         (Config::kExtras ? 2 * Config::kKeyStages * Config::kTileQ * 16 + Config::kTileKv * 32 + 1024 : 0) +
+         (Config::kFeeder ? 2048 : 1024);
 }
 
 // The backward. One persistent CTA a multiprocessor; two consumer warpgroups, and one of four producer warps. A CTA

@@ -8,6 +8,7 @@
 #include "attention/sm90/bias_lines.h"
 #include "attention/sm90/fwd_consumer.cuh"
 #include "attention/sm90/fwd_feeder.cuh"
+#include "attention/sm90/fwd_helper.cuh"
 #include "attention/sm90/fwd_producer.cuh"
 #include "attention/sm90/tensor_map.h"
 #include "device/ptx/bulk_copy.cuh"
@@ -23,6 +24,7 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / kWarpgroup, 0);  // uniform, and known to be
 
   if (threadIdx.x == 0) shared.Init();
+  if constexpr (Config::kExtras) shared.ramp.Init();
   if (threadIdx.x == Config::kConsumerThreads) {
     for (const CUtensorMap* map : {&plan.query, &plan.key, &plan.value}) {
       device::sm90::PrefetchTensorMap(*map);
@@ -43,6 +45,8 @@ __global__ void __launch_bounds__(Config::kThreads, Config::kCtas)
       ForwardScheduler<Config>(shared, params, plan).Run();
     } else if (warp == 1) {
       ForwardLoader<Config>(shared, params, plan).Run();
+    } else if constexpr (Config::kExtras) {
+      ForwardHelper<Config>(shared, params, plan, warp - 2).Run();
     }
   } else {
     if constexpr (Config::kMoveRegisters) device::sm90::RaiseRegisters<Config::kConsumerRegisters>();
@@ -65,6 +69,8 @@ cudaError_t LaunchForward(const ForwardParams& params, int32_t* workspace, int m
   plan.inexact_tiles = workspace + 1;
   plan.logits = LogitMap(params.scale, params.soft_cap);
   plan.bias_factor = device::kLog2E / plan.logits.multiplier;
+  plan.from_end = Config::kExtras && params.bias.distances != nullptr;
+  plan.walk_step = plan.from_end ? -1 : 1;
   plan.kept_scale = Drops(params.dropout) ? DropoutScale(params.dropout.threshold) : 1.f;
   const bool encoded =
       MakeTensorMap(params.dtype, params.query, shape.batch, shape.q_len, shape.heads, shape.head_dim, Config::kTileQ,

@@ -32,6 +32,7 @@ namespace jax_bsk::attention::cuda::sm90 {
 //          <-- query ------------------------------------- in registers; at 256 dimensions: after the last Q K^T
 //                                key n ==================> Q K^T of step n, its flags, bit tile and gate
 //                                      <-- key n --------- mask of step n is applied
+//                                (biases n, with kExtras: ForwardHelper) > as key n, of whose phase they are a part
 //                                value n (after key n+1) > P V of step n, issued during step n+1
 //                                      <-- value n ------- P V of step n is done
 //
@@ -42,6 +43,9 @@ namespace jax_bsk::attention::cuda::sm90 {
 //   issue          Q K^T n ---------------.       P V n-1 -------------------------.   pass the turn
 //   compute                               '-> softmax n, release key n (P V runs)  '-> release value n-1, rescale O,
 //                                                                                      P n to 16 bits
+//
+// With kExtras two helper warps (fwd_helper.cuh) get the loader's message of step n by full_step n, find its biases,
+// and arrive at full_key n.
 //
 // Where there is a feeder (fwd_feeder.cuh), one warp is scheduler and loader, and headers have no barriers: a header is
 // there with the keys of its tile's first step.
@@ -87,13 +91,8 @@ class ForwardConsumer {
   // Named barriers: one a warpgroup for its turn at the tensor cores, one for all at the end.
   static constexpr int kTurn = 1, kMeeting = 3;
   static constexpr bool kTakeTurns = Config::kConsumers == 2;
-  // True if references may lag (fwd_softmax.cuh): with a bias, at steps where StartLogits has not found it steep.
+  // True if references may lag (fwd_softmax.cuh): with a bias, at steps without StepBias::kRaise.
   static constexpr bool kLazy = Config::kPlain;
-  // In units of log2: what a bias may gain from a step to the next without being called steep. A reference of lagging
-  // rows is raised once it is behind by more than RowSoftmax::kSlack, 2^10.
-  static constexpr float kSteep = 2.f;
-  // False where registers are short (one would spill): every bias is then as good as steep.
-  static constexpr bool kLagWithBias = Config::kExtras && (kDim != 96 || Config::kConsumers == 2);
 
   using Headers = Ring<Shared::kHeaders>;
 
@@ -103,20 +102,13 @@ class ForwardConsumer {
   __device__ __forceinline__ void FirstStep(Headers tile) {
     float logits[kLogits];
     WaitForFirstOperands(tile);
-    StartLogits(logits);
     device::sm90::FenceProducts();
     MultiplySharedQueries(logits);
+    MultiplyLines(logits);
     device::sm90::CommitProducts();
-    KeptPairs kept;
-    if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) {
-        StartDropout(shared_.headers[tile.Stage()]);
-        FindKept(kept);
-      }
-    }
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(logits);
-    StartTile(logits, kept);
+    StartTile(tile, logits);
   }
 
   // One step in the middle: Q K^T of this step and P V of the step before are in flight together, and this step's
@@ -124,7 +116,6 @@ class ForwardConsumer {
   __device__ __forceinline__ void Step() {
     float logits[kLogits];
     device::sm90::Wait(shared_.full_key[Keys().Stage()], Keys().Full());
-    const bool steep = StartLogits(logits);
     TakeTurn();
     device::sm90::Pin(out_);
     device::sm90::Pin(probs_);
@@ -134,6 +125,7 @@ class ForwardConsumer {
     } else {
       MultiplySharedQueries(logits);
     }
+    MultiplyLines(logits);
     device::sm90::CommitProducts();
     device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
     device::sm90::FenceProducts();
@@ -141,10 +133,11 @@ class ForwardConsumer {
     device::sm90::CommitProducts();
     PassTurn();
     flags_ = ReadShared(shared_.Step(step_).flags);
-    const bool raise = steep || softmax_.Fresh();
-    KeptPairs kept;
+    if constexpr (Config::kExtras) read_ = ReadShared(StepBiases().read[group_]);
+    const bool raise = softmax_.Fresh();
+    KeptPairs kept{};  // else those of the step before would be kept for no one
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) FindKept(kept);
+      if (DropsHere()) FindKept(kept);
     }
 
     device::sm90::WaitForProducts<1>();
@@ -187,7 +180,6 @@ class ForwardConsumer {
     }
     WaitForFirstOperands(next);
     float logits[kLogits];
-    StartLogits(logits);
     device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
     TakeTurn();
     device::sm90::Pin(out_);
@@ -196,6 +188,7 @@ class ForwardConsumer {
     MultiplyValues();
     device::sm90::CommitProducts();
     MultiplySharedQueries(logits);
+    MultiplyLines(logits);
     device::sm90::CommitProducts();
     PassTurn();
     device::sm90::WaitForProducts<1>();
@@ -204,7 +197,7 @@ class ForwardConsumer {
     StoreTile(tile, poisoned);
     device::sm90::WaitForProducts<0>();
     device::sm90::Pin(logits);
-    StartTile(logits, KeptPairs{});
+    StartTile(next, logits);
     return true;
   }
 
@@ -264,15 +257,24 @@ class ForwardConsumer {
   }
 
   // After the first product of a tile.
-  __device__ __forceinline__ void StartTile(float (&logits)[kLogits], const KeptPairs& kept) {
+  __device__ __forceinline__ void StartTile(Headers tile, float (&logits)[kLogits]) {
     if constexpr (Config::kQueryInRegisters) LoadQueries();
     flags_ = ReadShared(shared_.Step(step_).flags);
-#pragma unroll
-    for (int i = 0; i < kOut; ++i) out_[i] = 0.f;
+    if constexpr (Config::kExtras) read_ = ReadShared(StepBiases().read[group_]);
     softmax_.Clear();
     float rescale[2];
     bool lags;
     Softmax(logits, true, rescale, lags);
+#pragma unroll
+    for (int i = 0; i < kOut; ++i) out_[i] = 0.f;
+    KeptPairs kept{};  // else those of the step before would be kept for no one
+    if constexpr (Config::kExtras) {
+      if (DropsHere()) {
+        device::sm90::Pin(logits);
+        StartDropout(shared_.headers[tile.Stage()]);
+        FindKept(kept);
+      }
+    }
     KeepProbabilities(logits, kept);
     ++step_;
   }
@@ -312,11 +314,7 @@ class ForwardConsumer {
     using device::sm90::FullDescriptor;
     const uint32_t query = device::sm90::TileDescriptor(shared_.query) + group_ * kWarpgroupRows * 128 / 16;
     const uint32_t key = device::sm90::TileDescriptor(shared_.key[Keys().Stage()]);
-    if constexpr (Config::kExtras) {
-      Logits::Shared(logits, FullDescriptor(query), FullDescriptor(key));
-    } else {
-      Logits::Overwrite(logits, FullDescriptor(query), FullDescriptor(key));
-    }
+    Logits::Overwrite(logits, FullDescriptor(query), FullDescriptor(key));
 #pragma unroll
     for (int k = 1; k < kDim / 16; ++k) {
       Logits::Shared(logits, FullDescriptor(query + KeyStep(k, kTileQ)), FullDescriptor(key + KeyStep(k, kTileKv)));
@@ -325,14 +323,17 @@ class ForwardConsumer {
   __device__ __forceinline__ void MultiplyRegisterQueries(float (&logits)[kLogits]) {
     using device::sm90::FullDescriptor;
     const uint32_t key = device::sm90::TileDescriptor(shared_.key[Keys().Stage()]);
-    if constexpr (Config::kExtras) {
-      Logits::Registers(logits, query_, FullDescriptor(key));
-    } else {
-      Logits::OverwriteRegisters(logits, query_, FullDescriptor(key));
-    }
+    Logits::OverwriteRegisters(logits, query_, FullDescriptor(key));
 #pragma unroll
     for (int k = 1; k < kDim / 16; ++k) {
       Logits::Registers(logits, query_ + 4 * k, FullDescriptor(key + KeyStep(k, kTileKv)));
+    }
+  }
+  // Biases on lines are 16 more columns of queries and keys: see BiasRamp.
+  __device__ __forceinline__ void MultiplyLines(float (&logits)[kLogits]) {
+    if constexpr (Config::kExtras) {
+      const auto& ramp = shared_.ramp;
+      device::sm90::Multiply<device::BFloat16, kTileKv>::Shared(logits, ramp.Rows(Keys().Stage(), group_), ramp.Keys());
     }
   }
   __device__ __forceinline__ void MultiplyValues() {
@@ -351,11 +352,11 @@ class ForwardConsumer {
 #pragma unroll
       for (int i = 0; i < kLogits; ++i) x[i] = plan_.logits(x[i]);
     }
-    bool raised = !kLazy || raise;
-    if (flags_ & StepInfo::kMasked) {
-      ApplyMask(x);
-      raised = true;
+    const bool raised = !kLazy || raise || flags_ & StepInfo::kMasked || (Config::kExtras && read_ != 0);
+    if constexpr (Config::kExtras) {
+      if (read_ & (StepBias::kRaise - 1)) AddBias(x);
     }
+    if (flags_ & StepInfo::kMasked) ApplyMask(x);
     Release(shared_.empty_key[Keys().Stage()]);
     if (raised) {
       softmax_.RaiseToLogits(x, plan_.logits.multiplier, rescale);
@@ -375,6 +376,7 @@ class ForwardConsumer {
     } else {
       float again[kLogits];
       RecomputeProducts(again);
+      if constexpr (Config::kExtras) AddLines(again);
       softmax_.RaiseToLogits(again, plan_.logits.multiplier, rescale);
       softmax_.Exponentials(again, plan_.logits.multiplier, total);
       KeepProbabilities(again, kept);
@@ -388,68 +390,33 @@ class ForwardConsumer {
     for (int i = 0; i < kOut; ++i) out_[i] *= factor[i % 4 / 2];
   }
 
-  // What the products of a step are added to: its biases, in their units, or nothing. Before the products the logits'
-  // own registers take what is loaded: a bias by distance that is read costs 1.9 times a causal call without one, 2.2
-  // behind them (H200, 128 dimensions). Returns whether it may gain so much from step to step that references are to
-  // follow: of what is read nothing is known. (Without a bias the first product could overwrite x, but with a predicate
-  // that is known at run time alone ptxas spills and serialises the products.)
-  __device__ __forceinline__ bool StartLogits(float (&x)[kLogits]) {
-    if constexpr (Config::kExtras) {
-      int found = params_.bias.dense != nullptr || params_.bias.tiles != nullptr ? kBiasOther : 0;
-      if (params_.bias.distances != nullptr) {
-        found |= SetBiasLines(x);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kLogits; ++i) x[i] = 0.f;
-      }
-      if (found & ~kBiasSteep) AddBias(x, found);
-      device::sm90::Pin(x);
-      return kLagWithBias ? found != 0 : HasBias(params_.bias);
-    }
-    return false;
+  __device__ __forceinline__ const StepBias& StepBiases() const {
+    return shared_.biases[step_ % (2 * Shared::kKeyStages)];
   }
-  // What a step has beside gentle lines: pieces, a bit each, whose biases by distance are to be read, other terms, or a
-  // line that is steep.
-  static constexpr int kBiasOther = 1 << kMaxPieces, kBiasSteep = kBiasOther << 1;
-
   // The header of the tile of the step that is about to start.
   __device__ __forceinline__ const TileHeader& NextHeader(const StepInfo& info) const {
     const Headers place{static_cast<uint32_t>(ReadShared(info.flags)) >> StepInfo::kHeader};
     return shared_.headers[place.Stage()];
   }
 
-  // Biases by distance where they lie on lines, 0 elsewhere; returns what is left, and whether a line is steep.
-  __device__ __forceinline__ int SetBiasLines(float (&x)[kLogits]) {
-    const StepInfo& info = shared_.Step(step_);
-    const TileHeader& tile = NextHeader(info);
-    const int query = tile.q_start + group_ * kWarpgroupRows;
-    int found = 0;
+  // Adds the biases that lie on lines to products that were computed once more.
+  __device__ __forceinline__ void AddLines(float (&x)[kLogits]) {
+    if (params_.bias.distances == nullptr) return;
 #pragma unroll
     for (int piece = 0; piece < kTileKv / 64; ++piece) {
-      const float2 line =
-          FindBiasLine(plan_.bias_lines, params_.bias, tile.batch, tile.head, query, ReadShared(info.start[piece]));
-      if (IsBiasLine(line)) {
-        if (fabsf(line.y) > kSteep / (device::kLog2E * kTileKv)) found |= kBiasSteep;
-        const auto pairs = LinePairs::Of<false>(line, RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor);
-        if (piece == 0) {
-          pairs.template Set<0>(x);
-        } else {
-          pairs.template Set<kLogits - 32>(x);
-        }
+      const auto pairs =
+          LinePairs::Of<false>(StepBiases().lines[group_][piece], RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor);
+      if (piece == 0) {
+        pairs.template Add<0>(x);
       } else {
-        found |= 1 << piece;
-        if (piece == 0) {
-          SetNoBias<0>(x);
-        } else {
-          SetNoBias<kLogits - 32>(x);
-        }
+        pairs.template Add<kLogits - 32>(x);
       }
+      device::sm90::Pin(x);
     }
-    return found;
   }
 
-  // Adds the terms of the bias that are given, 64 keys at a time; those by distance of the pieces in `found`.
-  __device__ __forceinline__ void AddBias(float (&x)[kLogits], int found) {
+  // Adds the terms of the bias that are given, 64 keys at a time; those by distance where they are not on lines.
+  __device__ __forceinline__ void AddBias(float (&x)[kLogits]) {
     const StepInfo& info = shared_.Step(step_);
     const TileHeader& tile = NextHeader(info);
     const BiasAxis queries{tile.q_start + group_ * kWarpgroupRows, RowOf(Thread()),
@@ -459,8 +426,8 @@ class ForwardConsumer {
       if (!HasTerm(params_.bias, term)) continue;
 #pragma unroll
       for (int piece = 0; piece < kTileKv / 64; ++piece) {
-        if (term == kDistanceTerm && (found >> piece & 1) == 0) continue;
-        const int number = ReadShared(shared_.bias_tiles[step_ % (2 * Shared::kKeyStages)][piece]);
+        if (term == kDistanceTerm && (read_ >> piece & 1) == 0) continue;
+        const int number = ReadShared(StepBiases().tiles[piece]);
         const int start = ReadShared(info.start[piece]);
         const BiasTermView view =
             TermView(params_.bias, params_.shape, term, tile.batch, tile.head, number, tile.q_start, start);
@@ -476,7 +443,13 @@ class ForwardConsumer {
   }
 
   // Dropout does not depend on logits: which pairs of a step stay is found while the step's products run. What is left
-  // for after the softmax, when no product of this warpgroup runs, is to apply it.
+  // for after the softmax, when no product of this warpgroup runs, is to apply it. (In a tile's first step all of it.)
+  // Compared anew each time: as a predicate that is kept it would spill.
+  __device__ __forceinline__ bool DropsHere() const {
+    float scale = plan_.kept_scale;
+    asm volatile("" : "+f"(scale));
+    return scale != 1.f;
+  }
   __device__ __forceinline__ void StartDropout(const TileHeader& tile) {
     const uint32_t head_key = __ldg(params_.dropout.keys + tile.batch * params_.shape.heads + tile.head);
     query_word_ = DropoutQueryWord(head_key, tile.q_start + group_ * kWarpgroupRows + RowOf(Thread()));
@@ -545,7 +518,6 @@ class ForwardConsumer {
 #pragma unroll 1
     for (int n = 0; n < kTileKv / 8; ++n) {
       float sums[4] = {0.f, 0.f, 0.f, 0.f};
-      if constexpr (kLagWithBias) StartSums(sums, n);
 #pragma unroll 1
       for (int k = 0; k < kDim; k += 16) {
         uint32_t a[4], b[2];
@@ -556,19 +528,6 @@ class ForwardConsumer {
       for (int i = 0; i < kLogits; ++i)
         if (i / 4 == n) x[i] = sums[i % 4];
     }
-  }
-
-  // What the products with keys 8 n .. 8 n + 7 are added to. A step whose references lag has its biases on lines, or
-  // none.
-  __device__ __forceinline__ void StartSums(float (&sums)[4], int n) {
-    const StepInfo& info = shared_.Step(step_);
-    const TileHeader& tile = NextHeader(info);
-    const float2 line = FindBiasLine(plan_.bias_lines, params_.bias, tile.batch, tile.head,
-                                     tile.q_start + group_ * kWarpgroupRows, ReadShared(info.start[n / 8]));
-    if (!IsBiasLine(line)) return;
-    const auto pairs = LinePairs::Of<false>(line, RowOf(Thread()), Thread() % 4 * 2, plan_.bias_factor);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) sums[i] = pairs(n % 8, i);
   }
 
   // This thread's part of this warp's queries, and of keys 8 n .. 8 n + 7 of the step: dimensions k .. k + 15.
@@ -610,7 +569,7 @@ class ForwardConsumer {
 #pragma unroll
     for (int i = 0; i < kProbs; ++i) probs_[i] = device::PackPair<Element>(x[2 * i], x[2 * i + 1]);
     if constexpr (Config::kExtras) {
-      if (Drops(params_.dropout)) DropProbabilities(kept);
+      if (DropsHere()) DropProbabilities(kept);
     }
   }
 
@@ -734,6 +693,7 @@ class ForwardConsumer {
   RowSoftmax softmax_;
   uint32_t query_word_;  // of dropout
   int flags_ = 0;
+  int read_ = 0;       // StepBias::read of the step
   uint32_t step_ = 0;  // of the CTA: the next to start
 };
 

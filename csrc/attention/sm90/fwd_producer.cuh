@@ -12,9 +12,15 @@
 namespace jax_bsk::attention::cuda::sm90 {
 
 template <typename Config>
-__device__ __forceinline__ auto WalkRow(const ForwardParams& params, const TileHeader& header) {
-  return lists::BlockWalker<Config::kTileKv>(params.rows, params.tiles, header.row,
-                                             static_cast<int>(params.shape.block_kv), header.key_limit);
+__device__ __forceinline__ auto WalkRow(const ForwardParams& params, const ForwardPlan& plan,
+                                        const TileHeader& header) {
+  const int block_kv = static_cast<int>(params.shape.block_kv);
+  if constexpr (Config::kExtras) {
+    return lists::BlockWalker<Config::kTileKv, lists::EitherWay>(params.rows, params.tiles, header.row, block_kv,
+                                                                 header.key_limit, {plan.walk_step, plan.from_end});
+  } else {
+    return lists::BlockWalker<Config::kTileKv>(params.rows, params.tiles, header.row, block_kv, header.key_limit);
+  }
 }
 
 // The scheduler: one warp that takes tiles, looks at the beginning of their lists, announces them and fetches their
@@ -93,6 +99,11 @@ class ForwardScheduler {
                                                                  : TileHeader::kLive;
     header.bits = lists::BitTileRow(params_.tiles, header.batch, header.head, 0, header.q_start & (large ? 127 : 63),
                                     large ? 128 : 64, block_kv);
+    if constexpr (Config::kExtras) {
+      if (plan_.bias_lines.lines != nullptr) {
+        header.line = LineIndex(plan_.bias_lines, params_.bias, header.batch, header.head, header.q_start);
+      }
+    }
     header.query_parity = live_ & 1;
     if (header.kind == TileHeader::kLive) ++live_;
     return header;
@@ -157,11 +168,11 @@ class ForwardLoader {
     int start[kMaxPieces];
     int tile[kMaxPieces];
     float gate[kMaxPieces];     // with gates
-    int bias_tile[kMaxPieces];  // with a bias
+    int bias_tile[kMaxPieces];  // with kExtras
   };
 
   __device__ __forceinline__ void Load(const TileHeader& header) {
-    auto walker = WalkRow<Config>(params_, header);
+    auto walker = WalkRow<Config>(params_, plan_, header);
     lists::Step next;
     // A list may still have nothing within the length, or nothing sound: then one step of keys past the end, where the
     // copy engine fills in zeros and no key is attended to.
@@ -248,8 +259,9 @@ class ForwardLoader {
         gates[0] = blocks.gate[0], gates[1] = blocks.gate[1];
       }
       if constexpr (Config::kExtras) {
-        int (&bias_tiles)[kMaxPieces] = shared_.bias_tiles[step % (2 * Shared::kKeyStages)];
-        bias_tiles[0] = blocks.bias_tile[0], bias_tiles[1] = blocks.bias_tile[1];
+        int (&tiles)[kMaxPieces] = shared_.biases[step % (2 * Shared::kKeyStages)].tiles;
+        tiles[0] = blocks.bias_tile[0], tiles[1] = blocks.bias_tile[1];
+        device::sm90::Arrive(shared_.full_step[stage]);
       }
       if (flags & StepInfo::kBits) LoadBits(stage, 0, blocks.tile[0], header, full);
       if (flags & StepInfo::kBits << 1 && TwoPieces()) LoadBits(stage, 1, blocks.tile[1], header, full);
@@ -279,8 +291,9 @@ class ForwardLoader {
       LoadTile(shared_.value[stage], plan_.value, cut ? shared_.tail_value : shared_.full_value[stage], start, header);
     }
     if (cut) {
-      device::sm90::Wait(shared_.tail_value, tail_parity_);
-      tail_parity_ ^= 1;
+      const uint32_t parity = ReadShared(shared_.tail_parity);
+      device::sm90::Wait(shared_.tail_value, parity);
+      if (device::sm90::ElectLane()) shared_.tail_parity = parity ^ 1;
       ZeroRows(shared_.value[stage], start, limit);
       device::sm90::FenceAsyncProxy();
       __syncwarp();
@@ -305,7 +318,6 @@ class ForwardLoader {
   const ForwardPlan& plan_;
   uint32_t step_ = 0;  // of the CTA
   Ring<Shared::kHeaders> headers_;
-  uint32_t tail_parity_ = 0;
 };
 
 }  // namespace jax_bsk::attention::cuda::sm90

@@ -5,11 +5,16 @@
 #include <cuda.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "attention/sm90/bias.cuh"
 #include "attention/sm90/config.h"
 #include "attention/softmax.cuh"
+#include "device/element.h"
 #include "device/ptx/barrier.cuh"
+#include "device/ptx/convert.cuh"
+#include "device/ptx/fence.cuh"
+#include "device/ptx/wgmma.cuh"
 #include "device/ring.cuh"
 #include "lists/block_list.cuh"
 
@@ -35,6 +40,7 @@ struct TileHeader {
   float sink;     // the head's logit, -inf without one
   lists::ListRow row;
   const uint32_t* bits;   // bit tile 0 from the tile's first row on
+  int line;               // of a bias by distance: LineIndex of the first 64 queries
   uint32_t query_parity;  // of the phase in which a live tile's queries arrive
 };
 
@@ -47,6 +53,70 @@ struct alignas(16) StepInfo {
   int limit;                         // the example's key/value length
   int flags;
 };
+
+// What a step adds to its logits, with kExtras.
+struct alignas(16) StepBias {
+  // Bits of `read`: of each 64 keys, the biases by distance lie on no line; other terms are given. These are read. And
+  // kRaise: references are to follow (RowSoftmax), because a bias is read, or a line grows too much from step to step.
+  static constexpr int kOther = 1 << kMaxPieces, kRaise = kOther << 1;
+  float2 lines[2][kMaxPieces];  // of the queries of each warpgroup and each 64 keys: BiasLines; 0 where there is none
+  int read[2];                  // of each warpgroup
+  int tiles[kMaxPieces];        // numbers of the entries' tiles of biases: see Bias
+};
+
+// Biases on lines as a product of tensor cores: in a tile of 64 x 64 pairs line {x, y} adds x + y (c - r) to row r and
+// column c, which is [y, x - y r] times [c, 1]. Each of the two numbers of a row is the sum of three of type bfloat16,
+// which hold all of its 24 bits; columns are whole numbers below 64, which are exact. So a row has eight columns of a
+// product's 16 for the lines of each 64 keys, {y: 3, 0, x - y r: 3, 0}, and a key has {c, c, c, 0, 1, 1, 1, 0} for
+// those of its 64 keys, and else zeros. (Added in registers, lines of 128 keys took 250 clocks of a step of 2,560, and
+// put into the accumulators before the products, 900. H200, 128 dimensions.)
+//
+// Operands without swizzle: [8 rows][half of the columns][row][8 columns].
+template <typename Config>
+struct BiasRamp {
+  alignas(128) uint16_t keys[Config::kTileKv / 8][2][8][8];
+  alignas(128) uint4 rows[Config::kKeyStages][Config::kConsumers][kWarpgroupRows / 8][2][8];
+
+  __device__ __forceinline__ void Init() {
+    constexpr uint32_t kOne = 0x3F80;
+    for (int i = static_cast<int>(threadIdx.x); i < Config::kTileKv * 16; i += Config::kThreads) {
+      const int key = i / 16, column = i % 16;
+      const uint32_t ramp = __float_as_uint(static_cast<float>(key % 64)) >> 16;
+      keys[key / 8][column / 8][key % 8][column % 8] =
+          static_cast<uint16_t>(column / 8 != key / 64 || column % 4 == 3 ? 0
+                                : column % 8 < 4                          ? ramp
+                                                                          : kOne);
+    }
+    uint4* all_rows = &rows[0][0][0][0][0];
+    for (int i = static_cast<int>(threadIdx.x); i < static_cast<int>(sizeof(rows) / sizeof(uint4));
+         i += Config::kThreads) {
+      all_rows[i] = make_uint4(0, 0, 0, 0);
+    }
+    device::sm90::FenceAsyncProxy();
+  }
+  // Of the first operand's columns 8 half .. 8 half + 7 of a row, for a line {x, y} of those 64 keys. To be followed by
+  // a fence, before consumers hear of it.
+  __device__ __forceinline__ void Write(int stage, int group, int row, int half, float x, float y) {
+    const float value = fmaf(-y, static_cast<float>(row), x);
+    const uint2 slope = Parts(y), rest = Parts(value);
+    rows[stage][group][row / 8][half][row % 8] = make_uint4(slope.x, slope.y, rest.x, rest.y);
+  }
+  __device__ __forceinline__ uint64_t Keys() const { return Operand(keys); }
+  __device__ __forceinline__ uint64_t Rows(int stage, int group) const { return Operand(rows[stage][group]); }
+
+ private:
+  __device__ __forceinline__ static uint64_t Operand(const void* first) {
+    return device::sm90::PlainDescriptor(first, 8 * 16, 2 * 8 * 16);
+  }
+  // {high, middle}, {low, 0}.
+  __device__ __forceinline__ static uint2 Parts(float x) {
+    const auto part = [](float y) { return __uint_as_float(device::PackPair<device::BFloat16>(0.f, y) & 0xFFFF0000u); };
+    const float high = part(x), middle = part(x - high);
+    return {device::PackPair<device::BFloat16>(high, middle),
+            device::PackPair<device::BFloat16>(x - high - middle, 0.f)};
+  }
+};
+struct NoBiasRamp {};
 
 // What ForwardFeeder, where there is one, copies of lists before it needs them.
 template <bool kFeeder>
@@ -75,13 +145,16 @@ struct ForwardShared {
   // Twice the stages: a consumer may read a step's entry until it has finished the step, though the keys' buffer has
   // gone back to the producer.
   StepInfo steps[2 * kKeyStages];
-  float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];      // of each 64 keys of a step, likewise
-  int bias_tiles[Config::kExtras ? 2 * kKeyStages : 1][kMaxPieces];  // likewise: see Bias
+  float gates[Config::kGated ? 2 * kKeyStages : 1][kMaxPieces];  // of each 64 keys of a step, likewise
+  StepBias biases[Config::kExtras ? 2 * kKeyStages : 1];         // likewise
+  std::conditional_t<Config::kExtras, BiasRamp<Config>, NoBiasRamp> ramp;
   TileHeader headers[kHeaders];
   ListAhead<Config::kFeeder> ahead;
+  uint32_t tail_parity;         // the loader's own: of tail_value's next phase. A register less
   int last_inexact;             // see ForwardConsumer::NoteInexact
   int inexact_noted[kHeaders];  // number of the tile that a header's place last noted
   Barrier full_query, empty_query;
+  Barrier full_step[kKeyStages];  // with kExtras: the message of the step, for the helpers
   Barrier full_key[kKeyStages], empty_key[kKeyStages], full_value[kValueStages], empty_value[kValueStages];
   Barrier full_header[kHeaders], empty_header[kHeaders];
   Barrier tail_value;  // values of a step that the key/value length cuts, before they are clean
@@ -94,10 +167,12 @@ struct ForwardShared {
     using device::sm90::InitBarrier;
     // Every consumer warp releases a buffer for itself.
     constexpr int kWarp = kReleasesPerWarp, kWarps = 4 * Config::kConsumers * kWarp;
+    constexpr int kHelpers = Config::kHelperWarps * kWarp;
     InitBarrier(full_query, 1);
     InitBarrier(empty_query, kWarps);
     for (int i = 0; i < kKeyStages; ++i) {
-      InitBarrier(full_key[i], 1);
+      InitBarrier(full_step[i], 1);
+      InitBarrier(full_key[i], 1 + kHelpers);
       InitBarrier(empty_key[i], kWarps);
     }
     for (int i = 0; i < kValueStages; ++i) {
@@ -106,10 +181,11 @@ struct ForwardShared {
     }
     for (int i = 0; i < kHeaders; ++i) {
       InitBarrier(full_header[i], 1);
-      InitBarrier(empty_header[i], kWarps + kWarp);
+      InitBarrier(empty_header[i], kWarps + kWarp + kHelpers);
     }
     InitBarrier(tail_value, 1);
     InitBarrier(open, 1);
+    tail_parity = 0;
     last_inexact = -1;
     for (int i = 0; i < kHeaders; ++i) inexact_noted[i] = -1;
     device::sm90::FenceBarrierInit();
@@ -121,6 +197,10 @@ struct ForwardPlan {
   CUtensorMap query, key, value;
   LogitMap logits;
   BiasLines bias_lines;
+  // With a bias by distance the last keys of a row come first: behind the diagonal most biases fall, and references
+  // need not follow what falls.
+  int64_t walk_step;       // -1, or 1 from the first key on
+  int from_end;            // 1, or 0
   float bias_factor;       // of a bias, in units of a plain logit's product
   float kept_scale;        // of the probabilities that dropout leaves
   int tiles;               // of queries, over all heads and examples

@@ -31,6 +31,17 @@ __device__ __forceinline__ uint64_t FullDescriptor(uint32_t low) {
   return descriptor;
 }
 
+// The same of a K-major tile without swizzle, of 16 columns: cores of 8 rows and 8 columns lie together, `row_stride`
+// bytes from those of the next 8 rows and `column_stride` from those of the other 8 columns.
+__device__ __forceinline__ uint64_t PlainDescriptor(const void* tile, int column_stride, int row_stride) {
+  uint64_t descriptor;
+  asm("mov.b64 %0, {%1, %2};"
+      : "=l"(descriptor)
+      : "r"(((SharedAddress(tile) & 0x3FFFF) >> 4) | static_cast<uint32_t>(column_stride >> 4) << 16),
+        "r"(row_stride >> 4));
+  return descriptor;
+}
+
 // d[64 x N] = a b or d += a b, float32 accumulators. A thread of warp w (of the four) holds, for each eight
 // columns n, d[4n .. 4n+3] = (row 16w + g, column 8n + 2t), (.., + 1), (row + 8, ..), (row + 8, .. + 1) with
 // g = lane / 4, t = lane % 4; four words of `a` in registers are its share of rows x 16 of k, as for
