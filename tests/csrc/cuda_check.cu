@@ -587,12 +587,13 @@ void Backward(const Problem& p, cudaStream_t stream, cuda::BackwardKernel kernel
   CUDA_OK(cuda::LaunchBackward(p.backward, p.gradient_workspace.data(), bytes, 0, stream, kernel));
 }
 
-void BiasGradient(const Problem& p, BiasTerm term, const Device& dbias, cudaStream_t stream) {
+void BiasGradient(const Problem& p, BiasTerm term, const Device& dbias, cudaStream_t stream,
+                  cuda::BiasGradientKernel kernel = cuda::BiasGradientKernel::kAutomatic) {
   BiasGradientParams params = p.bias_gradient;
   params.term = term, params.dbias = dbias.data();
   const std::string refusal = cuda::BiasGradientRefusal(params, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
-  CUDA_OK(cuda::LaunchBiasGradient(params, 0, stream));
+  CUDA_OK(cuda::LaunchBiasGradient(params, 0, stream, kernel));
 }
 
 // Every kernel that can run a case here.
@@ -628,6 +629,13 @@ std::vector<Named<cuda::BackwardKernel>> BackwardKernels(const Case& c) {
       kernels.push_back({"keys128 backward, least workspace", cuda::BackwardKernel::kKeys128, true});
     }
   }
+  return kernels;
+}
+
+std::vector<Named<cuda::BiasGradientKernel>> BiasGradientKernels(const Case& c) {
+  std::vector<Named<cuda::BiasGradientKernel>> kernels = {
+      {"portable bias gradient", cuda::BiasGradientKernel::kPortable}};
+  if (HasHopperKernels(c)) kernels.push_back({"bias gradient", cuda::BiasGradientKernel::kAutomatic});
   return kernels;
 }
 
@@ -688,12 +696,12 @@ struct BiasGradientCheck {
 };
 
 // Runs the third call and compares.
-void CheckBiasGradient(const Case& c, const Problem& problem, const BiasGradientCheck& check, double factor,
-                       cudaStream_t stream, Comparison& compare) {
+void CheckBiasGradient(const Case& c, const Problem& problem, const BiasGradientCheck& check,
+                       cuda::BiasGradientKernel kernel, double factor, cudaStream_t stream, Comparison& compare) {
   const bool distances = check.term == BiasTerm::kDistances;
   const DType type = check.term == BiasTerm::kDense && !c.dense_wide ? c.dtype : DType::kF32;
   Device dbias(check.want.size() * (distances ? 2 : 1) * SizeOf(type), 0xFF);
-  const auto launch = [&] { BiasGradient(problem, check.term, dbias, stream); };
+  const auto launch = [&] { BiasGradient(problem, check.term, dbias, stream, kernel); };
   launch();
   CUDA_OK(cudaStreamSynchronize(stream));
   std::vector<float> got = Decode(dbias.Bytes(), type);
@@ -1079,8 +1087,10 @@ bool RunCase(Case c) {
     compare.passed &= Repeats(problem.Results(true), stream, launch);
   }
   for (const BiasGradientCheck& dbias : dbiases) {
-    std::printf(" bias gradient\n");
-    CheckBiasGradient(c, problem, dbias, 2 * spread, stream, compare);
+    for (const auto& [name, kernel, unused] : BiasGradientKernels(c)) {
+      std::printf(" %s\n", name);
+      CheckBiasGradient(c, problem, dbias, kernel, 2 * spread, stream, compare);
+    }
   }
   return compare.passed;
 }
