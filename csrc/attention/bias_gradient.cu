@@ -511,8 +511,8 @@ __device__ __forceinline__ void StoreDiagonals(Shared<Element>& shared, const Pa
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads, kCtas) BiasPairsKernel(const __grid_constant__ BiasGradientParams params,
-                                                                   const __grid_constant__ BiasGradientPlan plan) {
+__global__ void __launch_bounds__(kThreads, kCtas)
+    BiasPairsKernel(const __grid_constant__ BiasGradientParams params, const __grid_constant__ BiasGradientPlan plan) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<Element>*>(shared_bytes);
   if (threadIdx.x == 0) shared.slot = Slot(params, plan);

@@ -29,8 +29,8 @@ struct BiasGradientPlan {
 // Bytes of dbias.
 int64_t BiasGradientBytes(const BiasGradientParams& params);
 
-// Writes all of dbias, on the current device, which is the one of `facts`. The kernel is a matter of speed alone: Hopper's
-// is sm90/bias_gradient.cuh, and the portable one takes every problem that is not refused.
+// Writes all of dbias, on the current device, which is the one of `facts`. The kernel is a matter of speed alone:
+// Hopper's is sm90/bias_gradient.cuh, and the portable one takes every problem that is not refused.
 cudaError_t LaunchBiasGradientKernel(const BiasGradientParams& params, const device::DeviceFacts& facts,
                                      cudaStream_t stream, BiasGradientKernel kernel);
 

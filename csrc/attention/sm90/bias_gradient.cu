@@ -1,5 +1,4 @@
 #include "attention/sm90/bias_gradient.cuh"
-
 #include "device/element.h"
 
 namespace jax_bsk::attention::cuda::sm90 {

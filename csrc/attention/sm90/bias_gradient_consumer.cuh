@@ -256,8 +256,7 @@ class PairConsumer {
     const int lane = device::ThreadHere() % 32;
     const auto bytes = KeptBytesHere(params_.dropout.threshold);
     const uint32_t head_key = __ldg(params_.dropout.keys + message.batch * params_.shape.heads + message.head);
-    const uint32_t query_word =
-        DropoutQueryWord(head_key, message.q_start + kWarpgroupRows * group_ + RowOf(Thread()));
+    const uint32_t query_word = DropoutQueryWord(head_key, message.q_start + kWarpgroupRows * group_ + RowOf(Thread()));
     kept.Clear();
 #pragma unroll
     for (int piece = 0; piece < 2; ++piece) {
@@ -300,8 +299,7 @@ class PairConsumer {
         StoreWide(static_cast<float*>(params_.dbias) + first, queries, keys);
       } else if (bias.dense_kv % 4 == 0) {
         const device::RowFinish finish[2] = {{true, 1.f, 0.f}, {true, 1.f, 0.f}};
-        StoreRows(total_, finish, queries, static_cast<Element*>(params_.dbias) + first, bias.dense_kv, keys,
-                  Thread());
+        StoreRows(total_, finish, queries, static_cast<Element*>(params_.dbias) + first, bias.dense_kv, keys, Thread());
       } else {
         ForPairs(queries, keys, [&](int row, int column, int i, bool two) {
           Element* to = static_cast<Element*>(params_.dbias) + first + row * bias.dense_kv + column;
@@ -356,7 +354,8 @@ class PairConsumer {
 #pragma unroll
         for (int i = 0; i < kColumns / 4; ++i) {
           const int at = chunk * (kColumns / 4) + i;
-          shared.lines[group_][line][i / 2 * 8 + thread % 4 * 2 + i % 2] = at < kSums ? total_[at < kSums ? at : 0] : 0.f;
+          shared.lines[group_][line][i / 2 * 8 + thread % 4 * 2 + i % 2] =
+              at < kSums ? total_[at < kSums ? at : 0] : 0.f;
         }
         device::sm90::SyncNamed(kOwnBarrier + group_, kWarpgroup);
 #pragma unroll

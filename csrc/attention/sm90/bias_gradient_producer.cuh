@@ -22,25 +22,30 @@ class PairSearch {
   using Shared = BiasGradientShared<Config>;
   using Message = PairMessage;
   static constexpr int kSlotTiles = Config::kSlotTiles;
+  static constexpr uint32_t kNone = 0xFFFFFFFFu;  // no message is held back
 
   __device__ PairSearch(Shared& shared, const BiasGradientParams& params, const PairPlan& plan)
       : shared_(shared), params_(params), plan_(plan) {}
 
   // The groups go round the CTAs, back and forth: those of a table have less and less to do.
   __device__ __forceinline__ void Run() {
-    const int grid = static_cast<int>(gridDim.x), cta = static_cast<int>(blockIdx.x);
-    bool back = false;
+    Own().first_group = 0;
 #pragma unroll 1
-    for (int64_t first = 0; first < plan_.groups.count; first += grid, back = !back) {
-      const int64_t group = first + (back ? grid - 1 - cta : cta);
-      if (group >= plan_.groups.count) continue;
-      table_ = static_cast<int>(group / plan_.groups.of_table);
-      const int rest = static_cast<int>(group % plan_.groups.of_table);
-      if constexpr (Config::kDiagonals) {
-        Diagonals(rest);
-      } else {
-        Tiles(rest);
+    while (true) {
+      const auto first = static_cast<unsigned>(Own().first_group), count = static_cast<unsigned>(plan_.groups.count);
+      if (first >= count) break;
+      const unsigned group = first + (first / gridDim.x % 2 == 1 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+      if (group < count) {
+        const unsigned table = group / static_cast<unsigned>(plan_.groups.of_table);
+        const int place = static_cast<int>(group - table * static_cast<unsigned>(plan_.groups.of_table));
+        Own().table = static_cast<int>(table);
+        if constexpr (Config::kDiagonals) {
+          Diagonals(place);
+        } else {
+          Tiles(place);
+        }
       }
+      Own().first_group += static_cast<int>(gridDim.x);
     }
     EmitWithoutPairs(Message::kEnd, 0, 0);
   }
@@ -56,35 +61,43 @@ class PairSearch {
     const int m = place <= 2 * both                        ? (place % 2 == 1 ? (place + 1) / 2 : -place / 2)
                   : groups.before_zero > groups.after_zero ? both - place
                                                            : place - both;
-    const int first = 2 * m - 1, q_end = min(groups.q_tiles, groups.kv_tiles - first), members = Members();
+    Own().first = 2 * m - 1;
+    Own().begin = max(0, -2 * m);
     bool any = false;
 #pragma unroll 1
-    for (int q_first = max(0, -first - 1); q_first < q_end; q_first += 32) {
-      q_tile_ = q_first + Lane() < q_end ? q_first + Lane() : -1;
-      key_tile_ = q_tile_ + first;
-      searched_ = -1;
+    for (; Own().begin < QEnd(); Own().begin += 32) {
+      const int q_tile = Own().begin + Lane();
+      Own().q_tile = q_tile < QEnd() ? q_tile : -1;
+      Own().key_tile = Own().q_tile + Own().first;
+      Own().searched = -1;
 #pragma unroll 1
-      for (int member = 0; member < members; ++member) {
-        SetMember(member);
-        any |= EmitLanes(ListTable() != searched_, 32, [](int) { return false; });
+      for (Own().member = 0; Own().member < Members(); ++Own().member) {
+        SetMember(Own().member);
+        any |= EmitLanes(ListTable() != Own().searched, 32, [](int) { return false; });
       }
     }
-    if (any) EmitWithoutPairs(Message::kStore, 0, first * kPairTile);
+    if (any) EmitWithoutPairs(Message::kStore, 0, Own().first * kPairTile);
   }
+  __device__ __forceinline__ int QEnd() const { return min(plan_.groups.q_tiles, plan_.groups.kv_tiles - Own().first); }
 
   // Neighbouring tiles of a row; a lane has a tile of one example and head.
   __device__ __forceinline__ void Tiles(int place) {
     const auto& groups = plan_.groups;
     const int of_row = (groups.kv_tiles + groups.key_tiles - 1) / groups.key_tiles;
-    const int q_tile = place / of_row, key_first = place % of_row * groups.key_tiles, members = Members();
-    const int items = min(groups.key_tiles, groups.kv_tiles - key_first) * members;
+    const int q_tile = place / of_row;
+    Own().q_tile = q_tile;
+    Own().first = (place - q_tile * of_row) * groups.key_tiles;
 #pragma unroll 1
-    for (int base = 0; base < items; base += 32) {
-      const int item = min(base + Lane(), items - 1);
-      SetMember(item % members);
-      q_tile_ = q_tile, key_tile_ = key_first + item / members;
-      EmitLanes(true, min(32, items - base), [&](int lane) { return (base + lane) % members == members - 1; });
+    for (Own().begin = 0; Own().begin < Items(); Own().begin += 32) {
+      const int item = min(Own().begin + Lane(), Items() - 1), tile = item / Members();
+      SetMember(item - tile * Members());
+      Own().key_tile = Own().first + tile;
+      EmitLanes(true, min(32, Items() - Own().begin),
+                [&](int lane) { return (Own().begin + lane) % Members() == Members() - 1; });
     }
+  }
+  __device__ __forceinline__ int Items() const {
+    return min(plan_.groups.key_tiles, plan_.groups.kv_tiles - Own().first) * Members();
   }
 
   // Examples and heads that share the table, and this lane's.
@@ -94,12 +107,12 @@ class PairSearch {
   }
   __device__ __forceinline__ void SetMember(int member) {
     const int heads = plan_.groups.tables_heads, own = MemberHeads();
-    batch_ = plan_.groups.tables_batch == 1 ? member / own : table_ / heads;
-    head_ = heads == 1 ? member % own : table_ % heads;
+    Own().batch = plan_.groups.tables_batch == 1 ? member / own : Own().table / heads;
+    Own().head = heads == 1 ? member % own : Own().table % heads;
   }
   __device__ __forceinline__ int Heads() const { return static_cast<int>(params_.shape.heads); }
   __device__ __forceinline__ int ListTable() const {
-    return static_cast<int>(lists::TableIndex(params_.rows.batch, params_.rows.heads, batch_, head_));
+    return static_cast<int>(lists::TableIndex(params_.rows.batch, params_.rows.heads, Own().batch, Own().head));
   }
 
   // Sends the tiles of the lanes below `count`, one lane after the other, and more than once where a block is listed
@@ -118,14 +131,15 @@ class PairSearch {
         lane += __ffs(hits) - 1;
       }
       const int tiles = Share(present, lane);
-      const bool more = tiles != 0 && Share(more_, lane), complete = !more && ends(lane);
+      const bool more = tiles != 0 && Share(Own().more, lane), complete = !more && ends(lane);
       any |= tiles != 0;
 #pragma unroll 1
       for (int tile = 0; tile < kSlotTiles; ++tile) {
         if (tiles >> tile & 1) Emit(lane, tile, (tile == 0 ? 0 : Message::kSecond) | (complete ? Message::kStore : 0));
       }
       if (tiles == 0 && complete) {
-        EmitWithoutPairs(Message::kStore, Share(q_tile_, lane) * kPairTile, Share(key_tile_, lane) * kPairTile);
+        EmitWithoutPairs(Message::kStore, Share(Own().q_tile, lane) * kPairTile,
+                         Share(Own().key_tile, lane) * kPairTile);
       }
       if (more) {
         search = next = true;
@@ -133,7 +147,7 @@ class PairSearch {
       }
       if (next) {  // the other lanes' first entries once more
         search = true, next = false;
-        searched_ = -1;
+        Own().searched = -1;
       }
       ++lane;
     }
@@ -155,16 +169,16 @@ class PairSearch {
       found[i].floor = !next ? -1 : found[i].bits == Message::kAbsent ? INT_MAX : found[i].position;
       found[i].bits = Message::kAbsent;
     }
-    more_ = false;
-    searched_ = ListTable();
-    const int first_id = key_tile_ * KeyBlocks(), wanted = kSlotTiles * KeyBlocks();
-    const int64_t skipped = searched_ * list.capacity;
+    Own().more = false;
+    Own().searched = ListTable();
+    const int first_id = Own().key_tile * KeyBlocks(), wanted = kSlotTiles * KeyBlocks();
+    const int64_t skipped = Own().searched * list.capacity;
 #pragma unroll 1
     for (int i = 0; i < QueryRows(); ++i) {
-      const int row_id = q_tile_ * QueryRows() + i;
+      const int row_id = Own().q_tile * QueryRows() + i;
       int at = 0, end = 0;
-      if (q_tile_ >= 0 && row_id < list.rows) {
-        const lists::ListRow row = lists::FindRow(list, int64_t{searched_}, row_id);
+      if (Own().q_tile >= 0 && row_id < list.rows) {
+        const lists::ListRow row = lists::FindRow(list, int64_t{Own().searched}, row_id);
         at = static_cast<int>(row.begin - skipped), end = at + max(row.length, 0);
       }
 #pragma unroll 1
@@ -174,7 +188,8 @@ class PairSearch {
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
           ids[j] = tiles[j] = -2;
-          if (at + j < end) ids[j] = __ldg(list.ids + skipped + at + j), tiles[j] = __ldg(list.tiles + skipped + at + j);
+          if (at + j < end)
+            ids[j] = __ldg(list.ids + skipped + at + j), tiles[j] = __ldg(list.tiles + skipped + at + j);
         }
 #pragma unroll
         for (int j = 0; j < kEach; ++j) {
@@ -185,7 +200,7 @@ class PairSearch {
           if (at + j < end && offset >= 0 && offset < wanted) {
             FoundEntry& entry = found[i * wanted + offset];
             if (entry.bits != Message::kAbsent) {
-              more_ = true;
+              Own().more = true;
             } else if (at + j > entry.floor) {
               entry.bits = tiles[j], entry.position = at + j;
             }
@@ -204,14 +219,14 @@ class PairSearch {
   }
   // A bit for each of this lane's tiles: whether something was found of it, within the lengths.
   __device__ __forceinline__ int Present() const {
-    const auto limit = lists::ReadLengths(params_.lengths, batch_, static_cast<int>(params_.shape.q_len),
+    const auto limit = lists::ReadLengths(params_.lengths, Own().batch, static_cast<int>(params_.shape.q_len),
                                           static_cast<int>(params_.shape.kv_len));
     int present = 0;
 #pragma unroll 1
     for (int i = 0; i < 4 * kSlotTiles; ++i) {
       const int tile = i / 4;
       if (shared_.found[Lane()][FoundPlace(tile, i % 4)].bits != Message::kAbsent &&
-          q_tile_ * kPairTile < limit.query && (key_tile_ + tile) * kPairTile < limit.key) {
+          Own().q_tile * kPairTile < limit.query && (Own().key_tile + tile) * kPairTile < limit.key) {
         present |= 1 << tile;
       }
     }
@@ -222,11 +237,12 @@ class PairSearch {
 
   // One of a lane's tiles of pairs.
   __device__ __forceinline__ void Emit(int lane, int tile, int flags) {
-    const int batch = Share(batch_, lane), head = Share(head_, lane), table = Share(searched_, lane);
-    const int q_start = Share(q_tile_, lane) * kPairTile, key_start = (Share(key_tile_, lane) + tile) * kPairTile;
+    const int batch = Share(Own().batch, lane), head = Share(Own().head, lane), table = Share(Own().searched, lane);
+    const int q_start = Share(Own().q_tile, lane) * kPairTile,
+              key_start = (Share(Own().key_tile, lane) + tile) * kPairTile;
     const int kv_head = head / static_cast<int>(params_.shape.heads / params_.shape.kv_heads);
     flags |= Message::kPairs | Message::kNewLeft | Message::kNewRight;
-    if (holds_) {
+    if (held_ != kNone) {
       const Message& before = shared_.steps[held_ % Shared::kSteps];
       const bool same_left = before.batch == batch && before.head == head && before.q_start == q_start;
       const bool same_right = before.batch == batch && before.kv_head == kv_head && before.key_start == key_start;
@@ -241,8 +257,7 @@ class PairSearch {
     const FoundEntry& entry = shared_.found[lane][FoundPlace(tile, quarter)];
     const int bits = entry.bits;
     const unsigned with_bits = __ballot_sync(0xFFFFFFFFu, bits >= 0) & 15;
-    if (__any_sync(0xFFFFFFFFu, bits != -1) || q_start + kPairTile > limit.query ||
-        key_start + kPairTile > limit.key) {
+    if (__any_sync(0xFFFFFFFFu, bits != -1) || q_start + kPairTile > limit.query || key_start + kPairTile > limit.key) {
       flags |= Message::kMasked | static_cast<int>(with_bits) * Message::kBits;
     }
     if (Lane() < 4) {
@@ -253,33 +268,33 @@ class PairSearch {
         bias_tile = __ldg(params_.bias.row_tiles + position);
       }
       if (bits != Message::kAbsent && params_.gates != nullptr) {
-        gate = lists::ReadGate(params_.gates,
-                               lists::GateIndex(params_.rows, params_.shape.heads, batch, head, position));
+        gate =
+            lists::ReadGate(params_.gates, lists::GateIndex(params_.rows, params_.shape.heads, batch, head, position));
       }
       message.tiles[quarter / 2][quarter % 2] = bits;
       message.bias_tiles[quarter / 2][quarter % 2] = bias_tile;
       message.gates[quarter / 2][quarter % 2] = gate;
     }
     if (Lane() == 0) {
-      message.flags = flags, message.table = table_;
+      message.flags = flags, message.table = Own().table;
       message.batch = batch, message.head = head, message.kv_head = kv_head;
       message.q_start = q_start, message.key_start = key_start;
       message.query_limit = limit.query, message.key_limit = limit.key;
     }
     __syncwarp();
-    holds_ = true, held_ = count_++;
+    held_ = count_++;
   }
 
   // The slot is complete, or has nothing; or the end.
   __device__ __forceinline__ void EmitWithoutPairs(int flags, int q_start, int key_start) {
     // Others wait for the message that is held back: the ring must not fill behind it. Of diagonals nothing is shared
     // between slots.
-    if (Config::kDiagonals || (flags & Message::kEnd) || count_ - held_ >= Shared::kSteps - 1) {
+    if (Config::kDiagonals || (flags & Message::kEnd) || (held_ != kNone && count_ - held_ >= Shared::kSteps - 1)) {
       PublishHeld(Message::kLastLeft | Message::kLastRight);
     }
     Message& message = WaitForPlace();
     if (Lane() == 0) {
-      message.flags = flags, message.table = table_;
+      message.flags = flags, message.table = Own().table;
       message.q_start = q_start, message.key_start = key_start;
     }
     Publish(count_++);
@@ -295,26 +310,22 @@ class PairSearch {
     if (Lane() == 0) device::sm90::Arrive(shared_.full_step[number % Shared::kSteps]);
   }
   __device__ __forceinline__ void PublishHeld(int flags) {
-    if (!holds_) return;
+    if (held_ == kNone) return;
     __syncwarp();  // all lanes have looked at it
     if (Lane() == 0) shared_.steps[held_ % Shared::kSteps].flags |= flags;
     Publish(held_);
-    holds_ = false;
+    held_ = kNone;
   }
 
   __device__ __forceinline__ static int Lane() { return device::ThreadHere() % 32; }
   __device__ __forceinline__ static int Share(int x, int lane) { return __shfl_sync(0xFFFFFFFFu, x, lane); }
 
+  __device__ __forceinline__ SearchWords& Own() const { return shared_.search[Lane()]; }
+
   Shared& shared_;
   const BiasGradientParams& params_;
   const PairPlan& plan_;
-  int table_ = 0;                   // of the result
-  int batch_ = 0, head_ = 0;        // of this lane
-  int q_tile_ = -1, key_tile_ = 0;  // likewise: -1 for none; the first of its tiles of keys
-  int searched_ = -1;               // likewise: table of the list, of what was found
-  bool more_ = false;               // likewise: there are entries beyond those found
-  bool holds_ = false;
-  uint32_t held_ = 0, count_ = 0;  // messages
+  uint32_t held_ = kNone, count_ = 0;  // messages: the one that is held back, and all so far
 };
 
 // One warp that loads the operands, and the bit tiles.
@@ -344,8 +355,8 @@ class PairLoader {
         const int left = left_.Stage(), right = right_.Stage();
         // What has more buffers first: it does not wait for the tile that is being multiplied.
         if (new_right) {
-          Load(shared_.value[right], plan_.value, shared_.full_value[right], shared_.empty_value[right],
-               right_.Empty(), key_start, kv_head, batch);
+          Load(shared_.value[right], plan_.value, shared_.full_value[right], shared_.empty_value[right], right_.Empty(),
+               key_start, kv_head, batch);
           Load(shared_.key[right], plan_.key, shared_.full_key[right], shared_.empty_key[right], right_.Empty(),
                key_start, kv_head, batch);
           right_.Advance();
@@ -453,7 +464,7 @@ __device__ __forceinline__ void ReadPairStatistics(BiasGradientShared<Config>& s
             device::PrefetchL2(static_cast<const char*>(view.data) + at * size);
           }
       }
-      float(&statistics)[3][kPairTile] = shared.sides[sides.Stage()].statistics;
+      float (&statistics)[3][kPairTile] = shared.sides[sides.Stage()].statistics;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const int row = lane + 32 * i;

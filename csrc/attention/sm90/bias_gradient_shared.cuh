@@ -37,8 +37,8 @@ struct BiasGradientConfig {
   static constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
 };
 
-// The message of the search to everyone else: a tile of 128 x 128 pairs, whose quarters [queries / 64][keys / 64] are of
-// up to four entries of the list; or a slot to store, or both.
+// The message of the search to everyone else: a tile of 128 x 128 pairs, whose quarters [queries / 64][keys / 64] are
+// of up to four entries of the list; or a slot to store, or both.
 struct alignas(16) PairMessage {
   // kPairs: there is a tile of pairs. kSecond: it belongs to the second of the slot's diagonals. kStore: the slot is
   // complete (after this tile). kNewLeft, kNewRight: queries and dO, keys and values are others than those of the tile
@@ -62,6 +62,19 @@ struct FoundEntry {
   int position;  // in the table's part of the list
   int floor;     // those up to here have been found before
   int bits;      // bit tile; PairMessage::kAbsent: nothing was found
+};
+
+// What a lane of the search keeps, each its own copy: in registers it would not fit into those of a producer warp.
+struct SearchWords {
+  int first_group;       // of this round of the grid
+  int table;             // of the result
+  int first;             // the first of the group's two diagonals of tiles, or of its tiles of keys
+  int begin;             // lane 0's tile of queries of that diagonal, or its number among the group's tiles
+  int member;            // diagonals: which of the examples and heads that share the table
+  int batch, head;       // of this lane's tile
+  int q_tile, key_tile;  // likewise: -1 for none; the first of its tiles of keys
+  int searched;          // table of the list in which its entries were found; -1: in none
+  int more;              // whether there are entries beyond those found
 };
 
 // What a tile has beside the products' operands.
@@ -93,6 +106,7 @@ struct BiasGradientShared {
   PairSide sides[kSides];
   PairMessage steps[kSteps];
   FoundEntry found[32][4 * Config::kSlotTiles];  // of each lane: [row of blocks][key block]
+  SearchWords search[32];
   DiagonalSums<Config::kDiagonals> diagonals;
   Barrier full_step[kSteps], empty_step[kSteps];
   Barrier full_side[kSides], empty_side[kSides];
