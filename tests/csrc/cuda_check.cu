@@ -1498,6 +1498,41 @@ std::vector<Case> Cases() {
                });
       }
   biased("d72-v40", [&](Case& c) { all_terms(c), c.head_dim = 72, c.value_dim = 40, c.block_q = 128; });
+  // Gradients of biases, whose kernel for Hopper makes 128 x 128 pairs at a time. Bit tiles of every size of blocks:
+  for (const auto& [queries, keys] : {std::pair{64, 64}, {64, 128}, {128, 64}, {128, 128}})
+    for (const int dim : {64, 128}) {
+      const std::string size = std::to_string(queries) + "-" + std::to_string(keys) + "-d" + std::to_string(dim);
+      biased("pairs-" + size, [&, queries = queries, keys = keys](Case& c) {
+        c.dense = kN | kT | kS, c.distances = kB, c.block_q = queries, c.block_kv = keys;
+        c.head_dim = c.value_dim = dim, c.q_len = 400, c.kv_len = 600, c.per_head = c.lengths = true;
+      });
+      biased("pairs-causal-" + size, [&, queries = queries, keys = keys](Case& c) {
+        c.dense = kT | kS, c.distances = kN, c.block_q = queries, c.block_kv = keys, c.pattern = P::kCausal;
+        c.head_dim = c.value_dim = dim, c.q_len = c.kv_len = 500, c.kv_heads = 1;
+      });
+    }
+  // More groups than CTAs, of tables that examples and heads share or do not.
+  biased("pairs-waves-examples", [&](Case& c) {  // 150 groups
+    c.distances = kN, c.batch = 1, c.copies = 3, c.heads = 30, c.kv_heads = 15, c.q_len = 200, c.kv_len = 1100;
+  });
+  biased("pairs-waves-heads", [&](Case& c) {  // 160 groups
+    c.distances = kB, c.copies = 16, c.q_len = 200, c.kv_len = 1100, c.per_batch = true;
+  });
+  biased("pairs-waves-dense", [&](Case& c) {  // 169 groups, of a tile of two examples' two heads each
+    c.dense = kT | kS, c.dense_wide = true, c.heads = 2, c.kv_heads = 1, c.q_len = c.kv_len = 1600,
+    c.head_dim = c.value_dim = 128;
+  });
+  biased("pairs-waves-rows", [&](Case& c) {  // 3200 groups, of three tiles of keys and of one
+    c.dense = kB | kN | kT | kS, c.heads = 8, c.copies = 100, c.q_len = 8, c.kv_len = 400, c.per_head = true;
+  });
+  biased("pairs-members", [&](Case& c) {  // more than a warp's lanes share a tile
+    c.dense = kT | kS, c.distances = 0, c.copies = 6, c.q_len = 150, c.kv_len = 300, c.lengths = c.per_head = true;
+  });
+  biased("pairs-long", [&](Case& c) {  // a diagonal has more tiles than a warp has lanes
+    c.distances = 0, c.batch = c.heads = c.kv_heads = 1, c.head_dim = c.value_dim = 32, c.q_len = 4300, c.kv_len = 4250,
+    c.pattern = P::kCausal;
+    c.block_q = c.block_kv = 128;
+  });
   for (const auto& [name, f] : {std::pair{"nan-key", F::kKey},
                                 {"nan-value", F::kValue},
                                 {"nan-query", F::kQuery},

@@ -238,8 +238,8 @@ class PairSearch {
   // One of a lane's tiles of pairs.
   __device__ __forceinline__ void Emit(int lane, int tile, int flags) {
     const int batch = Share(Own().batch, lane), head = Share(Own().head, lane), table = Share(Own().searched, lane);
-    const int q_start = Share(Own().q_tile, lane) * kPairTile,
-              key_start = (Share(Own().key_tile, lane) + tile) * kPairTile;
+    const int q_start = Share(Own().q_tile, lane) * kPairTile;
+    const int key_start = (Share(Own().key_tile, lane) + tile) * kPairTile;
     const int kv_head = head / static_cast<int>(params_.shape.heads / params_.shape.kv_heads);
     flags |= Message::kPairs | Message::kNewLeft | Message::kNewRight;
     if (held_ != kNone) {
@@ -306,8 +306,7 @@ class PairSearch {
     return shared_.steps[place.Stage()];
   }
   __device__ __forceinline__ void Publish(uint32_t number) {
-    __syncwarp();
-    if (Lane() == 0) device::sm90::Arrive(shared_.full_step[number % Shared::kSteps]);
+    device::sm90::ReleaseForWarp(shared_.full_step[number % Shared::kSteps]);
   }
   __device__ __forceinline__ void PublishHeld(int flags) {
     if (held_ == kNone) return;

@@ -118,7 +118,7 @@ struct BiasGradientShared {
   __device__ __forceinline__ void Init() {
     using device::sm90::InitBarrier;
     constexpr int kWarp = kReleasesPerWarp, kWarps = 4 * Config::kConsumers * kWarp;
-    for (int i = 0; i < kSteps; ++i) InitBarrier(full_step[i], 1), InitBarrier(empty_step[i], kWarps + 2 * kWarp);
+    for (int i = 0; i < kSteps; ++i) InitBarrier(full_step[i], kWarp), InitBarrier(empty_step[i], kWarps + 2 * kWarp);
     for (int i = 0; i < kSides; ++i) InitBarrier(full_side[i], 1 + kWarp), InitBarrier(empty_side[i], kWarps);
     for (int i = 0; i < Config::kLeftStages; ++i) {
       InitBarrier(full_query[i], 1), InitBarrier(empty_query[i], kWarps);
