@@ -1529,8 +1529,7 @@ std::vector<Case> Cases() {
     c.dense = kT | kS, c.distances = 0, c.copies = 6, c.q_len = 150, c.kv_len = 300, c.lengths = c.per_head = true;
   });
   biased("pairs-long", [&](Case& c) {  // a diagonal has more tiles than a warp has lanes
-    c.distances = 0, c.batch = c.heads = c.kv_heads = 1, c.head_dim = c.value_dim = 32, c.q_len = 4300, c.kv_len = 4250,
-    c.pattern = P::kCausal;
+    c.distances = 0, c.batch = c.heads = c.kv_heads = 1, c.head_dim = c.value_dim = 32, c.q_len = 4300, c.kv_len = 4250;
     c.block_q = c.block_kv = 128;
   });
   for (const auto& [name, f] : {std::pair{"nan-key", F::kKey},
