@@ -16,5 +16,6 @@ macro(jax_bsk_write_variants folder)
     list(APPEND JAX_BSK_PORTABLE_SOURCES "${JAX_BSK_CUDA_CSRC}/${source}")
   endforeach()
   set(JAX_BSK_HOPPER_SOURCES ${JAX_BSK_HOPPER_INSTANCES} "${JAX_BSK_CUDA_CSRC}/attention/prepare.cu"
-      "${JAX_BSK_CUDA_CSRC}/attention/bias_lines.cu" "${JAX_BSK_CUDA_CSRC}/matmul/plan.cu")
+      "${JAX_BSK_CUDA_CSRC}/attention/bias_lines.cu" "${JAX_BSK_CUDA_CSRC}/attention/sm90/bias_gradient.cu"
+      "${JAX_BSK_CUDA_CSRC}/matmul/plan.cu")
 endmacro()

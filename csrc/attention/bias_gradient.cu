@@ -9,6 +9,7 @@
 #include "attention/dropout.cuh"
 #include "attention/sm80/bwd_pairs.cuh"
 #include "attention/sm80/query_tile.cuh"
+#include "attention/sm90/bias_gradient.h"
 #include "device/host.h"
 #include "device/mma.cuh"
 #include "device/numbers.cuh"
@@ -510,8 +511,8 @@ __device__ __forceinline__ void StoreDiagonals(Shared<Element>& shared, const Pa
 }
 
 template <typename Element>
-__global__ void __launch_bounds__(kThreads, kCtas) BiasGradientKernel(const __grid_constant__ BiasGradientParams params,
-                                                                      const __grid_constant__ BiasGradientPlan plan) {
+__global__ void __launch_bounds__(kThreads, kCtas)
+    BiasPairsKernel(const __grid_constant__ BiasGradientParams params, const __grid_constant__ BiasGradientPlan plan) {
   extern __shared__ __align__(16) unsigned char shared_bytes[];
   auto& shared = *reinterpret_cast<Shared<Element>*>(shared_bytes);
   if (threadIdx.x == 0) shared.slot = Slot(params, plan);
@@ -584,9 +585,9 @@ cudaError_t Launch(const BiasGradientParams& params, cudaStream_t stream) {
   const BiasGradientPlan plan(params);
   constexpr int kBytes = static_cast<int>(sizeof(Shared<Element>));
   const cudaError_t error =
-      cudaFuncSetAttribute(BiasGradientKernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
+      cudaFuncSetAttribute(BiasPairsKernel<Element>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBytes);
   if (error != cudaSuccess) return error;
-  BiasGradientKernel<Element><<<static_cast<unsigned>(plan.ctas()), kThreads, kBytes, stream>>>(params, plan);
+  BiasPairsKernel<Element><<<static_cast<unsigned>(plan.ctas()), kThreads, kBytes, stream>>>(params, plan);
   return cudaGetLastError();
 }
 
@@ -638,7 +639,8 @@ int64_t BiasGradientBytes(const BiasGradientParams& params) {
   return 0;
 }
 
-cudaError_t LaunchBiasGradientKernel(const BiasGradientParams& params, cudaStream_t stream) {
+cudaError_t LaunchBiasGradientKernel(const BiasGradientParams& params, const device::DeviceFacts& facts,
+                                     cudaStream_t stream, BiasGradientKernel kernel) {
   const Shape& shape = params.shape;
   const bool pairs = shape.batch != 0 && shape.heads != 0 && shape.q_len != 0 && shape.kv_len != 0;
   const int64_t bytes = BiasGradientBytes(params);
@@ -647,6 +649,10 @@ cudaError_t LaunchBiasGradientKernel(const BiasGradientParams& params, cudaStrea
   if (!pairs || params.term == BiasTerm::kDistances) {
     const cudaError_t error = cudaMemsetAsync(params.dbias, 0, static_cast<size_t>(bytes), stream);
     if (error != cudaSuccess || !pairs) return error;
+  }
+  if (kernel == BiasGradientKernel::kAutomatic && facts.capability == 90 && sm90::TakesBiasGradient(params)) {
+    const sm90::BiasGradientGroups groups(params, facts.multiprocessors);
+    return sm90::LaunchBiasGradient(params, groups, std::min(groups.count, facts.multiprocessors), stream);
   }
   switch (params.dtype) {
     case DType::kF32:

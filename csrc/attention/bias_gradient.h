@@ -3,7 +3,9 @@
 
 #include <cuda_runtime_api.h>
 
+#include "attention/launch.h"
 #include "attention/params.h"
+#include "device/host.h"
 
 namespace jax_bsk::attention::cuda {
 
@@ -27,7 +29,9 @@ struct BiasGradientPlan {
 // Bytes of dbias.
 int64_t BiasGradientBytes(const BiasGradientParams& params);
 
-// Writes all of dbias.
-cudaError_t LaunchBiasGradientKernel(const BiasGradientParams& params, cudaStream_t stream);
+// Writes all of dbias, on the current device, which is the one of `facts`. The kernel is a matter of speed alone:
+// Hopper's is sm90/bias_gradient.cuh, and the portable one takes every problem that is not refused.
+cudaError_t LaunchBiasGradientKernel(const BiasGradientParams& params, const device::DeviceFacts& facts,
+                                     cudaStream_t stream, BiasGradientKernel kernel);
 
 }  // namespace jax_bsk::attention::cuda

@@ -97,10 +97,13 @@ cudaError_t LaunchDelta(const DeltaParams& params, int device, cudaStream_t stre
   return LaunchDeltaKernel(params, stream);
 }
 
-cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream) {
+cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream,
+                               BiasGradientKernel kernel) {
   const DeviceScope scope(device);
   if (scope.error() != cudaSuccess) return scope.error();
-  return LaunchBiasGradientKernel(params, stream);
+  DeviceFacts facts;
+  if (const cudaError_t error = device::ReadDevice(device, &facts); error != cudaSuccess) return error;
+  return LaunchBiasGradientKernel(params, facts, stream, kernel);
 }
 
 }  // namespace jax_bsk::attention::cuda

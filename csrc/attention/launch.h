@@ -22,6 +22,9 @@ enum class ForwardKernel { kAutomatic, kPortable, kRows64, kRows64Feeder, kRows1
 // key/value blocks of 128 and head sizes up to 128 only.
 enum class BackwardKernel { kAutomatic, kPortable, kKeys64, kKeys128 };
 
+// Which kernel for the gradient of a bias, likewise.
+enum class BiasGradientKernel { kAutomatic, kPortable };
+
 // Why the kernels cannot take this problem on this device, in one sentence; empty when they can.
 std::string ForwardRefusal(const ForwardParams& params, int device);
 std::string DeltaRefusal(const DeltaParams& params, int device);
@@ -45,6 +48,7 @@ cudaError_t LaunchBackward(const BackwardParams& params, void* workspace, int64_
 cudaError_t LaunchDelta(const DeltaParams& params, int device, cudaStream_t stream);
 
 // The gradient of one term of the bias, which needs no workspace.
-cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream);
+cudaError_t LaunchBiasGradient(const BiasGradientParams& params, int device, cudaStream_t stream,
+                               BiasGradientKernel kernel = BiasGradientKernel::kAutomatic);
 
 }  // namespace jax_bsk::attention::cuda

@@ -588,12 +588,13 @@ void Backward(const Problem& p, cudaStream_t stream, cuda::BackwardKernel kernel
   CUDA_OK(cuda::LaunchBackward(p.backward, p.gradient_workspace.data(), bytes, 0, stream, kernel));
 }
 
-void BiasGradient(const Problem& p, BiasTerm term, const Device& dbias, cudaStream_t stream) {
+void BiasGradient(const Problem& p, BiasTerm term, const Device& dbias, cudaStream_t stream,
+                  cuda::BiasGradientKernel kernel = cuda::BiasGradientKernel::kAutomatic) {
   BiasGradientParams params = p.bias_gradient;
   params.term = term, params.dbias = dbias.data();
   const std::string refusal = cuda::BiasGradientRefusal(params, 0);
   if (!refusal.empty()) std::printf("REFUSED: %s\n", refusal.c_str()), std::exit(3);
-  CUDA_OK(cuda::LaunchBiasGradient(params, 0, stream));
+  CUDA_OK(cuda::LaunchBiasGradient(params, 0, stream, kernel));
 }
 
 // Every kernel that can run a case here.
@@ -629,6 +630,13 @@ std::vector<Named<cuda::BackwardKernel>> BackwardKernels(const Case& c) {
       kernels.push_back({"keys128 backward, least workspace", cuda::BackwardKernel::kKeys128, true});
     }
   }
+  return kernels;
+}
+
+std::vector<Named<cuda::BiasGradientKernel>> BiasGradientKernels(const Case& c) {
+  std::vector<Named<cuda::BiasGradientKernel>> kernels = {
+      {"portable bias gradient", cuda::BiasGradientKernel::kPortable}};
+  if (HasHopperKernels(c)) kernels.push_back({"bias gradient", cuda::BiasGradientKernel::kAutomatic});
   return kernels;
 }
 
@@ -689,12 +697,12 @@ struct BiasGradientCheck {
 };
 
 // Runs the third call and compares.
-void CheckBiasGradient(const Case& c, const Problem& problem, const BiasGradientCheck& check, double factor,
-                       cudaStream_t stream, Comparison& compare) {
+void CheckBiasGradient(const Case& c, const Problem& problem, const BiasGradientCheck& check,
+                       cuda::BiasGradientKernel kernel, double factor, cudaStream_t stream, Comparison& compare) {
   const bool distances = check.term == BiasTerm::kDistances;
   const DType type = check.term == BiasTerm::kDense && !c.dense_wide ? c.dtype : DType::kF32;
   Device dbias(check.want.size() * (distances ? 2 : 1) * SizeOf(type), 0xFF);
-  const auto launch = [&] { BiasGradient(problem, check.term, dbias, stream); };
+  const auto launch = [&] { BiasGradient(problem, check.term, dbias, stream, kernel); };
   launch();
   CUDA_OK(cudaStreamSynchronize(stream));
   std::vector<float> got = Decode(dbias.Bytes(), type);
@@ -1080,8 +1088,10 @@ bool RunCase(Case c) {
     compare.passed &= Repeats(problem.Results(true), stream, launch);
   }
   for (const BiasGradientCheck& dbias : dbiases) {
-    std::printf(" bias gradient\n");
-    CheckBiasGradient(c, problem, dbias, 2 * spread, stream, compare);
+    for (const auto& [name, kernel, unused] : BiasGradientKernels(c)) {
+      std::printf(" %s\n", name);
+      CheckBiasGradient(c, problem, dbias, kernel, 2 * spread, stream, compare);
+    }
   }
   return compare.passed;
 }
@@ -1490,6 +1500,40 @@ std::vector<Case> Cases() {
                });
       }
   biased("d72-v40", [&](Case& c) { all_terms(c), c.head_dim = 72, c.value_dim = 40, c.block_q = 128; });
+  // Gradients of biases, whose kernel for Hopper makes 128 x 128 pairs at a time. Bit tiles of every size of blocks:
+  for (const auto& [queries, keys] : {std::pair{64, 64}, {64, 128}, {128, 64}, {128, 128}})
+    for (const int dim : {64, 128}) {
+      const std::string size = std::to_string(queries) + "-" + std::to_string(keys) + "-d" + std::to_string(dim);
+      biased("pairs-" + size, [&, queries = queries, keys = keys](Case& c) {
+        c.dense = kN | kT | kS, c.distances = kB, c.block_q = queries, c.block_kv = keys;
+        c.head_dim = c.value_dim = dim, c.q_len = 400, c.kv_len = 600, c.per_head = c.lengths = true;
+      });
+      biased("pairs-causal-" + size, [&, queries = queries, keys = keys](Case& c) {
+        c.dense = kT | kS, c.distances = kN, c.block_q = queries, c.block_kv = keys, c.pattern = P::kCausal;
+        c.head_dim = c.value_dim = dim, c.q_len = c.kv_len = 500, c.kv_heads = 1;
+      });
+    }
+  // More groups than CTAs, of tables that examples and heads share or do not.
+  biased("pairs-waves-examples", [&](Case& c) {  // 150 groups
+    c.distances = kN, c.batch = 1, c.copies = 3, c.heads = 30, c.kv_heads = 15, c.q_len = 200, c.kv_len = 1100;
+  });
+  biased("pairs-waves-heads", [&](Case& c) {  // 160 groups
+    c.distances = kB, c.copies = 16, c.q_len = 200, c.kv_len = 1100, c.per_batch = true;
+  });
+  biased("pairs-waves-dense", [&](Case& c) {  // 169 groups, of a tile of two examples' two heads each
+    c.dense = kT | kS, c.dense_wide = true, c.heads = 2, c.kv_heads = 1, c.q_len = c.kv_len = 1600,
+    c.head_dim = c.value_dim = 128;
+  });
+  biased("pairs-waves-rows", [&](Case& c) {  // 3200 groups, of three tiles of keys and of one
+    c.dense = kB | kN | kT | kS, c.heads = 8, c.copies = 100, c.q_len = 8, c.kv_len = 400, c.per_head = true;
+  });
+  biased("pairs-members", [&](Case& c) {  // more than a warp's lanes share a tile
+    c.dense = kT | kS, c.distances = 0, c.copies = 6, c.q_len = 150, c.kv_len = 300, c.lengths = c.per_head = true;
+  });
+  biased("pairs-long", [&](Case& c) {  // a diagonal has more tiles than a warp has lanes
+    c.distances = 0, c.batch = c.heads = c.kv_heads = 1, c.head_dim = c.value_dim = 32, c.q_len = 4300, c.kv_len = 4250;
+    c.block_q = c.block_kv = 128;
+  });
   for (const auto& [name, f] : {std::pair{"nan-key", F::kKey},
                                 {"nan-value", F::kValue},
                                 {"nan-query", F::kQuery},

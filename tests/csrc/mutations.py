@@ -58,6 +58,7 @@ EXTENDED_PORTABLE_BACKWARD = ("attention/sm80/bwd_bf16_64_extended.cu",)
 EXTRAS_FORWARD = ("attention/sm90/fwd_bf16_64_plainextras.cu",)
 EXTRAS_BACKWARD = ("attention/sm90/bwd_bf16_64_plainextras.cu",)
 BIAS_GRADIENT = ("attention/bias_gradient.cu",)
+HOPPER_BIAS_GRADIENT = ("attention/sm90/bias_gradient.cu",)
 DELTA = ("attention/delta.cu",)
 PREPARE = ("attention/prepare.cu",)
 CHOOSE = ("lists/choose.cu",)
@@ -949,6 +950,125 @@ HOPPER_BIASES = (
     ),
 )
 
+
+def _pairs(name: str, what: str, part: str, before: str, after: str, *cases: str) -> Mutation:
+    """A bug of Hopper's kernel for gradients of biases; `cases` are those of `bias-pairs-` unless they say another."""
+    names = tuple(case if case.startswith("bias-") else f"bias-pairs-{case}" for case in cases)
+    file = f"attention/sm90/bias_gradient_{part}.cuh"
+    return Mutation(f"bias-pairs-{name}", what, file, before, after, HOPPER_BIAS_GRADIENT, names)
+
+
+HOPPER_BIAS_GRADIENTS = (
+    _pairs(
+        "early-queries",
+        "queries are multiplied before the copy engine has brought them",
+        "consumer",
+        "if (flags & Message::kNewLeft) device::sm90::Wait(shared_.full_query[l], left.Full());",
+        "",
+        "128-128-d128",
+        "waves-dense",
+    ),
+    _pairs(
+        "no-release",
+        "the buffers of statistics and bit tiles are never given back",
+        "consumer",
+        "    Release(shared_.empty_side[sides.Stage()]);\n",
+        "",
+        "128-128-d64",
+    ),
+    _pairs(
+        "early-sums",
+        "a warpgroup adds the other one's sums of a diagonal before these are there",
+        "consumer",
+        "      device::sm90::SyncNamed(kBothBarrier, Config::kConsumerThreads);\n      const int64_t length",
+        "      const int64_t length",
+        "waves-heads",
+        "waves-examples",
+    ),
+    _pairs(
+        "value-buffer",
+        "all values come into the first buffer",
+        "producer",
+        "Load(shared_.value[right], plan_.value,",
+        "Load(shared_.value[0], plan_.value,",
+        "128-128-d128",
+        "64-64-d64",
+    ),
+    _pairs(
+        "other-queries",
+        "the queries of the head before are taken for this one's",
+        "producer",
+        "before.batch == batch && before.head == head && before.q_start == q_start;",
+        "before.batch == batch && before.q_start == q_start;",
+        "causal-128-128-d64",
+        "waves-dense",
+        "members",
+    ),
+    _pairs(
+        "other-keys",
+        "the keys of the key/value head before are taken for this one's",
+        "producer",
+        "before.batch == batch && before.kv_head == kv_head && before.key_start == key_start;",
+        "before.batch == batch && before.key_start == key_start;",
+        "members",
+        "bias-dense-12",
+    ),
+    _pairs(
+        "halves",
+        "neighbouring pairs of diagonals are written to one half",
+        "consumer",
+        "((slot + 1) / 2 & 1)",
+        "0 * ((slot + 1) / 2 & 1)",
+        "causal-128-128-d64",
+        "bias-distances-0",
+    ),
+    _pairs(
+        "second-diagonal",
+        "tiles of the second diagonal are added to the first",
+        "producer",
+        "(tile == 0 ? 0 : Message::kSecond)",
+        "(tile == 0 ? 0 : 0 * Message::kSecond)",
+        "causal-128-128-d64",
+        "bias-distances-0",
+    ),
+    _pairs(
+        "first-round",
+        "every other round of groups is left out",
+        "producer",
+        "Own().first_group += static_cast<int>(gridDim.x);",
+        "Own().first_group += 2 * static_cast<int>(gridDim.x);",
+        "waves-heads",
+        "waves-dense",
+        "waves-rows",
+    ),
+    _pairs(
+        "long-diagonal",
+        "of every 64 tiles of a diagonal the second 32 are left out",
+        "producer",
+        "Own().begin < QEnd(); Own().begin += 32",
+        "Own().begin < QEnd(); Own().begin += 64",
+        "long",
+    ),
+    _pairs(
+        "bits-of-queries",
+        "the second 64 queries of a block of 128 have the first ones' bits",
+        "producer",
+        "block_q == 128 ? 64 * half : 0, block_q",
+        "0, block_q",
+        "causal-128-128-d64",
+        "128-64-d64",
+    ),
+    _pairs(
+        "bits-of-keys",
+        "the second 64 keys of a block of 128 have bits of other rows",
+        "consumer",
+        "piece * (block_kv == 128 ? 8 : 512)",
+        "piece * 512",
+        "causal-128-128-d64",
+        "64-128-d64",
+    ),
+)
+
 # The plainest instruction set stands for all: it is the same code, and every machine has it.
 CPU_KERNELS = (
     Mutation(
@@ -1548,6 +1668,7 @@ MUTATIONS = (
     + PORTABLE
     + BIASES
     + HOPPER_BIASES
+    + HOPPER_BIAS_GRADIENTS
     + CPU_KERNELS
 )
 
