@@ -446,9 +446,9 @@ class ForwardConsumer {
   // for after the softmax, when no product of this warpgroup runs, is to apply it. (In a tile's first step all of it.)
   // Compared anew each time: as a predicate that is kept it would spill.
   __device__ __forceinline__ bool DropsHere() const {
-    float scale = plan_.kept_scale;
-    asm volatile("" : "+f"(scale));
-    return scale != 1.f;
+    float scale[] = {plan_.kept_scale};
+    device::sm90::Pin(scale);
+    return scale[0] != 1.f;
   }
   __device__ __forceinline__ void StartDropout(const TileHeader& tile) {
     const uint32_t head_key = __ldg(params_.dropout.keys + tile.batch * params_.shape.heads + tile.head);
