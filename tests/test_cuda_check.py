@@ -49,7 +49,7 @@ NAMES += [
     for keys in (64, 128)
     for dim in (64, 128)
 ]
-NAMES += [f"bias-lines-{kind}{size}" for kind in (1, 2, 3, 5, 6) for size in ("", "-d128-b128")]
+NAMES += [f"bias-lines-{kind}{size}" for kind in (1, 2, 3, 5, 6, 7) for size in ("", "-d128-b128")]
 NAMES += [f"bias-lines-{kind}-jump-{jump}" for kind in (3, 6) for jump in (8, 200, 2000)] + ["bias-lines-6-jump-keys"]
 NAMES += [f"jump-{jump}{size}" for jump in (8, 200, 2000, 10_000_000) for size in ("", "-d128-b128")]
 FAULTS = re.findall(r'fault\("([a-z-]+)"', TEXT)

@@ -333,7 +333,8 @@ struct Extras {
       const int count = c->q_len + c->kv_len - 1;
       distances = any(tables * count);
       // Tables of any numbers (kind 0); of a slope, gentle or steep, to both sides or on through 0 (1, 2); and like
-      // T5's, whose far distances share a bucket (3). One after the other, unless the case wants one kind.
+      // T5's, whose far distances share a bucket (3; 7: of an enormous number, but these alone). One after the other,
+      // unless the case wants one kind.
       for (size_t table = 0, first = rng(); table < tables; ++table) {
         const size_t kind = c->distance_kind < 0 ? first + table : c->distance_kind;
         float* numbers = &distances[table * count];
@@ -344,6 +345,7 @@ struct Extras {
           if (kind % 4 == 1) numbers[i] = -slope * std::abs(distance);
           if (kind % 4 == 2) numbers[i] = slope * distance;
           if (kind % 4 == 3 && std::abs(distance) > 70) numbers[i] = distance < 0 ? 0.8f : -2.5f;
+          if (c->distance_kind == 7 && distance < -70) numbers[i] = -3.3e38f;  // as some write what is not to be seen
         }
       }
     }
@@ -1434,7 +1436,7 @@ std::vector<Case> Cases() {
     });
   }
   // Numbers by distance that lie on lines, of every kind (see Extras), alone and with what else there may be.
-  for (const int kind : {1, 2, 3, 5, 6})
+  for (const int kind : {1, 2, 3, 5, 6, 7})
     for (const bool wide : {false, true}) {
       biased("lines-" + std::to_string(kind) + (wide ? "-d128-b128" : ""), [&](Case& c) {
         c.distances = kN, c.distance_kind = kind, c.pattern = kind % 2 == 1 ? P::kCausal : P::kRandom;
