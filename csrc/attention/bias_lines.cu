@@ -10,9 +10,6 @@ constexpr int kThreads = 256;
 // How far a number may be from its line: four units in the last place of the largest of the tile. ALiBi's are rounded
 // products, up to three from the line through the first and the last of them.
 constexpr float kBound = 0x1p-22f;
-// Larger numbers are read, also where they are all the same: in units of a product, of which kernels compute the others,
-// they might not be finite.
-constexpr float kLargest = 0x1p64f;
 
 // A warp per line. Distances are key - query; `distances` points to that of 0 in the first table.
 __global__ void __launch_bounds__(kThreads)
@@ -27,8 +24,8 @@ __global__ void __launch_bounds__(kThreads)
   const float first = __ldg(numbers + low), last = __ldg(numbers + high);
   const float step = high > low ? (last - first) / static_cast<float>(high - low) : 0.f;
   const float at_middle = fmaf(step, static_cast<float>(middle - low), first);
-  const float largest = fmaxf(fabsf(first), fabsf(last)), bound = kBound * largest;
-  bool straight = largest <= kLargest;
+  const float bound = kBound * fmaxf(fabsf(first), fabsf(last));
+  bool straight = true;
   for (int distance = low + lane; distance <= high; distance += 32) {
     // False of a number that is not finite, too.
     straight &=

@@ -76,7 +76,8 @@ auto* Find(const Table& table, const Params& params, Target target, Tile tile) {
   const int64_t dim = std::max(params.shape.head_dim, params.shape.value_dim);
   const bool soft_cap = params.soft_cap != 0.f || !(params.scale > kLeastPlainScale);
   const auto* found = std::find_if(std::begin(table), std::end(table), [&](const auto& variant) {
-    return variant.target == target && variant.dtype == params.dtype && variant.dim >= dim && variant.tile == tile &&
+    return variant.target == target && (target != Target::kHopper || sm90::TakesBias(params.bias)) &&
+           variant.dtype == params.dtype && variant.dim >= dim && variant.tile == tile &&
            Takes(variant.features, soft_cap, HasGates(params), HasExtras(params));
   });
   return found == std::end(table) ? nullptr : found;

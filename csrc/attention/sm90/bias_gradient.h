@@ -13,6 +13,7 @@
 
 #include "attention/bias_gradient.h"
 #include "attention/params.h"
+#include "attention/sm90/config.h"
 #include "sizes.h"
 
 namespace jax_bsk::attention::cuda::sm90 {
@@ -27,7 +28,7 @@ inline bool TakesBiasGradient(const BiasGradientParams& params) {
   const bool plain = params.soft_cap == 0.f && params.scale > kLeastPlainScale;
   const bool term = params.term == BiasTerm::kDistances ||
                     (params.term == BiasTerm::kDense && params.bias.dense_q > 1 && params.bias.dense_kv > 1);
-  return half && plain && term && std::max(shape.head_dim, shape.value_dim) <= 128;
+  return half && plain && term && TakesBias(params.bias) && std::max(shape.head_dim, shape.value_dim) <= 128;
 }
 
 // The groups of slots.

@@ -179,7 +179,7 @@ class PairSearch {
       int at = 0, end = 0;
       if (Own().q_tile >= 0 && row_id < list.rows) {
         const lists::ListRow row = lists::FindRow(list, int64_t{Own().searched}, row_id);
-        at = static_cast<int>(row.begin - skipped), end = at + max(row.length, 0);
+        if (row.length > 0) at = static_cast<int>(row.begin - skipped), end = at + row.length;
       }
 #pragma unroll 1
       while (__any_sync(0xFFFFFFFFu, at < end)) {

@@ -1,6 +1,7 @@
 // Lines of a bias by distance, for the Hopper kernels: where the numbers of a tile of 64 x 64 pairs lie on a straight
-// line they are computed, in a product (forward: BiasRamp) or in registers (backward), and not read. ALiBi's do everywhere but on the diagonal, T5's wherever all pairs
-// share the last bucket. Pure host code, compiled into every library.
+// line they are computed, in a product (forward: BiasRamp) or in registers (backward), and not read. ALiBi's do
+// everywhere but on the diagonal, T5's wherever all pairs share the last bucket. Pure host code, compiled into every
+// library.
 #pragma once
 
 #include <algorithm>

@@ -16,6 +16,9 @@ constexpr int kWarpgroupRows = 64;  // queries of a consumer warpgroup: m of wgm
 constexpr int kChunk = 64;          // columns that share a 128-byte swizzled row of shared memory
 constexpr int kMaxPieces = 2;       // pieces of a key/value tile that come from different blocks
 
+// Rows of a dense bias are counted in 32 bits, up to 127 of them at a time.
+inline bool TakesBias(const Bias& bias) { return bias.dense == nullptr || bias.dense_kv <= int64_t{1} << 24; }
+
 // Features are compiled in. kPlain: scale > 0 and no soft cap, so that a logit is a multiple of the product. kGated:
 // with gates. A soft cap and gates together have no variant: there are no registers for both. kExtras: a bias or
 // dropout, each a branch at run time.

@@ -91,6 +91,9 @@ class ForwardHelper {
     if (params_.bias.distances != nullptr && lane < Config::kTileKv / 64) {
       const int key = min(lane == 0 ? start[0] : start[1], static_cast<int>(params_.shape.kv_len) - 1);
       own = __ldg(plan_.bias_lines.lines + max(line - number_ + key / 64, 0));
+      // Enormous numbers, as some write for what is not to be seen, are read: as parts of a product they are not
+      // finite.
+      if (!(plan_.bias_factor * (fabsf(own.x) + 64.f * fabsf(own.y)) < 1e38f)) own.y = device::QuietNan();
     }
     if (params_.bias.distances != nullptr) WriteRows(own);
     const bool off = !IsBiasLine(own), steep = own.y < -kSteep / (device::kLog2E * Config::kTileKv);
