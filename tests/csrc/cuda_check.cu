@@ -740,7 +740,7 @@ bool RunCase(Case c) {
       for (int k = 0; k < K; ++k) {
         for (int i = 0; i < c.jump_keys; ++i) {
           key[((size_t(b) * S + S / 2 + i) * K + k) * D] = c.jump / scale;
-          key[((size_t(b) * S + (c.jump_back ? 2 + i : S - 3 - i)) * K + k) * D] = 2 * c.jump / scale;
+          key[((size_t(b) * S + (c.jump_back ? 66 + i : S - 3 - i)) * K + k) * D] = 2 * c.jump / scale;
         }
       }
   }

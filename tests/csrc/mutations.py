@@ -928,7 +928,7 @@ HOPPER_BIASES = (
         before="            add(n, half, 0, pair.x);\n            add(n, half, 1, pair.y);\n",
         after="            add(n, half, 0, pair.y);\n            add(n, half, 1, pair.x);\n",
         instances=EXTRAS_FORWARD,
-        cases=("bias-dense-15", "bias-dense-7"),
+        cases=("bias-instance-bf16-d64-b128", "bias-instance-bf16-d64-b64"),
     ),
     Mutation(
         name="hopper-dropout-parity",

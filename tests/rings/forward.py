@@ -444,8 +444,8 @@ class _Consumer(_ForwardAgent):
         self.release(model.empty_key, self.step)
 
     def catch_up(self):
-        """`ForwardConsumer::CatchUp`, `AddLines`, `LoadOperands` and `KeepProbabilities` in fwd_consumer.cuh: behind the
-        release of the keys."""
+        """`ForwardConsumer::CatchUp`, `AddLines`, `LoadOperands` and `KeepProbabilities` in fwd_consumer.cuh: the keys
+        have been released."""
         self.read(self.model.steps, self.step)
         if self.model.helpers:
             self.read(self.model.biases[self.group], self.step)
