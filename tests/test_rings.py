@@ -12,6 +12,8 @@
 | backward | deadlocks: sequences of all lengths of six kinds of items;             | everything: 12 items        |
 |          | everything: all of up to 4 items of three kinds                        | (more than 2 * kItems)      |
 | launches | all ways to give up to 8 items to 1 or 2 CTAs, and 6 to 3           | larger plans, up to 3 CTAs  |
+| gradients| deadlocks: sequences of all lengths of six kinds of messages;          | everything: 40 messages     |
+|          | everything: all of up to 4 messages (with 3 places for messages)       |                             |
 | products | deadlocks: sequences of all lengths of four kinds of tiles;            | everything: 8 tiles         |
 |          | everything: all of up to 4 tiles, of 3 where a block has two stages    |                             |
 | narrow   | deadlocks: sequences of all lengths of four kinds of stages            | everything: three rings of  |
@@ -32,7 +34,15 @@ from collections.abc import Iterator
 import pytest
 
 from tests.rings import agreement, backward, feeder, forward, narrow, products
-from tests.rings.alphabets import backward_items, fed_tiles, few_backward_items, few_tiles, product_tiles, tiles
+from tests.rings.alphabets import (
+    backward_items,
+    fed_tiles,
+    few_backward_items,
+    few_tiles,
+    messages,
+    product_tiles,
+    tiles,
+)
 from tests.rings.backward import KEYS, QUERIES, Backward, Item, Launch, Plan
 from tests.rings.checker import (
     DEADLOCK,
@@ -52,6 +62,7 @@ from tests.rings.checker import (
 )
 from tests.rings.feeder import Feeder
 from tests.rings.forward import EMPTY, Forward, Tile
+from tests.rings.gradients import STORE, Gradients, Pair
 from tests.rings.narrow import COPIED, WRONG, Narrow
 from tests.rings.products import PAIRS, ROWS, SAMPLED, SAMPLED_64, Products
 from tests.rings.simulator import simulate
@@ -74,6 +85,13 @@ def random_fed_tiles(rng: random.Random) -> list[Tile]:
 def random_items(rng: random.Random) -> list[Item]:
     steps = rng.choices((0, 1, 2, 3, 5, 9), k=12)
     return [Item(rng.choice((KEYS, QUERIES)), n, half=rng.random() < 0.5) for n in steps]
+
+
+def random_messages(rng: random.Random) -> list:
+    """Of a dense bias; where a slot has diagonals, `store` of a tile means the same."""
+    stores = rng.choices((0, 1, 2, 20), (8, 4, 2, 1), k=30)
+    pairs = [Pair(*(rng.random() < p for p in (0.5, 0.7, 0.3))) for _ in stores]
+    return [x for count, pair in zip(stores, pairs, strict=True) for x in (*count * [STORE], pair)]
 
 
 def random_blocks(rng: random.Random, masks: tuple[int, ...] = (3,)) -> list[tuple[int, ...]]:
@@ -164,6 +182,28 @@ def test_feeder():
     rng = random.Random(0)
     for _ in range(SAMPLES):
         assert check(model, random_fed_tiles(rng)) == []
+
+
+# ---- Gradients of biases
+
+GRADIENT_SHAPES = list(itertools.product((64, 128), (True, False)))
+
+
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES)
+def test_gradients_never_hang(shape):
+    model = Gradients(*shape, steps=3)
+    coverage = explore(model, messages(), order=False)
+    assert not coverage.findings, coverage.findings[0]
+    assert coverage.complete
+
+
+@pytest.mark.parametrize("shape", GRADIENT_SHAPES)
+def test_gradients(shape):
+    coverage = explore(Gradients(*shape, steps=3), messages(), length=4)
+    assert not coverage.findings, coverage.findings[0]
+    rng = random.Random(0)
+    for _ in range(SAMPLES):
+        assert check(Gradients(*shape), random_messages(rng)) == []
 
 
 # ---- The backward
@@ -337,6 +377,22 @@ def test_feeder_mistake(mistake, kind):
     assert kind in {finding.kind for finding in coverage.findings}, coverage
 
 
+GRADIENT_MISTAKES = [
+    ((128, False, 3), [STORE, Pair()], "the ring may fill behind the message that is held back", DEADLOCK),
+    ((128, True, 3), [Pair(), Pair(left=False)], "operands are released while they are used again", EXTRA),
+    ((128, False, 3), [STORE, Pair()], "operands are not released where a slot follows", DEADLOCK),
+    ((64, True), [Pair()], "statistics are written without waiting", OVERWRITTEN),
+    ((128, True), [STORE], "sums are read before both warpgroups have written them", STALE),
+    ((64, False), [Pair(left=False)], "sides are released before they are read", OVERWRITTEN),
+]
+
+
+@pytest.mark.parametrize(("shape", "items", "mistake", "kind"), GRADIENT_MISTAKES)
+def test_gradients_mistake(shape, items, mistake, kind):
+    coverage = explore(Gradients(*shape, mistake=mistake), items, length=8)
+    assert kind in {finding.kind for finding in coverage.findings}, coverage
+
+
 BACKWARD_MISTAKES = [
     ((64, False), "the loader of keys and values does not wait for open items", OVERWRITTEN),
     ((256, True), "the loader of keys and values does not wait for open items", OVERWRITTEN),
@@ -481,6 +537,8 @@ SIMULATED = [
     (Feeder(), random_fed_tiles),
     (Backward(128, False), random_items),
     (Backward(64, True), random_items),
+    (Gradients(128, True), random_messages),
+    (Gradients(64, False), random_messages),
     (Products(PAIRS), random_pairs),
     (Products(ROWS), random_blocks),
     (Products(SAMPLED), random_blocks),

@@ -11,12 +11,12 @@ import json
 import re
 from pathlib import Path
 
-from tests.rings import backward, feeder, forward, narrow, products
+from tests.rings import backward, feeder, forward, gradients, narrow, products
 from tests.rings.checker import Agent, Model
 from tests.rings.sources import body, digest, mirrored
 
 AGREED = Path(__file__).parent / "agreed.json"
-MODULES = (forward, feeder, backward, products, narrow)
+MODULES = (forward, feeder, backward, gradients, products, narrow)
 
 
 def functions() -> list[tuple[str, object]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.rings.backward import KEYS, QUERIES, Backward, Item
 from tests.rings.feeder import Feeder
 from tests.rings.forward import EMPTY, Forward, Tile
+from tests.rings.gradients import STORE, Pair
 from tests.rings.products import PAIRS, Products
 
 
@@ -26,6 +27,11 @@ def few_tiles(model: Forward) -> list[Tile]:
     """For longer sequences: two such tiles wrap the rings twice."""
     last = max(model.full_key.size, model.full_value.size) + 1
     return [EMPTY, Tile(1), Tile(last + 1, cut=(1, 2, last))]
+
+
+def messages() -> list:
+    """Of the search for a bias's gradient: a slot alone, tiles that share all, some or no operands, the last of a slot."""
+    return [STORE, Pair(), Pair(left=False), Pair(right=False), Pair(left=False, right=False), Pair(store=True)]
 
 
 def backward_items(model: Backward) -> list[Item]:

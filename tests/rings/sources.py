@@ -10,6 +10,8 @@ from pathlib import Path
 CSRC = Path(__file__).resolve().parent.parent.parent / "csrc"
 FORWARD = ("attention/sm90/config.h", "attention/sm90/fwd_shared.cuh", "device/ring.cuh")
 BACKWARD = ("attention/sm90/config.h", "attention/sm90/bwd_shared.cuh", "attention/sm90/bwd_plan.h", "device/ring.cuh")
+# Of the first of them `Constants` takes a struct alone.
+GRADIENTS = (*2 * ("attention/sm90/bias_gradient_shared.cuh",), "device/ring.cuh")
 NARROW = ("matmul/sm90/config.h", "matmul/sm90/narrow.cuh", "device/ring.cuh")
 PRODUCTS = ("matmul/sm90/config.h", "matmul/sm90/shared.cuh", "matmul/sm90/product.cuh", "matmul/sm90/consumer.cuh")
 
@@ -98,7 +100,8 @@ class Constants:
 
     def count(self, barrier: str) -> int:
         """Arrivals of a phase, as in `InitBarrier(barrier[..], arrivals)`."""
-        found = re.findall(rf"InitBarrier\({barrier}(?:\[\w+\])*, ([^;]+)\);", self.source)
+        inside = r"(?:[^;()]|\([^()]*\))+"
+        found = re.findall(rf"InitBarrier\({barrier}(?:\[\w+\])*, ({inside})\)", self.source)
         assert len(found) == 1, (barrier, found)
         return self.evaluate(found[0])
 
