@@ -30,7 +30,7 @@ def few_tiles(model: Forward) -> list[Tile]:
 
 
 def messages() -> list:
-    """Of the search for a bias's gradient: a slot alone, tiles that share all, some or no operands, the last of a slot."""
+    """Of the search for a bias's gradient: a slot alone, tiles that share all, some or no operands, a slot's last."""
     return [STORE, Pair(), Pair(left=False), Pair(right=False), Pair(left=False, right=False), Pair(store=True)]
 
 
