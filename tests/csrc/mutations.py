@@ -1519,7 +1519,7 @@ DECODE_KERNELS = (
         instances=DECODE_128,
         cases=("decode-far-bf16-d128",),
     ),
-    # Of rows that threads copy a missing wait shows in no comparison: racecheck reports it.
+    # Of rows that threads copy a missing wait shows in no comparison. (racecheck found one that the kernel had.)
     _decode(
         "box-rows",
         "the copy engine takes a step's rows at once, though pages are smaller",

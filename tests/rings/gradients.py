@@ -7,8 +7,9 @@ what is computed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tests.rings.checker import Agent, Barriers, ItemAgent, Memory, Model, OutOfItems
 from tests.rings.forward import MODELLED_WARPS, THREADS, WARPS
@@ -99,12 +100,14 @@ class Gradients(Model):
 
     def is_new(self, items: Sequence, number: int) -> tuple[bool, bool]:
         """Whether a tile's operands are loaded: also where no message is held back that may have the same."""
-        before = number - 1
-        while before >= 0 and items[before] == STORE:
-            before += -1
-        if before < 0 or self.is_published(items, before, number):
+        if self.held(items, number) is None:
             return True, True
         return items[number].left, items[number].right
+
+    def held(self, items: Sequence, number: int) -> int | None:
+        """The tile that is held back when message `number` becomes known."""
+        before = next((i for i in range(number - 1, -1, -1) if items[i] != STORE), None)
+        return None if before is None or self.is_published(items, before, number) else before
 
     def is_published(self, items: Sequence, held: int, number: int) -> bool:
         """Whether what is held back is published by a slot to store before message `number`."""
@@ -112,19 +115,25 @@ class Gradients(Model):
 
 
 class _GradientAgent(ItemAgent):
-    def __init__(self, model: Gradients, items: Sequence, ended: bool, name: str):
-        super().__init__(model, items, ended, name)
-
     def write_program(self):
         try:
             self.run()
         except OutOfItems:
-            before = len(self.items) - 1
-            while before >= 0 and self.items[before] == STORE:
-                before += -1
-            known = before >= 0 and not self.model.is_published(self.items, before, len(self.items))
-            held = ("messages", before) if known else "no tile"
-            self.context = (held, "waits for an item")
+            held = self.model.held(self.items, len(self.items))
+            self.context = ("no tile" if held is None else ("messages", held), "waits for an item")
+
+    def messages(self) -> Iterator[tuple[int, Any]]:
+        """How `PairLoader::Run` and `ReadPairStatistics` in bias_gradient_producer.cuh and `PairConsumer::Run` in
+        bias_gradient_consumer.cuh get the messages before the end."""
+        number = 0
+        while True:
+            self.wait(self.model.full_step, number)
+            self.read(self.model.steps, number)
+            item = self.item(number)
+            if item is None:
+                return
+            yield number, item
+            number += 1
 
     def is_last(self, number: int) -> tuple[bool, bool]:
         """Whether the next tile has other operands."""
@@ -188,13 +197,8 @@ class _Loader(_GradientAgent):
 
     def run(self):
         """`PairLoader::Run` in bias_gradient_producer.cuh."""
-        model, number = self.model, 0
-        while True:
-            self.wait(model.full_step, number)
-            self.read(model.steps, number)
-            item = self.item(number)
-            if item is None:
-                return
+        model = self.model
+        for number, item in self.messages():
             if item != STORE:
                 self.load_side()
                 left, right = model.is_new(self.items, number)
@@ -204,7 +208,6 @@ class _Loader(_GradientAgent):
                     self.load(operand)
             self.read(model.steps, number)
             self.arrive(model.empty_step, number)
-            number += 1
 
     def load_side(self):
         """`PairLoader::LoadSide` in bias_gradient_producer.cuh, with a bit tile."""
@@ -231,13 +234,8 @@ class _Statistics(_GradientAgent):
 
     def run(self):
         """`ReadPairStatistics` in bias_gradient_producer.cuh."""
-        model, number, side = self.model, 0, 0
-        while True:
-            self.wait(model.full_step, number)
-            self.read(model.steps, number)
-            item = self.item(number)
-            if item is None:
-                return
+        model, side = self.model, 0
+        for number, item in self.messages():
             if item != STORE:
                 if model.mistake != "statistics are written without waiting":
                     self.wait(model.empty_side, side - model.empty_side.size)
@@ -246,7 +244,6 @@ class _Statistics(_GradientAgent):
                 self.arrive(model.full_side, side)
                 side += 1
             self.arrive(model.empty_step, number)
-            number += 1
 
 
 class _Consumer(_GradientAgent):
@@ -259,13 +256,8 @@ class _Consumer(_GradientAgent):
 
     def run(self):
         """`PairConsumer::Run` in bias_gradient_consumer.cuh."""
-        model, number = self.model, 0
-        while True:
-            self.wait(model.full_step, number)
-            self.read(model.steps, number)
-            item = self.item(number)
-            if item is None:
-                return
+        model = self.model
+        for number, item in self.messages():
             if item != STORE:
                 self.add_tile(number)
             if item == STORE or item.store:
@@ -273,7 +265,6 @@ class _Consumer(_GradientAgent):
                 if model.diagonals:
                     self.store_diagonals()
             self.release(model.empty_step, number)
-            number += 1
 
     def add_tile(self, number: int):
         """`PairConsumer::AddTile`, `StartLogits`, `FindKept` and `MakeScores` in bias_gradient_consumer.cuh."""

@@ -24,15 +24,14 @@ namespace jax_bsk::attention::cuda::sm90 {
 //   PairSearch           step n ====================> kind and position, also to the other producers
 //                             <-- step n ------------ the tile is added, the slot stored
 //   PairLoader           value, key, dout, query ===> of both warpgroups, where they are not those of the tile before
-//                             <-- dout, value ------- dP is done, and the next tile has others
-//                             <-- query, key -------- S is done, likewise
+//                             <-- all four ---------- S and dP are done, and the next tile has others
 //   PairLoader and       side n ====================> bit tiles and statistics
 //   ReadPairStatistics        <-- side n ------------ dS is added
 //
 // A tile in a warpgroup; meanwhile the other one has the tensor cores or computes:
 //
-//   issue    dP = dO V^T ---.      S = b + Q K^T ---.
-//   compute                 '-> b                   '-> P, dS, total += dS
+//   issue         S = b + Q K^T, dP = dO V^T ---.
+//   compute  b ---'                             '-> P, dS, total += dS
 template <typename Config>
 class PairConsumer {
  public:

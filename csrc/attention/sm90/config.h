@@ -59,7 +59,7 @@ struct ForwardConfig : FeaturesConfig<kFeatures> {
   // With queries in registers their buffer is free for the next tile's, whose first product then runs during this one's
   // epilogue. (Not with extras: there it gained nothing.)
   static constexpr bool kOverlapTiles = kQueryInRegisters && kFeatures != Features::kPlainExtras;
-  // Warps of the producer's warpgroup that have nothing else to do, and find what a step adds and drops.
+  // Warps of the producer's warpgroup that have nothing else to do, and find what a step adds.
   static constexpr int kHelperWarps = kFeatures == Features::kPlainExtras ? 2 : 0;
   static constexpr int kCtas = kFeeder ? 3 : kConsumers == 2 || kDim > 128 ? 1 : 2;  // a multiprocessor
   static constexpr int kConsumerThreads = kWarpgroup * kConsumers;

@@ -1,5 +1,5 @@
 // Forward attention over a block list on Hopper (sm_90a): copy engine, mbarrier pipelines, warpgroup products, one or
-// two producer warps and one or two consumer warpgroups.
+// two producer warps, two helper warps where there may be biases, and one or two consumer warpgroups.
 #pragma once
 
 #include <numeric>

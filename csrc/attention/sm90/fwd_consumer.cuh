@@ -178,6 +178,7 @@ class ForwardConsumer {
       StoreTile(tile, poisoned);
       return false;
     }
+    static_assert(!(Config::kOverlapTiles && Config::kExtras), "the product below has no lines");
     WaitForFirstOperands(next);
     float logits[kLogits];
     device::sm90::Wait(shared_.full_value[Values().Stage()], Values().Full());
@@ -188,7 +189,6 @@ class ForwardConsumer {
     MultiplyValues();
     device::sm90::CommitProducts();
     MultiplySharedQueries(logits);
-    MultiplyLines(logits);
     device::sm90::CommitProducts();
     PassTurn();
     device::sm90::WaitForProducts<1>();
